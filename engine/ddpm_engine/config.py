@@ -1,0 +1,55 @@
+"""Everything a run can set: a tree of frozen dataclasses, and presets as functions that return it.
+
+The field docstrings are the help texts of `launch/train.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of the U-Net; names and meaning as in diffusers' `UNet2DModel`."""
+
+    sample_size: int = 32
+    """Image side in pixels."""
+    in_channels: int = 3
+    """Channels of the noisy image."""
+    out_channels: int = 3
+    """Channels predicted."""
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 256)
+    """Channels of each resolution level, highest resolution first."""
+    down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = (
+        "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D",
+    )  # fmt: skip
+    """For each level on the way down, whether it attends."""
+    up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D"], ...] = (
+        "UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D",
+    )  # fmt: skip
+    """For each level on the way up (lowest resolution first), whether it attends."""
+    layers_per_block: int = 2
+    """Residual blocks of each level on the way down (one more on the way up)."""
+    attention_head_dim: int | None = None
+    """Channels of an attention head; None: one head."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm."""
+    norm_eps: float = 1e-6
+    """Epsilon of every GroupNorm."""
+    dropout: float = 0.0
+    """Dropout rate inside the residual blocks."""
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """How the time embedding enters: added, or as scale and shift of the second norm."""
+    downsample_padding: int = 0
+    """0: pad right and bottom by one, as the paper's code; 1: pad all sides."""
+    mid_block_scale_factor: float = 1.0
+    """The middle block's residual sums are divided by this."""
+    flip_sin_to_cos: bool = False
+    """Time embedding as [cos, sin] instead of the paper's [sin, cos]."""
+    freq_shift: int = 1
+    """Subtracted from the frequency count in the time embedding's exponent."""
+    num_class_embeds: int | None = None
+    """Rows of the class embedding, null class included; None: unconditional."""
+    attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
+    """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""

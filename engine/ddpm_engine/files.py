@@ -1,0 +1,68 @@
+"""Writing files so that a crash, a full disk or a second reader never meets half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open `path` for binary writing; it appears complete when the block ends, or not at all.
+
+    The bytes go to `<path>.tmp` beside it, which is fsynced and renamed over `path`; then the folder
+    is fsynced. On an error the temporary is removed and whatever `path` held before stays. Only one
+    process may write one path at a time.
+
+    Raises:
+        OSError: as the operating system reports it (no space left, permission denied, ...).
+    """
+    target = Path(path)
+    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+    # Closed by hand: closing flushes, so on a full disk it can fail a second time.
+    file = open(temporary, "wb")  # noqa: SIM115
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_directory(target.parent)
+
+
+def fsync_directory(path: str | os.PathLike[str]) -> None:
+    """Make the names in a folder durable: files created, renamed or removed in it.
+
+    Raises:
+        OSError: the folder cannot be opened or synced.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Hash a file's content: 64 hexadecimal digits, read in pieces of 1 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""What the network may predict, ε, x_0 or v, and every conversion between them.
+
+With a = sqrt(ᾱ_t), s = sqrt(1 − ᾱ_t) and x_t = a x_0 + s ε, the velocity is v = a ε − s x_0
+(Salimans & Ho 2022, appendix D). Given x_t, each of the three determines the other two, linearly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Prediction = Literal["eps", "x0", "v"]
+PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+
+
+def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (p, q) such that x_0 = p · x_t + q · output.
+
+    Args:
+        prediction: what the output is.
+        a: sqrt(ᾱ), any shape, non-zero if `prediction` is `"eps"`.
+        s: sqrt(1 − ᾱ), same shape.
+
+    Raises:
+        ValueError: an unknown prediction.
+    """
+    if prediction == "eps":
+        return 1 / a, -s / a
+    if prediction == "x0":
+        return a * 0, a * 0 + 1
+    if prediction == "v":
+        return a, -s
+    raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
+
+
+def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """The clean image implied by a network output; `a`, `s` broadcast against the images."""
+    p, q = x0_coefficients(prediction, a, s)
+    return p * x_t + q * output
+
+
+def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """The output that a network would have to give for this clean image; needs s > 0 unless x0."""
+    p, q = x0_coefficients(prediction, a, s)
+    return (x_0 - p * x_t) / q
+
+
+def convert(
+    output: Tensor, source: Prediction, target: Prediction, x_t: Tensor, a: Tensor, s: Tensor
+) -> Tensor:
+    """Turn an output of one kind into another.
+
+    Args:
+        output: `[B, C, H, W]`, of kind `source`.
+        source: what `output` is.
+        target: what to return.
+        x_t: `[B, C, H, W]`.
+        a: sqrt(ᾱ_t), broadcastable to `x_t`; `s` = sqrt(1 − ᾱ_t) likewise.
+        s: see `a`.
+    """
+    if source == target:
+        return output
+    return from_x0(target, to_x0(source, output, x_t, a, s), x_t, a, s)

@@ -1,0 +1,46 @@
+"""Ancestral sampling (Ho et al. 2020, algorithm 2), on all timesteps or a subset of them.
+
+On a subset the chain is the one whose marginals are the schedule's at the timesteps kept, so
+β′_t = 1 − ᾱ_t / ᾱ_{previous} (Nichol & Dhariwal 2021, section 4).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.prediction import Prediction
+from ddpm_engine.samplers.table import CoefficientTable, empty_rows
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_kernels import Column
+
+Variance = Literal["fixed_small", "fixed_large"]
+
+
+def ddpm_table(
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> CoefficientTable:
+    """The table of ancestral sampling.
+
+    Args:
+        schedule: the noise schedule the network was trained on.
+        timesteps: int64 `[S]`, strictly decreasing.
+        prediction: what the network predicts.
+        variance: `fixed_small` is the posterior's β̃_t, right if the data are a single point;
+            `fixed_large` is β_t, right if the data are standard normal (section 3.2).
+    """
+    alpha_bar = schedule.alpha_bar[timesteps]
+    previous = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
+    beta = 1 - alpha_bar / previous
+    posterior_variance = (1 - previous) / (1 - alpha_bar) * beta
+    rows = empty_rows(schedule, timesteps, prediction)
+    rows[:, Column.X0] = previous.sqrt() * beta / (1 - alpha_bar)
+    rows[:, Column.X] = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+    rows[:, Column.NOISE] = (posterior_variance if variance == "fixed_small" else beta).sqrt()
+    rows[-1, Column.NOISE] = 0  # the last step returns the mean
+    return CoefficientTable(timesteps, rows)

@@ -1,0 +1,141 @@
+"""The noise schedule: betas and everything derived from them, in float64.
+
+Float32 tables would err by 5e-4 relative in β_t near t = 0, so nothing is rounded before it reaches
+a kernel. All tensors are `[T]`, float64, on the CPU, indexed by the timestep t = 0 … T − 1 (the
+paper's t − 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I)."""
+
+    betas: Tensor
+    """`[T]` float64, each in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        betas = self.betas
+        if betas.ndim != 1 or betas.dtype != torch.float64 or len(betas) == 0:
+            raise UserError(
+                f"betas are {betas.dtype} of shape {tuple(betas.shape)}; "
+                "a schedule needs a non-empty one-dimensional float64 tensor"
+            )
+        if not bool(((betas > 0) & (betas < 1)).all()):
+            t = int(((betas <= 0) | (betas >= 1) | betas.isnan()).nonzero()[0])
+            raise UserError(f"beta at timestep {t} is {betas[t].item()}; it must lie in (0, 1)")
+
+    @classmethod
+    def linear(
+        cls, timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
+        """β rises linearly (Ho et al. 2020, section 4).
+
+        The end points are made for T = 1000 and are taken as given: with far fewer timesteps, raise
+        `beta_end`, or images are not yet noise at t = T − 1.
+        """
+        _check_timesteps(timesteps)
+        return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
+
+    @classmethod
+    def cosine(
+        cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
+    ) -> NoiseSchedule:
+        """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
+        _check_timesteps(timesteps)
+        u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2).square()
+        return cls._from_curve(alpha_bar, max_beta)
+
+    @classmethod
+    def sigmoid(
+        cls,
+        timesteps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        max_beta: float = 0.999,
+    ) -> NoiseSchedule:
+        """ᾱ falls as a sigmoid from `start` to `end` (Jabri, Fleet & Chen 2022, algorithm 2)."""
+        _check_timesteps(timesteps)
+        u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))
+        alpha_bar = (last - ((u * (end - start) + start) / tau).sigmoid()) / (last - first)
+        return cls._from_curve(alpha_bar, max_beta)
+
+    @classmethod
+    def _from_curve(cls, alpha_bar: Tensor, max_beta: float) -> NoiseSchedule:
+        """From ᾱ at T + 1 points that begin at time zero; only ratios matter."""
+        return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+    @property
+    def timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas(self) -> Tensor:
+        """α_t = 1 − β_t."""
+        return 1 - self.betas
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """ᾱ_t = Π α_s over s ≤ t."""
+        return self.alphas.cumprod(0)
+
+    @cached_property
+    def alpha_bar_previous(self) -> Tensor:
+        """ᾱ_{t−1}, one at t = 0."""
+        return torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
+
+    @cached_property
+    def sqrt_alpha_bar(self) -> Tensor:
+        """sqrt(ᾱ_t), the factor of the image in x_t."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def sqrt_one_minus_alpha_bar(self) -> Tensor:
+        """sqrt(1 − ᾱ_t), the factor of the noise in x_t."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t)."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """β̃_t, the variance of q(x_{t−1} | x_t, x_0) (equation 7); zero at t = 0."""
+        return (1 - self.alpha_bar_previous) / (1 - self.alpha_bar) * self.betas
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> Tensor:
+        """log β̃_t, with the value of t = 1 at t = 0, where β̃ is zero (as in the paper's code)."""
+        variance = self.posterior_variance.clone()
+        variance[0] = variance[1] if self.timesteps > 1 else self.betas[0]
+        return variance.log()
+
+    @cached_property
+    def posterior_mean_x0(self) -> Tensor:
+        """Factor of x_0 in the posterior mean (equation 7)."""
+        return self.alpha_bar_previous.sqrt() * self.betas / (1 - self.alpha_bar)
+
+    @cached_property
+    def posterior_mean_xt(self) -> Tensor:
+        """Factor of x_t in the posterior mean (equation 7)."""
+        return self.alphas.sqrt() * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
+
+
+def _check_timesteps(timesteps: int) -> None:
+    if timesteps < 1:
+        raise UserError(f"timesteps is {timesteps}; a schedule needs at least 1")

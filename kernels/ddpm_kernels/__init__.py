@@ -1,0 +1,30 @@
+"""The fused operations of the diffusion process; a leaf that depends on torch and Triton only.
+
+| operation         | what it fuses                                                        |
+|-------------------|----------------------------------------------------------------------|
+| `q_sample`        | normalise, flip, draw the noise, mix: image → x_t                    |
+| `denoising_loss`  | draw the same noise again, target, weighted squared error, gradient  |
+| `reverse_step`    | guidance, x0 estimate, clip, update, fresh noise: x_t → x_{t-1}      |
+| `group_norm_silu` | GroupNorm, affine, per-sample scale and shift, SiLU; and its gradient |
+
+Each lives in the file of its name: the mathematics, the plain-torch reference that specifies it,
+and the `torch.library` registration. `philox` is the counter map they all draw their noise from.
+"""
+
+from ddpm_kernels.denoising_loss import denoising_loss
+from ddpm_kernels.group_norm_silu import group_norm_silu
+from ddpm_kernels.philox import Stream, bernoulli, gaussian_noise, random_integers
+from ddpm_kernels.q_sample import q_sample
+from ddpm_kernels.reverse_step import Column, reverse_step
+
+__all__ = [
+    "Column",
+    "Stream",
+    "bernoulli",
+    "denoising_loss",
+    "gaussian_noise",
+    "group_norm_silu",
+    "q_sample",
+    "random_integers",
+    "reverse_step",
+]

@@ -1,0 +1,30 @@
+"""Which tensors take the registered operation, and which the reference directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+_forced = False
+
+
+def takes_op(tensor: Tensor) -> bool:
+    """Whether a call on this tensor goes through the registered operation.
+
+    CUDA and ROCm tensors do. Elsewhere the reference is called directly, so that inductor sees
+    plain torch operations and fuses them.
+    """
+    return tensor.is_cuda or _forced
+
+
+@contextmanager
+def force_ops() -> Iterator[None]:
+    """Take the registered operations on every device: the path of a GPU, run on a CPU."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
