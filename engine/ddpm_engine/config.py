@@ -5,8 +5,19 @@ The field docstrings are the help texts of `launch/train.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.prediction import Prediction
+from ddpm_engine.samplers.ddpm import Variance
+from ddpm_engine.samplers.spacing import Spacing
+from ddpm_engine.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -53,3 +64,328 @@ class UNetConfig:
     """Rows of the class embedding, null class included; None: unconditional."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
     """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process and what the network predicts."""
+
+    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
+    """Shape of the noise schedule."""
+    timesteps: int = 1000
+    """T, the length of the chain."""
+    beta_start: float = 1e-4
+    """First beta of the linear schedule."""
+    beta_end: float = 0.02
+    """Last beta of the linear schedule."""
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise, the clean image or the velocity."""
+
+    def build_schedule(self) -> NoiseSchedule:
+        """The noise schedule that this describes."""
+        if self.schedule == "linear":
+            return NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
+        if self.schedule == "cosine":
+            return NoiseSchedule.cosine(self.timesteps)
+        return NoiseSchedule.sigmoid(self.timesteps)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training images come from and how they are read."""
+
+    path: Path = Path("data/shards")
+    """Folder of indexed WebDataset shards."""
+    source: str | None = None
+    """What to make the shards from if the folder is missing, as `make_shards.py` takes it."""
+    horizontal_flip: bool = False
+    """Mirror each image with probability one half."""
+    window_shards: int = 16
+    """Samples are shuffled within windows of this many shuffled shards."""
+    workers: int = 2
+    """Decoding processes of each rank; the order of samples does not depend on it."""
+    max_bad_samples: int = 100
+    """Stop once a rank has replaced more unreadable samples than this."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises from zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; zero makes it Adam."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop."""
+
+    steps: int = 800_000
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Global batch: images of one optimizer step, over all ranks and accumulation."""
+    accumulation: int = 1
+    """Each rank takes its share of the batch in this many pieces."""
+    seed: int = 0
+    """Of weights, data order and all noise."""
+    ema_decay: float = 0.9999
+    """Decay of the weight average that is sampled from (it warms up from 0.1)."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class (class-conditional models)."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the network's arithmetic; no: float32."""
+    allow_slow_bf16: bool = False
+    """Use bf16 even on a CPU that has no fast path for it (a hundred times slower)."""
+    compile: bool = False
+    """Compile the network block by block with torch.compile."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    max_bad_steps: int = 10
+    """Stop after this many non-finite gradients in a row; each is skipped."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn, during training and by default afterwards."""
+
+    sampler: Literal["ddpm"] = "ddpm"
+    """Which coefficient table."""
+    steps: int | None = None
+    """Network evaluations a picture; None: all T."""
+    spacing: Spacing = "trailing"
+    """Which timesteps are visited when there are fewer than T."""
+    variance: Variance = "fixed_large"
+    """Variance of ancestral sampling."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run reports, and how often."""
+
+    every: int = 100
+    """Steps between log lines."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep, two at least."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+    sample_every: int = 10_000
+    """Steps between grids of EMA samples; 0: none."""
+    sample_count: int = 64
+    """Pictures in a grid, always the same ids."""
+    sample_steps: int = 100
+    """Network evaluations a picture of those grids."""
+    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    """Where Accelerate sends the metrics, besides the run's metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    out: Path = Path("runs/run")
+    """The run's directory: configuration, metrics, checkpoints, samples. Run again to resume."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def problems(self) -> list[str]:
+        """Everything wrong with the values themselves, each as a sentence."""
+        at_least = [
+            ("training.steps", self.training.steps, 1),
+            ("training.batch-size", self.training.batch_size, 1),
+            ("training.accumulation", self.training.accumulation, 1),
+            ("training.max-bad-steps", self.training.max_bad_steps, 1),
+            ("optimizer.warmup-steps", self.optimizer.warmup_steps, 0),
+            ("data.workers", self.data.workers, 0),
+            ("data.window-shards", self.data.window_shards, 1),
+            ("data.max-bad-samples", self.data.max_bad_samples, 0),
+            ("log.every", self.log.every, 1),
+            ("log.checkpoint-every", self.log.checkpoint_every, 1),
+            ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
+            ("log.sample-every", self.log.sample_every, 0),
+            ("log.sample-count", self.log.sample_count, 1),
+            ("log.sample-steps", self.log.sample_steps, 1),
+        ]
+        found = [
+            f"--{flag} is {value}; it must be at least {least}"
+            for flag, value, least in at_least
+            if value < least
+        ]
+        for flag, positive in [
+            ("optimizer.learning-rate", self.optimizer.learning_rate),
+            ("optimizer.clip-norm", self.optimizer.clip_norm),
+        ]:
+            if not positive > 0:
+                found.append(f"--{flag} is {positive}; it must be positive")
+        for flag, rate in [
+            ("training.ema-decay", self.training.ema_decay),
+            ("training.label-dropout", self.training.label_dropout),
+            ("model.dropout", self.model.dropout),
+        ]:
+            if not 0 <= rate < 1:
+                found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        if self.model.in_channels != self.model.out_channels:
+            found.append(
+                f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "
+                f"{self.model.in_channels}; they must be equal"
+            )
+        for flag, steps in [
+            ("sampling.steps", self.sampling.steps),
+            ("log.sample-steps", self.log.sample_steps),
+        ]:
+            if steps is not None and steps > self.diffusion.timesteps:
+                found.append(
+                    f"--{flag} is {steps}; there are only --diffusion.timesteps "
+                    f"{self.diffusion.timesteps} to visit"
+                )
+        return found
+
+    def validate(self) -> None:
+        """Raise one `UserError` that reports every problem at once."""
+        if found := self.problems():
+            raise UserError("\n       ".join(found))
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook(Path, lambda value, _: Path(value))
+_converter.register_unstructure_hook(Path, str)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    values: dict[str, Any] = _converter.unstructure(config)
+    return values
+
+
+def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
+    """The inverse of `to_dict`; every unknown or ill-typed entry is reported.
+
+    Raises:
+        UserError: naming `origin` and the entries at fault.
+    """
+    try:
+        return _converter.structure(values, RunConfig)
+    except cattrs.BaseValidationError as error:
+        reasons = "\n       ".join(cattrs.transform_error(error, path="config"))
+        raise UserError(f"{origin} is not a run configuration:\n       {reasons}") from None
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a `config.json`, or that of a run directory.
+
+    Raises:
+        UserError: no such file, not JSON, or not a run configuration.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"there is no configuration at {file}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+    return from_dict(values, str(file))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as indented JSON."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The configuration as `{"training.steps": …}`, named as on the command line."""
+    flat: dict[str, Any] = {}
+
+    def visit(values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            key = prefix + name.replace("_", "-")
+            if isinstance(value, dict):
+                visit(value, key + ".")
+            else:
+                flat[key] = value
+
+    visit(asdict(config), "")
+    return flat
+
+
+def digits() -> RunConfig:
+    """Scikit-learn's handwritten digits at 16×16: minutes on a laptop."""
+    return RunConfig(
+        out=Path("runs/digits"),
+        data=DataConfig(path=Path("data/digits"), source="digits", workers=1),
+        model=UNetConfig(
+            sample_size=16,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
+        training=TrainingConfig(steps=3000, batch_size=128, ema_decay=0.995),
+        sampling=SamplingConfig(steps=250, variance="fixed_small"),
+        log=LogConfig(every=50, checkpoint_every=500, sample_every=1000, sample_steps=50),
+    )
+
+
+def cifar10() -> RunConfig:
+    """CIFAR-10 as Ho et al. 2020: 35.7M parameters, 800k steps."""
+    return RunConfig(
+        out=Path("runs/cifar10"),
+        data=DataConfig(path=Path("data/cifar10"), horizontal_flip=True),
+        model=UNetConfig(dropout=0.1),
+    )
+
+
+def _paper256(name: str, steps: int) -> RunConfig:
+    attending = 4  # the 16×16 level
+    return RunConfig(
+        out=Path("runs") / name,
+        data=DataConfig(path=Path("data") / name, workers=8),
+        model=UNetConfig(
+            sample_size=256,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            down_block_types=tuple(
+                "AttnDownBlock2D" if level == attending else "DownBlock2D" for level in range(6)
+            ),
+            up_block_types=tuple(
+                "AttnUpBlock2D" if level == attending else "UpBlock2D"
+                for level in reversed(range(6))
+            ),
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-5),
+        training=TrainingConfig(steps=steps, batch_size=64),
+        sampling=SamplingConfig(variance="fixed_small"),
+    )
+
+
+def celebahq256() -> RunConfig:
+    """CelebA-HQ at 256×256 as Ho et al. 2020: 114M parameters, 500k steps."""
+    return _paper256("celebahq256", steps=500_000)
+
+
+def lsun256() -> RunConfig:
+    """LSUN Bedroom at 256×256 as Ho et al. 2020: 2.4M steps (Cat: 1.8M, Church: 1.2M)."""
+    return _paper256("lsun256", steps=2_400_000)
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    preset.__name__: preset for preset in (digits, cifar10, celebahq256, lsun256)
+}

@@ -51,6 +51,7 @@ class Stream(IntEnum):
     SHARD_ORDER = 6
     SAMPLE_ORDER = 7
     SUBSTITUTE = 8
+    DROPOUT = 9
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

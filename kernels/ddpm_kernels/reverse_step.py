@@ -9,8 +9,8 @@ A sampler is a table. Row i holds the float64-derived numbers of step i (`Column
     x'   = x · x + output · m + x0 · x̂_0 + Σ_k history_k · h_k + noise · z
 
 where the words on the right are the row's columns, h_k is slot k of a ring of earlier x̂_0, and z
-is standard normal, drawn inside with the row number as the counter's step. The new x̂_0 is written to
-slot (row mod slots) after the ring is read. What the network predicts (ε, x_0, v) is in the first
+is standard normal, drawn inside with the row number as the counter's step. The new x̂_0 is written
+to slot (row mod slots) after the ring is read. What the network predicts (ε, x_0, v) is in the first
 two columns, so the loop needs not know it.
 
 With a network that also predicts its variance (2C output channels), the second half v ∈ [-1, 1]

@@ -8,14 +8,12 @@ time. Positions map to windows by prefix sums. Nothing is stored: to resume is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from ddpm_kernels.philox import Stream, random_words
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import Sampler
 
 from ddpm_engine.errors import UserError
 
@@ -128,56 +126,3 @@ def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range
     share = global_batch // world
     first = step * global_batch + rank * share
     return range(first, first + share)
-
-
-@dataclass(frozen=True)
-class BatchPositions(Sampler[list[int]]):
-    """The positions of each micro-batch of one rank: a batch sampler for a `DataLoader`.
-
-    Every step yields `accumulation` lists, the contiguous parts of `rank_positions`.
-
-    Raises:
-        UserError: the global batch is not divisible by `world` · `accumulation`.
-    """
-
-    global_batch: int
-    """Samples a step, over all ranks and micro-batches."""
-    rank: int = 0
-    """This process."""
-    world: int = 1
-    """Number of processes."""
-    accumulation: int = 1
-    """Micro-batches a step."""
-    start_step: int = 0
-    """First step: where a run resumes."""
-    end_step: int | None = None
-    """One past the last step; None: without end."""
-
-    def __post_init__(self) -> None:
-        rank_positions(self.start_step, self.global_batch, self.rank, self.world)
-        share = self.global_batch // self.world
-        if self.accumulation < 1 or share % self.accumulation:
-            raise UserError(
-                f"{share} samples of each process (global batch {self.global_batch} over "
-                f"{self.world}) do not split into {self.accumulation} accumulation steps; "
-                "choose a global batch divisible by processes × accumulation"
-            )
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start_step
-        while self.end_step is None or step < self.end_step:
-            positions = rank_positions(step, self.global_batch, self.rank, self.world)
-            part = len(positions) // self.accumulation
-            for first in range(0, len(positions), part):
-                yield list(positions[first : first + part])
-            step += 1
-
-    def __len__(self) -> int:
-        """Micro-batches of this rank.
-
-        Raises:
-            TypeError: without end, as for any endless iterable.
-        """
-        if self.end_step is None:
-            raise TypeError("positions without end have no length")
-        return max(0, self.end_step - self.start_step) * self.accumulation

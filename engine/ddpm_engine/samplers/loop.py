@@ -130,9 +130,8 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    timesteps = spaced_timesteps(
-        schedule.timesteps, schedule.timesteps if steps is None else steps, spacing
-    )
+    steps = schedule.timesteps if steps is None else steps
+    timesteps = spaced_timesteps(schedule.timesteps, steps, spacing)
     table = SAMPLERS[sampler](schedule, timesteps, prediction, variance)
     if shape is None:
         shape = model.sample_shape  # type: ignore[attr-defined]

@@ -1,0 +1,129 @@
+"""From a dataset indexed by position to batches, in worker processes or in this one."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Event
+
+from torch.utils.data import DataLoader, Sampler
+
+from ddpm_engine.data.dataset import Sample, ShardDataset, collate
+from ddpm_engine.data.order import rank_positions
+from ddpm_engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPositions(Sampler[list[int]]):
+    """The positions of each micro-batch of one rank: a batch sampler for a `DataLoader`.
+
+    Every step yields `accumulation` lists, the contiguous parts of `rank_positions`.
+
+    Raises:
+        UserError: the global batch is not divisible by `world` · `accumulation`.
+    """
+
+    global_batch: int
+    """Samples a step, over all ranks and micro-batches."""
+    rank: int = 0
+    """This process."""
+    world: int = 1
+    """Number of processes."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    start_step: int = 0
+    """First step: where a run resumes."""
+    end_step: int | None = None
+    """One past the last step; None: without end."""
+
+    def __post_init__(self) -> None:
+        rank_positions(self.start_step, self.global_batch, self.rank, self.world)
+        share = self.global_batch // self.world
+        if self.accumulation < 1 or share % self.accumulation:
+            raise UserError(
+                f"{share} samples of each process (global batch {self.global_batch} over "
+                f"{self.world}) do not split into {self.accumulation} accumulation steps; "
+                "choose a global batch divisible by processes × accumulation"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while self.end_step is None or step < self.end_step:
+            positions = rank_positions(step, self.global_batch, self.rank, self.world)
+            part = len(positions) // self.accumulation
+            for first in range(0, len(positions), part):
+                yield list(positions[first : first + part])
+            step += 1
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank.
+
+        Raises:
+            TypeError: without end, as for any endless iterable.
+        """
+        if self.end_step is None:
+            raise TypeError("positions without end have no length")
+        return max(0, self.end_step - self.start_step) * self.accumulation
+
+
+def make_loader(
+    dataset: ShardDataset,
+    batches: Iterable[list[int]],
+    workers: int = 0,
+    prefetch: int = 4,
+    pin_memory: bool = False,
+) -> DataLoader[Sample]:
+    """Read batches of positions ahead; they come in the order given, whatever `workers` is.
+
+    Workers are persistent and compute with one thread each (torch's rule for workers). They ignore
+    SIGTERM, SIGUSR1 and SIGINT, which schedulers send to the whole process group: the trainer then
+    still gets the batches of the step it is finishing. They end with the loader or the process.
+
+    Args:
+        dataset: what to read.
+        batches: positions of each batch, such as a `BatchPositions`.
+        workers: processes; 0 reads in this one.
+        prefetch: batches read ahead by each worker.
+        pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
+
+    Returns:
+        A loader that yields `Batch`. It knows its rank's share already: do not hand it to
+        `Accelerator.prepare`, which would split it a second time.
+
+    Raises:
+        UserError: `workers` is negative.
+    """
+    if workers < 0:
+        raise UserError(f"workers must be 0 or more, not {workers}")
+    if workers == 0:
+        return DataLoader(
+            dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory
+        )
+    # Python ends daemonic children at exit by SIGTERM and waits for them: that one must be obeyed.
+    exiting = multiprocessing.Event()
+    atexit.register(exiting.set)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        persistent_workers=True,
+        pin_memory=pin_memory,
+        worker_init_fn=partial(_ignore_signals, exiting),
+    )
+
+
+def _ignore_signals(exiting: Event, _worker: int) -> None:
+    def terminate(_signal: int, _frame: object) -> None:
+        if exiting.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

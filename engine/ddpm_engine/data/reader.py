@@ -1,0 +1,79 @@
+"""Reading one sample by its place in the index: one `pread`, a checksum, a decode."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from typing import Any
+
+from ddpm_engine.data.images import DecodeError, Pixels, decode
+from ddpm_engine.data.manifest import ShardSet
+
+MAX_OPEN_SHARDS = 64
+"""Files kept open at a time, well below the usual limit of 1024 a process."""
+
+
+class DamagedSample(Exception):
+    """One sample cannot be used; the message says why."""
+
+
+class ShardReader:
+    """Random access to the images of a set.
+
+    Files are opened when they are first needed and closed when others displace them. A reader can be
+    pickled or inherited by a forked worker: `pread` has no shared position, and descriptors stay
+    behind in a pickle.
+    """
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def image(self, shard: int, row: int, channels: int | None = None) -> Pixels:
+        """Decode the image of one index row: uint8 `[H, W, C]`.
+
+        Raises:
+            DamagedSample: the shard cannot be read or ends early, the checksum differs, or the
+                bytes are not an image that may be decoded.
+        """
+        entry = self._shards.indexes[shard][row]
+        size = int(entry["size"])
+        try:
+            payload = os.pread(self._open(shard), size, int(entry["offset"]))
+        except OSError as error:
+            self._close(shard)
+            raise DamagedSample(f"cannot read the shard ({error.strerror})") from error
+        if len(payload) < size:
+            raise DamagedSample(f"the shard ends {size - len(payload)} bytes early")
+        if zlib.crc32(payload) != entry["crc32"]:
+            raise DamagedSample("checksum differs from the index")
+        try:
+            return decode(payload, entry["extension"].decode("ascii"), channels)
+        except DecodeError as error:
+            raise DamagedSample(str(error)) from error
+
+    def close(self) -> None:
+        """Close every file; reading opens them again."""
+        for shard in list(self._descriptors):
+            self._close(shard)
+
+    def _open(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+        else:
+            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+                self._close(next(iter(self._descriptors)))
+            path = self._shards.directory / self._shards.manifest.shards[shard].name
+            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[shard]
+
+    def _close(self, shard: int) -> None:
+        if shard in self._descriptors:
+            os.close(self._descriptors.pop(shard))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_shards": self._shards, "_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
