@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from ddpm_kernels.philox import Stream, random_integers
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,6 +16,7 @@ from ddpm_engine.data.manifest import ShardSet, open_shards
 from ddpm_engine.data.order import Order
 from ddpm_engine.data.reader import DamagedSample, ShardReader
 from ddpm_engine.errors import UserError
+from ddpm_kernels.philox import Stream, random_integers
 
 MAX_SUBSTITUTES = 64
 """Damaged samples in a row at one position before reading gives up."""

@@ -214,6 +214,9 @@ def _read_index(folder: Path, shard: Shard) -> Index:
     expected = index_dtype(index.dtype["key"].itemsize) if "key" in (index.dtype.names or ()) else 0
     if index.dtype != expected or index.shape != (shard.samples,):
         raise UserError(f"index {path} has unknown rows {index.dtype}; {remedy}")
-    if np.any(index["offset"] + index["size"] > shard.bytes):
+    # Subtracted, not added: the sum of two unsigned numbers could wrap.
+    if np.any(index["offset"] > shard.bytes) or np.any(
+        index["size"] > shard.bytes - index["offset"]
+    ):
         raise UserError(f"index {path} points outside its shard; {remedy}")
     return index

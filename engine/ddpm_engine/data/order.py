@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from ddpm_kernels.philox import Stream, random_words
 from numpy.typing import ArrayLike, NDArray
 
 from ddpm_engine.errors import UserError
+from ddpm_kernels.philox import Stream, random_words
 
 Indices = NDArray[np.int64]
 

@@ -13,7 +13,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.unet.norm import GroupNorm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Query, key, value, each `[B, L, heads, D]` → softmax(query keyᵀ / √D) value, of the same shape."""
+"""Query, key, value, each `[B, L, heads, D]` → softmax(query keyᵀ / √D) value, likewise."""
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

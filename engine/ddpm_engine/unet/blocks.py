@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ddpm_engine.config import UNetConfig
 from ddpm_engine.unet.attention import Attend, Attention
@@ -92,14 +91,14 @@ class Upsample(nn.Module):
 class Checkpointed(nn.Module):
     """A part of the network that can forget its inner activations and recompute them."""
 
-    checkpointing = False
+    checkpoint: Callable[..., Tensor] | None = None
+    """`torch.utils.checkpoint.checkpoint` with its options, or None: keep the activations."""
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if checkpointing."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        if self.checkpoint is None or not torch.is_grad_enabled():
             return function(*inputs)
-        output: Tensor = checkpoint(function, *inputs, use_reentrant=False)
-        return output
+        return self.checkpoint(function, *inputs)
 
 
 class Level(Checkpointed):

@@ -22,7 +22,7 @@ def sinusoidal_embedding(
         timesteps: `[B]`, any real or integer dtype.
         channels: width of the embedding.
         flip_sin_to_cos: cosines first.
-        freq_shift: 1 as in the paper's code, where ω_{h−1} is exactly 1/10000; 0 in some successors.
+        freq_shift: 1 as in the paper's code, where ω_{h−1} is exactly 1/10000; 0 in others.
 
     Returns:
         float32 `[B, channels]`.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from ddpm_kernels import group_norm_silu
 from torch import Tensor, nn
+
+from ddpm_kernels import group_norm_silu
 
 
 class GroupNorm(nn.Module):
@@ -23,8 +24,10 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Normalise; then times 1 + `scale` plus `shift`, both `[N, C]`, if given; then activate."""
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Normalise, apply 1 + `scale` and `shift` if given, each `[N, C]`, and activate."""
         return group_norm_silu(
             x, self.groups, self.weight, self.bias, scale, shift, self.eps, self.activation
         )

@@ -1,0 +1,96 @@
+"""The directory of a run: made once, continued only by the same run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.files import TEMPORARY_SUFFIX, atomic_write
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+_DATA = "data.json"
+
+# What makes a run that run. Everything else may change between one stop and the next start.
+_IDENTITY = (
+    "model.", "diffusion.", "training.seed", "training.batch-size", "training.ema-decay",
+    "training.label-dropout", "data.horizontal-flip", "data.window-shards",
+)  # fmt: skip
+# How the same network is computed, rather than which network it is.
+_NOT_IDENTITY = ("model.attention",)
+
+
+def claim_run_directory(config: RunConfig, fingerprint: str) -> None:
+    """Make the directory and record the configuration there, or check that both are this run's.
+
+    Args:
+        config: the run.
+        fingerprint: of its data.
+
+    Raises:
+        UserError: the directory belongs to another run, or to something that is no run at all, or
+            cannot be written.
+    """
+    out = config.out
+    try:
+        if (out / CONFIG).exists():
+            _check_same_run(load_config(out), config)
+            _check_same_data(out / _DATA, fingerprint)
+        elif out.exists() and (not out.is_dir() or _holds_something(out)):
+            raise UserError(
+                f"--out {out} exists and is not a run directory; choose another, or empty it"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_write(out / CONFIG) as file:
+            file.write(dump_config(config).encode())
+        if not (out / _DATA).exists():
+            with atomic_write(out / _DATA) as file:
+                file.write(json.dumps({"fingerprint": fingerprint}).encode())
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether a folder has anything in it but what an interrupted first start left."""
+    return any(not entry.name.endswith(TEMPORARY_SUFFIX) for entry in out.iterdir())
+
+
+def _check_same_run(before: RunConfig, now: RunConfig) -> None:
+    old, new = flatten(before), flatten(now)
+    changed = {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    essential = {
+        name: values
+        for name, values in changed.items()
+        if name.startswith(_IDENTITY) and name not in _NOT_IDENTITY
+    }
+    if essential:
+        raise UserError(
+            f"--out {now.out} holds another run:\n       {_differences(essential)}\n"
+            "       choose another --out, or continue that run with "
+            f"--config {now.out / CONFIG}"
+        )
+    changed.pop("out", None)
+    if changed:
+        logger.info("since the last start: %s", _differences(changed))
+
+
+def _differences(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name} was {old} and is now {new}" for name, (old, new) in changed.items())
+
+
+def _check_same_data(path: Path, fingerprint: str) -> None:
+    try:
+        recorded = json.loads(path.read_text())["fingerprint"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return  # a run that was killed before it recorded its data has no steps to protect
+    if recorded != fingerprint:
+        raise UserError(
+            f"the run in {path.parent} was trained on data with fingerprint {recorded[:12]}…, but "
+            f"these shards have {fingerprint[:12]}…; give it the same shards, or choose another "
+            "--out"
+        )

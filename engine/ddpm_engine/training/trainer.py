@@ -1,0 +1,473 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ddpm_engine.config import RunConfig, flatten, to_dict
+from ddpm_engine.data import (
+    Batch,
+    BatchPositions,
+    Fault,
+    ShardDataset,
+    make_loader,
+    open_shards,
+    prepare_shards,
+)
+from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
+from ddpm_engine.files import atomic_write
+from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.samplers import sample
+from ddpm_engine.training.accelerator import start_accelerator
+from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
+from ddpm_engine.training.ema import EMA
+from ddpm_engine.training.metrics import MetricsLog
+from ddpm_engine.training.run_directory import claim_run_directory
+from ddpm_engine.training.stop import StopRequest, stop_on_signals
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Stream
+from ddpm_kernels.philox import random_words
+
+logger = logging.getLogger(__name__)
+
+REQUEUE_MARKER = "requeue"
+"""A file of this name in the run directory: the run was told to stop and wants to go on."""
+
+
+class Trainer:
+    """One training run on this process's share of the hardware.
+
+    The state is the weights, their average, the optimizer, the loss scale and the number of steps
+    done; data order and all noise follow from the seed and the step.
+
+    Args:
+        config: the run. Its directory is made, or continued if it holds the same run.
+
+    Raises:
+        UserError: whatever is wrong with the configuration, the data, the directory or the launch.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        config.validate()
+        self.config = config
+        self.accelerator = start_accelerator(config)
+        device = self.accelerator.device
+
+        torch.manual_seed(config.training.seed)
+        model = UNet(config.model)
+        self.dataset = self._open_data()
+        with self.accelerator.main_process_first():
+            claim_run_directory(config, self.dataset.shards.manifest.fingerprint)
+
+        model.to(device)
+        self.ema = EMA(model, config.training.ema_decay)
+        if config.training.activation_checkpointing:
+            model.enable_activation_checkpointing()
+        if config.training.compile:
+            model.compile_regions()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = config.diffusion.build_schedule()
+        self.objective = SimpleObjective(
+            self.schedule,
+            config.diffusion.prediction,
+            config.training.seed,
+            device,
+            horizontal_flip=config.data.horizontal_flip,
+            null_class=model.null_class,
+            label_dropout=config.training.label_dropout,
+        )
+        self.checkpoints = CheckpointStore(
+            config.out / "checkpoints", config.log.keep_checkpoints, config.log.keep_every
+        )
+        self.step = 0
+        self._window = _Window()
+        self._bad_steps = 0
+        self._failed_checkpoints = 0
+        self._faults: list[Fault] = []
+
+    def fit(self) -> None:
+        """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
+
+        Raises:
+            UserError: gradients stay non-finite, or too many samples are unreadable.
+        """
+        training = self.config.training
+        self._resume()
+        marker = self.config.out / REQUEUE_MARKER
+        if self.accelerator.is_main_process:
+            marker.unlink(missing_ok=True)
+        if self.step >= training.steps:
+            logger.info("%s is already trained to step %d", self.config.out, self.step)
+            return
+        metrics = MetricsLog(
+            self.config.out / "metrics.jsonl",
+            self.step,
+            training.steps,
+            active=self.accelerator.is_main_process,
+        )
+        self._start_tracker()
+        self.model.train()
+        try:
+            with stop_on_signals() as stop:
+                self._loop(metrics, stop)
+        finally:
+            metrics.close()
+            self.accelerator.end_training()
+        if stop:
+            if self.accelerator.is_main_process:
+                with atomic_write(marker) as file:
+                    file.write(f"stopped at step {self.step}\n".encode())
+            logger.info("stopped at step %d; run the same command to go on", self.step)
+
+    def _loop(self, metrics: MetricsLog, stop: StopRequest) -> None:
+        training, log = self.config.training, self.config.log
+        batches = self._batches()
+        while self.step < training.steps:
+            started = time.perf_counter()
+            stopping = self._train_step(batches, stop)
+            self._window.seconds += time.perf_counter() - started
+            self.step += 1
+            metrics.advance()
+            last = self.step == training.steps or stopping
+            if self.step % log.every == 0 or self.step == training.steps:
+                self._report(metrics)
+            if self.step % log.checkpoint_every == 0 or last:
+                self._save()
+            if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
+                self._draw_grid()
+            if stopping:
+                return
+
+    def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+        """Take one optimizer step; returns whether any rank was asked to stop."""
+        training = self.config.training
+        learning_rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Dropout is the network's only randomness of its own; seeding it leaves no state to save.
+        torch.manual_seed(self._dropout_seed())
+
+        loss = torch.zeros((), device=self.accelerator.device)
+        for _ in range(training.accumulation):
+            waited = time.perf_counter()
+            batch = next(batches)
+            self._window.waiting += time.perf_counter() - waited
+            self._note_faults(batch.faults)
+            with self.accelerator.accumulate(self.model):
+                micro_loss = self.objective(self.model, batch).mean()
+                self.accelerator.backward(micro_loss)
+            loss += micro_loss.detach() / training.accumulation
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.optimizer.clip_norm
+        )
+        asked = torch.tensor(float(bool(stop)), device=loss.device)
+        mean_loss, asked_share = self.accelerator.reduce(
+            torch.stack([loss, asked]), reduction="mean"
+        ).tolist()
+        # Gradients are the same on every rank by now, so all of them decide alike.
+        norm_value = float(norm)
+        finite = norm_value - norm_value == 0
+        if finite or self.accelerator.scaler is not None:  # the loss scaler skips by itself
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if finite:
+            self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+            self._window.add(mean_loss, norm_value)
+            self._bad_steps = 0
+        else:
+            self._note_bad_step(mean_loss, norm_value)
+        return asked_share > 0
+
+    def _note_bad_step(self, loss: float, norm: float) -> None:
+        self._bad_steps += 1
+        self._window.skipped += 1
+        first = self.step * self.config.training.batch_size
+        last = first + self.config.training.batch_size - 1
+        logger.warning(
+            "step %d is skipped: loss %s, gradient norm %s; samples at positions %d to %d",
+            self.step + 1, loss, norm, first, last,
+        )  # fmt: skip
+        if self._bad_steps >= self.config.training.max_bad_steps:
+            raise UserError(
+                f"the gradient was not finite for {self._bad_steps} steps in a row, lastly at step "
+                f"{self.step + 1} (loss {loss}, positions {first} to {last}); the last checkpoint "
+                f"is sound. Lower --optimizer.learning-rate "
+                f"({self.config.optimizer.learning_rate}) or use --training.precision no "
+                f"({self.config.training.precision})"
+            )
+
+    def _note_faults(self, faults: list[Fault]) -> None:
+        for fault in faults:
+            logger.warning("replaced an unreadable sample: %s", fault)
+        self._faults += faults
+        allowed = self.config.data.max_bad_samples
+        if len(self._faults) > allowed:
+            raise UserError(
+                f"{len(self._faults)} samples of {self.config.data.path} were unreadable, more "
+                f"than --data.max-bad-samples {allowed}; the last is {self._faults[-1]}. "
+                "Check them with launch/make_shards.py verify"
+            )
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, from the step alone."""
+        optimizer = self.config.optimizer
+        return optimizer.learning_rate * min(1.0, (self.step + 1) / max(optimizer.warmup_steps, 1))
+
+    def _dropout_seed(self) -> int:
+        rank = torch.tensor([self.accelerator.process_index])
+        low, high = random_words(self.config.training.seed, rank, 2, self.step, Stream.DROPOUT)[0]
+        return int(low) | int(high) << 32
+
+    def _batches(self) -> Iterator[Batch]:
+        positions = BatchPositions(
+            self.config.training.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.config.training.accumulation,
+            start_step=self.step,
+            end_step=self.config.training.steps,
+        )
+        return iter(
+            make_loader(
+                self.dataset,
+                positions,
+                self.config.data.workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+
+    def _open_data(self) -> ShardDataset:
+        data, model = self.config.data, self.config.model
+        with self.accelerator.main_process_first():
+            if data.source is not None and self.accelerator.is_main_process:
+                prepare_shards(data.path, data.source, model.sample_size)
+        shards = open_shards(data.path)
+        stored, wanted = shards.manifest, (model.sample_size, model.sample_size, model.in_channels)
+        for flag, has, wants in zip(
+            ("model.sample-size", "model.sample-size", "model.in-channels"),
+            (stored.height, stored.width, stored.channels),
+            wanted,
+            strict=True,
+        ):
+            if has is not None and has != wants:
+                raise UserError(
+                    f"images in {data.path} are {stored.height}×{stored.width} with "
+                    f"{stored.channels} channels but --{flag} is {wants}; set it to {has}, or make "
+                    "the shards anew with launch/make_shards.py --size"
+                )
+        if model.num_class_embeds is not None:
+            _check_labels(data.path, shards.highest_label, model.num_class_embeds)
+        return ShardDataset(
+            shards,
+            self.config.training.seed,
+            size=model.sample_size,
+            channels=model.in_channels,
+            window_shards=data.window_shards,
+        )
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the training state, by part and name."""
+        return {
+            "model": _tensors(get_model_state_dict(self.accelerator.unwrap_model(self.model))),
+            "ema": _tensors(get_model_state_dict(self.ema.model)),
+            "optimizer": _tensors(self._optimizer_state()),
+        }
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        # Flat names, so that tensors can be stored one by one and resharded.
+        return get_optimizer_state_dict(
+            self.accelerator.unwrap_model(self.model),
+            self.optimizer.optimizer,
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+
+    def _save(self) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "config": to_dict(self.config),
+            "samples_seen": self.step * self.config.training.batch_size,
+            "seed": self.config.training.seed,
+            "data": self.dataset.shards.manifest.fingerprint,
+            "window": self._window.state(),
+            "bad_steps": self._bad_steps,
+            "loss_scale": None if scaler is None else scaler.state_dict(),
+        }
+        started = time.perf_counter()
+        try:
+            self.checkpoints.save(self.step, self._parts(), state)
+        except OSError as error:
+            self._failed_checkpoints += 1
+            logger.error(
+                "checkpoint of step %d failed (failure %d of this run): %s. Training goes on; "
+                "older checkpoints are untouched",
+                self.step, self._failed_checkpoints, error,
+            )  # fmt: skip
+            return
+        self._window.checkpoint_seconds += time.perf_counter() - started
+
+    def _resume(self) -> None:
+        checkpoint, rejected = self.checkpoints.newest()
+        for reason in rejected:
+            logger.warning("cannot use %s", reason)
+        if checkpoint is None:
+            if rejected:
+                raise UserError(
+                    f"none of the checkpoints in {self.checkpoints.directory} can be used (reasons "
+                    "above); restore one, or choose another --out to start again"
+                )
+            return
+        self._load(checkpoint)
+        logger.info("resuming %s from step %d", self.config.out, self.step)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        load_part(checkpoint.path, "model", _tensors(get_model_state_dict(model)))
+        load_part(checkpoint.path, "ema", _tensors(get_model_state_dict(self.ema.model)))
+        optimizer_state = self._optimizer_state()
+        load_part(checkpoint.path, "optimizer", _tensors(optimizer_state))
+        set_optimizer_state_dict(
+            model,
+            self.optimizer.optimizer,
+            optimizer_state,
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+        if self.accelerator.scaler is not None and checkpoint.state["loss_scale"] is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["loss_scale"])
+        self.step = checkpoint.step
+        self._window = _Window(**checkpoint.state["window"])
+        self._bad_steps = checkpoint.state["bad_steps"]
+
+    def _start_tracker(self) -> None:
+        if self.config.log.tracker == "none":
+            return
+        scalars = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in flatten(self.config).items()
+        }
+        # Entries beyond the checkpoint resumed from are hidden: they are about to be made again.
+        self.accelerator.init_trackers(
+            "tensorboard", scalars, init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
+        )
+
+    def _report(self, metrics: MetricsLog) -> None:
+        window, batch_size = self._window, self.config.training.batch_size
+        steps = max(window.steps + window.skipped, 1)
+        values = {
+            "loss": window.loss / max(window.steps, 1),
+            "grad_norm": window.grad_norm / max(window.steps, 1),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "config": to_dict(self.config),
+            "samples_seen": self.step * batch_size,
+            "skipped_steps": window.skipped,
+            "bad_samples": len(self._faults),
+            "failed_checkpoints": self._failed_checkpoints,
+            "images_per_second": steps * batch_size / max(window.seconds, 1e-9),
+            "data_wait_percent": 100 * window.waiting / max(window.seconds, 1e-9),
+            "checkpoint_seconds": window.checkpoint_seconds,
+        }
+        metrics.record(self.step, values, window.seconds / steps)
+        self.accelerator.log(values, step=self.step)
+        self._window = _Window()
+
+    def _draw_grid(self) -> None:
+        """Draw the same ids with the averaged weights, each rank its share."""
+        log, ranks = self.config.log, self.accelerator.num_processes
+        share = -(-log.sample_count // ranks)
+        ids = torch.arange(share, device=self.accelerator.device) * ranks
+        ids += self.accelerator.process_index
+        labels = None
+        if self.ema.model.null_class is not None:
+            labels = ids % self.ema.model.null_class
+        with self.accelerator.autocast():
+            pictures = sample(
+                self.ema.model,
+                self.schedule,
+                sample_ids=ids,
+                seed=self.config.training.seed,
+                steps=min(log.sample_steps, self.schedule.timesteps),
+                sampler=self.config.sampling.sampler,
+                spacing=self.config.sampling.spacing,
+                # The smaller variance suits the few steps that a preview takes.
+                variance="fixed_small",
+                prediction=self.config.diffusion.prediction,
+                labels=labels,
+            )
+        gathered, gathered_ids = self.accelerator.gather((pictures, ids))
+        if self.accelerator.is_main_process:
+            in_order = gathered[gathered_ids.argsort()][: log.sample_count]
+            path = self.config.out / "samples" / f"step-{self.step:08d}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                save_png(grid(to_uint8(in_order)), path)
+            except OSError as error:
+                logger.error("could not write %s: %s", path, error)
+
+
+class _Window:
+    """What has happened since the last log line; saved, so that a resumed run logs the same."""
+
+    def __init__(
+        self,
+        steps: int = 0,
+        skipped: int = 0,
+        loss: float = 0.0,
+        grad_norm: float = 0.0,
+        seconds: float = 0.0,
+        waiting: float = 0.0,
+        checkpoint_seconds: float = 0.0,
+    ) -> None:
+        self.steps = steps
+        self.skipped = skipped
+        self.loss = loss
+        self.grad_norm = grad_norm
+        self.seconds = seconds
+        self.waiting = waiting
+        self.checkpoint_seconds = checkpoint_seconds
+
+    def add(self, loss: float, grad_norm: float) -> None:
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm += grad_norm
+
+    def state(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def _check_labels(path: Path, highest_label: int | None, embeddings: int) -> None:
+    if highest_label is None:
+        raise UserError(
+            f"--model.num-class-embeds is {embeddings} but samples in {path} have no labels; make "
+            "shards with labels, or leave it unset for an unconditional model"
+        )
+    if highest_label + 2 > embeddings:
+        raise UserError(
+            f"--model.num-class-embeds is {embeddings} but labels in {path} go up to "
+            f"{highest_label}; it must be at least {highest_label + 2}, one more than the classes, "
+            "for the null class"
+        )
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
