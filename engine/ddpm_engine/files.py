@@ -16,9 +16,9 @@ TEMPORARY_SUFFIX = ".tmp"
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open `path` for binary writing; it appears complete when the block ends, or not at all.
 
-    The bytes go to `<path>.tmp` beside it, which is fsynced and renamed over `path`; then the folder
-    is fsynced. On an error the temporary is removed and whatever `path` held before stays. Only one
-    process may write one path at a time.
+    The bytes go to `<path>.tmp` beside it, which is fsynced and renamed over `path`; then the
+    folder is fsynced. On an error the temporary is removed and whatever `path` held before stays.
+    Only one process may write one path at a time.
 
     Raises:
         OSError: as the operating system reports it (no space left, permission denied, ...).

@@ -69,7 +69,8 @@ def group_norm_silu(
             x, groups, weight, bias, scale, shift, eps, activation
         )
         return y
-    return group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
+    y, _, _ = group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
+    return y
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -78,6 +79,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _per_pixel(per_channel: Tensor) -> Tensor:
     return per_channel[..., None, None]
+
+
+def _group_mean(sums: Tensor, groups: int, pixels: int) -> Tensor:
+    """From sums over each channel's pixels, `[N, C]`, to means over each group, `[N, groups]`."""
+    per_group = sums.unflatten(1, (groups, -1))
+    return per_group.sum(-1) / (per_group.shape[-1] * pixels)
 
 
 def group_norm_silu_reference(
@@ -89,22 +96,25 @@ def group_norm_silu_reference(
     shift: Tensor | None,
     eps: float,
     activation: str,
-) -> Tensor:
-    """What `group_norm_silu` computes, in torch operations that autograd and inductor know."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `group_norm_silu` computes; returns y, and the mean and rstd of each group, `[N, G]`.
+
+    Not `F.group_norm`: on channels-last CPU tensors torch takes the variance as E[x²] − E[x]²,
+    which loses every digit once the mean is 1000 times the deviation, and one at 256×256 pixels.
+    """
     dtype = _compute_dtype(x)
-    # torch's channels-last CPU kernel takes E[x²] − E[x]², which loses everything once the mean is
-    # large against the deviation. The result does not change when a constant is subtracted from a
-    # group, so subtract one of its own values.
-    pivot = x.detach()[:, :: x.shape[1] // groups, :1, :1].repeat_interleave(
-        x.shape[1] // groups, dim=1
-    )
-    centred = x.to(dtype) - pivot.to(dtype)
-    z = F.group_norm(centred, groups, weight.to(dtype), bias.to(dtype), eps)
-    if scale is not None and shift is not None:
-        z = z * (1 + _per_pixel(scale.to(dtype))) + _per_pixel(shift.to(dtype))
+    channels, pixels = x.shape[1] // groups, x.shape[2] * x.shape[3]
+    wide = x.to(dtype)
+    mean = _group_mean(wide.sum((2, 3)), groups, pixels)
+    centred = wide - _per_pixel(mean.repeat_interleave(channels, dim=1))
+    variance = _group_mean(centred.square().sum((2, 3)), groups, pixels)
+    rstd = (variance + eps).rsqrt()
+    gain, offset = _affine(weight, bias, scale, shift, dtype)
+    gain = gain * rstd.repeat_interleave(channels, dim=1)
+    z = torch.addcmul(_per_pixel(offset), centred, _per_pixel(gain))
     if activation == "silu":
         z = F.silu(z)
-    return z.to(x.dtype)
+    return z.to(x.dtype), mean, rstd
 
 
 def _affine(
@@ -134,13 +144,11 @@ def _forward(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y and, for the backward pass, mean and rstd, each `[N, groups]`."""
-    dtype = _compute_dtype(x)
-    grouped = x.to(dtype).unflatten(1, (groups, -1))
-    mean = grouped.mean((2, 3, 4), keepdim=True)
-    rstd = ((grouped - mean).square().mean((2, 3, 4)) + eps).rsqrt()
-    y = group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
-    return y.contiguous(memory_format=_channels_last_if(x)), mean.flatten(1), rstd
+    """Returns y and, for the backward pass, the mean and rstd of each group, `[N, groups]`."""
+    y, mean, rstd = group_norm_silu_reference(
+        x, groups, weight, bias, scale, shift, eps, activation
+    )
+    return y.contiguous(memory_format=_channels_last_if(x)), mean, rstd
 
 
 @_forward.register_fake
@@ -185,11 +193,11 @@ def _backward(
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
     a, b = (dz * x_hat).sum((2, 3)), dz.sum((2, 3))
 
-    def group_mean(per_channel: Tensor) -> Tensor:
-        sums = per_channel.unflatten(1, (groups, channels)).sum(-1)
-        return (sums / (channels * x.shape[2] * x.shape[3])).repeat_interleave(channels, dim=1)
-
-    c1, c2 = group_mean(gain * a), group_mean(gain * b)
+    pixels = x.shape[2] * x.shape[3]
+    c1, c2 = (
+        _group_mean(gain * sums, groups, pixels).repeat_interleave(channels, dim=1)
+        for sums in (a, b)
+    )
     dx = _per_pixel(rstd_c) * (_per_pixel(gain) * dz - _per_pixel(c2) - x_hat * _per_pixel(c1))
     if scale is None:
         d_scale = d_shift = x.new_empty(0)

@@ -14,27 +14,12 @@ from torch.utils.data import Dataset
 from ddpm_engine.data.images import Pixels, fit
 from ddpm_engine.data.manifest import ShardSet, open_shards
 from ddpm_engine.data.order import Order
-from ddpm_engine.data.reader import DamagedSample, ShardReader
+from ddpm_engine.data.reader import DamagedSample, Fault, ShardReader
 from ddpm_engine.errors import UserError
 from ddpm_kernels.philox import Stream, random_integers
 
 MAX_SUBSTITUTES = 64
 """Damaged samples in a row at one position before reading gives up."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A sample that could not be used and was replaced."""
-
-    shard: str
-    """File name of its shard."""
-    key: str
-    """Its WebDataset key."""
-    reason: str
-    """What is wrong with it."""
-
-    def __str__(self) -> str:
-        return f"{self.shard}: sample {self.key!r}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +72,8 @@ class Batch:
 class ShardDataset(Dataset[Sample]):
     """Samples by position in the order of training (see `Order`), each read with one `pread`.
 
-    A damaged sample is replaced by another that its position determines, so that nothing else moves,
-    and is named in the faults of the sample that came instead.
+    A damaged sample is replaced by another that its position determines, so that nothing else
+    moves, and is named in the faults of the sample that came instead.
 
     Args:
         shards: an open set, or the folder of one.
@@ -98,8 +83,8 @@ class ShardDataset(Dataset[Sample]):
         window_shards: shards whose samples are mixed.
 
     Raises:
-        UserError: not a finished set, or its images differ in size or channels and the argument that
-            would make them equal is None.
+        UserError: not a finished set, or its images differ in size or channels and the argument
+            that would make them equal is None.
     """
 
     def __init__(
@@ -121,7 +106,9 @@ class ShardDataset(Dataset[Sample]):
         if height is None or width is None:
             raise UserError(f"images in {folder} differ in size: choose one image size")
         if channels is None:
-            raise UserError(f"images in {folder} are partly grey, partly RGB: choose channels 1 or 3")
+            raise UserError(
+                f"images in {folder} are partly grey, partly RGB: choose channels 1 or 3"
+            )
         self.shape = (channels, height, width)
         self.order = Order([shard.samples for shard in manifest.shards], seed, window_shards)
         self._size = size
@@ -151,17 +138,16 @@ class ShardDataset(Dataset[Sample]):
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
             row = sample - int(self._starts[shard])
-            entry = self.shards.indexes[shard][row]
             try:
                 image = self._reader.image(shard, row, channels)
                 if self._size is not None:
                     image = fit(image, self._size)
                 if image.shape != (height, width, channels):
                     raise DamagedSample(f"shape {list(image.shape)} is not the set's")
-                return Sample(image, int(entry["label"]), position, tuple(faults))
+                label = int(self.shards.indexes[shard][row]["label"])
+                return Sample(image, label, position, tuple(faults))
             except DamagedSample as damage:
-                name = self.shards.manifest.shards[shard].name
-                faults.append(Fault(name, entry["key"].decode("utf-8", "replace"), str(damage)))
+                faults.append(self._reader.fault(shard, row, str(damage)))
             # Keyed by the position, like the order: a resumed run meets the same substitute.
             sample = int(
                 random_integers(

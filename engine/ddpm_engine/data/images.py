@@ -63,8 +63,8 @@ def probe(payload: bytes, extension: str) -> tuple[int, int, int]:
 def decode(payload: bytes, extension: str, channels: int | None = None) -> Pixels:
     """Decode an image to uint8 `[H, W, C]`.
 
-    Grey images have C = 1, all others C = 3. 16-bit grey keeps its high byte. Transparent images are
-    composited over white, since the colour under a transparent pixel is arbitrary. The EXIF
+    Grey images have C = 1, all others C = 3. 16-bit grey keeps its high byte. Transparent images
+    are composited over white, since the colour under a transparent pixel is arbitrary. The EXIF
     orientation is applied: the array is the picture that a viewer shows.
 
     Args:
@@ -156,7 +156,9 @@ def extension_of(payload: bytes) -> str:
         DecodeError: none of the formats that can be decoded.
     """
     try:
-        found = Image.open(io.BytesIO(payload), formats=sorted(set(_PILLOW_FORMATS.values()))).format
+        found = Image.open(
+            io.BytesIO(payload), formats=sorted(set(_PILLOW_FORMATS.values()))
+        ).format
     except Exception as error:
         raise DecodeError(f"not a {', '.join(_PILLOW_FORMATS)} image") from error
     return next(name for name, known in _PILLOW_FORMATS.items() if known == found)
@@ -208,7 +210,9 @@ def _npy_shape(stream: io.BytesIO, length: int) -> tuple[int, int, int]:
     """Check an npy header against the bytes that follow; leaves the stream at the first of them."""
     try:
         version = npy.read_magic(stream)
-        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[
+            version
+        ]
         shape, _, dtype = read_header(stream)
     except Exception as error:
         raise DecodeError(f"not an npy array ({error})") from error

@@ -101,9 +101,7 @@ def make_loader(
     if workers < 0:
         raise UserError(f"workers must be 0 or more, not {workers}")
     if workers == 0:
-        return DataLoader(
-            dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory
-        )
+        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
     # Python ends daemonic children at exit by SIGTERM and waits for them: that one must be obeyed.
     exiting = multiprocessing.Event()
     atexit.register(exiting.set)

@@ -1,7 +1,7 @@
 """What lies beside the shards: an index of each, and the manifest of the whole set.
 
     <shard>.tar         a standard WebDataset shard
-    <shard>.index.npy   one row a sample (`index_dtype`): where its image is, its checksum, its label
+    <shard>.index.npy   one row a sample (`index_dtype`): place of its image, checksum, label
     manifest.json       written last: a folder without one is not a finished set
 
 The fingerprint is a hash of the shards' hashes in order. It names the data in every checkpoint.
@@ -121,6 +121,12 @@ class ShardSet:
     indexes: tuple[Index, ...]
     """Of each shard, rows of `index_dtype`."""
 
+    @property
+    def highest_label(self) -> int | None:
+        """The greatest label that occurs; None for a set without labels."""
+        highest = max((int(index["label"].max(initial=-1)) for index in self.indexes), default=-1)
+        return None if highest < 0 else highest
+
 
 def open_shards(directory: str | os.PathLike[str]) -> ShardSet:
     """Open a finished set: read its manifest and indexes, and compare them with the files.
@@ -132,7 +138,7 @@ def open_shards(directory: str | os.PathLike[str]) -> ShardSet:
             the message names the file and the remedy.
     """
     folder = Path(directory)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     for shard in manifest.shards:
         path = folder / shard.name
         try:
@@ -147,10 +153,20 @@ def open_shards(directory: str | os.PathLike[str]) -> ShardSet:
                 f"shard {path} has {size} bytes, its manifest says {shard.bytes}: restore it, or "
                 f"delete {MANIFEST_NAME} and run 'make_shards.py index {folder}' if it was replaced"
             )
-    return ShardSet(folder, manifest, tuple(_read_index(folder, s) for s in manifest.shards))
+    indexes = tuple(read_index(folder, shard) for shard in manifest.shards)
+    shards = ShardSet(folder, manifest, indexes)
+    highest = shards.highest_label
+    if highest is not None and highest >= len(manifest.classes or ()):
+        raise _damaged(folder / MANIFEST_NAME, f"it names no class {highest}")
+    return shards
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Read a set's manifest without looking at its shards.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise UserError(f"no folder of shards at {folder}; make one with 'make_shards.py SOURCE'")
@@ -191,6 +207,9 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
         if not (isinstance(shard.samples, int) and isinstance(shard.bytes, int)):
             raise ValueError(f"shard {shard.name} has no counts")
     classes = content["classes"]
+    for name in ("height", "width", "channels"):
+        if not isinstance(content[name], int | None):
+            raise ValueError(f"{name} is {content[name]!r}")
     return Manifest(
         shards=shards,
         height=content["height"],
@@ -200,20 +219,26 @@ def _parse_manifest(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _read_index(folder: Path, shard: Shard) -> Index:
+def read_index(folder: Path, shard: Shard) -> Index:
+    """Read one shard's index: rows of `index_dtype`.
+
+    Raises:
+        UserError: it is missing, or not what the manifest describes.
+    """
     path = folder / shard.index_name
     remedy = f"delete {MANIFEST_NAME} and run 'make_shards.py index {folder}'"
     try:
-        intact = sha256_of(path) == shard.index_sha256
-        index: Index = np.load(path, allow_pickle=False) if intact else np.empty(0)
-    except (OSError, ValueError) as error:
-        raise UserError(f"index {path} cannot be read ({error}); {remedy}") from error
-    if not intact:
-        raise UserError(f"index {path} is not the one its manifest describes; {remedy}")
-    # An honest hash of a hostile index is still a hostile index.
-    expected = index_dtype(index.dtype["key"].itemsize) if "key" in (index.dtype.names or ()) else 0
-    if index.dtype != expected or index.shape != (shard.samples,):
-        raise UserError(f"index {path} has unknown rows {index.dtype}; {remedy}")
+        if sha256_of(path) != shard.index_sha256:
+            raise UserError(f"index {path} is not the one its manifest describes; {remedy}")
+        index = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"index {path} cannot be read ({error.strerror}); {remedy}") from error
+    # The hash is right, but it came with the data: the rows are checked too.
+    names = getattr(index, "dtype", np.dtype(np.uint8)).names or ()
+    if "key" not in names or index.dtype != index_dtype(index.dtype["key"].itemsize):
+        raise UserError(f"index {path} has other rows than this engine's; {remedy}")
+    if index.shape != (shard.samples,):
+        raise UserError(f"index {path} has {len(index)} rows for {shard.samples} samples; {remedy}")
     # Subtracted, not added: the sum of two unsigned numbers could wrap.
     if np.any(index["offset"] > shard.bytes) or np.any(
         index["size"] > shard.bytes - index["offset"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from ddpm_engine.data.images import DecodeError, Pixels, decode
@@ -14,6 +15,22 @@ MAX_OPEN_SHARDS = 64
 """Files kept open at a time, well below the usual limit of 1024 a process."""
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something in a set that cannot be used."""
+
+    shard: str
+    """File name of the shard."""
+    key: str | None
+    """WebDataset key of the sample; None for the shard itself."""
+    reason: str
+    """What is wrong with it."""
+
+    def __str__(self) -> str:
+        sample = "" if self.key is None else f"sample {self.key!r}: "
+        return f"{self.shard}: {sample}{self.reason}"
+
+
 class DamagedSample(Exception):
     """One sample cannot be used; the message says why."""
 
@@ -21,9 +38,9 @@ class DamagedSample(Exception):
 class ShardReader:
     """Random access to the images of a set.
 
-    Files are opened when they are first needed and closed when others displace them. A reader can be
-    pickled or inherited by a forked worker: `pread` has no shared position, and descriptors stay
-    behind in a pickle.
+    Files are opened when they are first needed and closed when others displace them. A reader can
+    be pickled or inherited by a forked worker: `pread` has no shared position, and descriptors
+    stay behind in a pickle.
     """
 
     def __init__(self, shards: ShardSet) -> None:
@@ -52,6 +69,11 @@ class ShardReader:
             return decode(payload, entry["extension"].decode("ascii"), channels)
         except DecodeError as error:
             raise DamagedSample(str(error)) from error
+
+    def fault(self, shard: int, row: int, reason: str) -> Fault:
+        """Describe what is wrong with one index row."""
+        key = self._shards.indexes[shard][row]["key"].decode("utf-8", "replace")
+        return Fault(self._shards.manifest.shards[shard].name, key, reason)
 
     def close(self) -> None:
         """Close every file; reading opens them again."""

@@ -224,15 +224,13 @@ class UNet(nn.Module):
         return self.config.in_channels, self.config.sample_size, self.config.sample_size
 
     @property
-    def null_class(self) -> int:
+    def null_class(self) -> int | None:
         """The label that stands for "no class" in classifier-free guidance: the last one.
 
-        Raises:
-            ValueError: the network is unconditional.
+        None for an unconditional network.
         """
-        if self.config.num_class_embeds is None:
-            raise ValueError("this U-Net is unconditional (num_class_embeds is None)")
-        return self.config.num_class_embeds - 1
+        embeddings = self.config.num_class_embeds
+        return None if embeddings is None else embeddings - 1
 
     def regions(self) -> list[nn.Module]:
         """Return the submodules worth compiling one by one: residual and attention blocks.

@@ -1,0 +1,80 @@
+"""Reading every byte of a set and naming what is damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_engine.data.manifest import Index, Shard, ShardSet, index_dtype, read_index, read_manifest
+from ddpm_engine.data.reader import DamagedSample, Fault, ShardReader
+from ddpm_engine.data.shards import scan_tar
+from ddpm_engine.errors import UserError
+from ddpm_engine.files import sha256_of
+
+
+def verify(
+    directory: str | os.PathLike[str],
+    progress: Callable[[Iterable[Shard]], Iterable[Shard]] = iter,
+) -> list[Fault]:
+    """Check a finished set against its manifest and indexes, and decode every image.
+
+    Args:
+        directory: the set's folder.
+        progress: wraps the shards that are gone through, such as `tqdm.tqdm`.
+
+    Returns:
+        Everything damaged, empty for a sound set: missing or altered shards and indexes, and each
+        sample whose checksum, image or label is wrong.
+
+    Raises:
+        UserError: no finished set there, or its manifest is damaged.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    faults: list[Fault] = []
+    indexes: list[Index] = []
+    for shard in manifest.shards:
+        try:
+            indexes.append(read_index(folder, shard))
+        except UserError as error:
+            faults.append(Fault(shard.name, None, str(error)))
+            indexes.append(np.empty(0, index_dtype(1)))
+    shards = ShardSet(folder, manifest, tuple(indexes))
+    reader = ShardReader(shards)
+    for number, shard in enumerate(progress(manifest.shards)):
+        faults += _shard_faults(shards, number, shard)
+        for row in range(len(indexes[number])) if (folder / shard.name).exists() else ():
+            try:
+                reader.image(number, row)
+            except DamagedSample as damage:
+                faults.append(reader.fault(number, row, str(damage)))
+    reader.close()
+    return faults
+
+
+def _shard_faults(shards: ShardSet, number: int, shard: Shard) -> list[Fault]:
+    """The file as a whole and, where it was altered, its structure and labels."""
+    path = shards.directory / shard.name
+    try:
+        size, digest = path.stat().st_size, sha256_of(path)
+    except OSError as error:
+        return [Fault(shard.name, None, f"cannot be read ({error.strerror})")]
+    if digest == shard.sha256:
+        return []
+    faults = [Fault(shard.name, None, "the file's SHA-256 differs from the manifest")]
+    if size != shard.bytes:
+        faults.append(Fault(shard.name, None, f"{size} bytes, the manifest says {shard.bytes}"))
+    index = shards.indexes[number]
+    labels = dict(zip(index["offset"].tolist(), index["label"].tolist(), strict=True))
+    try:
+        for sample in scan_tar(path):
+            if sample.damage:
+                faults.append(Fault(shard.name, sample.key, sample.damage))
+            elif labels.get(sample.image.offset_data, sample.label) != sample.label:
+                faults.append(Fault(shard.name, sample.key, "label differs from the index"))
+    except UserError as error:
+        faults.append(Fault(shard.name, None, str(error)))
+    return faults

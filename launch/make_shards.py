@@ -1,0 +1,104 @@
+"""Pack images into WebDataset shards, index shards made elsewhere, or verify a set.
+
+    make_shards.py SOURCE --out DIR [--size N] [--channels 1|3] [--per-shard K] [--format png]
+    make_shards.py index DIR
+    make_shards.py verify DIR
+
+Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from ddpm_engine.data import Manifest, index_shards, open_source, write_shards
+from ddpm_engine.data import verify as find_damage
+from ddpm_engine.data.manifest import Shard
+from ddpm_engine.errors import exit_on_user_error
+
+
+def pack(
+    source: tyro.conf.Positional[str],
+    out: Path,
+    size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    per_shard: int = 10_000,
+    image_format: Annotated[
+        Literal["png", "jpg", "webp", "npy"], tyro.conf.arg(name="format")
+    ] = "png",
+) -> int:
+    """Pack a source into shards (also: make_shards.py index DIR, make_shards.py verify DIR).
+
+    Args:
+        source: a folder of images (class folders become labels), an .npz file, CIFAR's binary
+            version, an IDX file, hf:NAME[:SPLIT], or digits.
+        out: folder to make.
+        size: cut the central square and resize it to so many pixels a side.
+        channels: convert to 1 (grey) or 3 (RGB).
+        per_shard: images of each shard.
+        image_format: png, webp and npy are lossless.
+    """
+    opened = open_source(source)
+    # disable=None: a bar on a terminal, nothing in a log.
+    bar = tqdm(opened.examples, total=opened.length, unit=" images", disable=None)
+    manifest = write_shards(
+        replace(opened, examples=bar), out, size, channels, per_shard, image_format
+    )
+    _report(manifest, out)
+    return 0
+
+
+def index(directory: tyro.conf.Positional[Path]) -> int:
+    """Index WebDataset shards made elsewhere.
+
+    Args:
+        directory: folder of .tar files.
+    """
+    _report(index_shards(directory), directory)
+    return 0
+
+
+def verify(directory: tyro.conf.Positional[Path]) -> int:
+    """Read every byte of a set and name every damaged sample.
+
+    Args:
+        directory: folder of a finished set.
+    """
+
+    def progress(shards: Iterable[Shard]) -> Iterable[Shard]:
+        return tqdm(shards, unit=" shards", disable=None)
+
+    faults = find_damage(directory, progress)
+    for fault in faults:
+        print(fault)
+    print(f"{directory}: {f'{len(faults)} faults' if faults else 'sound'}")
+    return 1 if faults else 0
+
+
+def _report(manifest: Manifest, directory: Path) -> None:
+    print(
+        f"{manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes, "
+        f"fingerprint {manifest.fingerprint}, in {directory}"
+    )
+
+
+def main() -> None:
+    """Run the command named by the first argument; anything else is a source to pack."""
+    arguments = sys.argv[1:]
+    commands = {"index": index, "verify": verify}
+    command = commands.get(arguments[0]) if arguments else None
+    with exit_on_user_error():
+        if command is None:
+            sys.exit(tyro.cli(pack, args=arguments))
+        sys.exit(tyro.cli(command, args=arguments[1:], prog=f"make_shards.py {arguments[0]}"))
+
+
+if __name__ == "__main__":
+    main()

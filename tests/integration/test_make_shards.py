@@ -1,0 +1,223 @@
+"""The script as a user runs it. Most cases run in this process: importing torch takes seconds."""
+
+from __future__ import annotations
+
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_engine.data import encode, open_shards
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "make_shards.py"
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
+class Result:
+    """What a run left on the terminal."""
+
+    def __init__(self, status: object, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+class Terminal:
+    """Runs the script with arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str | Path) -> Result:
+        self._monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return Result(exit_.value.code, *self._capsys.readouterr())
+
+    def refused(self, *arguments: str | Path) -> str:
+        """Run something that a user must mend: one line, no traceback, status 2."""
+        result = self(*arguments)
+        assert result.status == 2
+        assert result.err.startswith("error: ")
+        assert result.err.count("\n") == 1
+        return result.err
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(monkeypatch, capsys)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    for number, image in enumerate(PIXELS):
+        path = folder / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(image, "png"))
+    return folder
+
+
+def start(*arguments: str | Path, limit: int | None = None) -> subprocess.Popen[str]:
+    def limit_file_size() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=limit_file_size,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_pack_verify_and_pack_the_same_again(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    result = script(images, "--out", tmp_path / "one", "--per-shard", "4")
+    manifest = open_shards(tmp_path / "one").manifest
+    assert result.status == 0
+    assert result.err == ""
+    assert result.out == (
+        f"6 samples in 2 shards, {manifest.bytes} bytes, fingerprint {manifest.fingerprint}, "
+        f"in {tmp_path / 'one'}\n"
+    )
+    assert manifest.classes == ("class0", "class1")
+    assert script("verify", tmp_path / "one").out.endswith("sound\n")
+    script(images, "--out", tmp_path / "two", "--per-shard", "4")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "webp", "npy"])
+def test_size_channels_and_format(
+    script: Terminal, images: Path, tmp_path: Path, image_format: str
+) -> None:
+    out = tmp_path / "set"
+    arguments = ("--size", "4", "--channels", "1", "--format", image_format)
+    assert script(images, "--out", out, *arguments).status == 0
+    manifest = open_shards(out).manifest
+    assert (manifest.height, manifest.width, manifest.channels) == (4, 4, 1)
+    assert set(open_shards(out).indexes[0]["extension"]) == {image_format.encode()}
+    assert script("verify", out).status == 0
+
+
+def test_input_that_cannot_be_packed_is_named(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    missing = tmp_path / "nowhere"
+    assert str(missing) in script.refused(missing, "--out", out)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty} holds no images" in script.refused(empty, "--out", out)
+    stray = images / "class0" / "notes.txt"
+    stray.write_text("hello")
+    assert f"{stray} is not an image" in script.refused(images, "--out", out)
+    stray.unlink()
+    assert not out.exists()
+    (images / "class1" / "z.png").write_bytes(encode(PIXELS[0][:, :4], "png"))
+    assert "'class1/z' is 8×4; give --size" in script.refused(images, "--out", out)
+    (images / "class1" / "z.png").write_bytes(encode(PIXELS[0][..., :1], "png"))
+    assert "'class1/z' has 1; give --channels" in script.refused(images, "--out", out)
+    np.savez(tmp_path / "four.npz", images=np.zeros((2, 8, 8, 4), np.uint8))
+    assert "[2, 8, 8, 4]" in script.refused(tmp_path / "four.npz", "--out", out)
+    # Whatever was refused, the corrected command works.
+    assert script(images, "--out", out, "--channels", "3").status == 0
+
+
+def test_places_that_cannot_be_written_are_named(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in script.refused(images, "--out", used)
+    assert contents(used) == {"thesis.tex": b"years of work"}
+    file = used / "thesis.tex"
+    assert str(file) in script.refused(images, "--out", file)
+    assert str(file / "set") in script.refused(images, "--out", file / "set")
+
+
+def test_unknown_flags_and_missing_arguments_are_explained(script: Terminal, images: Path) -> None:
+    result = script(images, "--out", "set", "--sise", "4")
+    assert result.status == 2
+    assert "--sise" in result.out + result.err
+    result = script(images)
+    assert result.status == 2
+    assert "--out" in result.out + result.err
+    assert script("--help").status == 0
+
+
+def test_index_and_verify_name_what_is_wrong(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    script(images, "--out", out)
+    shards = open_shards(out)
+    entry = shards.indexes[0][4]
+    content = bytearray((out / "shard-000000.tar").read_bytes())
+    content[int(entry["offset"]) + 30] ^= 1
+    (out / "shard-000000.tar").write_bytes(content)
+    result = script("verify", out)
+    assert result.status == 1
+    name = entry["key"].decode()
+    assert f"shard-000000.tar: sample '{name}': checksum differs" in result.out
+    assert "indexed already" in script.refused("index", out)
+    assert str(tmp_path / "nowhere") in script.refused("verify", tmp_path / "nowhere")
+    for path in (out / "manifest.json", out / "shard-000000.index.npy"):
+        path.unlink()
+    assert "6 samples in 1 shards" in script("index", out).out
+
+
+def test_hugging_face_source(script: Terminal, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {
+        "image": [{"bytes": encode(image, "png"), "path": None} for image in PIXELS],
+        "label": [0, 1] * 3,
+    }
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "hub")
+    assert script(f"hf:{tmp_path / 'hub'}", "--out", tmp_path / "set").status == 0
+    assert open_shards(tmp_path / "set").manifest.classes == ("a", "b")
+
+
+def test_a_full_disk_leaves_nothing_half_written(script: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    process = start("digits", "--out", out, "--per-shard", "900", limit=200_000)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith(f"error: cannot use {out / 'shard-000000.tar'}: File too large")
+    assert "Traceback" not in err
+    assert sorted(contents(out)) == [".packing"]
+    assert script("digits", "--out", out).status == 0
+
+
+def test_a_killed_run_is_simply_run_again(script: Terminal, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    process = start("digits", "--out", out, "--per-shard", "20")
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.tar"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert ".packing" in contents(out)
+    assert "manifest.json" not in contents(out)
+    assert "unfinished" in script.refused("index", out)
+    assert script("digits", "--out", out, "--per-shard", "900").status == 0
+    script("digits", "--out", tmp_path / "fresh", "--per-shard", "900")
+    assert contents(out) == contents(tmp_path / "fresh")

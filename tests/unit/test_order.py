@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_engine.data import BatchPositions, Order, rank_positions
+from ddpm_engine.errors import UserError
+
+sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)
+seeds = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes, seeds, st.integers(1, 5), st.integers(0, 2**31))
+def test_every_epoch_is_a_permutation(
+    shard_sizes: list[int], seed: int, window: int, epoch: int
+) -> None:
+    order = Order(shard_sizes, seed, window)
+    positions = np.arange(len(order)) + epoch * len(order)
+    assert sorted(order.samples_at(positions)) == list(range(sum(shard_sizes)))
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes, seeds, st.integers(1, 5), st.data())
+def test_any_position_is_reached_without_the_ones_before(
+    shard_sizes: list[int], seed: int, window: int, data: st.DataObject
+) -> None:
+    everything = Order(shard_sizes, seed, window).samples_at(np.arange(3 * sum(shard_sizes)))
+    order = Order(shard_sizes, seed, window)
+    chosen = data.draw(st.lists(st.integers(0, len(everything) - 1), max_size=8))
+    assert [order.sample_at(p) for p in chosen] == everything[chosen].tolist()
+    assert order.samples_at(chosen).tolist() == everything[chosen].tolist()
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = Order([50] * 8, seed=1, window_shards=3)
+    first = order.samples_at(np.arange(400))
+    assert not np.array_equal(first, order.samples_at(np.arange(400, 800)))
+    assert not np.array_equal(first, Order([50] * 8, 2, 3).samples_at(np.arange(400)))
+    assert np.array_equal(first, Order([50] * 8, 1, 3).samples_at(np.arange(400)))
+
+
+def test_the_order_is_this_one() -> None:
+    # Checkpoints hold a position: an order that changes between versions resumes elsewhere.
+    assert Order([4, 3, 5], seed=7, window_shards=2).samples_at(range(12)).tolist() == ORDER_7
+
+
+def test_a_window_reads_only_its_own_shards() -> None:
+    samples = Order([10] * 6, seed=3, window_shards=2).samples_at(np.arange(60))
+    for window in samples.reshape(3, 20):
+        assert len(set(window // 10)) == 2
+        assert not np.array_equal(window, np.sort(window))
+
+
+def test_what_cannot_be_ordered_is_named() -> None:
+    with pytest.raises(UserError, match="no samples"):
+        Order([0, 0], 0)
+    with pytest.raises(UserError, match="no samples"):
+        Order([], 0)
+    with pytest.raises(UserError, match="window_shards"):
+        Order([1], 0, 0)
+    with pytest.raises(ValueError, match="-1"):
+        Order([1], 0).sample_at(-1)
+
+
+@given(st.integers(0, 1000), st.integers(1, 8), st.integers(1, 6))
+def test_any_number_of_ranks_covers_a_step_once(step: int, world: int, share: int) -> None:
+    batch = world * share
+    slices = [rank_positions(step, batch, rank, world) for rank in range(world)]
+    assert [p for part in slices for p in part] == list(range(step * batch, (step + 1) * batch))
+
+
+def test_micro_batches_are_the_contiguous_parts_of_a_rank() -> None:
+    one = list(BatchPositions(12, rank=1, world=2, accumulation=3, start_step=5, end_step=7))
+    assert one == [[66, 67], [68, 69], [70, 71], [78, 79], [80, 81], [82, 83]]
+    assert len(BatchPositions(12, accumulation=3, start_step=5, end_step=7)) == 6
+    endless = iter(BatchPositions(4, start_step=10**9))
+    assert next(endless) == [4 * 10**9 + i for i in range(4)]
+
+
+def test_batches_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="global batch 10 is not divisible by 4"):
+        BatchPositions(10, world=4)
+    with pytest.raises(UserError, match="accumulation"):
+        BatchPositions(8, world=2, accumulation=3)
+
+
+ORDER_7 = [6, 3, 1, 2, 0, 4, 5, 8, 10, 7, 9, 11]
