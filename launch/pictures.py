@@ -110,7 +110,9 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         drawn = drawn_images(options.samples, 64)
         real = real_images(pretrained, len(drawn))
-        side_by_side(real, drawn, ("real", "drawn by the model"), options.out / "real-and-drawn.png")
+        side_by_side(
+            real, drawn, ("real", "drawn by the model"), options.out / "real-and-drawn.png"
+        )
         forward_strip(pretrained, real[0], options.seed, options.out / "forward.png")
         reverse_strip(pretrained, options.seed, options.out / "reverse.png")
         rows = (options.checkpoint / "metrics.jsonl").read_text().splitlines()

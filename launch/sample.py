@@ -7,7 +7,7 @@ the pictures says everything needed to make any one of them again.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,20 +88,24 @@ def main() -> None:
         if model.null_class is not None:
             label = model.null_class if options.class_label is None else options.class_label
             if not 0 <= label <= model.null_class:
-                raise UserError(f"--class-label is {label}; classes are 0 to {model.null_class - 1}")
+                raise UserError(
+                    f"--class-label is {label}; classes are 0 to {model.null_class - 1}"
+                )
             labels = torch.full((len(ids),), label, device=device)
 
-        settings = {
-            "seed": options.seed,
-            "sampler": options.sampler or config.sampling.sampler,
-            "steps": options.steps or config.sampling.steps or config.diffusion.timesteps,
-            "spacing": options.spacing or config.sampling.spacing,
-            "variance": options.variance or config.sampling.variance,
+        chosen = {
+            name: value
+            for name in ("sampler", "steps", "spacing", "variance")
+            if (value := getattr(options, name)) is not None
         }
+        sampling = replace(config.sampling, **chosen)
+        steps = config.diffusion.timesteps if sampling.steps is None else sampling.steps
         pictures = PictureSet(
             options.out,
             {
-                **settings,
+                **asdict(sampling),
+                "steps": steps,
+                "seed": options.seed,
                 "class_label": options.class_label,
                 "weights": options.weights,
                 "checkpoint": pretrained.checkpoint.hash,
@@ -109,20 +113,28 @@ def main() -> None:
             },
             options.format,
         )
-        evaluations = len(ids) * settings["steps"]
+        missing = pictures.missing(ids)
+        if not missing:
+            print(f"all {len(ids)} pictures are already in {options.out}")
+            return
+        evaluations = len(missing) * steps
         with tqdm(total=evaluations, unit="img·step", disable=not sys.stderr.isatty()) as bar:
             drawn = sample(
                 model,
                 pretrained.schedule,
-                sample_ids=ids,
+                sample_ids=missing,
                 prediction=config.diffusion.prediction,
-                labels=labels,
+                labels=None if labels is None else labels[: len(missing)],
                 batch_size=options.batch_size,
                 on_step=bar.update,
-                **settings,
+                seed=options.seed,
+                sampler=sampling.sampler,
+                steps=steps,
+                spacing=sampling.spacing,
+                variance=sampling.variance,
             )
-        pictures.write(ids, to_uint8(drawn))
-        print(f"{len(ids)} pictures in {options.out}, shown together in {pictures.grid}")
+        pictures.write(missing, to_uint8(drawn))
+        print(f"{len(missing)} pictures in {options.out}, shown together in {pictures.grid}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from ddpm_engine.evaluation.pictures import grid, save_png
 from ddpm_engine.files import atomic_write
 
 MANIFEST = "manifest.json"
-FORMATS = ("png", "npz")
 _GRID_LIMIT = 256
 
 
@@ -45,6 +44,12 @@ class PictureSet:
         """The picture that shows the last ones written."""
         return self.directory / "grid.png"
 
+    def missing(self, ids: Sequence[int]) -> list[int]:
+        """Those of the ids whose pictures are not there yet; all of them for an npz."""
+        if self.settings["format"] == "npz" and self.ids != sorted(ids):
+            return list(ids)
+        return [sample_id for sample_id in ids if sample_id not in set(self.ids)]
+
     def write(self, ids: Sequence[int], images: np.ndarray) -> None:
         """Write pictures, the grid that shows them, and last the manifest.
 
@@ -67,7 +72,9 @@ class PictureSet:
                 content = {**self.settings, "ids": self.ids}
                 file.write((json.dumps(content, indent=2) + "\n").encode())
         except OSError as error:
-            raise UserError(f"writing to {self.directory} failed: {error}") from None
+            raise UserError(
+                f"writing to --out {self.directory} failed: {error}; make room and run it again"
+            ) from None
 
     def _write_npz(self, ids: Sequence[int], images: np.ndarray) -> None:
         if self.ids and self.ids != sorted(ids):

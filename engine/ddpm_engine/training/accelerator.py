@@ -20,6 +20,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             other and would train independently.
     """
     cpu = not torch.accelerator.is_available()
+    if cpu:
+        _use_all_cores()
     precision = config.training.precision
     if cpu and precision == "fp16":
         raise UserError(
@@ -50,7 +52,14 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def _use_all_cores() -> None:
+    """Undo `accelerate launch`'s default of one thread, sharing the cores among local ranks."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (cores or 1) // ranks))
+
+
 def _cpu_has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ddpm_engine.config import RunConfig, flatten, to_dict
+from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data import (
     Batch,
     BatchPositions,
@@ -362,13 +362,9 @@ class Trainer:
     def _start_tracker(self) -> None:
         if self.config.log.tracker == "none":
             return
-        scalars = {
-            name: value if isinstance(value, (bool, int, float, str)) else str(value)
-            for name, value in flatten(self.config).items()
-        }
         # Entries beyond the checkpoint resumed from are hidden: they are about to be made again.
         self.accelerator.init_trackers(
-            "tensorboard", scalars, init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
+            "tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}}
         )
 
     def _report(self, metrics: MetricsLog) -> None:
@@ -378,7 +374,6 @@ class Trainer:
             "loss": window.loss / max(window.steps, 1),
             "grad_norm": window.grad_norm / max(window.steps, 1),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "config": to_dict(self.config),
             "samples_seen": self.step * batch_size,
             "skipped_steps": window.skipped,
             "bad_samples": len(self._faults),

@@ -1,0 +1,54 @@
+# Two commands do all the set-up: `make demo` and `make test`. See README.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/digits
+PICTURES := $(RUN)/pictures
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+# An install that fails or is interrupted leaves the mark `incomplete`, and the next one then starts
+# from nothing: pip cannot be trusted to mend what it left half done.
+define install
+	@if [ -e $(VENV)/incomplete ] || ! $(BIN)/python -c '' 2>/dev/null; then \
+	    rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $(VENV)/incomplete
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
+	@rm $(VENV)/incomplete
+	@touch $@
+endef
+
+$(VENV)/installed: setup.py constraints.txt
+	$(call install,)
+
+$(VENV)/installed-test: setup.py constraints.txt
+	$(call install,[test])
+	@touch $(VENV)/installed
+
+install: $(VENV)/installed  ## make .venv with the engine in it
+
+demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
+	$(BIN)/accelerate launch launch/train.py
+	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples
+	$(BIN)/python launch/pictures.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
+	    --out $(PICTURES)
+	@echo
+	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One thread a worker: on few cores that is faster than workers that compete for them.
+test: lint  ## ruff, mypy and all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+clean:  ## remove .venv and caches; data and runs stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
