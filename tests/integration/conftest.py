@@ -1,0 +1,102 @@
+"""A data set and a network small enough to train in a second."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from ddpm_engine.config import (
+    DataConfig,
+    LogConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    UNetConfig,
+    dump_config,
+)
+from ddpm_engine.data import open_source, write_shards
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred digits of 8×8 in three shards."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    source = open_source("digits")
+    source = replace(source, examples=islice(source.examples, 100), length=100)
+    write_shards(source, folder, per_shard=40)
+    return folder
+
+
+@pytest.fixture
+def config(shards: Path, tmp_path: Path) -> RunConfig:
+    return RunConfig(
+        out=tmp_path / "run",
+        data=DataConfig(path=shards, workers=0, horizontal_flip=True),
+        model=UNetConfig(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            dropout=0.1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+        training=TrainingConfig(steps=40, batch_size=8, ema_decay=0.9),
+        log=LogConfig(every=3, checkpoint_every=10, sample_every=0, tracker="none"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the process; forget them between tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run a script of the repository, or code, in a process of its own."""
+
+    def start(
+        *arguments: str | Path, timeout: float = 240, code: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        program = [ROOT / arguments[0]] if code is None else ["-c", code]
+        rest = arguments[1:] if code is None else arguments
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}",
+            "COLUMNS": "100",
+        }
+        return subprocess.run(
+            [sys.executable, *map(str, program), *map(str, rest)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return start
+
+
+@pytest.fixture
+def config_file(config: RunConfig, tmp_path: Path) -> Path:
+    """The tiny run as a file for `--config`."""
+    path = tmp_path / "tiny.json"
+    path.write_text(dump_config(config))
+    return path

@@ -1,0 +1,264 @@
+"""The training loss and its gradient: against the formula in float64, on both paths."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
+from ddpm_kernels.dispatch import force_ops
+
+T = 50
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
+LAYOUTS = ("nchw", "nhwc", "columns", "view")
+PATHS = {"reference": nullcontext, "op": force_ops}
+TARGETS = ("eps", "x0", "v")
+
+
+def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return (
+        torch.tensor(np.sqrt(ALPHA_BAR)).to(dtype),
+        torch.tensor(np.sqrt(1 - ALPHA_BAR)).to(dtype),
+    )
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in other strides."""
+    if layout == "nhwc":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "columns":
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "view":  # of every other column of a larger tensor, and not from its start
+        batch, channels, height, width = tensor.shape
+        larger = tensor.new_zeros(batch + 1, channels + 2, height + 1, 2 * width + 1)
+        view = larger[1:, 1:-1, 1:, 1::2]
+        view.copy_(tensor)
+        return view
+    return tensor.contiguous()
+
+
+def arguments(
+    shape: tuple[int, ...] = (3, 3, 5, 4),
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype = torch.uint8,
+    optional: bool = True,
+) -> dict[str, Any]:
+    """A prediction of order one for uint8 (or float) images; weights and flips if `optional`."""
+    batch, generator = shape[0], torch.Generator().manual_seed(len(shape) + shape[-1])
+    levels = torch.randint(0, 256, shape, generator=generator)
+    signal, sigma = tables(torch.float64 if dtype == torch.float64 else torch.float32)
+    images = levels.to(torch.uint8) if stored == torch.uint8 else (levels / 127.5 - 1).to(stored)
+    return {
+        "prediction": torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype),
+        "images": images,
+        "timesteps": (torch.arange(batch) * 17 + 3) % T,
+        "sqrt_alpha_bar": signal,
+        "sqrt_one_minus_alpha_bar": sigma,
+        "seed": torch.tensor(-5),
+        "sample_ids": torch.arange(batch) + 2**33,
+        "weights": (torch.arange(batch) + 0.5).to(signal.dtype) if optional else None,
+        "flip": torch.arange(batch) % 2 == 0 if optional else None,
+    }
+
+
+def expected_loss(arguments: dict[str, Any], target: str) -> tuple[np.ndarray, np.ndarray]:
+    """The loss and its gradient in float64, sample by sample."""
+    prediction, images = arguments["prediction"], arguments["images"]
+    losses, gradients = [], []
+    for b, t in enumerate(arguments["timesteps"].tolist()):
+        x_0 = images[b].double().numpy()
+        if images.dtype == torch.uint8:
+            x_0 = (2 * x_0 - 255) / 255
+        if arguments["flip"] is not None and arguments["flip"][b]:
+            x_0 = x_0[:, :, ::-1]
+        channels, height, width = x_0.shape
+        ids, seed = arguments["sample_ids"][b : b + 1], int(arguments["seed"])
+        eps = gaussian_noise(seed, ids, (channels, height, width), 0, Stream.TRAINING_NOISE)
+        noise = eps[0].double().numpy()
+        velocity = np.sqrt(ALPHA_BAR[t]) * noise - np.sqrt(1 - ALPHA_BAR[t]) * x_0
+        truth = {"eps": noise, "x0": x_0, "v": velocity}[target]
+        weight = 1.0 if arguments["weights"] is None else float(arguments["weights"][b])
+        error = prediction[b].detach().double().numpy() - truth
+        losses.append(weight * np.sum(error**2) / error.size)
+        gradients.append(2 * weight * error / error.size)
+    return np.stack(losses), np.stack(gradients)
+
+
+def differentiate(arguments: dict[str, Any], target: str, scale: float) -> tuple[Tensor, Tensor]:
+    """The losses, and the gradient of `scale` times their sum."""
+    prediction = arguments["prediction"].detach().requires_grad_()
+    loss = denoising_loss(**{**arguments, "prediction": prediction}, target=target)
+    (gradient,) = torch.autograd.grad(loss.sum() * scale, prediction)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(
+        st.integers(1, 4), st.sampled_from([1, 2, 3, 5]), st.integers(1, 13), st.integers(1, 13)
+    ),
+    stored=st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    target=st.sampled_from(TARGETS),
+    optional=st.booleans(),
+)
+def test_formula(
+    path: str,
+    shape: tuple[int, int, int, int],
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    layouts: tuple[str, str],
+    target: str,
+    optional: bool,
+) -> None:
+    plain = arguments(shape, dtype, stored, optional)
+    expected, expected_gradient = expected_loss(plain, target)
+    laid_out = dict(plain)
+    for name, layout in zip(("prediction", "images"), layouts, strict=True):
+        laid_out[name] = lay_out(plain[name], layout)
+    with PATHS[path]():
+        loss, gradient = differentiate(laid_out, target, scale=3.0)
+    assert loss.dtype == torch.float32
+    assert loss.shape == (shape[0],)
+    np.testing.assert_allclose(loss.numpy(), expected, rtol=5e-6, atol=1e-6)
+    assert gradient.dtype == dtype
+    # A gradient in half precision is rounded at most twice.
+    np.testing.assert_allclose(
+        gradient.double().numpy(),
+        3 * expected_gradient,
+        rtol=1.1 * torch.finfo(dtype).eps,
+        atol=6e-6 / expected_gradient[0].size + float(torch.finfo(dtype).smallest_normal),
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("path", PATHS)
+def test_float64_tables_make_a_float64_check(path: str, target: str) -> None:
+    given_ = arguments(dtype=torch.float64)
+    expected, expected_gradient = expected_loss(given_, target)
+    with PATHS[path]():
+        loss, gradient = differentiate(given_, target, scale=1.0)
+    assert loss.dtype == torch.float64
+    np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient.numpy(), expected_gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sees_the_noise_that_q_sample_added(path: str, layout: str) -> None:
+    """A network that solves x_t = a x_0 + s ε for its target has no loss."""
+    given_ = arguments()
+    given_["images"] = lay_out(given_["images"], layout)
+    shared = {k: v for k, v in given_.items() if k not in ("prediction", "weights")}
+    a, s = (
+        given_[name][given_["timesteps"]][:, None, None, None]
+        for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+    )
+    x_0 = given_["images"] / 127.5 - 1
+    x_0 = torch.where(given_["flip"][:, None, None, None], x_0.flip(3), x_0)
+    with PATHS[path]():
+        eps = (q_sample(**shared) - a * x_0) / s
+        for target, solution in (("eps", eps), ("x0", x_0), ("v", a * eps - s * x_0)):
+            loss = denoising_loss(solution, **shared, target=target)
+            assert loss.max() < 1e-9, target
+            wrong_seed = denoising_loss(solution, **{**shared, "seed": 6}, target=target)
+            assert target == "x0" or wrong_seed.min() > 0.1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_zero_loss_and_gradient_on_the_exact_noise(path: str) -> None:
+    given_ = arguments()
+    given_["prediction"] = gaussian_noise(
+        -5, given_["sample_ids"], (3, 5, 4), 0, Stream.TRAINING_NOISE
+    )
+    with PATHS[path]():
+        loss, gradient = differentiate(given_, "eps", scale=1.0)
+    assert loss.max() < 1e-12
+    assert gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_samples_are_weighted_by_their_own_weight_alone(path: str) -> None:
+    given_ = arguments()
+    with PATHS[path]():
+        plain = denoising_loss(**{**given_, "weights": None})
+        weighted = denoising_loss(**given_)
+        one = denoising_loss(**{**given_, "weights": torch.tensor([0.0, 1.0, 0.0])})
+    torch.testing.assert_close(weighted, plain * given_["weights"])
+    torch.testing.assert_close(one, plain * torch.tensor([0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**17])
+def test_loss_scale_keeps_small_gradients_in_half_precision(path: str, scale: float) -> None:
+    """Unscaled, the gradient of a large image is below what float16 resolves."""
+    given_ = arguments((1, 3, 128, 128), dtype=torch.float16, optional=False)
+    _, expected = expected_loss(given_, "eps")
+    with PATHS[path]():
+        _, gradient = differentiate(given_, "eps", scale)
+    assert bool(gradient.isfinite().all())
+    np.testing.assert_allclose(
+        gradient.double().numpy(), scale * expected, rtol=2.0**-9, atol=scale * 2e-9
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_gradcheck(path: str, target: str, optional: bool) -> None:
+    given_ = arguments((2, 3, 3, 2), dtype=torch.float64, optional=optional)
+    prediction = given_.pop("prediction").requires_grad_()
+    with PATHS[path]():
+        assert torch.autograd.gradcheck(
+            lambda p: denoising_loss(p, **given_, target=target), (prediction,)
+        )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_op_and_reference_agree(target: str, optional: bool) -> None:
+    given_ = arguments(optional=optional)
+    loss, gradient = differentiate(given_, target, scale=0.25)
+    with force_ops():
+        op_loss, op_gradient = differentiate(given_, target, scale=0.25)
+    torch.testing.assert_close(op_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(op_gradient, gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 4), (2, 1, 7, 3), (1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(shape: tuple[int, ...], layout: str, target: str, optional: bool) -> None:
+    given_ = arguments(shape, optional=optional)
+    given_["prediction"] = lay_out(given_["prediction"], layout).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.ddpm.denoising_loss.default, (*given_.values(), target))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("optional", [True, False])
+def test_compiles_as_one_graph(path: str, optional: bool) -> None:
+    given_ = arguments(optional=optional)
+    prediction = given_.pop("prediction").requires_grad_()
+    compiled = torch.compile(denoising_loss, fullgraph=True, backend="aot_eager")
+    with PATHS[path]():
+        expected = denoising_loss(prediction, **given_, target="v")
+        actual = compiled(prediction, **given_, target="v")
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), prediction)
+        (gradient,) = torch.autograd.grad(actual.sum(), prediction)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(ValueError, match=r"target is 'score'; it must be one of eps, x0, v"):
+        denoising_loss(**arguments(), target="score")

@@ -1,0 +1,321 @@
+"""The counter map: known answers, what each counter word holds, and the statistics of the noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ddpm_kernels import Stream, bernoulli, gaussian_noise, random_integers
+from ddpm_kernels import philox as philox_module
+from ddpm_kernels.philox import MAX_SAMPLE_ID, philox4x32, random_words
+
+MASK = 2**32 - 1
+
+
+def words_at(seed: int, sample_id: int, block: int, step: int, stream: Stream) -> list[int]:
+    """The four words of one counter, assembled here with Python's integers."""
+    counter = [block, step, sample_id % 2**32, int(stream) + 256 * (sample_id // 2**32)]
+    key = [seed % 2**32, (seed % 2**64) // 2**32]
+    words: list[int] = philox4x32(torch.tensor(counter), torch.tensor(key)).tolist()
+    return words
+
+
+def sample_words(seed: int, sample_id: int, count: int, step: int, stream: Stream) -> list[int]:
+    blocks = (words_at(seed, sample_id, b, step, stream) for b in range(-(-count // 4)))
+    return [word for block in blocks for word in block][:count]
+
+
+def normal_pair(u_word: int, angle_word: int) -> tuple[float, float]:
+    """Box–Muller in float64, with the one documented rounding of u to float32."""
+    u = np.float32(np.float32(u_word) * np.float32(2.0**-32) + np.float32(2.0**-33))
+    radius = math.sqrt(-2 * math.log(float(u)))
+    angle = 2 * math.pi * (angle_word / 2**32)
+    return radius * math.cos(angle), radius * math.sin(angle)
+
+
+def flat_noise(
+    ids: Tensor, count: int, seed: int = 7, step: int = 0, stream: Stream = Stream.TRAINING_NOISE
+) -> np.ndarray:
+    """`count` normals for each id, in counter order: float64 `[B, count]`."""
+    noise = gaussian_noise(seed, ids, (1, 1, count), step, stream)
+    return noise.reshape(len(ids), count).double().numpy()
+
+
+# --- Known answers
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([MASK] * 4, [MASK] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_known_answers_of_random123(
+    counter: list[int], key: list[int], expected: list[int]
+) -> None:
+    assert philox4x32(torch.tensor(counter), torch.tensor(key)).tolist() == expected
+
+
+def test_a_key_serves_many_counters() -> None:
+    counters = torch.arange(24).reshape(2, 3, 4)
+    key = torch.tensor([5, 6])
+    words = philox4x32(counters, key)
+    assert words.shape == (2, 3, 4)
+    for i, j in np.ndindex(2, 3):
+        assert torch.equal(words[i, j], philox4x32(counters[i, j], key))
+
+
+# --- The counter map
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63), -(2**40) + 3])
+def test_key_is_the_seed(seed: int) -> None:
+    words = random_words(seed, torch.tensor([3]), 8, 2, Stream.DROPOUT)
+    assert words[0].tolist() == sample_words(seed, 3, 8, 2, Stream.DROPOUT)
+    as_tensor = random_words(torch.tensor(seed), torch.tensor([3]), 8, 2, Stream.DROPOUT)
+    assert torch.equal(words, as_tensor)
+
+
+def test_halves_of_the_seed_are_not_interchangeable() -> None:
+    seeds = [0, 1, 2**32, -1, MASK]
+    drawn = {tuple(random_words(s, torch.tensor([0]), 4, 0, Stream(0))[0].tolist()) for s in seeds}
+    assert len(drawn) == len(seeds)
+
+
+@pytest.mark.parametrize("sample_id", [0, 1, 2**31, MASK, 2**32, 2**40 + 17, MAX_SAMPLE_ID])
+@pytest.mark.parametrize("stream", list(Stream))
+def test_counter_words(sample_id: int, stream: Stream) -> None:
+    for step in (0, 999, 2**31, MASK):
+        words = random_words(11, torch.tensor([sample_id]), 9, step, stream)
+        assert words[0].tolist() == sample_words(11, sample_id, 9, step, stream)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 13])
+def test_fewer_words_are_the_first_of_more(count: int) -> None:
+    ids = torch.tensor([4, 2**33])
+    words = random_words(1, ids, count, 5, Stream.SAMPLE_ORDER)
+    assert words.shape == (2, count)
+    assert torch.equal(words, random_words(1, ids, 16, 5, Stream.SAMPLE_ORDER)[:, :count])
+
+
+def test_step_may_be_a_tensor() -> None:
+    ids = torch.arange(3)
+    expected = random_words(1, ids, 6, 41, Stream.SAMPLER_NOISE)
+    assert torch.equal(random_words(1, ids, 6, torch.tensor(41), Stream.SAMPLER_NOISE), expected)
+
+
+def test_no_two_addresses_share_a_block() -> None:
+    ids = torch.tensor([0, 1, 255, 256, 2**32, 2**32 + 1, 2**40, MAX_SAMPLE_ID])
+    blocks = [
+        tuple(block.tolist())
+        for seed in (0, 1, 2**32)
+        for step in (0, 1, 2, 256)
+        for stream in Stream
+        for words in random_words(seed, ids, 16, step, stream)
+        for block in words.view(-1, 4)
+    ]
+    assert len(set(blocks)) == len(blocks) == 3 * 4 * len(Stream) * len(ids) * 4
+
+
+# --- From words to normals
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (2, 1, 1), (5, 3, 7), (1, 13, 1)])
+@pytest.mark.parametrize("sample_id", [6, 2**32 + 6])
+def test_elements_are_numbered_channels_last(shape: tuple[int, int, int], sample_id: int) -> None:
+    channels, height, width = shape
+    noise = gaussian_noise(-9, torch.tensor([1, sample_id]), shape, 31, Stream.SAMPLER_NOISE)
+    assert noise.shape == (2, *shape)
+    assert noise.dtype == torch.float32
+    assert noise.is_contiguous(memory_format=torch.channels_last)
+    for c, row, column in np.ndindex(*shape):
+        element = (row * width + column) * channels + c
+        words = words_at(-9, sample_id, element // 4, 31, Stream.SAMPLER_NOISE)
+        pair = element % 4 // 2 * 2
+        exact = normal_pair(words[pair], words[pair + 1])[element % 2]
+        half_an_ulp = float(np.spacing(np.float32(abs(exact)))) / 2
+        assert abs(noise[1, c, row, column].item() - exact) <= 1.001 * half_an_ulp + 1e-15
+
+
+def test_box_muller_is_correctly_rounded() -> None:
+    ids = torch.arange(8)
+    noise = flat_noise(ids, 500)
+    words = random_words(7, ids, 500, 0, Stream.TRAINING_NOISE).reshape(-1, 2).tolist()
+    exact = np.array([normal_pair(a, b) for a, b in words]).reshape(8, 500)
+    half_an_ulp = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64) / 2
+    assert bool((np.abs(noise - exact) <= 1.001 * half_an_ulp + 1e-15).all())
+
+
+@pytest.mark.parametrize(
+    ("u_word", "radius"),
+    [
+        (0, math.sqrt(2 * 33 * math.log(2))),
+        (1, math.sqrt(-2 * math.log(1.5 * 2.0**-32))),
+        (2**7, math.sqrt(-2 * math.log((2**7 + 0.5) * 2.0**-32))),
+        (2**31, math.sqrt(2 * math.log(2))),
+        (MASK, 0.0),
+    ],
+)
+def test_extreme_words(monkeypatch: pytest.MonkeyPatch, u_word: int, radius: float) -> None:
+    quarters = torch.tensor([[u_word, 0, u_word, 2**30, u_word, 2**31, u_word, 3 * 2**30]])
+    monkeypatch.setattr(philox_module, "random_words", lambda *_: quarters)
+    noise = flat_noise(torch.tensor([0]), 8)[0]
+    directions = np.array([1, 0, 0, 1, -1, 0, 0, -1])
+    np.testing.assert_allclose(noise, radius * directions, rtol=1e-6, atol=1e-14)
+
+
+def test_tails_go_beyond_what_24_bits_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With u from 24 bits nothing lies beyond 5.77σ."""
+    monkeypatch.setattr(philox_module, "random_words", lambda *_: torch.zeros(1, 4).long())
+    assert 6.763 < flat_noise(torch.tensor([0]), 4).max() < 6.765
+
+
+# --- Statistics
+
+
+@pytest.fixture(scope="module")
+def million() -> np.ndarray:
+    return flat_noise(torch.arange(250), 4000).ravel()
+
+
+def test_moments(million: np.ndarray) -> None:
+    n = len(million)
+    assert abs(million.mean()) < 4 / math.sqrt(n)
+    assert abs(million.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs(stats.skew(million)) < 4 * math.sqrt(6 / n)
+    assert abs(stats.kurtosis(million)) < 4 * math.sqrt(24 / n)
+
+
+def test_distribution(million: np.ndarray) -> None:
+    assert stats.kstest(million, "norm").pvalue > 1e-3
+    assert stats.kstest(million[::2], "norm").pvalue > 1e-3  # cosines alone
+    assert stats.kstest(million[1::2], "norm").pvalue > 1e-3  # sines alone
+
+
+@pytest.mark.parametrize("sigmas", [1, 2, 3, 4])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_tail_probabilities(million: np.ndarray, sigmas: int, side: int) -> None:
+    expected = len(million) * stats.norm.sf(sigmas)
+    beyond = int((side * million > sigmas).sum())
+    assert abs(beyond - expected) < 4 * math.sqrt(expected)
+
+
+def test_far_tail_count() -> None:
+    noise = flat_noise(torch.arange(1000), 4000, seed=8)
+    for sigmas in (4, 4.5):
+        expected = noise.size * 2 * stats.norm.sf(sigmas)
+        assert abs(int((np.abs(noise) > sigmas).sum()) - expected) < 4 * math.sqrt(expected)
+
+
+def uncorrelated(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether neither the values nor their squares correlate, within four standard errors."""
+    bound = 4 / math.sqrt(a.size)
+    first, second = a.ravel(), b.ravel()
+    return all(
+        abs(np.corrcoef(f(first), g(second))[0, 1]) < bound
+        for f in (np.asarray, np.square)
+        for g in (np.asarray, np.square)
+    )
+
+
+NOISE = Stream.TRAINING_NOISE
+IDS = torch.arange(50)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: flat_noise(IDS + 1, 4000),
+        lambda: flat_noise(IDS + 2**32, 4000),
+        lambda: flat_noise(IDS, 4000, seed=8),
+        lambda: flat_noise(IDS, 4000, seed=7 + 2**32),
+        lambda: flat_noise(IDS, 4000, step=1),
+        lambda: flat_noise(IDS, 4000, stream=Stream.SAMPLER_NOISE),
+        lambda: flat_noise(IDS, 4000, stream=Stream.INITIAL_NOISE),
+    ],
+    ids=["id", "high_id", "seed", "high_seed", "step", "sampler_noise", "initial_noise"],
+)
+def test_streams_do_not_correlate(other: Callable[[], np.ndarray]) -> None:
+    assert uncorrelated(flat_noise(IDS, 4000), other())
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8])
+def test_neighbouring_elements_do_not_correlate(lag: int) -> None:
+    noise = flat_noise(IDS, 4000)
+    assert uncorrelated(noise[:, lag:], noise[:, :-lag])
+    # The two of one Box–Muller pair, which share a radius.
+    assert uncorrelated(noise[:, ::2], noise[:, 1::2])
+
+
+# --- Independence of the batch, bit for bit
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 7), (3, 1, 1)])
+def test_batch_and_order_do_not_matter(shape: tuple[int, int, int]) -> None:
+    ids = torch.arange(64) * 2**27 + 5
+    whole = gaussian_noise(3, ids, shape, 17, Stream.SAMPLER_NOISE)
+    for size in (1, 3):
+        parts = [
+            gaussian_noise(3, part, shape, 17, Stream.SAMPLER_NOISE) for part in ids.split(size)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    permuted = gaussian_noise(3, ids[order], shape, 17, Stream.SAMPLER_NOISE)
+    assert torch.equal(permuted, whole[order])
+    repeated = gaussian_noise(3, ids[[9, 9]], shape, 17, Stream.SAMPLER_NOISE)
+    assert torch.equal(repeated, whole[[9, 9]])
+
+
+def test_a_taller_image_begins_with_the_same_rows() -> None:
+    ids = torch.arange(4)
+    tall = gaussian_noise(3, ids, (3, 9, 5), 0, NOISE)
+    assert torch.equal(gaussian_noise(3, ids, (3, 4, 5), 0, NOISE), tall[:, :, :4])
+
+
+# --- Integers and coins
+
+
+@pytest.mark.parametrize("high", [1, 2, 7, 1000, 2**31])
+def test_random_integers_scale_the_first_word(high: int) -> None:
+    ids = torch.arange(200) + 2**32
+    drawn = random_integers(5, ids, high, 3, Stream.TRAINING_TIMESTEP)
+    first = random_words(5, ids, 1, 3, Stream.TRAINING_TIMESTEP)[:, 0]
+    assert drawn.dtype == torch.int64
+    assert drawn.tolist() == [word * high // 2**32 for word in first.tolist()]
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < high
+
+
+@pytest.mark.parametrize("high", [2, 7, 1000])
+def test_random_integers_are_uniform(high: int) -> None:
+    drawn = random_integers(5, torch.arange(200_000), high, 0, Stream.TRAINING_TIMESTEP)
+    counts = drawn.bincount(minlength=high).numpy()
+    assert counts.size == high
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0])
+def test_bernoulli_rate(probability: float) -> None:
+    n = 200_000
+    drawn = bernoulli(5, torch.arange(n), probability, 0, Stream.LABEL_DROPOUT)
+    assert drawn.dtype == torch.bool
+    bound = 4 * math.sqrt(n * probability * (1 - probability))
+    assert abs(int(drawn.sum()) - n * probability) <= bound
+
+
+def test_a_higher_probability_only_adds() -> None:
+    ids = torch.arange(10_000)
+    rare, common = (bernoulli(5, ids, p, 0, Stream.HORIZONTAL_FLIP) for p in (0.2, 0.6))
+    assert bool((common | ~rare).all())
+    assert int(common.sum()) > int(rare.sum()) > 0
