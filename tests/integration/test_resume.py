@@ -119,7 +119,9 @@ def test_killed_while_saving(
     assert CheckpointStore(config.out / "checkpoints").steps()[-1] in (20, 30)
     Trainer(config).fit()
     assert_same_run(config.out, reference)
-    assert [entry.name for entry in (config.out / "checkpoints").iterdir() if "tmp" in entry.name] == []
+    assert [
+        entry.name for entry in (config.out / "checkpoints").iterdir() if "tmp" in entry.name
+    ] == []
 
 
 def _truncate(checkpoint: Path) -> None:

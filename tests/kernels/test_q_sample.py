@@ -63,9 +63,7 @@ def expected_x_t(
         noise = gaussian_noise(
             seed, torch.tensor(ids[b : b + 1]), (channels, height, width), 0, Stream.TRAINING_NOISE
         )
-        x_t[b] = (
-            np.sqrt(ALPHA_BAR[t]) * x_0 + np.sqrt(1 - ALPHA_BAR[t]) * noise[0].double().numpy()
-        )
+        x_t[b] = np.sqrt(ALPHA_BAR[t]) * x_0 + np.sqrt(1 - ALPHA_BAR[t]) * noise[0].double().numpy()
     return x_t
 
 
