@@ -332,16 +332,16 @@ def digits() -> RunConfig:
             sample_size=16,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(32, 64, 64),
+            block_out_channels=(16, 32, 64),
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=8,
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
-        training=TrainingConfig(steps=3000, batch_size=128, ema_decay=0.995),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+        training=TrainingConfig(steps=4000, batch_size=64, ema_decay=0.998),
         sampling=SamplingConfig(steps=250, variance="fixed_small"),
-        log=LogConfig(every=50, checkpoint_every=500, sample_every=1000, sample_steps=50),
+        log=LogConfig(every=100, checkpoint_every=500, sample_every=1000, sample_steps=50),
     )
 
 

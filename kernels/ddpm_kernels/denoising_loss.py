@@ -126,17 +126,20 @@ def _op(
     flip: Tensor | None,
     target: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss and d loss / d prediction, in one pass over the prediction."""
+    """Returns the loss and prediction − target, in one pass over the prediction.
+
+    The gradient is the second output times a number per sample, which is applied in the backward
+    pass, in the precision of the loss: it holds the loss scale of half-precision training, and
+    1 / (C H W), and without the one the other would take float16 gradients below its normal range.
+    """
     error = _error(
         prediction, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids,
         flip, target,
     )  # fmt: skip
     loss = error.square().mean((1, 2, 3))
-    gradient = error * (2 / error[0].numel())
     if weights is not None:
-        loss, gradient = loss * weights, gradient * weights[:, None, None, None]
-    gradient = gradient.to(prediction.dtype)
-    return loss, gradient.contiguous(memory_format=torch.channels_last)
+        loss = loss * weights
+    return loss, error.to(prediction.dtype).contiguous(memory_format=torch.channels_last)
 
 
 @_op.register_fake
@@ -157,14 +160,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, gradient = output
-    ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(gradient)
+    weights = inputs[7]
+    _, error = output
+    ctx.mark_non_differentiable(error)
+    ctx.save_for_backward(error, weights)
 
 
 def _differentiate(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * d_loss.to(gradient.dtype)[:, None, None, None], *[None] * 9
+    error, weights = ctx.saved_tensors
+    factor = d_loss * (2 / (error.shape[1] * error.shape[2] * error.shape[3]))
+    if weights is not None:
+        factor = factor * weights
+    return (error * factor[:, None, None, None]).to(error.dtype), *[None] * 9
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

@@ -60,7 +60,7 @@ Trainer(load_config(Path(sys.argv[1]))).fit()
 
 def tensors(out: Path, step: int) -> dict[str, Tensor]:
     """Every tensor of one checkpoint."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted((out / "checkpoints" / f"step-{step:08d}").rglob("*.safetensors")):
         found |= {f"{file.parent.name}.{name}": t for name, t in load_file(file).items()}
     return found
