@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,18 @@ from ddpm_kernels.dispatch import force_ops
 
 T = 50
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
+LayOut = Callable[[Tensor, str], Tensor]
 LAYOUTS = ("nchw", "nhwc", "columns", "view")
-PATHS = {"reference": nullcontext, "op": force_ops}
+SHAPES = (
+    ((3, 3, 5, 4), "nchw"),
+    ((3, 3, 5, 4), "nhwc"),
+    ((2, 1, 7, 3), "view"),
+    ((1, 1, 1, 1), "columns"),
+)
+PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "reference": nullcontext,
+    "op": force_ops,
+}
 TARGETS = ("eps", "x0", "v")
 
 
@@ -27,21 +38,6 @@ def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         torch.tensor(np.sqrt(ALPHA_BAR)).to(dtype),
         torch.tensor(np.sqrt(1 - ALPHA_BAR)).to(dtype),
     )
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "nhwc":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "columns":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "view":  # of every other column of a larger tensor, and not from its start
-        batch, channels, height, width = tensor.shape
-        larger = tensor.new_zeros(batch + 1, channels + 2, height + 1, 2 * width + 1)
-        view = larger[1:, 1:-1, 1:, 1::2]
-        view.copy_(tensor)
-        return view
-    return tensor.contiguous()
 
 
 def arguments(
@@ -112,6 +108,7 @@ def differentiate(arguments: dict[str, Any], target: str, scale: float) -> tuple
     optional=st.booleans(),
 )
 def test_formula(
+    lay_out: LayOut,
     path: str,
     shape: tuple[int, int, int, int],
     stored: torch.dtype,
@@ -154,7 +151,7 @@ def test_float64_tables_make_a_float64_check(path: str, target: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sees_the_noise_that_q_sample_added(path: str, layout: str) -> None:
+def test_sees_the_noise_that_q_sample_added(lay_out: LayOut, path: str, layout: str) -> None:
     """A network that solves x_t = a x_0 + s ε for its target has no loss."""
     given_ = arguments()
     given_["images"] = lay_out(given_["images"], layout)
@@ -234,11 +231,12 @@ def test_op_and_reference_agree(target: str, optional: bool) -> None:
     torch.testing.assert_close(op_gradient, gradient, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 5, 4), (2, 1, 7, 3), (1, 1, 1, 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("optional", [True, False])
-def test_opcheck(shape: tuple[int, ...], layout: str, target: str, optional: bool) -> None:
+def test_opcheck(
+    lay_out: LayOut, shape: tuple[int, ...], layout: str, target: str, optional: bool
+) -> None:
     given_ = arguments(shape, optional=optional)
     given_["prediction"] = lay_out(given_["prediction"], layout).detach().requires_grad_()
     torch.library.opcheck(torch.ops.ddpm.denoising_loss.default, (*given_.values(), target))

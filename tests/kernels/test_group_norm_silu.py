@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,20 @@ from torch import Tensor
 from ddpm_kernels import group_norm_silu
 from ddpm_kernels.dispatch import force_ops
 
-PATHS = {"reference": nullcontext, "op": force_ops}
+PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "reference": nullcontext,
+    "op": force_ops,
+}
+LayOut = Callable[[Tensor, str], Tensor]
 LAYOUTS = ("nchw", "nhwc", "columns", "view")
+SHAPES = (
+    ((3, 6, 5, 4), "nchw"),
+    ((3, 6, 5, 4), "nhwc"),
+    ((1, 6, 7, 11), "columns"),
+    ((2, 3, 1, 13), "view"),
+)
 ACTIVATIONS = ("silu", "none")
 DIFFERENTIABLE = ("x", "weight", "bias", "scale", "shift")
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "nhwc":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "columns":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "view":  # of every other column of a larger tensor, and not from its start
-        batch, channels, height, width = tensor.shape
-        larger = tensor.new_zeros(batch + 1, channels + 2, height + 1, 2 * width + 1)
-        view = larger[1:, 1:-1, 1:, 1::2]
-        view.copy_(tensor)
-        return view
-    return tensor.contiguous()
 
 
 def arguments(
@@ -113,7 +109,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 
     activation=st.sampled_from(ACTIVATIONS),
 )
 def test_forward(
-    path: str, batch: int, groups: int, per_group: int, height: int, width: int,
+    lay_out: LayOut, path: str, batch: int, groups: int, per_group: int, height: int, width: int,
     dtype: torch.dtype, layout: str, film: bool, activation: str,
 ) -> None:  # fmt: skip
     given_ = arguments((batch, groups * per_group, height, width), groups, dtype, film)
@@ -130,13 +126,18 @@ def test_forward(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (1, 6, 7, 11), (2, 3, 1, 13)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_gradients(
-    path: str, shape: tuple[int, ...], layout: str, film: bool, activation: str, dtype: torch.dtype
+    lay_out: LayOut,
+    path: str,
+    shape: tuple[int, ...],
+    layout: str,
+    film: bool,
+    activation: str,
+    dtype: torch.dtype,
 ) -> None:
     given_ = arguments(shape, 3, dtype, film)
     expected = gradients(expected_output, given_, activation)[1]
@@ -197,11 +198,11 @@ def error_of_torch(given_: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, -1000.0, 1000.0])
 @pytest.mark.parametrize("shape", [(2, 8, 16, 16), (1, 8, 31, 37), (1, 4, 96, 96)])
 def test_mean_a_thousand_deviations_from_zero(
-    path: str, layout: str, offset: float, shape: tuple[int, ...]
+    lay_out: LayOut, path: str, layout: str, offset: float, shape: tuple[int, ...]
 ) -> None:
     given_ = arguments(shape, 4, film=False)
     given_["x"] = (given_["x"] - 0.5) / 2 + offset
@@ -214,10 +215,12 @@ def test_mean_a_thousand_deviations_from_zero(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3.3, 1000.1])
 @pytest.mark.parametrize("shape", [(2, 8, 16, 16), (1, 8, 7, 7), (1, 4, 31, 37)])
-def test_constant_input(path: str, layout: str, value: float, shape: tuple[int, ...]) -> None:
+def test_constant_input(
+    lay_out: LayOut, path: str, layout: str, value: float, shape: tuple[int, ...]
+) -> None:
     """Normalised it is zero: what is left is the bias."""
     given_ = arguments(shape, 4, film=False)
     given_["x"] = torch.full(shape, value)
@@ -252,7 +255,7 @@ def test_gradcheck(path: str, film: bool, activation: str) -> None:
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_op_and_reference_agree(film: bool, activation: str, layout: str) -> None:
+def test_op_and_reference_agree(lay_out: LayOut, film: bool, activation: str, layout: str) -> None:
     given_ = arguments(film=film)
     given_["x"] = lay_out(given_["x"], layout)
     y, found = gradients(group_norm_silu, given_, activation)
@@ -263,11 +266,12 @@ def test_op_and_reference_agree(film: bool, activation: str, layout: str) -> Non
         torch.testing.assert_close(op_found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (1, 3, 1, 1), (1, 3, 7, 5)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck(shape: tuple[int, ...], layout: str, film: bool, activation: str) -> None:
+def test_opcheck(
+    lay_out: LayOut, shape: tuple[int, ...], layout: str, film: bool, activation: str
+) -> None:
     given_ = arguments(shape, film=film)
     given_["x"] = lay_out(given_["x"], layout)
     for name in DIFFERENTIABLE:
@@ -278,11 +282,12 @@ def test_opcheck(shape: tuple[int, ...], layout: str, film: bool, activation: st
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 5, 4), (1, 3, 1, 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck_backward(shape: tuple[int, ...], layout: str, film: bool, activation: str) -> None:
+def test_opcheck_backward(
+    lay_out: LayOut, shape: tuple[int, ...], layout: str, film: bool, activation: str
+) -> None:
     given_ = arguments(shape, film=film)
     x = given_["x"] = lay_out(given_["x"], layout)
     _, mean, rstd = torch.ops.ddpm.group_norm_silu(*given_.values(), activation)
@@ -306,7 +311,7 @@ def test_op_returns_the_statistics_of_each_group() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_compiles_as_one_graph(path: str, film: bool, layout: str) -> None:
+def test_compiles_as_one_graph(lay_out: LayOut, path: str, film: bool, layout: str) -> None:
     given_ = arguments(film=film)
     given_["x"] = lay_out(given_["x"], layout)
     compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")

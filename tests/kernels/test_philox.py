@@ -135,7 +135,7 @@ def test_no_two_addresses_share_a_block() -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (2, 1, 1), (5, 3, 7), (1, 13, 1)])
 @pytest.mark.parametrize("sample_id", [6, 2**32 + 6])
 def test_elements_are_numbered_channels_last(shape: tuple[int, int, int], sample_id: int) -> None:
-    channels, height, width = shape
+    channels, _, width = shape
     noise = gaussian_noise(-9, torch.tensor([1, sample_id]), shape, 31, Stream.SAMPLER_NOISE)
     assert noise.shape == (2, *shape)
     assert noise.dtype == torch.float32

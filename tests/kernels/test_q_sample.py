@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,8 +18,18 @@ from ddpm_kernels.dispatch import force_ops
 
 T = 50
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
+LayOut = Callable[[Tensor, str], Tensor]
 LAYOUTS = ("nchw", "nhwc", "columns", "view")
-PATHS = {"reference": nullcontext, "op": force_ops}
+SHAPES = (
+    ((3, 3, 5, 4), "nchw"),
+    ((3, 3, 5, 4), "nhwc"),
+    ((2, 1, 7, 3), "view"),
+    ((1, 1, 1, 1), "columns"),
+)
+PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "reference": nullcontext,
+    "op": force_ops,
+}
 
 
 def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -26,21 +37,6 @@ def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         torch.tensor(np.sqrt(ALPHA_BAR)).to(dtype),
         torch.tensor(np.sqrt(1 - ALPHA_BAR)).to(dtype),
     )
-
-
-def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "nhwc":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "columns":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "view":  # of every other column of a larger tensor, and not from its start
-        batch, channels, height, width = tensor.shape
-        larger = tensor.new_zeros(batch + 1, channels + 2, height + 1, 2 * width + 1)
-        view = larger[1:, 1:-1, 1:, 1::2]
-        view.copy_(tensor)
-        return view
-    return tensor.contiguous()
 
 
 def stored_images(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -102,6 +98,7 @@ def check(actual: Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:
     data=st.data(),
 )
 def test_formula(
+    lay_out: LayOut,
     path: str,
     shape: tuple[int, int, int, int],
     stored: torch.dtype,
@@ -153,7 +150,7 @@ def test_uint8_extremes_are_minus_one_and_one(level: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_does_not_change_a_bit(layout: str) -> None:
+def test_layout_does_not_change_a_bit(lay_out: LayOut, layout: str) -> None:
     given_ = arguments()
     expected = q_sample(**given_)
     given_["images"] = lay_out(given_["images"], layout)
@@ -188,14 +185,18 @@ def test_op_and_reference_agree(flip: bool) -> None:
     assert torch.equal(seed_on_device, actual)
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 5, 4), (2, 1, 7, 3), (1, 1, 1, 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize(
     ("stored", "result"), [(torch.uint8, torch.bfloat16), (torch.float32, torch.float32)]
 )
 def test_opcheck(
-    shape: tuple[int, ...], layout: str, flip: bool, stored: torch.dtype, result: torch.dtype
+    lay_out: LayOut,
+    shape: tuple[int, ...],
+    layout: str,
+    flip: bool,
+    stored: torch.dtype,
+    result: torch.dtype,
 ) -> None:
     given_ = arguments(shape, stored, flip)
     given_["images"] = lay_out(given_["images"], layout)
@@ -208,6 +209,5 @@ def test_opcheck(
 def test_compiles_as_one_graph(path: str, flip: bool) -> None:
     given_ = arguments(flip=flip)
     compiled = torch.compile(q_sample, fullgraph=True, backend="aot_eager")
-    context: AbstractContextManager[None] = PATHS[path]()
-    with context:
+    with PATHS[path]():
         torch.testing.assert_close(compiled(**given_), q_sample(**given_), atol=1e-6, rtol=0)

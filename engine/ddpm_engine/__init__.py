@@ -1,0 +1,11 @@
+"""A training and sampling engine for denoising diffusion models.
+
+| to do this                      | look in                                             |
+|---------------------------------|-----------------------------------------------------|
+| the diffusion process           | `schedule`, `process`, `prediction`, `objective`    |
+| draw pictures                   | `samplers.sample`, `pretrained.load_pretrained`     |
+| the network                     | `unet.UNet`                                         |
+| pack and read images            | `data`                                              |
+| train                           | `config.RunConfig`, `training.Trainer`              |
+| look at the result              | `evaluation`                                        |
+"""

@@ -1,0 +1,178 @@
+"""The noise schedule: closed forms in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.schedule import NoiseSchedule
+
+SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
+    "linear": NoiseSchedule.linear,
+    "cosine": NoiseSchedule.cosine,
+    "sigmoid": NoiseSchedule.sigmoid,
+}
+TABLES = (
+    "betas", "alphas", "alpha_bar", "alpha_bar_previous", "sqrt_alpha_bar",
+    "sqrt_one_minus_alpha_bar", "snr", "posterior_variance", "posterior_log_variance_clipped",
+    "posterior_mean_x0", "posterior_mean_xt",
+)  # fmt: skip
+
+
+def close(actual: Tensor, expected: object) -> None:
+    np.testing.assert_allclose(actual.numpy(), np.asarray(expected), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [1, 2, 50, 1000])
+def test_every_table_is_finite_float64(name: str, timesteps: int) -> None:
+    schedule = SCHEDULES[name](timesteps)
+    assert schedule.timesteps == timesteps
+    for table in TABLES:
+        values = getattr(schedule, table)
+        assert values.shape == (timesteps,), table
+        assert values.dtype == torch.float64, table
+        assert bool(values.isfinite().all()), table
+
+
+def test_linear_is_the_paper() -> None:
+    schedule = NoiseSchedule.linear()
+    betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    close(schedule.betas, betas)
+    assert schedule.sqrt_alpha_bar[-1].item() == pytest.approx(0.00635, abs=1e-5)
+    exact = math.prod((1 - Fraction(beta) for beta in betas[:300]), start=Fraction(1))
+    assert schedule.alpha_bar[299].item() == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_linear_end_points() -> None:
+    close(NoiseSchedule.linear(3, 0.1, 0.5).betas, [0.1, 0.3, 0.5])
+
+
+def test_cosine_formula() -> None:
+    schedule = NoiseSchedule.cosine(1000)
+
+    def curve(t: int) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = np.array([curve(t + 1) / curve(0) for t in range(1000)])
+    np.testing.assert_allclose(schedule.alpha_bar[:-1].numpy(), alpha_bar[:-1], rtol=1e-9)
+    assert schedule.betas[-1].item() == 0.999  # the curve ends at zero; β may not reach one
+    assert schedule.betas[:-1].max() < 0.999
+
+
+def test_cosine_options() -> None:
+    assert NoiseSchedule.cosine(100, max_beta=0.5).betas.max().item() == 0.5
+    first = [NoiseSchedule.cosine(100, offset=offset).betas[0].item() for offset in (0.0, 0.1)]
+    assert first[0] < first[1]
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.5)])
+def test_sigmoid_formula(start: float, end: float, tau: float) -> None:
+    schedule = NoiseSchedule.sigmoid(200, start, end, tau)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x / tau))
+
+    def curve(u: float) -> float:
+        value = sigmoid(end) - sigmoid(u * (end - start) + start)
+        return value / (sigmoid(end) - sigmoid(start))
+
+    alpha_bar = [curve((t + 1) / 200) for t in range(199)]
+    np.testing.assert_allclose(schedule.alpha_bar[:-1].numpy(), alpha_bar, rtol=1e-9)
+    assert schedule.betas[-1].item() == 0.999
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_derived_tables(name: str) -> None:
+    schedule = SCHEDULES[name](60)
+    betas = schedule.betas.tolist()
+    alpha_bar, previous = 1.0, []
+    for t, beta in enumerate(betas):
+        previous.append(alpha_bar)
+        alpha_bar *= 1 - beta
+        assert schedule.alphas[t].item() == 1 - beta
+        assert schedule.alpha_bar[t].item() == pytest.approx(alpha_bar, rel=1e-12)
+        assert schedule.sqrt_alpha_bar[t].item() == pytest.approx(alpha_bar**0.5, rel=1e-12)
+        sigma = (1 - alpha_bar) ** 0.5
+        assert schedule.sqrt_one_minus_alpha_bar[t].item() == pytest.approx(sigma, rel=1e-12)
+        assert schedule.snr[t].item() == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-11)
+        variance = beta * (1 - previous[t]) / (1 - alpha_bar)
+        assert schedule.posterior_variance[t].item() == pytest.approx(variance, rel=1e-11)
+        mean_x0 = previous[t] ** 0.5 * beta / (1 - alpha_bar)
+        assert schedule.posterior_mean_x0[t].item() == pytest.approx(mean_x0, rel=1e-11)
+        mean_xt = (1 - beta) ** 0.5 * (1 - previous[t]) / (1 - alpha_bar)
+        assert schedule.posterior_mean_xt[t].item() == pytest.approx(mean_xt, rel=1e-11)
+    close(schedule.alpha_bar_previous, previous)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_only_grows(name: str) -> None:
+    schedule = SCHEDULES[name](1000)
+    assert bool((schedule.alpha_bar.diff() < 0).all())
+    assert bool((schedule.snr.diff() < 0).all())
+    assert bool((schedule.posterior_variance <= schedule.betas).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_first_step_back_returns_the_image(name: str) -> None:
+    schedule = SCHEDULES[name](10)
+    assert schedule.posterior_variance[0] == 0
+    assert schedule.posterior_mean_x0[0].item() == pytest.approx(1, rel=1e-12)
+    assert schedule.posterior_mean_xt[0] == 0
+
+
+def test_log_variance_at_zero_is_that_of_one() -> None:
+    schedule = NoiseSchedule.linear()
+    log_variance = schedule.posterior_log_variance_clipped
+    assert log_variance[0] == log_variance[1]
+    close(log_variance[1:], schedule.posterior_variance[1:].log())
+    assert log_variance[0].item() == pytest.approx(-9.817, abs=1e-3)
+    assert schedule.posterior_variance[0] == 0  # which clipping does not write to
+
+
+def test_log_variance_of_a_single_timestep_is_its_beta() -> None:
+    schedule = NoiseSchedule.linear(1, 0.3, 0.3)
+    close(schedule.posterior_log_variance_clipped, [math.log(0.3)])
+
+
+# --- What it refuses
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [0, -5])
+def test_no_timesteps(name: str, timesteps: int) -> None:
+    with pytest.raises(UserError, match=f"timesteps is {timesteps}; .* at least 1"):
+        SCHEDULES[name](timesteps)
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ([0.1, 0.0, 0.2], r"timestep 1 is 0\.0; it must lie in \(0, 1\)"),
+        ([0.1, 0.2, 1.0], r"timestep 2 is 1\.0"),
+        ([-0.5, 2.0], r"timestep 0 is -0\.5"),
+        ([0.1, math.nan], r"timestep 1 is nan"),
+        ([], r"torch\.float64 of shape \(0,\)"),
+        ([[0.1]], r"shape \(1, 1\)"),
+    ],
+)
+def test_impossible_betas(betas: list[float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
+
+
+def test_float32_betas() -> None:
+    with pytest.raises(UserError, match=r"torch\.float32.*float64"):
+        NoiseSchedule(torch.tensor([0.1, 0.2]))
+
+
+def test_linear_out_of_range_names_the_value() -> None:
+    with pytest.raises(UserError, match=r"timestep 9 is 1\.1"):
+        NoiseSchedule.linear(10, 0.1, 1.1)
