@@ -18,7 +18,7 @@ define install
 	@if [ -e $(VENV)/incomplete ] || ! $(BIN)/python -c '' 2>/dev/null; then \
 	    rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
 	fi
-	@touch $(VENV)/incomplete
+	@rm -f $(VENV)/installed $(VENV)/installed-test && touch $(VENV)/incomplete
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
 	@rm $(VENV)/incomplete
 	@touch $@
