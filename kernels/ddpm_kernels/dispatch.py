@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from ddpm_kernels.triton_shim import HAS_TRITON, triton
+
 _forced = False
 
 
@@ -17,6 +19,14 @@ def takes_op(tensor: Tensor) -> bool:
     plain torch operations and fuses them.
     """
     return tensor.is_cuda or _forced
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether a registered operation on this tensor launches its Triton kernel.
+
+    On GPUs, and on any device under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
+    """
+    return HAS_TRITON and (tensor.is_cuda or triton.knobs.runtime.interpret)
 
 
 @contextmanager
