@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
 _forced = False
+_gpu_assumed = False
 
 
 def takes_op(tensor: Tensor) -> bool:
@@ -26,7 +27,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
     On GPUs, and on any device under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
     """
-    return HAS_TRITON and (tensor.is_cuda or triton.knobs.runtime.interpret)
+    return HAS_TRITON and (tensor.is_cuda or _gpu_assumed or triton.knobs.runtime.interpret)
 
 
 @contextmanager
@@ -38,3 +39,15 @@ def force_ops() -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def assume_gpu() -> Iterator[None]:
+    """Go as far as the launch of a Triton kernel on every device, to see what is launched."""
+    global _gpu_assumed
+    before, _gpu_assumed = _gpu_assumed, True
+    try:
+        with force_ops():
+            yield
+    finally:
+        _gpu_assumed = before

@@ -1,0 +1,219 @@
+"""Compile every kernel for every target on a machine without a GPU, and read what came out.
+
+    python -m ddpm_kernels.aot [--targets sm_90,gfx942] [--all]
+
+There is no second list of signatures: the operations are called on CPU tensors, each launch is
+caught before it reaches a device, and what would have been launched is compiled, specialised as
+Triton would have specialised it. For each kernel and target the table shows registers, spills, local
+memory, the widest global load and store, and instructions an element.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_kernels.dispatch import assume_gpu
+from ddpm_kernels.triton_shim import HAS_TRITON, triton
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx942": ("hip", "gfx942", 64),
+    "gfx950": ("hip", "gfx950", 64),
+}
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything that decides its code."""
+
+    kernel: Any
+    """The `JITFunction`."""
+    signature: tuple[tuple[str, str], ...]
+    """Name and type of each parameter, `"constexpr"` for constants."""
+    constants: tuple[tuple[str, Any], ...]
+    """Values of the constants."""
+    aligned: tuple[int, ...]
+    """Indices of parameters divisible by 16, which lets loads be wide."""
+    options: tuple[tuple[str, Any], ...]
+    """Compiler options: warps and stages."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.fn.__name__).strip("_")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the compiler made of a launch for one target."""
+
+    registers: int
+    """Per thread (vector registers on AMD)."""
+    spills: int
+    """Instructions, or registers on AMD, that go to local memory because registers ran out."""
+    local_bytes: int
+    """Stack or scratch bytes a thread."""
+    widest_load: int
+    """Bits of the widest global load of one thread."""
+    widest_store: int
+    """Bits of the widest global store of one thread."""
+    instructions: int
+    """Instructions of the whole kernel, each counted once."""
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Let operations on CPU tensors go as far as the launch, and note it instead."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launch = _describe(self, arguments, named)
+        if launch not in launches:
+            launches.append(launch)
+
+    original = JITFunction.run
+    JITFunction.run = note
+    try:
+        with assume_gpu():
+            yield launches
+    finally:
+        JITFunction.run = original
+
+
+def _describe(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values |= {name: value for name, value in named.items() if name in kernel.arg_names}
+    options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    signature, constants, aligned = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = values.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, Tensor):
+            signature.append((parameter.name, _TYPES[value.dtype]))
+            if value.data_ptr() % 16 == 0:
+                aligned.append(index)
+        elif isinstance(value, int):
+            signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                aligned.append(index)
+        else:
+            raise TypeError(
+                f"{kernel.fn.__name__}: {parameter.name} is a {type(value).__name__}; pass "
+                "tensors, integers or constants (a Python float becomes a double under inductor)"
+            )
+    return Launch(
+        kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
+    )
+
+
+def compile_launch(launch: Launch, target: str) -> Code:
+    """Compile for one of `TARGETS` and read the result.
+
+    Raises:
+        Exception: whatever Triton or the assembler raises; the code does not compile.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        dict(launch.constants),
+        {(index,): [["tt.divisibility", 16]] for index in launch.aligned},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget(*TARGETS[target]), options=dict(launch.options)
+    )
+    if TARGETS[target][0] == "cuda":
+        return _read_cubin(compiled.asm["cubin"])
+    return _read_amdgcn(compiled.asm["amdgcn"])
+
+
+def _nvidia_tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [str(tool), *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _read_cubin(cubin: bytes) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        listing = _nvidia_tool("nvdisasm", file.name)
+    # SASS lines: address, optional predicate, mnemonic with its modifiers.
+    mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ +)?([A-Z][\w.]*)", listing, re.M)
+    return Code(
+        registers=int(_first(r"REG:(\d+)", usage)),
+        spills=sum(m.startswith(("LDL", "STL")) for m in mnemonics),
+        local_bytes=int(_first(r"STACK:(\d+)", usage)) + int(_first(r"LOCAL:(\d+)", usage)),
+        widest_load=_widest(m for m in mnemonics if m.startswith("LDG")),
+        widest_store=_widest(m for m in mnemonics if m.startswith("STG")),
+        instructions=sum(m not in ("NOP", "BRA") for m in mnemonics),
+    )
+
+
+def _widest(mnemonics: Iterator[str]) -> int:
+    """Bits of the widest access: LDG.E.128 has 128, LDG.E 32, LDG.E.U16 16."""
+    widths = [int(_first(r"\.[US]?(8|16|64|128|256)\b", m, "32")) for m in mnemonics]
+    return max(widths, default=0)
+
+
+def _read_amdgcn(text: str) -> Code:
+    words = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "short": 16}
+    words |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    instructions = re.findall(r"^\s+((?:[vs]|ds|global|buffer|flat|scratch)_\w+)", text, re.M)
+
+    def widest(kind: str) -> int:
+        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z]+\d?x?\d?)"
+        found = (re.match(pattern, name) for name in instructions)
+        return max((words.get(match[1], 0) for match in found if match), default=0)
+
+    return Code(
+        registers=int(_first(r"\.vgpr_count:\s+(\d+)", text)),
+        spills=int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
+        + int(_first(r"\.sgpr_spill_count:\s+(\d+)", text, "0")),
+        local_bytes=int(_first(r"\.private_segment_fixed_size:\s+(\d+)", text)),
+        widest_load=widest("load"),
+        widest_store=widest("store"),
+        instructions=len(instructions),
+    )
+
+
+def _first(pattern: str, text: str, otherwise: str | None = None) -> str:
+    match = re.search(pattern, text)
+    if match is None and otherwise is None:
+        raise ValueError(f"nothing matches {pattern!r} in the compiler's output")
+    return match[1] if match is not None else str(otherwise)
