@@ -15,19 +15,39 @@ where c₁, c₂ are the means over the group's elements of γ(1 + s) dz x̂ and
 
 Statistics are taken in float32 (float64 for float64 inputs) whatever the data's precision.
 
+The Triton kernels read channels-last memory, `[N, pixels, C]`. A program takes one sample, one slab
+of consecutive pixels and one chunk of whole groups, so that its rows are contiguous and it alone
+writes its partial sums. Forward: moments of each slab, then a launch that combines them and writes
+y (a single launch where one slab covers the sample). Backward: partial A and B of each slab, a
+small launch that combines them, and one that writes dx.
+
 Source: Wu & He, "Group Normalization", ECCV 2018; the scale and shift are those of Dhariwal &
 Nichol, "Diffusion Models Beat GANs", 2021 (adaptive group normalization).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_kernels.dispatch import takes_op
+from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.triton_shim import tl, triton
+
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048
+"""Elements that a program holds at once; backward holds twice as many tensors."""
+WARPS = 4
+WIDTHS = (64, 128, 256, 512)
+"""Channels of a tile: a row of 64 in half precision is one cache line."""
+PROGRAMS = 512
+"""At most so many where one a sample and chunk would be fewer: a wave of four a multiprocessor on
+132, which keeps enough loads in flight; more would only repeat a program's fixed work."""
+MAX_SLABS = 64
+"""Each program of the forward's second launch reads the moments of all of its sample's slabs."""
 
 
 def group_norm_silu(
@@ -136,6 +156,659 @@ def _channels_last_if(like: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+# --- Triton
+
+
+class _Plan(NamedTuple):
+    """How a `[N, pixels, C]` tensor is divided among programs."""
+
+    rows: int
+    """Pixels of a tile, a power of two."""
+    width: int
+    """Channels of a tile, a power of two."""
+    chunk_groups: int
+    """Groups in a program's chunk of channels; they need not fill the tile."""
+    chunks: int
+    slab_pixels: int
+    slabs: int
+
+
+@lru_cache(maxsize=1024)
+def _plan(batch: int, channels: int, pixels: int, groups: int, tile: int) -> _Plan:
+    per_group = channels // groups
+    # Chunks start at multiples of 8 channels where they can, for 16-byte accesses.
+    step = 8 // gcd(8, per_group)
+    candidates = []
+    for width in (*WIDTHS, _power_of_two(per_group)):
+        chunk_groups = min(width // per_group, groups)
+        if chunk_groups == 0:
+            continue
+        if chunk_groups < groups and chunk_groups >= step:
+            chunk_groups -= chunk_groups % step
+        width = _power_of_two(chunk_groups * per_group)
+        chunks = -(-groups // chunk_groups)
+        aligned = chunks == 1 or chunk_groups * per_group % 8 == 0
+        # Least idle lanes; among equals 128 channels or the nearest to it.
+        candidates.append((not aligned, chunks * width, abs(width - 128), width, chunk_groups))
+    *_, width, chunk_groups = min(candidates)
+    chunks = -(-groups // chunk_groups)
+
+    rows = min(max(1, tile // width), _power_of_two(pixels))
+    tiles = -(-pixels // rows)
+    # At least two tiles a slab: fewer are not worth a program's fixed work.
+    slabs = max(1, min(MAX_SLABS, PROGRAMS // (batch * chunks), tiles // 2))
+    slab_pixels = -(-tiles // slabs) * rows
+    return _Plan(rows, width, chunk_groups, chunks, slab_pixels, -(-pixels // slab_pixels))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@triton.jit
+def _place(  # type: ignore[no-untyped-def]
+    pixels,
+    slabs,
+    slab_pixels,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """This program's sample, slab, first pixel, last pixel + 1, chunk, channels and their mask."""
+    CHUNKS: tl.constexpr = tl.cdiv(CHANNELS, CHUNK_GROUPS * PER_GROUP)
+    program = tl.program_id(0)
+    chunk = program % CHUNKS
+    slab = program // CHUNKS % slabs
+    sample = (program // CHUNKS // slabs).to(tl.int64)
+    start = slab * slab_pixels
+    stop = tl.minimum(start + slab_pixels, pixels)
+    lane = tl.arange(0, WIDTH)
+    channel = chunk * (CHUNK_GROUPS * PER_GROUP) + lane
+    real = (lane < CHUNK_GROUPS * PER_GROUP) & (channel < CHANNELS)
+    return sample, slab, start, stop, chunk, channel, real
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    first,
+    stop,
+    channel,
+    real,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Offsets within the sample of ROWS pixels' channels, and which of them exist."""
+    pixel = first + tl.arange(0, ROWS)
+    inside = (pixel < stop)[:, None] & real[None, :]
+    if WIDE:
+        pixel = pixel.to(tl.int64)
+    return pixel[:, None] * CHANNELS + channel[None, :], inside
+
+
+@triton.jit
+def _sum_groups(values, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From channels `[WIDTH]`, zero where there is none, to groups `[GROUPS]`."""
+    if GROUPS * PER_GROUP == WIDTH:
+        sums = tl.sum(tl.reshape(values, (GROUPS, PER_GROUP)), 1)
+    else:
+        group = tl.arange(0, WIDTH) // PER_GROUP
+        member = group[:, None] == tl.arange(0, GROUPS)[None, :]
+        sums = tl.sum(tl.where(member, values[:, None], 0.0), 0)
+    return sums
+
+
+@triton.jit
+def _spread_groups(values, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """From groups `[GROUPS]` to their channels `[WIDTH]`."""
+    if GROUPS * PER_GROUP == WIDTH:
+        spread = tl.reshape(tl.broadcast_to(values[:, None], (GROUPS, PER_GROUP)), (WIDTH,))
+    else:
+        group = tl.arange(0, WIDTH) // PER_GROUP
+        member = group[:, None] == tl.arange(0, GROUPS)[None, :]
+        spread = tl.sum(tl.where(member, values[None, :], 0.0), 1)
+    return spread
+
+
+@triton.jit
+def _affine_of(  # type: ignore[no-untyped-def]
+    weight,
+    bias,
+    scale,
+    shift,
+    sample,
+    channel,
+    real,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    FILM: tl.constexpr,
+):
+    """`_affine`, for one sample's channels."""
+    gain = tl.load(weight + channel, real, 0.0).to(tl.float32)
+    offset = tl.load(bias + channel, real, 0.0).to(tl.float32)
+    if FILM:
+        s = tl.load(scale + sample * scale_row + channel * scale_column, real, 0.0)
+        t = tl.load(shift + sample * shift_row + channel * shift_column, real, 0.0)
+        factor = 1.0 + s.to(tl.float32)
+        gain, offset = gain * factor, offset * factor + t.to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def _moments(  # type: ignore[no-untyped-def]
+    x,
+    start,
+    stop,
+    channel,
+    real,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Mean, as an unevaluated sum of two, and sum of squared deviations of each group in a slab.
+
+    Everything is summed relative to the channel's mean over the first tile, and those differences
+    relative to the group's: no sum has a large part that cancels.
+    """
+    offsets, inside = _tile(start, stop, channel, real, CHANNELS, ROWS, WIDE)
+    tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
+    anchor = tl.sum(tile, 0) / tl.minimum(stop - start, ROWS).to(tl.float32)
+    deviation = tl.where(inside, tile - anchor[None, :], 0.0)
+    first = deviation
+    second = deviation * deviation
+    for pixel in range(start + ROWS, stop, ROWS):
+        offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
+        deviation = tl.where(inside, tile - anchor[None, :], 0.0)
+        first += deviation
+        second += deviation * deviation
+    count = (stop - start).to(tl.float32)
+    sums = tl.sum(first, 0)
+    rest = sums / count
+    squares = tl.sum(second, 0) - sums * rest
+
+    mean = _sum_groups(anchor, PER_GROUP, WIDTH, GROUPS) / PER_GROUP
+    apart = (anchor - _spread_groups(mean, PER_GROUP, WIDTH, GROUPS)) + rest
+    apart = tl.where(real, apart, 0.0)
+    mean_rest = _sum_groups(apart, PER_GROUP, WIDTH, GROUPS) / PER_GROUP
+    apart = apart - _spread_groups(mean_rest, PER_GROUP, WIDTH, GROUPS)
+    apart = tl.where(real, apart, 0.0)
+    squares = _sum_groups(squares + count * apart * apart, PER_GROUP, WIDTH, GROUPS)
+    return mean, mean_rest, squares
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels"])
+def _moments_kernel(  # type: ignore[no-untyped-def]
+    x,
+    moments,
+    pixels,
+    slabs,
+    slab_pixels,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`_moments` of every slab: float32 `[N, slabs, 3, groups]`."""
+    sample, slab, start, stop, chunk, channel, real = _place(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    mean, rest, squares = _moments(
+        x + sample * pixels * CHANNELS,
+        start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE,
+    )  # fmt: skip
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    lane = tl.arange(0, GROUPS)
+    group = chunk * CHUNK_GROUPS + lane
+    exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
+    out = moments + (sample * slabs + slab) * (3 * ALL_GROUPS) + group
+    tl.store(out, mean, exists)
+    tl.store(out + ALL_GROUPS, rest, exists)
+    tl.store(out + 2 * ALL_GROUPS, squares, exists)
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x,
+    moments,
+    weight,
+    bias,
+    scale,
+    shift,
+    y,
+    mean_out,
+    rstd_out,
+    pixels,
+    slabs,
+    slab_pixels,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    eps,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    SLABS: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """From the slabs' moments to y. With SLABS = 1 it takes the moments itself."""
+    sample, slab, start, stop, chunk, channel, real = _place(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    x += sample * pixels * CHANNELS
+    y += sample * pixels * CHANNELS
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    lane = tl.arange(0, GROUPS)
+    group = chunk * CHUNK_GROUPS + lane
+    exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
+
+    if SLABS == 1:
+        mean, rest, squares = _moments(
+            x, start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE
+        )
+    else:
+        partial = moments + sample * slabs * (3 * ALL_GROUPS) + group
+        mean = tl.load(partial, exists, 0.0)
+        index = tl.arange(0, SLABS)
+        count = tl.minimum(pixels - index * slab_pixels, slab_pixels).to(tl.float32)[:, None]
+        present = (index < slabs)[:, None] & exists[None, :]
+        partial = partial[None, :] + index[:, None] * (3 * ALL_GROUPS)
+        apart = tl.load(partial, present, 0.0) - mean[None, :]
+        apart = apart + tl.load(partial + ALL_GROUPS, present, 0.0)
+        count = tl.where(present, count, 0.0)
+        rest = tl.sum(count * apart, 0) / pixels.to(tl.float32)
+        apart = apart - rest[None, :]
+        squares = tl.load(partial + 2 * ALL_GROUPS, present, 0.0)
+        squares = tl.sum(squares + PER_GROUP * count * apart * apart, 0)
+    variance = tl.maximum(squares / (pixels.to(tl.float32) * PER_GROUP), 0.0)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+    if slab == 0:
+        tl.store(mean_out + sample * ALL_GROUPS + group, mean + rest, exists)
+        tl.store(rstd_out + sample * ALL_GROUPS + group, rstd, exists)
+
+    gain, offset = _affine_of(
+        weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, FILM,
+    )  # fmt: skip
+    gain = gain * _spread_groups(rstd, PER_GROUP, WIDTH, GROUPS)
+    offset = offset - gain * _spread_groups(rest, PER_GROUP, WIDTH, GROUPS)
+    mean_c = _spread_groups(mean, PER_GROUP, WIDTH, GROUPS)
+    for pixel in range(start, stop, ROWS):
+        offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
+        z = (tile - mean_c[None, :]) * gain[None, :] + offset[None, :]
+        if SILU:
+            z = z * tl.sigmoid(z)
+        tl.store(y + offsets, z.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _x_hat_and_dz(x, dy, mean, rstd, gain, offset, offsets, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of x̂ and dz. Where there is no element, dz is zero."""
+    x_hat = tl.load(x + offsets, inside, 0.0).to(tl.float32)
+    x_hat = (x_hat - mean[None, :]) * rstd[None, :]
+    dz = tl.load(dy + offsets, inside, 0.0).to(tl.float32)
+    if SILU:
+        z = x_hat * gain[None, :] + offset[None, :]
+        sigmoid = tl.sigmoid(z)
+        dz = dz * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+    return x_hat, dz
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+def _sums_kernel(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    mean,
+    rstd,
+    sums,
+    pixels,
+    slabs,
+    slab_pixels,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """A and B of every slab: float32 `[N, slabs, 2, C]`."""
+    sample, slab, start, stop, _, channel, real = _place(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    x += sample * pixels * CHANNELS
+    dy += sample * pixels * CHANNELS
+    gain, offset = _affine_of(
+        weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, FILM,
+    )  # fmt: skip
+    group = sample * (CHANNELS // PER_GROUP) + channel // PER_GROUP
+    mean_c = tl.load(mean + group, real, 0.0)
+    rstd_c = tl.load(rstd + group, real, 0.0)
+    a = tl.zeros((ROWS, WIDTH), tl.float32)
+    b = tl.zeros((ROWS, WIDTH), tl.float32)
+    for pixel in range(start, stop, ROWS):
+        offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        x_hat, dz = _x_hat_and_dz(x, dy, mean_c, rstd_c, gain, offset, offsets, inside, SILU)
+        a += dz * x_hat
+        b += dz
+    out = sums + (sample * slabs + slab) * (2 * CHANNELS) + channel
+    tl.store(out, tl.sum(a, 0), real)
+    tl.store(out + CHANNELS, tl.sum(b, 0), real)
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "scale_row", "d_scale_row"])
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    sums,
+    weight,
+    bias,
+    scale,
+    affine,
+    c,
+    d_scale,
+    d_shift,
+    pixels,
+    slabs,
+    scale_row,
+    scale_column,
+    d_scale_row,
+    d_scale_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLABS: tl.constexpr,
+    FILM: tl.constexpr,
+):
+    """Each sample's terms of dγ and dβ `[N, 2, C]`, its c₁ and c₂ `[N, 2, groups]`, ds and dt.
+
+    d_scale and d_shift have the same strides.
+    """
+    sample, _, _, _, chunk, channel, real = _place(
+        pixels, 1, pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    a = tl.zeros((WIDTH,), tl.float32)
+    b = tl.zeros((WIDTH,), tl.float32)
+    STEP: tl.constexpr = min(SLABS, 8)
+    for slab in range(0, slabs, STEP):
+        index = slab + tl.arange(0, STEP)
+        present = (index < slabs)[:, None] & real[None, :]
+        partial = sums + (sample * slabs + index)[:, None] * (2 * CHANNELS) + channel[None, :]
+        a += tl.sum(tl.load(partial, present, 0.0), 0)
+        b += tl.sum(tl.load(partial + CHANNELS, present, 0.0), 0)
+
+    gain = tl.load(weight + channel, real, 0.0).to(tl.float32)
+    factor = tl.full((WIDTH,), 1.0, tl.float32)
+    if FILM:
+        s = tl.load(scale + sample * scale_row + channel * scale_column, real, 0.0)
+        factor += s.to(tl.float32)
+        offset = tl.load(bias + channel, real, 0.0).to(tl.float32)
+        out = sample * d_scale_row + channel * d_scale_column
+        ds = gain * a + offset * b
+        tl.store(d_scale + out, ds.to(d_scale.dtype.element_ty), real)
+        tl.store(d_shift + out, b.to(d_shift.dtype.element_ty), real)
+        gain = gain * factor
+    out = affine + sample * (2 * CHANNELS) + channel
+    tl.store(out, factor * a, real)
+    tl.store(out + CHANNELS, factor * b, real)
+
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    lane = tl.arange(0, GROUPS)
+    group = chunk * CHUNK_GROUPS + lane
+    exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
+    size = pixels.to(tl.float32) * PER_GROUP
+    out = c + sample * (2 * ALL_GROUPS) + group
+    tl.store(out, _sum_groups(gain * a, PER_GROUP, WIDTH, GROUPS) / size, exists)
+    tl.store(out + ALL_GROUPS, _sum_groups(gain * b, PER_GROUP, WIDTH, GROUPS) / size, exists)
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+def _dx_kernel(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    mean,
+    rstd,
+    c,
+    dx,
+    pixels,
+    slabs,
+    slab_pixels,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """From c₁ and c₂ to dx."""
+    sample, _, start, stop, _, channel, real = _place(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    x += sample * pixels * CHANNELS
+    dy += sample * pixels * CHANNELS
+    dx += sample * pixels * CHANNELS
+    gain, offset = _affine_of(
+        weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, FILM,
+    )  # fmt: skip
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    group = channel // PER_GROUP
+    mean_c = tl.load(mean + sample * ALL_GROUPS + group, real, 0.0)
+    rstd_c = tl.load(rstd + sample * ALL_GROUPS + group, real, 0.0)
+    c += sample * (2 * ALL_GROUPS)
+    c1 = tl.load(c + group, real, 0.0)
+    c2 = tl.load(c + ALL_GROUPS + group, real, 0.0)
+    for pixel in range(start, stop, ROWS):
+        offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        x_hat, dz = _x_hat_and_dz(x, dy, mean_c, rstd_c, gain, offset, offsets, inside, SILU)
+        result = rstd_c[None, :] * (gain[None, :] * dz - c2[None, :] - x_hat * c1[None, :])
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), inside)
+
+
+def _shape_arguments(x: Tensor, groups: int, plan: _Plan) -> dict[str, int | bool]:
+    """What all kernels over tiles of x take."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    return {
+        "pixels": pixels,
+        "slabs": plan.slabs,
+        "slab_pixels": plan.slab_pixels,
+        "CHANNELS": channels,
+        "PER_GROUP": channels // groups,
+        "CHUNK_GROUPS": plan.chunk_groups,
+        "ROWS": plan.rows,
+        "WIDTH": plan.width,
+        # The last tile's offsets pass the sample's end before they are masked.
+        "WIDE": (pixels + plan.rows) * channels + plan.width >= 2**31,
+        "num_warps": WARPS,
+    }
+
+
+def _film_arguments(like: Tensor, scale: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
+    """Pointers and strides of scale and shift; `like` stands in for pointers that are not read."""
+    if scale is None or shift is None:
+        names = ("scale_row", "scale_column", "shift_row", "shift_column")
+        return {"scale": like, "shift": like, **dict.fromkeys(names, 0)}
+    return {
+        "scale": scale,
+        "shift": shift,
+        "scale_row": scale.stride(0),
+        "scale_column": scale.stride(1),
+        "shift_row": shift.stride(0),
+        "shift_column": shift.stride(1),
+    }
+
+
+def _groups_of_tile(channels: int, groups: int, plan: _Plan) -> int:
+    """The power of two that a tile's groups are padded to; fills the tile exactly if it can."""
+    return _power_of_two(max(plan.chunk_groups, plan.width // (channels // groups)))
+
+
+def _launch_forward(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    plan = _plan(batch, channels, height * width, groups, FORWARD_TILE)
+    shapes = _shape_arguments(x, groups, plan)
+    shapes["GROUPS"] = _groups_of_tile(channels, groups, plan)
+    dense = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(dense, memory_format=torch.channels_last)
+    mean = torch.empty((batch, groups), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    moments = mean
+    grid = (batch * plan.slabs * plan.chunks,)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    with torch.cuda.device_of(x):
+        if plan.slabs > 1:
+            moments = mean.new_empty((batch, plan.slabs, 3, groups))
+            _moments_kernel[grid](dense, moments, **shapes)
+        _forward_kernel[grid](
+            x=dense,
+            moments=moments,
+            weight=weight,
+            bias=bias,
+            y=y,
+            mean_out=mean,
+            rstd_out=rstd,
+            eps=eps,
+            SLABS=_power_of_two(plan.slabs),
+            FILM=scale is not None,
+            SILU=activation == "silu",
+            **_film_arguments(weight, scale, shift),
+            **shapes,
+        )
+    return _laid_out_as(x, y), mean, rstd
+
+
+def _launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    plan = _plan(batch, channels, height * width, groups, BACKWARD_TILE)
+    shapes = _shape_arguments(x, groups, plan)
+    film = _film_arguments(weight, scale, shift)
+    dense = x.contiguous(memory_format=torch.channels_last)
+    dx = torch.empty_like(dense, memory_format=torch.channels_last)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    tiles = {
+        "dy": dy.contiguous(memory_format=torch.channels_last),
+        "x": dense,
+        "weight": weight,
+        "bias": bias,
+        "mean": mean.contiguous(),
+        "rstd": rstd.contiguous(),
+        "FILM": scale is not None,
+        "SILU": activation == "silu",
+        **film,
+        **shapes,
+    }
+    sums = mean.new_empty((batch, plan.slabs, 2, channels))
+    affine = mean.new_empty((batch, 2, channels))
+    c = mean.new_empty((batch, 2, groups))
+    d_scale = x.new_empty(0) if scale is None else torch.empty_like(scale)
+    d_shift = torch.empty_like(d_scale)
+    grid = (batch * plan.slabs * plan.chunks,)
+    with torch.cuda.device_of(x):
+        _sums_kernel[grid](sums=sums, **tiles)
+        _combine_kernel[(batch * plan.chunks,)](
+            sums,
+            weight,
+            bias,
+            film["scale"],
+            affine,
+            c,
+            d_scale,
+            d_shift,
+            height * width,
+            plan.slabs,
+            film["scale_row"],
+            film["scale_column"],
+            *(d_scale.stride() if scale is not None else (0, 0)),
+            CHANNELS=channels,
+            PER_GROUP=channels // groups,
+            CHUNK_GROUPS=plan.chunk_groups,
+            WIDTH=plan.width,
+            GROUPS=_groups_of_tile(channels, groups, plan),
+            SLABS=_power_of_two(plan.slabs),
+            FILM=scale is not None,
+            num_warps=WARPS,
+        )
+        _dx_kernel[grid](c=c, dx=dx, **tiles)
+    d_weight, d_bias = affine.sum(0).unbind()
+    return (
+        _laid_out_as(x, dx),
+        d_weight.to(weight.dtype, copy=True),
+        d_bias.to(bias.dtype, copy=True),
+        d_scale,
+        d_shift,
+    )
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    return runs_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+
+
+def _laid_out_as(x: Tensor, channels_last: Tensor) -> Tensor:
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return channels_last
+    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(channels_last)
+
+
+# --- The registered operations
+
+
 @torch.library.custom_op("ddpm::group_norm_silu", mutates_args=())
 def _forward(
     x: Tensor,
@@ -148,6 +821,8 @@ def _forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y and, for the backward pass, the mean and rstd of each group, `[N, groups]`."""
+    if _takes_kernel(x):
+        return _launch_forward(x, groups, weight, bias, scale, shift, eps, activation)
     y, mean, rstd = group_norm_silu_reference(
         x, groups, weight, bias, scale, shift, eps, activation
     )
@@ -184,6 +859,8 @@ def _backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dγ, dβ, ds, dt; the last two are empty when there is no scale and shift."""
+    if _takes_kernel(x):
+        return _launch_backward(dy, x, groups, weight, bias, scale, shift, mean, rstd, activation)
     dtype = _compute_dtype(x)
     channels = x.shape[1] // groups
     gain, offset = _affine(weight, bias, scale, shift, dtype)

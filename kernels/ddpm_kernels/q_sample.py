@@ -11,8 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import takes_op
-from ddpm_kernels.philox import Stream, gaussian_noise
+from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.triton_shim import tl, triton
+
+TILE = 1024
+"""Elements a program; a multiple of four, so that it uses all the normals it draws."""
+WARPS = 2
+"""So that a thread has 16 elements, and the work of finding its place is small beside theirs."""
+INDEX_LIMIT = 2**31
+"""Samples that reach as far as this, in elements, are indexed with 64 bits."""
 
 
 def q_sample(
@@ -84,7 +92,253 @@ def q_sample_reference(
     return x_t.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-_op = torch.library.custom_op("ddpm::q_sample", q_sample_reference, mutates_args=())
+@triton.jit
+def load_elements(  # type: ignore[no-untyped-def]
+    sample,
+    elements,
+    inside,
+    stride_c,
+    stride_h,
+    stride_w,
+    mirror,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    MAY_MIRROR: tl.constexpr,
+):
+    """Elements of one sample by their channels-last index, in float32; zero where not `inside`.
+
+    Args:
+        sample: pointer to the sample's first element.
+        elements: indices, int32 or int64.
+        inside: mask.
+        stride_c: in elements; likewise `stride_h`, `stride_w`. Not used of a dense sample.
+        stride_h: of rows.
+        stride_w: of columns.
+        mirror: scalar; whether to take column WIDTH − 1 − w for column w.
+        CHANNELS: constant, as is WIDTH, because it is divided by.
+        WIDTH: of the image.
+        DENSE: the sample lies in memory in the order of its indices.
+        MAY_MIRROR: whether `mirror` can be true.
+    """
+    if DENSE:
+        if MAY_MIRROR:
+            # A branch, not a selection: images that are not mirrored keep their vector loads.
+            if mirror:
+                column = _divide(elements, CHANNELS)
+                column -= _divide(column, WIDTH) * WIDTH
+                source = elements + (WIDTH - 1 - 2 * column) * CHANNELS
+                values = tl.load(sample + source, mask=inside, other=0).to(tl.float32)
+            else:
+                values = tl.load(sample + elements, mask=inside, other=0).to(tl.float32)
+        else:
+            values = tl.load(sample + elements, mask=inside, other=0).to(tl.float32)
+    else:
+        pixel = _divide(elements, CHANNELS)
+        channel = elements - pixel * CHANNELS
+        row = _divide(pixel, WIDTH)
+        column = pixel - row * WIDTH
+        if MAY_MIRROR:
+            column = tl.where(mirror, WIDTH - 1 - column, column)
+        source = channel * stride_c + row * stride_h + column * stride_w
+        values = tl.load(sample + source, mask=inside, other=0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _divide(index, DIVISOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """index // DIVISOR of an index that is not negative, where unsigned division is cheaper."""
+    if index.dtype == tl.int32:
+        quotient = (index.to(tl.uint32) // DIVISOR).to(tl.int32)
+    else:
+        quotient = index // DIVISOR
+    return quotient
+
+
+@triton.jit
+def clean_elements(  # type: ignore[no-untyped-def]
+    images,
+    flip,
+    sample,
+    elements,
+    inside,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """x_0: elements of the image in [-1, 1], mirrored where `flip` says so, as `clean_images`."""
+    mirror = False
+    if FLIP:
+        mirror = tl.load(flip + sample) != 0
+    x_0 = load_elements(
+        images + sample * stride_n, elements, inside, stride_c, stride_h, stride_w, mirror,
+        CHANNELS, WIDTH, DENSE, FLIP,
+    )  # fmt: skip
+    if images.dtype.element_ty == tl.uint8:
+        # The first step is exact, so this is rounded once, and both extremes are exact.
+        x_0 = (2.0 * x_0 - 255.0) * 0.00392156862745098
+    return x_0
+
+
+@triton.jit
+def tile_of(  # type: ignore[no-untyped-def]
+    count, TILE: tl.constexpr, WIDE: tl.constexpr
+):
+    """A program's part of the batch.
+
+    Returns:
+        The sample (int64), the tile's element indices in it, those of its counter blocks, and
+        which elements exist.
+    """
+    program = tl.program_id(0).to(tl.uint32)
+    tiles = tl.cast(tl.cdiv(count, TILE), tl.uint32)
+    sample = program // tiles
+    tile = (program - sample * tiles).to(tl.int32)
+    if WIDE:
+        tile = tile.to(tl.int64)
+    elements = tile * TILE + tl.arange(0, TILE)
+    blocks = (tile * (TILE // 4) + tl.arange(0, TILE // 4)).to(tl.uint32)
+    return sample.to(tl.int64), elements, blocks, elements < count
+
+
+@triton.jit
+def noise_elements(seed, sample_ids, sample, blocks, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The training noise of a tile, as `training_noise`."""
+    step = tl.full((), 0, tl.int64)
+    a, b, c, d = normals4(tl.load(seed), blocks, step, tl.load(sample_ids + sample), STREAM)
+    return interleave4(a, b, c, d)
+
+
+@triton.jit
+def _q_sample_kernel(  # type: ignore[no-untyped-def]
+    out,
+    images,
+    timesteps,
+    sqrt_alpha_bar,
+    sqrt_one_minus_alpha_bar,
+    seed,
+    sample_ids,
+    flip,
+    count,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DENSE: tl.constexpr,
+    FLIP: tl.constexpr,
+    WIDE: tl.constexpr,
+    STREAM: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    sample, elements, blocks, inside = tile_of(count, TILE, WIDE)
+    x_0 = clean_elements(
+        images, flip, sample, elements, inside, stride_n, stride_c, stride_h, stride_w,
+        CHANNELS, WIDTH, DENSE, FLIP,
+    )  # fmt: skip
+    noise = noise_elements(seed, sample_ids, sample, blocks, STREAM)
+    t = tl.load(timesteps + sample)
+    x_t = tl.load(sqrt_alpha_bar + t) * x_0 + tl.load(sqrt_one_minus_alpha_bar + t) * noise
+    tl.store(out + sample * count + elements, x_t.to(out.dtype.element_ty), mask=inside)
+
+
+def is_dense(images: Tensor) -> bool:
+    """Whether each sample by itself is contiguous in channels-last order."""
+    _, channels, height, width = images.shape
+    _, stride_c, stride_h, stride_w = images.stride()
+    return (
+        (channels == 1 or stride_c == 1)
+        and (width == 1 or stride_w == channels)
+        and (height == 1 or stride_h == width * channels)
+    )
+
+
+def is_wide(*batches: Tensor) -> bool:
+    """Whether indices within a sample, rounded up to whole tiles, need 64 bits."""
+    return any(
+        max(
+            images[0].numel(),
+            sum((n - 1) * s for n, s in zip(images.shape[1:], images.stride()[1:], strict=True)),
+        )
+        >= INDEX_LIMIT - TILE
+        for images in batches
+        if len(images)
+    )
+
+
+def check_per_sample(batch: int, **values: Tensor | None) -> None:
+    """Raise ValueError unless there is one value a sample: a kernel would read beyond the last."""
+    for name, value in values.items():
+        if value is not None and value.shape != (batch,):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be ({batch},)")
+
+
+def launch_q_sample(
+    out: Tensor,
+    images: Tensor,
+    timesteps: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    flip: Tensor | None,
+) -> None:
+    """Write x_t to `out`, `[B, C, H, W]` contiguous in channels-last memory format."""
+    batch, channels, height, width = images.shape
+    check_per_sample(batch, timesteps=timesteps, sample_ids=sample_ids, flip=flip)
+    count = channels * height * width
+    with torch.cuda.device_of(images):
+        _q_sample_kernel[(batch * triton.cdiv(count, TILE),)](
+            out,
+            images,
+            timesteps.contiguous(),
+            sqrt_alpha_bar.contiguous(),
+            sqrt_one_minus_alpha_bar.contiguous(),
+            seed,
+            sample_ids.contiguous(),
+            None if flip is None else flip.contiguous().view(torch.uint8),
+            count,
+            *images.stride(),
+            CHANNELS=channels,
+            WIDTH=width,
+            DENSE=is_dense(images),
+            FLIP=flip is not None,
+            WIDE=is_wide(images),
+            STREAM=int(Stream.TRAINING_NOISE),
+            TILE=TILE,
+            num_warps=WARPS,
+        )
+
+
+@torch.library.custom_op("ddpm::q_sample", mutates_args=())
+def _op(
+    images: Tensor,
+    timesteps: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not runs_triton(images) or sqrt_alpha_bar.dtype != torch.float32:
+        return q_sample_reference(
+            images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip,
+            dtype,
+        )  # fmt: skip
+    out = torch.empty(
+        images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last
+    )
+    launch_q_sample(
+        out, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip
+    )
+    return out
 
 
 @_op.register_fake
