@@ -37,6 +37,8 @@ class Options:
     """Folder for the four pictures."""
     seed: int = 0
     """Of the noise in the strips."""
+    id: int = 1
+    """Which picture of that seed the reverse strip shows."""
 
 
 def real_images(pretrained: Pretrained, count: int) -> np.ndarray:
@@ -60,7 +62,9 @@ def drawn_images(folder: Path, count: int) -> np.ndarray:
 def forward_strip(pretrained: Pretrained, image: np.ndarray, seed: int, path: Path) -> None:
     """Show q(x_t | x_0) of one image, from x_0 to x_T, always with the same noise."""
     schedule = pretrained.schedule
-    timesteps = torch.linspace(0, schedule.timesteps - 1, _COLUMNS - 1).round().long()
+    # Closer together at first: most of the image is gone by the middle of the chain.
+    fractions = torch.linspace(0, 1, _COLUMNS - 1).square()
+    timesteps = (fractions * (schedule.timesteps - 1)).round().long()
     noisy = q_sample(
         torch.from_numpy(image).permute(2, 0, 1).expand(len(timesteps), -1, -1, -1),
         timesteps,
@@ -70,11 +74,11 @@ def forward_strip(pretrained: Pretrained, image: np.ndarray, seed: int, path: Pa
         torch.zeros_like(timesteps),
     )
     images = np.concatenate([image[None], to_uint8(noisy)])
-    titles = ["x₀", *(f"t={t + 1}" for t in timesteps.tolist())]
-    strip([("x_t", images)], titles, "forward: an image dissolves into noise", path)
+    titles = ["$x_0$", *(f"t={t + 1}" for t in timesteps.tolist())]
+    strip([("$x_t$", images)], titles, "forward: an image dissolves into noise", path)
 
 
-def reverse_strip(pretrained: Pretrained, seed: int, path: Path) -> None:
+def reverse_strip(pretrained: Pretrained, seed: int, sample_id: int, path: Path) -> None:
     """Show one picture emerge: the state, and the estimate of x_0 that each step was made from."""
     config = pretrained.config
     steps = config.sampling.steps or config.diffusion.timesteps
@@ -88,14 +92,14 @@ def reverse_strip(pretrained: Pretrained, seed: int, path: Path) -> None:
     labels = None if null_class is None else torch.tensor([null_class])
     for step in sampling_steps(
         pretrained.model, table, pretrained.model.sample_shape, seed=seed,
-        sample_ids=torch.tensor([0]), labels=labels,
+        sample_ids=torch.tensor([sample_id]), labels=labels,
     ):  # fmt: skip
         if step.index in shown:
             states.append(to_uint8(step.x))
             estimates.append(to_uint8(step.x0))
             titles.append(f"t={step.timestep + 1}")
     strip(
-        [("x_{t−1}", np.concatenate(states)), ("x̂₀", np.concatenate(estimates))],
+        [("$x_{t-1}$", np.concatenate(states)), (r"$\hat{x}_0$", np.concatenate(estimates))],
         titles,
         "reverse: a picture emerges, below the network's guess of it at each step",
         path,
@@ -114,7 +118,7 @@ def main() -> None:
             real, drawn, ("real", "drawn by the model"), options.out / "real-and-drawn.png"
         )
         forward_strip(pretrained, real[0], options.seed, options.out / "forward.png")
-        reverse_strip(pretrained, options.seed, options.out / "reverse.png")
+        reverse_strip(pretrained, options.seed, options.id, options.out / "reverse.png")
         rows = (options.checkpoint / "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(row) for row in rows]
         loss_curve(

@@ -152,7 +152,7 @@ def gaussian_noise(
     channels, height, width = shape
     count = channels * height * width
     words = random_words(seed, sample_ids, (count + 3) // 4 * 4, step, stream)
-    u_words, angle_words = words.view(len(sample_ids), -1, 2).unbind(-1)
+    u_words, angle_words = words.unflatten(1, (-1, 2)).unbind(-1)
     u = u_words.to(torch.float32) * 2.0**-32 + 2.0**-33
     radius = (-2.0 * u.to(torch.float64).log()).sqrt()
     # Reduced as integers to θ = quadrant · π/2 + rest, so that zeros of sine and cosine are exact.

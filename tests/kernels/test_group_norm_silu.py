@@ -308,6 +308,15 @@ def test_op_returns_the_statistics_of_each_group() -> None:
     torch.testing.assert_close(rstd.double(), 1 / deviation, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("value", [0.1, 1000.1])
+def test_deviation_of_a_constant_is_zero(value: float) -> None:
+    given_ = arguments((1, 6, 31, 37), film=False)
+    given_["x"] = torch.full((1, 6, 31, 37), value)
+    _, mean, rstd = torch.ops.ddpm.group_norm_silu(*given_.values(), "silu")
+    torch.testing.assert_close(mean, torch.full((1, 3), value), rtol=1e-7, atol=0)
+    torch.testing.assert_close(rstd, torch.full((1, 3), 1e-5**-0.5), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("film", [True, False])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -36,11 +36,12 @@ def ddpm_table(
     """
     alpha_bar = schedule.alpha_bar[timesteps]
     previous = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
-    beta = 1 - alpha_bar / previous
+    alpha = alpha_bar / previous
+    beta = 1 - alpha
     posterior_variance = (1 - previous) / (1 - alpha_bar) * beta
     rows = empty_rows(schedule, timesteps, prediction)
     rows[:, Column.X0] = previous.sqrt() * beta / (1 - alpha_bar)
-    rows[:, Column.X] = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+    rows[:, Column.X] = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
     rows[:, Column.NOISE] = (posterior_variance if variance == "fixed_small" else beta).sqrt()
     rows[-1, Column.NOISE] = 0  # the last step returns the mean
     return CoefficientTable(timesteps, rows)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[ModelT]):
     """Keeps `model`, a copy of a network whose parameters trail the original's.
 
     Early on the average forgets faster, so that the random initialisation does not linger: the
     decay of update n is min(decay, (1 + n) / (10 + n)). Buffers are copied, never averaged.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: ModelT, decay: float) -> None:
+        self.model: ModelT = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,24 +17,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ddpm_engine.config import RunConfig, to_dict
-from ddpm_engine.data import (
-    Batch,
-    BatchPositions,
-    Fault,
-    ShardDataset,
-    make_loader,
-    open_shards,
-    prepare_shards,
-)
+from ddpm_engine.data import Batch, BatchPositions, Fault, make_loader
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
 from ddpm_engine.files import atomic_write
 from ddpm_engine.objective import SimpleObjective
-from ddpm_engine.samplers import sample
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
+from ddpm_engine.training.dataset import open_dataset
 from ddpm_engine.training.ema import EMA
 from ddpm_engine.training.metrics import MetricsLog
+from ddpm_engine.training.preview import draw_preview
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
 from ddpm_engine.unet import UNet
@@ -69,7 +60,7 @@ class Trainer:
 
         torch.manual_seed(config.training.seed)
         model = UNet(config.model)
-        self.dataset = self._open_data()
+        self.dataset = open_dataset(config, self.accelerator)
         with self.accelerator.main_process_first():
             claim_run_directory(config, self.dataset.shards.manifest.fingerprint)
 
@@ -131,18 +122,20 @@ class Trainer:
         self.model.train()
         try:
             with stop_on_signals() as stop:
-                self._loop(metrics, stop)
+                stopped = self._loop(metrics, stop)
         finally:
             metrics.close()
             self.accelerator.end_training()
-        if stop:
+        if stopped:
             if self.accelerator.is_main_process:
                 with atomic_write(marker) as file:
                     file.write(f"stopped at step {self.step}\n".encode())
             logger.info("stopped at step %d; run the same command to go on", self.step)
 
-    def _loop(self, metrics: MetricsLog, stop: StopRequest) -> None:
-        training, log = self.config.training, self.config.log
+    def _loop(self, metrics: MetricsLog, stop: StopRequest) -> bool:
+        """Train on; returns whether it was asked to stop before the last step."""
+        config = self.config
+        training, log = config.training, config.log
         batches = self._batches()
         while self.step < training.steps:
             started = time.perf_counter()
@@ -150,15 +143,17 @@ class Trainer:
             self._window.seconds += time.perf_counter() - started
             self.step += 1
             metrics.advance()
-            last = self.step == training.steps or stopping
-            if self.step % log.every == 0 or self.step == training.steps:
+            last = self.step == training.steps
+            stopping = stopping and not last
+            if self.step % log.every == 0 or last:
                 self._report(metrics)
-            if self.step % log.checkpoint_every == 0 or last:
+            if self.step % log.checkpoint_every == 0 or last or stopping:
                 self._save()
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
-                self._draw_grid()
+                draw_preview(self.ema.model, self.schedule, config, self.step, self.accelerator)
             if stopping:
-                return
+                return True
+        return False
 
     def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """Take one optimizer step; returns whether any rank was asked to stop."""
@@ -256,35 +251,6 @@ class Trainer:
                 self.config.data.workers,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
-        )
-
-    def _open_data(self) -> ShardDataset:
-        data, model = self.config.data, self.config.model
-        with self.accelerator.main_process_first():
-            if data.source is not None and self.accelerator.is_main_process:
-                prepare_shards(data.path, data.source, model.sample_size)
-        shards = open_shards(data.path)
-        stored, wanted = shards.manifest, (model.sample_size, model.sample_size, model.in_channels)
-        for flag, has, wants in zip(
-            ("model.sample-size", "model.sample-size", "model.in-channels"),
-            (stored.height, stored.width, stored.channels),
-            wanted,
-            strict=True,
-        ):
-            if has is not None and has != wants:
-                raise UserError(
-                    f"images in {data.path} are {stored.height}×{stored.width} with "
-                    f"{stored.channels} channels but --{flag} is {wants}; set it to {has}, or make "
-                    "the shards anew with launch/make_shards.py --size"
-                )
-        if model.num_class_embeds is not None:
-            _check_labels(data.path, shards.highest_label, model.num_class_embeds)
-        return ShardDataset(
-            shards,
-            self.config.training.seed,
-            size=model.sample_size,
-            channels=model.in_channels,
-            window_shards=data.window_shards,
         )
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
@@ -386,39 +352,6 @@ class Trainer:
         self.accelerator.log(values, step=self.step)
         self._window = _Window()
 
-    def _draw_grid(self) -> None:
-        """Draw the same ids with the averaged weights, each rank its share."""
-        log, ranks = self.config.log, self.accelerator.num_processes
-        share = -(-log.sample_count // ranks)
-        ids = torch.arange(share, device=self.accelerator.device) * ranks
-        ids += self.accelerator.process_index
-        labels = None
-        if self.ema.model.null_class is not None:
-            labels = ids % self.ema.model.null_class
-        with self.accelerator.autocast():
-            pictures = sample(
-                self.ema.model,
-                self.schedule,
-                sample_ids=ids,
-                seed=self.config.training.seed,
-                steps=min(log.sample_steps, self.schedule.timesteps),
-                sampler=self.config.sampling.sampler,
-                spacing=self.config.sampling.spacing,
-                # The smaller variance suits the few steps that a preview takes.
-                variance="fixed_small",
-                prediction=self.config.diffusion.prediction,
-                labels=labels,
-            )
-        gathered, gathered_ids = self.accelerator.gather((pictures, ids))
-        if self.accelerator.is_main_process:
-            in_order = gathered[gathered_ids.argsort()][: log.sample_count]
-            path = self.config.out / "samples" / f"step-{self.step:08d}.png"
-            try:
-                path.parent.mkdir(exist_ok=True)
-                save_png(grid(to_uint8(in_order)), path)
-            except OSError as error:
-                logger.error("could not write %s: %s", path, error)
-
 
 class _Window:
     """What has happened since the last log line; saved, so that a resumed run logs the same."""
@@ -448,20 +381,6 @@ class _Window:
 
     def state(self) -> dict[str, float]:
         return dict(vars(self))
-
-
-def _check_labels(path: Path, highest_label: int | None, embeddings: int) -> None:
-    if highest_label is None:
-        raise UserError(
-            f"--model.num-class-embeds is {embeddings} but samples in {path} have no labels; make "
-            "shards with labels, or leave it unset for an unconditional model"
-        )
-    if highest_label + 2 > embeddings:
-        raise UserError(
-            f"--model.num-class-embeds is {embeddings} but labels in {path} go up to "
-            f"{highest_label}; it must be at least {highest_label + 2}, one more than the classes, "
-            "for the null class"
-        )
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:

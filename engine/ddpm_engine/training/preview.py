@@ -1,0 +1,52 @@
+"""Pictures drawn while training, so that people can watch the model learn."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
+from ddpm_engine.samplers import sample
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+
+logger = logging.getLogger(__name__)
+
+
+def draw_preview(
+    model: UNet, schedule: NoiseSchedule, config: RunConfig, step: int, accelerator: Accelerator
+) -> None:
+    """Write `samples/step-….png`: always the same ids, each rank drawing its share of them.
+
+    A grid that cannot be written is reported and does not end training.
+    """
+    log, ranks = config.log, accelerator.num_processes
+    share = -(-log.sample_count // ranks)
+    ids = torch.arange(share, device=accelerator.device) * ranks + accelerator.process_index
+    with accelerator.autocast():
+        pictures = sample(
+            model,
+            schedule,
+            sample_ids=ids,
+            seed=config.training.seed,
+            sampler=config.sampling.sampler,
+            steps=log.sample_steps,
+            spacing=config.sampling.spacing,
+            # The smaller variance suits the few steps that a preview takes.
+            variance="fixed_small",
+            prediction=config.diffusion.prediction,
+            labels=None if model.null_class is None else ids % model.null_class,
+        )
+    gathered, gathered_ids = accelerator.gather((pictures, ids))
+    if not accelerator.is_main_process:
+        return
+    in_order = gathered[gathered_ids.argsort()][: log.sample_count]
+    path = config.out / "samples" / f"step-{step:08d}.png"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_png(grid(to_uint8(in_order)), path)
+    except OSError as error:
+        logger.error("could not write %s: %s", path, error)
