@@ -1,11 +1,11 @@
 """Compile every kernel for every target on a machine without a GPU, and read what came out.
 
-    python -m ddpm_kernels.aot [--targets sm_90,gfx942] [--all]
+    python -m ddpm_kernels.aot [--targets sm_90,gfx942] [--dtypes bfloat16]
 
 There is no second list of signatures: the operations are called on CPU tensors, each launch is
 caught before it reaches a device, and what would have been launched is compiled, specialised as
-Triton would have specialised it. For each kernel and target the table shows registers, spills, local
-memory, the widest global load and store, and instructions an element.
+Triton would have specialised it. The table shows, for each kernel and target, registers, spills,
+bytes of local memory, the widest global load and store in bits, and instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
@@ -127,11 +128,10 @@ def _describe(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) ->
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
             if value % 16 == 0:
                 aligned.append(index)
+        elif isinstance(value, float):
+            signature.append((parameter.name, "fp32"))
         else:
-            raise TypeError(
-                f"{kernel.fn.__name__}: {parameter.name} is a {type(value).__name__}; pass "
-                "tensors, integers or constants (a Python float becomes a double under inductor)"
-            )
+            raise TypeError(f"{kernel.fn.__name__}: {parameter.name} is a {type(value).__name__}")
     return Launch(
         kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
     )
@@ -185,7 +185,7 @@ def _read_cubin(cubin: bytes) -> Code:
     )
 
 
-def _widest(mnemonics: Iterator[str]) -> int:
+def _widest(mnemonics: Iterable[str]) -> int:
     """Bits of the widest access: LDG.E.128 has 128, LDG.E 32, LDG.E.U16 16."""
     widths = [int(_first(r"\.[US]?(8|16|64|128|256)\b", m, "32")) for m in mnemonics]
     return max(widths, default=0)
@@ -217,3 +217,100 @@ def _first(pattern: str, text: str, otherwise: str | None = None) -> str:
     if match is None and otherwise is None:
         raise ValueError(f"nothing matches {pattern!r} in the compiler's output")
     return match[1] if match is not None else str(otherwise)
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
+    """Channels-last zeros; unaligned ones begin one element into their memory."""
+    memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    memory = torch.zeros(like.numel() + 1, dtype=dtype)
+    return memory.as_strided(like.shape, like.stride(), 0 if aligned else 1)
+
+
+def production_launches(dtype: torch.dtype, aligned: bool) -> list[Launch]:
+    """What the operations launch for a network running in `dtype`.
+
+    Args:
+        dtype: of the network's output and activations: float32, float16 or bfloat16.
+        aligned: pointers and element counts divisible by 16; otherwise neither is.
+    """
+    batch, channels, side = (4, 4, 32) if aligned else (3, 3, 15)
+    shape = (batch, channels, side, side)
+    table = torch.zeros(1000)
+    timesteps, ids = torch.zeros(batch, dtype=torch.int64), torch.arange(batch)
+    flip, weights = torch.zeros(batch, dtype=torch.bool), torch.ones(batch)
+    seed, row = torch.tensor(0), torch.tensor(0)
+    coefficients = torch.zeros(10, Column.HISTORY + 2)
+    with recorded_launches() as launches:
+        for stored in (torch.uint8, torch.float32):
+            images = _tensor(shape, stored, aligned)
+            q_sample(images, timesteps, table, table, seed, ids, flip, dtype)
+            prediction = _tensor(shape, dtype, aligned)
+            for target in ("eps", "x0", "v"):
+                denoising_loss(
+                    prediction, images, timesteps, table, table, seed, ids, weights, flip, target
+                )
+        x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
+        both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
+        history = torch.stack([x, x]).contiguous(memory_format=torch.contiguous_format)
+        reverse_step(x, output, coefficients, row, seed, ids, in_place=True)
+        reverse_step(x, both, coefficients, row, seed, ids, unconditional=both, in_place=True)
+        reverse_step(
+            x, output, coefficients, row, seed, ids, unconditional=output, rescale=weights,
+            threshold=weights, history=history, in_place=True,
+        )  # fmt: skip
+        for width, groups in [(64, 32), (320, 32)] if aligned else [(30, 6), (7, 1)]:
+            activations = _tensor((batch, width, side, side), dtype, aligned).requires_grad_()
+            affine = torch.ones(width)
+            film = torch.zeros(batch, width, dtype=dtype)
+            for scale in (None, film):
+                for activation in ("silu", "none"):
+                    y = group_norm_silu(
+                        activations, groups, affine, affine, scale, scale, 1e-6, activation
+                    )
+                    y.sum().backward()
+    return launches
+
+
+def main() -> None:
+    """Compile what production launches and print one line a kernel."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--targets",
+        default=",".join(TARGETS),
+        help="comma-separated; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtypes",
+        default="float32,float16,bfloat16",
+        help="of the network; default: %(default)s",
+    )
+    options = parser.parse_args()
+    if not HAS_TRITON:
+        sys.exit("error: Triton is not installed; there are wheels for Linux only")
+    targets = options.targets.split(",")
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        sys.exit(f"error: unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
+    print(
+        f"{'kernel':24} {'network':9} {'aligned':8} {'target':7} regs spills local load store code"
+    )
+    failures = 0
+    for name in options.dtypes.split(","):
+        for aligned in (True, False):
+            for launch in production_launches(getattr(torch, name), aligned):
+                for target in targets:
+                    code = compile_launch(launch, target)
+                    failures += code.spills > 0 or code.local_bytes > 0
+                    print(
+                        f"{launch.name:24} {name:9} {aligned!s:8} {target:7} {code.registers:4} "
+                        f"{code.spills:6} {code.local_bytes:5} {code.widest_load:4} "
+                        f"{code.widest_store:5} {code.instructions:4}",
+                        flush=True,
+                    )
+    if failures:
+        sys.exit(f"{failures} of these spill or use local memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -29,8 +29,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import takes_op
-from ddpm_kernels.philox import Stream, gaussian_noise
+from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.triton_shim import tl, triton
 
 
 class Column(IntEnum):
@@ -148,9 +149,324 @@ def reverse_step_reference_(
     x.copy_(new)
 
 
-_op = torch.library.custom_op(
-    "ddpm::reverse_step_", reverse_step_reference_, mutates_args=("x", "history")
-)
+# --- The kernel
+
+_X0_FROM_X = tl.constexpr(int(Column.X0_FROM_X))
+_X0_FROM_OUTPUT = tl.constexpr(int(Column.X0_FROM_OUTPUT))
+_X = tl.constexpr(int(Column.X))
+_OUTPUT = tl.constexpr(int(Column.OUTPUT))
+_X0 = tl.constexpr(int(Column.X0))
+_NOISE = tl.constexpr(int(Column.NOISE))
+_GUIDANCE = tl.constexpr(int(Column.GUIDANCE))
+_LOG_VARIANCE_MIN = tl.constexpr(int(Column.LOG_VARIANCE_MIN))
+_LOG_VARIANCE_MAX = tl.constexpr(int(Column.LOG_VARIANCE_MAX))
+_HISTORY = tl.constexpr(int(Column.HISTORY))
+_STREAM = tl.constexpr(int(Stream.SAMPLER_NOISE))
+
+TILE, WARPS = 1024, 4
+"""Elements and warps of a program; the tile is a multiple of 4, so that no normal is wasted."""
+SMALL_TILE, SMALL_WARPS = 128, 1
+"""Those for samples of at most `SMALL_TILE` elements."""
+
+
+@triton.jit
+def _place(  # type: ignore[no-untyped-def]
+    element, width, c_stride, h_stride, w_stride, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """Where an element, counted in channels-last order, lies in its sample.
+
+    "dense": one after the other; "pixels": one distance from each pixel to the next (2C channels,
+    NCHW); "strided": anything.
+    """
+    if LAYOUT == "dense":
+        place = element
+    else:
+        pixel = element // CHANNELS
+        channel = element - pixel * CHANNELS
+        if LAYOUT == "pixels":
+            place = pixel * w_stride + channel * c_stride
+        else:
+            line = pixel // width
+            place = line * h_stride + (pixel - line * width) * w_stride + channel * c_stride
+    return place
+
+
+@triton.jit
+def _reverse_step_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    output_ptr,
+    table_ptr,
+    row_ptr,
+    seed_ptr,
+    sample_ids_ptr,
+    unconditional_ptr,
+    rescale_ptr,
+    threshold_ptr,
+    history_ptr,
+    count,
+    slabs,
+    width,
+    columns,
+    x_b,
+    x_c,
+    x_h,
+    x_w,
+    output_b,
+    output_c,
+    output_h,
+    output_w,
+    output_variance,
+    unconditional_b,
+    unconditional_c,
+    unconditional_h,
+    unconditional_w,
+    unconditional_variance,
+    history_k,
+    history_b,
+    history_c,
+    history_h,
+    history_w,
+    CHANNELS: tl.constexpr,
+    LEARNED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CLIP: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    OUTPUT_LAYOUT: tl.constexpr,
+    UNCONDITIONAL_LAYOUT: tl.constexpr,
+    HISTORY_LAYOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One tile of consecutive elements of one sample; `_launch` says what the arguments are."""
+    program = tl.program_id(0)
+    sample = (program // slabs).to(tl.int64)
+    start = program % slabs * TILE
+    if WIDE:
+        start = (program % slabs).to(tl.int64) * TILE
+    element = start + tl.arange(0, TILE)
+    inside = element < count
+
+    row = tl.load(row_ptr)
+    coefficients = table_ptr + row * columns
+
+    x_at = x_ptr + sample * x_b + _place(element, width, x_c, x_h, x_w, CHANNELS, X_LAYOUT)
+    x = tl.load(x_at, inside)
+    output_at = (
+        output_ptr
+        + sample * output_b
+        + _place(element, width, output_c, output_h, output_w, CHANNELS, OUTPUT_LAYOUT)
+    )
+    output = tl.load(output_at, inside).to(tl.float32)
+    if LEARNED:
+        variance = tl.load(output_at + output_variance, inside).to(tl.float32)
+    if unconditional_ptr is not None:
+        guidance = tl.load(coefficients + _GUIDANCE).to(tl.float32)
+        unconditional_at = (
+            unconditional_ptr
+            + sample * unconditional_b
+            + _place(
+                element, width, unconditional_c, unconditional_h, unconditional_w,
+                CHANNELS, UNCONDITIONAL_LAYOUT,
+            )
+        )  # fmt: skip
+        unconditional = tl.load(unconditional_at, inside).to(tl.float32)
+        output = unconditional + guidance * (output - unconditional)
+        if LEARNED:
+            unconditional = tl.load(unconditional_at + unconditional_variance, inside)
+            unconditional = unconditional.to(tl.float32)
+            variance = unconditional + guidance * (variance - unconditional)
+    if rescale_ptr is not None:
+        output *= tl.load(rescale_ptr + sample).to(tl.float32)
+
+    x0 = x * tl.load(coefficients + _X0_FROM_X).to(tl.float32)
+    x0 += output * tl.load(coefficients + _X0_FROM_OUTPUT).to(tl.float32)
+    if threshold_ptr is not None:
+        # clip(x̂_0, −s, s) / s, with one division a sample.
+        x0 *= tl.div_rn(1.0, tl.load(threshold_ptr + sample).to(tl.float32))
+    if CLIP:
+        # A NaN stays one, as in the reference: a sampler that diverged must show it.
+        x0 = tl.clamp(x0, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+
+    # A GPU contracts these into fused multiply-adds: the last bit may differ from the reference's.
+    new = x * tl.load(coefficients + _X).to(tl.float32)
+    new += output * tl.load(coefficients + _OUTPUT).to(tl.float32)
+    new += x0 * tl.load(coefficients + _X0).to(tl.float32)
+
+    if SLOTS > 0:
+        history_at = (
+            history_ptr
+            + sample * history_b
+            + _place(element, width, history_c, history_h, history_w, CHANNELS, HISTORY_LAYOUT)
+        )
+        earlier_at = history_at
+        for slot in tl.static_range(SLOTS):
+            weight = tl.load(coefficients + _HISTORY + slot).to(tl.float32)
+            new += weight * tl.load(earlier_at, inside)
+            earlier_at += history_k
+
+    scale = tl.load(coefficients + _NOISE).to(tl.float32)
+    if scale != 0.0:
+        block = (start // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
+        seed = tl.load(seed_ptr)
+        n0, n1, n2, n3 = normals4(seed, block, row, tl.load(sample_ids_ptr + sample), _STREAM)
+        noise = interleave4(n0, n1, n2, n3) * scale
+        if LEARNED:
+            # ½ (f · max + (1 − f) · min) is linear in the output; ¼ log₂ e makes it a power of two.
+            low = tl.load(coefficients + _LOG_VARIANCE_MIN).to(tl.float32)
+            high = tl.load(coefficients + _LOG_VARIANCE_MAX).to(tl.float32)
+            exponent = variance * ((high - low) * 0.36067376) + (high + low) * 0.36067376
+            noise *= tl.exp2(exponent)
+        new += noise
+
+    if SLOTS > 0:
+        # Another thread may be the one that reads what this one overwrites.
+        tl.debug_barrier()
+        tl.store(history_at + row % SLOTS * history_k, x0, inside)
+    tl.store(x_at, new, inside)
+
+
+def _layout(tensor: Tensor, channels: int) -> str:
+    """Which layout of `_place` the last three dimensions have."""
+    c_stride, h_stride, w_stride = tensor.stride()[-3:]
+    height, width = tensor.shape[-2:]
+    if height > 1 and h_stride != width * w_stride:
+        return "strided"
+    pixels_touch = w_stride == channels or height * width == 1
+    return "dense" if pixels_touch and (c_stride == 1 or channels == 1) else "pixels"
+
+
+def _span(tensor: Tensor) -> int:
+    """How far the last element of a sample lies from its first."""
+    last = zip(tensor.shape[-3:], tensor.stride()[-3:], strict=True)
+    return sum((size - 1) * stride for size, stride in last)
+
+
+def _launch(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    unconditional: Tensor | None,
+    rescale: Tensor | None,
+    threshold: Tensor | None,
+    history: Tensor | None,
+    clip: bool,
+) -> None:
+    """Launch the kernel on a float32 state of any strides."""
+    batch, channels, height, width = x.shape
+    learned = output.shape[1] == 2 * channels
+    slots = 0 if history is None else history.shape[0]
+    _check_shapes(x, output, table, sample_ids, unconditional, rescale, threshold, history)
+    count = channels * height * width
+    if batch * count == 0:
+        return
+    tile, warps = (TILE, WARPS) if count > SMALL_TILE else (SMALL_TILE, SMALL_WARPS)
+    slabs = triton.cdiv(count, tile)
+
+    images = [tensor for tensor in (x, output, unconditional, history) if tensor is not None]
+    wide = max(count + tile, *(_span(tensor) + 1 for tensor in images)) >= 2**31
+
+    def strides(tensor: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0, 0) if tensor is None else tensor.stride()[-4:]
+
+    def variance_at(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else channels * tensor.stride(1)
+
+    def layout(tensor: Tensor | None) -> str:
+        return "dense" if tensor is None else _layout(tensor, channels)
+
+    table = table.contiguous()
+    with torch.cuda.device_of(x):
+        _reverse_step_kernel[(slabs * batch,)](
+            x,
+            output,
+            table,
+            row,
+            seed,
+            sample_ids.contiguous(),
+            unconditional,
+            None if rescale is None else rescale.contiguous(),
+            None if threshold is None else threshold.contiguous(),
+            history,
+            count,
+            slabs,
+            width,
+            table.shape[1],
+            *strides(x),
+            *strides(output),
+            variance_at(output),
+            *strides(unconditional),
+            variance_at(unconditional),
+            0 if history is None else history.stride(0),
+            *strides(history),
+            CHANNELS=channels,
+            LEARNED=learned,
+            SLOTS=slots,
+            CLIP=clip or threshold is not None,
+            X_LAYOUT=layout(x),
+            OUTPUT_LAYOUT=layout(output),
+            UNCONDITIONAL_LAYOUT=layout(unconditional),
+            HISTORY_LAYOUT=layout(history),
+            WIDE=wide,
+            TILE=tile,
+            num_warps=warps,
+        )
+
+
+def _check_shapes(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    sample_ids: Tensor,
+    unconditional: Tensor | None,
+    rescale: Tensor | None,
+    threshold: Tensor | None,
+    history: Tensor | None,
+) -> None:
+    """Refuse what the kernel would read beyond the end of."""
+    batch, channels, *pixels = x.shape
+    slots = 0 if history is None else history.shape[0]
+    factor = 2 if output.shape[1] == 2 * channels else 1
+    outputs = (batch, factor * channels, *pixels)
+    for name, tensor, shape in (
+        ("output", output, outputs),
+        ("unconditional", unconditional, outputs),
+        ("sample_ids", sample_ids, (batch,)),
+        ("rescale", rescale, (batch,)),
+        ("threshold", threshold, (batch,)),
+        ("history", history, (slots, *x.shape)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+    if history is not None and (slots == 0 or history.dtype != x.dtype):
+        raise ValueError("history needs at least one slot and the dtype of x")
+    if table.ndim != 2 or table.shape[1] < Column.HISTORY + slots:
+        raise ValueError(
+            f"table is {list(table.shape)}, not [S, {Column.HISTORY + slots}] or wider"
+        )
+
+
+def _reverse_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    unconditional: Tensor | None,
+    rescale: Tensor | None,
+    threshold: Tensor | None,
+    history: Tensor | None,
+    clip: bool,
+) -> None:
+    kernel = runs_triton(x) and x.dtype == torch.float32
+    call = _launch if kernel else reverse_step_reference_
+    call(x, output, table, row, seed, sample_ids, unconditional, rescale, threshold, history, clip)
+
+
+_op = torch.library.custom_op("ddpm::reverse_step_", _reverse_step, mutates_args=("x", "history"))
 
 
 @_op.register_fake
