@@ -7,7 +7,7 @@ RUN := runs/digits
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-cluster lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,10 @@ lint: $(VENV)/installed-test
 # One thread a worker: on few cores that is faster than workers that compete for them.
 test: lint  ## ruff, mypy and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/interpreter
+
+test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel compiled for every target
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

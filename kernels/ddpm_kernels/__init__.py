@@ -8,7 +8,8 @@
 | `group_norm_silu` | GroupNorm, affine, per-sample scale and shift, SiLU; and its gradient |
 
 Each lives in the file of its name: the mathematics, the plain-torch reference that specifies it,
-and the `torch.library` registration. `philox` is the counter map they all draw their noise from.
+the Triton kernel, and the `torch.library` registration. `philox` is the counter map they all draw
+their noise from.
 """
 
 from ddpm_kernels.denoising_loss import denoising_loss

@@ -252,7 +252,7 @@ def production_launches(dtype: torch.dtype, aligned: bool) -> list[Launch]:
                 )
         x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
         both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
-        history = torch.stack([x, x]).contiguous(memory_format=torch.contiguous_format)
+        history = torch.zeros(2, batch, side, side, channels).permute(0, 1, 4, 2, 3)
         reverse_step(x, output, coefficients, row, seed, ids, in_place=True)
         reverse_step(x, both, coefficients, row, seed, ids, unconditional=both, in_place=True)
         reverse_step(

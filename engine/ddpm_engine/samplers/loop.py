@@ -70,7 +70,9 @@ def sampling_steps(
 
     x = gaussian_noise(seed_tensor, sample_ids, shape, 0, Stream.INITIAL_NOISE)
     # At least one slot, so that every sampler's estimate of x_0 can be shown.
-    history = x.new_zeros(max(table.history, 1), *x.shape)
+    # Each slot is channels-last, as the state is.
+    slots = x.new_zeros(max(table.history, 1), *x.permute(0, 2, 3, 1).shape)
+    history = slots.permute(0, 1, 4, 2, 3)
     if table.history == 0:
         rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], dim=1)
     for i, timestep in enumerate(table.timesteps.tolist()):
