@@ -339,7 +339,7 @@ def digits() -> RunConfig:
             norm_num_groups=8,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
-        training=TrainingConfig(steps=4000, batch_size=64, ema_decay=0.998),
+        training=TrainingConfig(steps=3000, batch_size=64, ema_decay=0.998),
         sampling=SamplingConfig(steps=250, variance="fixed_small"),
         log=LogConfig(every=100, checkpoint_every=500, sample_every=1000, sample_steps=50),
     )
