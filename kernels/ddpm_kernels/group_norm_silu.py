@@ -38,8 +38,8 @@ from torch import Tensor
 from ddpm_kernels.dispatch import runs_triton, takes_op
 from ddpm_kernels.triton_shim import tl, triton
 
-FORWARD_TILE, BACKWARD_TILE = 4096, 2048
-"""Elements that a program holds at once; backward holds twice as many tensors."""
+FORWARD_TILE, BACKWARD_TILE = 2048, 2048
+"""Elements that a program holds at once; twice as many spill on sm_100."""
 WARPS = 4
 WIDTHS = (64, 128, 256, 512)
 """Channels of a tile: a row of 64 in half precision is one cache line."""
