@@ -48,7 +48,8 @@ class PictureSet:
         """Those of the ids whose pictures are not there yet; all of them for an npz."""
         if self.settings["format"] == "npz" and self.ids != sorted(ids):
             return list(ids)
-        return [sample_id for sample_id in ids if sample_id not in set(self.ids)]
+        existing = set(self.ids)
+        return [sample_id for sample_id in ids if sample_id not in existing]
 
     def write(self, ids: Sequence[int], images: np.ndarray) -> None:
         """Write pictures, the grid that shows them, and last the manifest.
