@@ -83,9 +83,9 @@ def denoising_loss(
     sample_ids: Tensor,
     weights: Tensor | None = None,
     flip: Tensor | None = None,
-    target: str = "eps",
     bound_table: Tensor | None = None,
     bound_weights: Tensor | None = None,
+    target: str = "eps",
 ) -> Tensor:
     """Per-sample loss; differentiable, once, in `prediction` alone.
 
@@ -101,10 +101,10 @@ def denoising_loss(
         sample_ids: int64 `[B]`.
         weights: float32 `[B]`, or None for ones.
         flip: bool `[B]` or None.
-        target: what the network predicts: `"eps"`, `"x0"` or `"v"`.
         bound_table: float32 `[T, 3]`, see `BoundColumn`; with a learned variance only.
         bound_weights: float32 `[B]`, λ; with a learned variance only. T/1000 for the hybrid
             objective.
+        target: what the network predicts: `"eps"`, `"x0"` or `"v"`.
 
     Returns:
         float32 `[B]` (float64 when the tables are).
@@ -118,7 +118,7 @@ def denoising_loss(
     seed = torch.as_tensor(seed, dtype=torch.int64, device=images.device)
     arguments = (
         prediction, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids,
-        weights, flip, target, bound_table, bound_weights,
+        weights, flip, bound_table, bound_weights, target,
     )  # fmt: skip
     if takes_op(prediction):
         loss, _ = torch.ops.ddpm.denoising_loss(*arguments)
@@ -158,8 +158,8 @@ def _bound(
     timesteps: Tensor,
     flip: Tensor | None,
     bound_table: Tensor,
-) -> Tensor:
-    """ℓ of each element, in the precision of `error`, which counts as a constant."""
+) -> tuple[Tensor, Tensor]:
+    """ℓ of each element and ∂ℓ/∂r, in the precision of `error`, which counts as a constant."""
     rows = bound_table.to(error.dtype)[timesteps][:, :, None, None, None]
     low = rows[:, BoundColumn.LOG_VARIANCE_MIN]
     high = rows[:, BoundColumn.LOG_VARIANCE_MAX]
@@ -168,20 +168,36 @@ def _bound(
     log_variance = fraction * high + (1 - fraction) * low
 
     excess = log_variance - low
-    kl = 0.5 * (excess - 1 + (-excess).exp() + difference.square() * (-log_variance).exp())
-
-    def distribution(z: Tensor) -> Tensor:
-        return (2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).sigmoid()
+    ratio, scaled = (-excess).exp(), difference.square() * (-log_variance).exp()
+    kl = 0.5 * (excess - 1 + ratio + scaled)
+    kl_slope = 0.5 * (1 - ratio - scaled)
 
     x_0 = clean_images(images, flip, error.dtype)
     inverse_deviation = (-0.5 * log_variance).exp()
-    above = distribution(inverse_deviation * (1 / 255 - difference))
-    below = distribution(inverse_deviation * (-1 / 255 - difference))
+    upper, lower = (inverse_deviation * (end / 255 - difference) for end in (1, -1))
+    above, below = _normal_distribution(upper), _normal_distribution(lower)
     # The outermost bins reach to infinity.
     above = torch.where(x_0 > 0.999, 1, above)
     below = torch.where(x_0 < -0.999, 0, below)
-    decoder = -(above - below).clamp(min=1e-12).log()
-    return torch.where(timesteps[:, None, None, None] == 0, decoder, kl)
+    mass = (above - below).clamp(min=1e-12)
+    # The bin's ends, in deviations, shrink by half of what the log-variance grows.
+    decoder_slope = 0.5 * (upper * _density(upper, above) - lower * _density(lower, below)) / mass
+    decoder_slope = torch.where(above - below >= 1e-12, decoder_slope, 0)
+
+    first = timesteps[:, None, None, None] == 0
+    slope = torch.where(first, decoder_slope, kl_slope) * (high - low) / 2
+    return torch.where(first, -mass.log(), kl), slope
+
+
+def _normal_distribution(z: Tensor) -> Tensor:
+    """Φ(z), as the module's formula."""
+    return (2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).sigmoid()
+
+
+def _density(z: Tensor, distribution: Tensor) -> Tensor:
+    """The derivative of Φ at z; zero where Φ has been set to 0 or 1."""
+    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z.square())
+    return distribution * (1 - distribution) * slope
 
 
 def denoising_loss_reference(
@@ -194,9 +210,9 @@ def denoising_loss_reference(
     sample_ids: Tensor,
     weights: Tensor | None,
     flip: Tensor | None,
-    target: str,
     bound_table: Tensor | None,
     bound_weights: Tensor | None,
+    target: str,
 ) -> Tensor:
     """What `denoising_loss` computes, differentiated by autograd."""
     error = _error(
@@ -207,7 +223,7 @@ def denoising_loss_reference(
     if weights is not None:
         loss = loss * weights
     if bound_table is not None and bound_weights is not None:
-        bound = _bound(error, prediction, images, timesteps, flip, bound_table)
+        bound, _ = _bound(error, prediction, images, timesteps, flip, bound_table)
         loss = loss + bound_weights * bound.mean((1, 2, 3))
     return loss
 
@@ -351,29 +367,30 @@ def _error_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _decoder_term(x_0, difference, log_variance):  # type: ignore[no-untyped-def]
-    """ℓ at t = 0 and its derivative by the log-variance."""
+    """ℓ at t = 0 and its derivative by the log-variance, as `_bound`."""
     inverse_deviation = tl.exp2(log_variance * (-0.5 * _LOG2_E))
     upper = inverse_deviation * (0.00392156862745098 - difference)
     lower = inverse_deviation * (-0.00392156862745098 - difference)
-    above, above_slope = _normal_distribution(upper)
-    below, below_slope = _normal_distribution(lower)
-    # The outermost bins reach to infinity.
-    above = tl.where(x_0 > 0.999, 1.0, above)
-    above_slope = tl.where(x_0 > 0.999, 0.0, above_slope)
-    below = tl.where(x_0 < -0.999, 0.0, below)
-    below_slope = tl.where(x_0 < -0.999, 0.0, below_slope)
+    above = tl.where(x_0 > 0.999, 1.0, _distribution_elements(upper))
+    below = tl.where(x_0 < -0.999, 0.0, _distribution_elements(lower))
     mass = above - below
     bounded = tl.maximum(mass, 1e-12)
-    # The bin's ends, in deviations, shrink by half of what the log-variance grows.
-    slope = 0.5 * (upper * above_slope - lower * below_slope) / bounded
-    return 0.5 * minus_two_log(bounded), tl.where(mass >= 1e-12, slope, 0.0)
+    slope = upper * _density_elements(upper, above) - lower * _density_elements(lower, below)
+    slope = tl.where(mass >= 1e-12, 0.5 * slope / bounded, 0.0)
+    return 0.5 * minus_two_log(bounded), slope
 
 
 @triton.jit
-def _normal_distribution(z):  # type: ignore[no-untyped-def]
-    """Φ(z), as the module's formula, and its derivative."""
-    value = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    return value, value * (1.0 - value) * (1.5957691216057308 + 0.21406444801541077 * z * z)
+def _distribution_elements(z):  # type: ignore[no-untyped-def]
+    """As `_normal_distribution`."""
+    return tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+
+@triton.jit
+def _density_elements(z, distribution):  # type: ignore[no-untyped-def]
+    """As `_density`."""
+    slope = 1.5957691216057308 + 0.21406444801541077 * z * z
+    return distribution * (1.0 - distribution) * slope
 
 
 @triton.jit
@@ -392,7 +409,7 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
 
 def tile_of_loss(images: Tensor) -> Tile:
     """The tile that the kernel takes for samples of this size."""
-    return tile_for("denoising_loss", images).fitted(images[0].numel())
+    return tile_for("denoising_loss", images).fitted(images.shape[1:].numel())
 
 
 def launch_denoising_loss(
@@ -408,9 +425,9 @@ def launch_denoising_loss(
     sample_ids: Tensor,
     weights: Tensor | None,
     flip: Tensor | None,
-    target: str,
     bound_table: Tensor | None,
     bound_weights: Tensor | None,
+    target: str,
 ) -> None:
     """Write the loss, e, and ∂ℓ/∂r.
 
@@ -479,9 +496,9 @@ def _op(
     sample_ids: Tensor,
     weights: Tensor | None,
     flip: Tensor | None,
-    target: str,
     bound_table: Tensor | None,
     bound_weights: Tensor | None,
+    target: str,
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss and, in one pass, what its gradient is made of: e, and behind it ∂ℓ/∂r.
 
@@ -490,13 +507,13 @@ def _op(
     without the one the other would take float16 gradients below its normal range.
     """
     if runs_triton(prediction) and sqrt_alpha_bar.dtype == torch.float32:
-        tiles = triton.cdiv(images[0].numel(), tile_of_loss(images).elements)
+        tiles = triton.cdiv(images.shape[1:].numel(), tile_of_loss(images).elements)
         loss = sqrt_alpha_bar.new_empty(images.shape[0])
         slope = torch.empty_like(prediction, memory_format=torch.channels_last)
         launch_denoising_loss(
             loss, slope, loss.new_empty(len(loss), tiles), prediction, images, timesteps,
-            sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, weights, flip, target,
-            bound_table, bound_weights,
+            sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, weights, flip, bound_table,
+            bound_weights, target,
         )  # fmt: skip
         return loss, slope
     error = _error(
@@ -508,12 +525,9 @@ def _op(
         loss = loss * weights
     slope = error
     if bound_table is not None and bound_weights is not None:
-        with torch.enable_grad():
-            leaf = prediction.detach().requires_grad_()
-            bound = _bound(error, leaf, images, timesteps, flip, bound_table)
-            (slope,) = torch.autograd.grad(bound.sum(), leaf)
-        slope = torch.cat([error, slope[:, error.shape[1] :].to(error.dtype)], dim=1)
-        loss = loss + bound_weights * bound.detach().mean((1, 2, 3))
+        bound, variance_slope = _bound(error, prediction, images, timesteps, flip, bound_table)
+        slope = torch.cat([error, variance_slope], dim=1)
+        loss = loss + bound_weights * bound.mean((1, 2, 3))
     return loss, slope.to(prediction.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -528,16 +542,16 @@ def _(
     sample_ids: Tensor,
     weights: Tensor | None,
     flip: Tensor | None,
-    target: str,
     bound_table: Tensor | None,
     bound_weights: Tensor | None,
+    target: str,
 ) -> tuple[Tensor, Tensor]:
     loss = sqrt_alpha_bar.new_empty(prediction.shape[0])
     return loss, torch.empty_like(prediction, memory_format=torch.channels_last)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, bound_weights = inputs[7], inputs[11]
+    weights, bound_weights = inputs[7], inputs[10]
     _, slope = output
     ctx.mark_non_differentiable(slope)
     ctx.channels = inputs[1].shape[1]

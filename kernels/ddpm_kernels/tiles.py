@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +85,18 @@ def tile_for(operation: str, tensor: Tensor) -> Tile:
         ValueError: `DDPM_TILES` names a file that is no table of tiles.
     """
     return _tried.get(operation) or _table(architecture(tensor))[operation]
+
+
+@contextmanager
+def trying(operation: str, tile: Tile) -> Iterator[None]:
+    """Use a tile in place of the table's."""
+    before = dict(_tried)
+    _tried[operation] = tile
+    try:
+        yield
+    finally:
+        _tried.clear()
+        _tried.update(before)
 
 
 def architecture(tensor: Tensor) -> str:
