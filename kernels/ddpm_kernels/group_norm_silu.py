@@ -13,13 +13,15 @@ channel):
 
 where c₁, c₂ are the means over the group's elements of γ(1 + s) dz x̂ and γ(1 + s) dz.
 
-Statistics are taken in float32 (float64 for float64 inputs) whatever the data's precision.
+Statistics are taken in float32 (float64 for float64 inputs) whatever the data's precision. The
+mean is kept as an unevaluated sum of two: rounded to one number it is off by up to 6·10⁻⁵
+deviations where it is 1000 of them, and every gradient with it.
 
 The Triton kernels read channels-last memory, `[N, pixels, C]`. A program takes one sample, one slab
 of consecutive pixels and one chunk of whole groups, so that its rows are contiguous and it alone
 writes its partial sums. Forward: moments of each slab, then a launch that combines them and writes
-y (a single launch where one slab covers the sample). Backward: partial A and B of each slab, a
-small launch that combines them, and one that writes dx.
+y (a single launch where one slab covers the sample). Backward: partial sums of each slab, a small
+launch that makes A, B, c₁ and c₂ of them, and one that writes dx.
 
 Source: Wu & He, "Group Normalization", ECCV 2018; the scale and shift are those of Dhariwal &
 Nichol, "Diffusion Models Beat GANs", 2021 (adaptive group normalization).
@@ -85,11 +87,11 @@ def group_norm_silu(
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together")
     if takes_op(x):
-        y, _, _ = torch.ops.ddpm.group_norm_silu(
+        y, _ = torch.ops.ddpm.group_norm_silu(
             x, groups, weight, bias, scale, shift, eps, activation
         )
-        return y
-    y, _, _ = group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
+    else:
+        y, _ = group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
     return y
 
 
@@ -116,8 +118,8 @@ def group_norm_silu_reference(
     shift: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `group_norm_silu` computes; returns y, and the mean and rstd of each group, `[N, G]`.
+) -> tuple[Tensor, Tensor]:
+    """What `group_norm_silu` computes; returns y, and mean, its rest and rstd, `[N, 3, groups]`.
 
     Not `F.group_norm`: on channels-last CPU tensors torch takes the variance as E[x²] − E[x]²,
     which loses every digit once the mean is 1000 times the deviation, and one at 256×256 pixels.
@@ -137,7 +139,7 @@ def group_norm_silu_reference(
     z = torch.addcmul(_per_pixel(offset), centred, _per_pixel(gain))
     if activation == "silu":
         z = F.silu(z)
-    return z.to(x.dtype), mean + rest, rstd
+    return z.to(x.dtype), torch.stack([mean, rest, rstd], dim=1)
 
 
 def _affine(
@@ -216,18 +218,22 @@ def _place(  # type: ignore[no-untyped-def]
     CHUNK_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """This program's sample, slab, first pixel, last pixel + 1, chunk, channels and their mask."""
+    """This program's sample, slab, first pixel, last pixel + 1, chunk, channels and their mask.
+
+    The slab is counted through all samples: of the program's index alone, so that what is written
+    after a loop keeps nothing else in registers meanwhile.
+    """
     CHUNKS: tl.constexpr = tl.cdiv(CHANNELS, CHUNK_GROUPS * PER_GROUP)
     program = tl.program_id(0)
     chunk = program % CHUNKS
-    slab = program // CHUNKS % slabs
-    sample = (program // CHUNKS // slabs).to(tl.int64)
-    start = slab * slab_pixels
+    slab = program // CHUNKS
+    sample = (slab // slabs).to(tl.int64)
+    start = slab % slabs * slab_pixels
     stop = tl.minimum(start + slab_pixels, pixels)
     lane = tl.arange(0, WIDTH)
     channel = chunk * (CHUNK_GROUPS * PER_GROUP) + lane
     real = (lane < CHUNK_GROUPS * PER_GROUP) & (channel < CHANNELS)
-    return sample, slab, start, stop, chunk, channel, real
+    return sample, slab.to(tl.int64), start, stop, chunk, channel, real
 
 
 @triton.jit
@@ -371,7 +377,7 @@ def _moments_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, GROUPS)
     group = chunk * CHUNK_GROUPS + lane
     exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
-    out = moments + (sample * slabs + slab) * (3 * ALL_GROUPS) + group
+    out = moments + slab * (3 * ALL_GROUPS) + group
     tl.store(out, mean, exists)
     tl.store(out + ALL_GROUPS, rest, exists)
     tl.store(out + 2 * ALL_GROUPS, squares, exists)
@@ -386,8 +392,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     scale,
     shift,
     y,
-    mean_out,
-    rstd_out,
+    statistics,
     pixels,
     slabs,
     slab_pixels,
@@ -408,7 +413,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     SILU: tl.constexpr,
 ):
     """From the slabs' moments to y. With SLABS = 1 it takes the moments itself."""
-    sample, slab, start, stop, chunk, channel, real = _place(
+    sample, _, start, stop, chunk, channel, real = _place(
         pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
     x += sample * pixels * CHANNELS
@@ -438,9 +443,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         squares = tl.sum(squares + PER_GROUP * count * apart * apart, 0)
     variance = tl.maximum(squares / (pixels.to(tl.float32) * PER_GROUP), 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
-    if slab == 0:
-        tl.store(mean_out + sample * ALL_GROUPS + group, mean + rest, exists)
-        tl.store(rstd_out + sample * ALL_GROUPS + group, rstd, exists)
+    # So far the mean is that of the first pixels, and the rest may be several deviations.
+    anchor = mean
+    mean = anchor + rest
+    rest = (anchor - mean) + rest
+    if start == 0:
+        out = statistics + sample * (3 * ALL_GROUPS) + group
+        tl.store(out, mean, exists)
+        tl.store(out + ALL_GROUPS, rest, exists)
+        tl.store(out + 2 * ALL_GROUPS, rstd, exists)
 
     gain, offset = _affine_of(
         weight, bias, scale, shift, sample, channel, real,
@@ -459,16 +470,55 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _x_hat_and_dz(x, dy, mean, rstd, gain, offset, offsets, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile of x̂ and dz. Where there is no element, dz is zero."""
-    x_hat = tl.load(x + offsets, inside, 0.0).to(tl.float32)
-    x_hat = (x_hat - mean[None, :]) * rstd[None, :]
+def _statistics_of(statistics, sample, group, exists, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean, its rest and rstd of `group`, of one sample; GROUPS is the number of all groups."""
+    statistics += sample * (3 * GROUPS) + group
+    mean = tl.load(statistics, exists, 0.0)
+    rest = tl.load(statistics + GROUPS, exists, 0.0)
+    rstd = tl.load(statistics + 2 * GROUPS, exists, 0.0)
+    return mean, rest, rstd
+
+
+@triton.jit
+def _normaliser(  # type: ignore[no-untyped-def]
+    statistics,
+    weight,
+    bias,
+    scale,
+    shift,
+    sample,
+    channel,
+    real,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    FILM: tl.constexpr,
+):
+    """Of each channel mean, its rest and rstd; gain and offset: z = (x − mean) gain + offset."""
+    mean, rest, rstd = _statistics_of(
+        statistics, sample, channel // PER_GROUP, real, CHANNELS // PER_GROUP
+    )
+    gain, offset = _affine_of(
+        weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, FILM,
+    )  # fmt: skip
+    gain = gain * rstd
+    return mean, rest, rstd, gain, offset - gain * rest
+
+
+@triton.jit
+def _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of x − mean and dz. Where there is no element, dz is zero."""
+    centred = tl.load(x + offsets, inside, 0.0).to(tl.float32) - mean[None, :]
     dz = tl.load(dy + offsets, inside, 0.0).to(tl.float32)
     if SILU:
-        z = x_hat * gain[None, :] + offset[None, :]
+        z = centred * gain[None, :] + offset[None, :]
         sigmoid = tl.sigmoid(z)
         dz = dz * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
-    return x_hat, dz
+    return centred, dz
 
 
 @triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
@@ -479,8 +529,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     bias,
     scale,
     shift,
-    mean,
-    rstd,
+    statistics,
     sums,
     pixels,
     slabs,
@@ -498,27 +547,24 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     FILM: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """A and B of every slab: float32 `[N, slabs, 2, C]`."""
+    """Σ dz (x − mean) and Σ dz of every slab: float32 `[N, slabs, 2, C]`."""
     sample, slab, start, stop, _, channel, real = _place(
         pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
     x += sample * pixels * CHANNELS
     dy += sample * pixels * CHANNELS
-    gain, offset = _affine_of(
-        weight, bias, scale, shift, sample, channel, real,
-        scale_row, scale_column, shift_row, shift_column, FILM,
+    mean, _, _, gain, offset = _normaliser(
+        statistics, weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, CHANNELS, PER_GROUP, FILM,
     )  # fmt: skip
-    group = sample * (CHANNELS // PER_GROUP) + channel // PER_GROUP
-    mean_c = tl.load(mean + group, real, 0.0)
-    rstd_c = tl.load(rstd + group, real, 0.0)
     a = tl.zeros((ROWS, WIDTH), tl.float32)
     b = tl.zeros((ROWS, WIDTH), tl.float32)
     for pixel in range(start, stop, ROWS):
         offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
-        x_hat, dz = _x_hat_and_dz(x, dy, mean_c, rstd_c, gain, offset, offsets, inside, SILU)
-        a += dz * x_hat
+        centred, dz = _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU)
+        a += dz * centred
         b += dz
-    out = sums + (sample * slabs + slab) * (2 * CHANNELS) + channel
+    out = sums + slab * (2 * CHANNELS) + channel
     tl.store(out, tl.sum(a, 0), real)
     tl.store(out + CHANNELS, tl.sum(b, 0), real)
 
@@ -529,6 +575,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     weight,
     bias,
     scale,
+    statistics,
     affine,
     c,
     d_scale,
@@ -547,7 +594,7 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     SLABS: tl.constexpr,
     FILM: tl.constexpr,
 ):
-    """Each sample's terms of dγ and dβ `[N, 2, C]`, its c₁ and c₂ `[N, 2, groups]`, ds and dt.
+    """Each sample's terms of dγ and dβ `[N, 2, C]`, rstd times its c₁ and c₂, ds and dt.
 
     d_scale and d_shift have the same strides.
     """
@@ -563,6 +610,9 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         partial = sums + (sample * slabs + index)[:, None] * (2 * CHANNELS) + channel[None, :]
         a += tl.sum(tl.load(partial, present, 0.0), 0)
         b += tl.sum(tl.load(partial + CHANNELS, present, 0.0), 0)
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    _, rest, rstd = _statistics_of(statistics, sample, channel // PER_GROUP, real, ALL_GROUPS)
+    a = rstd * (a - rest * b)
 
     gain = tl.load(weight + channel, real, 0.0).to(tl.float32)
     factor = tl.full((WIDTH,), 1.0, tl.float32)
@@ -579,10 +629,11 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, factor * a, real)
     tl.store(out + CHANNELS, factor * b, real)
 
-    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
     lane = tl.arange(0, GROUPS)
     group = chunk * CHUNK_GROUPS + lane
     exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
+    # Multiplied in the order of `_dx_kernel`, so that of a group of one element nothing is left.
+    gain = gain * rstd
     size = pixels.to(tl.float32) * PER_GROUP
     out = c + sample * (2 * ALL_GROUPS) + group
     tl.store(out, _sum_groups(gain * a, PER_GROUP, WIDTH, GROUPS) / size, exists)
@@ -597,8 +648,7 @@ def _dx_kernel(  # type: ignore[no-untyped-def]
     bias,
     scale,
     shift,
-    mean,
-    rstd,
+    statistics,
     c,
     dx,
     pixels,
@@ -617,28 +667,26 @@ def _dx_kernel(  # type: ignore[no-untyped-def]
     FILM: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """From c₁ and c₂ to dx."""
+    """From rstd c₁ and rstd c₂, `[N, 2, groups]`, to dx."""
     sample, _, start, stop, _, channel, real = _place(
         pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
     x += sample * pixels * CHANNELS
     dy += sample * pixels * CHANNELS
     dx += sample * pixels * CHANNELS
-    gain, offset = _affine_of(
-        weight, bias, scale, shift, sample, channel, real,
-        scale_row, scale_column, shift_row, shift_column, FILM,
+    mean, rest, rstd, gain, offset = _normaliser(
+        statistics, weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, CHANNELS, PER_GROUP, FILM,
     )  # fmt: skip
     ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
-    group = channel // PER_GROUP
-    mean_c = tl.load(mean + sample * ALL_GROUPS + group, real, 0.0)
-    rstd_c = tl.load(rstd + sample * ALL_GROUPS + group, real, 0.0)
-    c += sample * (2 * ALL_GROUPS)
-    c1 = tl.load(c + group, real, 0.0)
-    c2 = tl.load(c + ALL_GROUPS + group, real, 0.0)
+    c += sample * (2 * ALL_GROUPS) + channel // PER_GROUP
+    # rstd (c₂ + x̂ c₁) is a line in x − mean.
+    slope = rstd * tl.load(c, real, 0.0)
+    intercept = tl.load(c + ALL_GROUPS, real, 0.0) - slope * rest
     for pixel in range(start, stop, ROWS):
         offsets, inside = _tile(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
-        x_hat, dz = _x_hat_and_dz(x, dy, mean_c, rstd_c, gain, offset, offsets, inside, SILU)
-        result = rstd_c[None, :] * (gain[None, :] * dz - c2[None, :] - x_hat * c1[None, :])
+        centred, dz = _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU)
+        result = gain[None, :] * dz - (slope[None, :] * centred + intercept[None, :])
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), inside)
 
 
@@ -689,21 +737,20 @@ def _launch_forward(
     shift: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     plan = _plan(batch, channels, height * width, groups, FORWARD_TILE)
     shapes = _shape_arguments(x, groups, plan)
     shapes["GROUPS"] = _groups_of_tile(channels, groups, plan)
     dense = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(dense, memory_format=torch.channels_last)
-    mean = torch.empty((batch, groups), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    moments = mean
+    statistics = torch.empty((batch, 3, groups), dtype=torch.float32, device=x.device)
+    moments = statistics
     grid = (batch * plan.slabs * plan.chunks,)
     weight, bias = weight.contiguous(), bias.contiguous()
     with torch.cuda.device_of(x):
         if plan.slabs > 1:
-            moments = mean.new_empty((batch, plan.slabs, 3, groups))
+            moments = statistics.new_empty((batch, plan.slabs, 3, groups))
             _moments_kernel[grid](dense, moments, **shapes)
         _forward_kernel[grid](
             x=dense,
@@ -711,8 +758,7 @@ def _launch_forward(
             weight=weight,
             bias=bias,
             y=y,
-            mean_out=mean,
-            rstd_out=rstd,
+            statistics=statistics,
             eps=eps,
             SLABS=_power_of_two(plan.slabs),
             FILM=scale is not None,
@@ -720,7 +766,7 @@ def _launch_forward(
             **_film_arguments(weight, scale, shift),
             **shapes,
         )
-    return _laid_out_as(x, y), mean, rstd
+    return _laid_out_as(x, y), statistics
 
 
 def _launch_backward(
@@ -731,8 +777,7 @@ def _launch_backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
@@ -741,22 +786,21 @@ def _launch_backward(
     film = _film_arguments(weight, scale, shift)
     dense = x.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(dense, memory_format=torch.channels_last)
-    weight, bias = weight.contiguous(), bias.contiguous()
+    weight, bias, statistics = weight.contiguous(), bias.contiguous(), statistics.contiguous()
     tiles = {
         "dy": dy.contiguous(memory_format=torch.channels_last),
         "x": dense,
         "weight": weight,
         "bias": bias,
-        "mean": mean.contiguous(),
-        "rstd": rstd.contiguous(),
+        "statistics": statistics,
         "FILM": scale is not None,
         "SILU": activation == "silu",
         **film,
         **shapes,
     }
-    sums = mean.new_empty((batch, plan.slabs, 2, channels))
-    affine = mean.new_empty((batch, 2, channels))
-    c = mean.new_empty((batch, 2, groups))
+    sums = statistics.new_empty((batch, plan.slabs, 2, channels))
+    affine = statistics.new_empty((batch, 2, channels))
+    c = statistics.new_empty((batch, 2, groups))
     d_scale = x.new_empty(0) if scale is None else torch.empty_like(scale)
     d_shift = torch.empty_like(d_scale)
     grid = (batch * plan.slabs * plan.chunks,)
@@ -767,6 +811,7 @@ def _launch_backward(
             weight,
             bias,
             film["scale"],
+            statistics,
             affine,
             c,
             d_scale,
@@ -819,14 +864,14 @@ def _forward(
     shift: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y and, for the backward pass, the mean and rstd of each group, `[N, groups]`."""
+) -> tuple[Tensor, Tensor]:
+    """Returns y and, for the backward pass, mean, its rest and rstd: `[N, 3, groups]`."""
     if _takes_kernel(x):
         return _launch_forward(x, groups, weight, bias, scale, shift, eps, activation)
-    y, mean, rstd = group_norm_silu_reference(
+    y, statistics = group_norm_silu_reference(
         x, groups, weight, bias, scale, shift, eps, activation
     )
-    return y.contiguous(memory_format=_channels_last_if(x)), mean, rstd
+    return y.contiguous(memory_format=_channels_last_if(x)), statistics
 
 
 @_forward.register_fake
@@ -839,10 +884,9 @@ def _(
     shift: Tensor | None,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=_channels_last_if(x))
-    statistics = x.new_empty((x.shape[0], groups), dtype=_compute_dtype(x))
-    return y, statistics, torch.empty_like(statistics)
+    return y, x.new_empty((x.shape[0], 3, groups), dtype=_compute_dtype(x))
 
 
 @torch.library.custom_op("ddpm::group_norm_silu_backward", mutates_args=())
@@ -854,18 +898,18 @@ def _backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dγ, dβ, ds, dt; the last two are empty when there is no scale and shift."""
     if _takes_kernel(x):
-        return _launch_backward(dy, x, groups, weight, bias, scale, shift, mean, rstd, activation)
+        return _launch_backward(dy, x, groups, weight, bias, scale, shift, statistics, activation)
     dtype = _compute_dtype(x)
     channels = x.shape[1] // groups
     gain, offset = _affine(weight, bias, scale, shift, dtype)
-    mean_c, rstd_c = (s.repeat_interleave(channels, dim=1) for s in (mean, rstd))
-    x_hat = (x.to(dtype) - _per_pixel(mean_c)) * _per_pixel(rstd_c)
+    mean, rest, rstd = statistics.repeat_interleave(channels, dim=2).unbind(1)
+    centred = x.to(dtype) - _per_pixel(mean)
+    x_hat = torch.addcmul(_per_pixel(-rest * rstd), centred, _per_pixel(rstd))
     dz = dy.to(dtype)
     if activation == "silu":
         z = x_hat * _per_pixel(gain) + _per_pixel(offset)
@@ -878,7 +922,7 @@ def _backward(
         _group_mean(gain * sums, groups, pixels).repeat_interleave(channels, dim=1)
         for sums in (a, b)
     )
-    dx = _per_pixel(rstd_c) * (_per_pixel(gain) * dz - _per_pixel(c2) - x_hat * _per_pixel(c1))
+    dx = _per_pixel(rstd) * (_per_pixel(gain) * dz - _per_pixel(c2) - x_hat * _per_pixel(c1))
     if scale is None:
         d_scale = d_shift = x.new_empty(0)
         d_weight, d_bias = a.sum(0), b.sum(0)
@@ -901,8 +945,7 @@ def _(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_scale = x.new_empty(0) if scale is None else torch.empty_like(scale)
@@ -915,17 +958,17 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.groups, weight, bias, scale, shift, _, ctx.activation = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, weight, bias, scale, shift, statistics)
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, shift, statistics = ctx.saved_tensors
     dx, d_weight, d_bias, d_scale, d_shift = torch.ops.ddpm.group_norm_silu_backward(
-        dy, x, ctx.groups, weight, bias, scale, shift, mean, rstd, ctx.activation
+        dy, x, ctx.groups, weight, bias, scale, shift, statistics, ctx.activation
     )
     if scale is None:
         d_scale = d_shift = None
