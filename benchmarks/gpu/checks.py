@@ -28,6 +28,7 @@ from ddpm_kernels import (
     reverse_step,
 )
 from ddpm_kernels.denoising_loss import TARGETS, denoising_loss_reference
+from ddpm_kernels.dispatch import runs_triton
 from ddpm_kernels.group_norm_silu import group_norm_silu_reference
 from ddpm_kernels.philox import random_words
 from ddpm_kernels.q_sample import clean_images, q_sample_reference, training_noise
@@ -137,6 +138,9 @@ def words(seed: int, step: int, device: torch.device) -> list[Comparison]:
     expected = random_words(seed, ids, 4 * blocks, step, Stream.SAMPLER_NOISE).to(device)
     ids = ids.to(device)
     by_torch = random_words(seed, ids, 4 * blocks, step, Stream.SAMPLER_NOISE)
+    found = [equal("torch", by_torch, expected)]
+    if not runs_triton(ids):
+        return found
     by_triton = torch.empty_like(expected)
     _words_kernel[(len(ids),)](
         by_triton,
@@ -147,7 +151,7 @@ def words(seed: int, step: int, device: torch.device) -> list[Comparison]:
         STREAM=int(Stream.SAMPLER_NOISE),
         TILE=128,
     )
-    return [equal("torch", by_torch, expected), equal("triton", by_triton, expected)]
+    return [*found, equal("triton", by_triton, expected)]
 
 
 def normals(seed: int, count: int, device: torch.device) -> list[Comparison]:
@@ -466,8 +470,9 @@ def norm_and_gradients(function: Callable[..., Tensor], **arguments: Any) -> tup
         if arguments[name] is not None
     }
     y = function(**{**arguments, **leaves})
-    steps = torch.arange(y.numel(), device=y.device).reshape(y.shape)
-    cotangent = ((steps * 0.618).frac() * 3 - 1.5).to(y.dtype)
+    # Multiples of 1/64 in [-1.5, 1.5], which every precision holds exactly.
+    numbers = torch.arange(y.numel(), device=y.device).reshape(y.shape)
+    cotangent = (numbers * 7919 % 193 / 64 - 1.5).to(y.dtype)
     return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cotangent)
 
 
