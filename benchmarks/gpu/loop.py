@@ -12,12 +12,12 @@ from statistics import median
 from unittest.mock import MagicMock
 
 import torch
-from torch import Tensor, nn
-
 from benchmarks.gpu.capture import captured
 from benchmarks.gpu.checks import Check, Extent, named
 from benchmarks.gpu.compare import Comparison, equal, largest
 from benchmarks.gpu.timing import Measurement, Timer, interleaved
+from torch import Tensor, nn
+
 from ddpm_engine.samplers import CoefficientTable, ddpm_table, sampling_steps, spaced_timesteps
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise, reverse_step

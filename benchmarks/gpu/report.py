@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-
 from benchmarks.gpu.checks import sized
 from benchmarks.gpu.sections import Finding
 from benchmarks.gpu.timing import Measurement
+
 from ddpm_kernels.triton_shim import triton
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
-
 from benchmarks.gpu import checks, loop, timing
 from benchmarks.gpu.checks import Check, Extent
 from benchmarks.gpu.compare import Comparison
 from benchmarks.gpu.timing import Measurement
+
 from ddpm_kernels.dispatch import force_ops
 
 SECTIONS = (*checks.CHECKS, "loop")

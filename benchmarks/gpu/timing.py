@@ -9,20 +9,20 @@ CUDA graph: its time is the device's, without the host's launches, which are tim
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.gpu import inputs
 from benchmarks.gpu.capture import captured
 from benchmarks.gpu.checks import Extent, compiled, named
 from benchmarks.gpu.inputs import Arguments, values_of
-from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+from torch import Tensor
+
+from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, reverse_step
 
 Timer = Callable[[Callable[[], object]], float]
 """Runs a function and returns how long it took, in milliseconds."""
@@ -100,7 +100,7 @@ def timer_of(device: torch.device) -> Timer:
 
 
 def interleaved(
-    ways: dict[str, Callable[[], object]], timer: Timer, repeats: int
+    ways: Mapping[str, Callable[[], object]], timer: Timer, repeats: int
 ) -> dict[str, list[float]]:
     """Time every way in turn, each round beginning with another, after two rounds of warm-up."""
     names = list(ways)
@@ -169,11 +169,12 @@ FEATURES: dict[Extent, tuple[tuple[int, ...], ...]] = {
 def sizes(
     shapes: tuple[tuple[int, ...], ...],
 ) -> Iterator[tuple[tuple[int, ...], torch.dtype, int]]:
-    """Each shape in bfloat16, and one of middle size in float32; with the bytes of a tensor."""
+    """Each shape in bfloat16, of several the middle one in float32; with the bytes of a tensor."""
     for shape in shapes:
         yield shape, torch.bfloat16, 2 * values_of(shape)
-    middle = shapes[len(shapes) // 2]
-    yield middle, torch.float32, 4 * values_of(middle)
+    if len(shapes) > 1:
+        middle = shapes[len(shapes) // 2]
+        yield middle, torch.float32, 4 * values_of(middle)
 
 
 def three_ways(ours: Way, textbook: Callable[..., object], device: torch.device) -> dict[str, Way]:
@@ -288,18 +289,15 @@ def group_norm_silu_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
             leaves = ("x", "weight", "bias", "scale", "shift")
             return {k: v.clone().requires_grad_() if k in leaves else v for k, v in given.items()}
 
-        def both(
-            function: Callable[..., Tensor], upstream: Tensor = upstream, **given: Any
-        ) -> object:
+        def both(function: Callable[..., Any], upstream: Tensor = upstream, **given: Any) -> object:
             y = function(**given)
             return y, torch.autograd.grad(y, [v for v in given.values() if needs_grad(v)], upstream)
 
         textbook = inputs.textbook_group_norm
         ways = three_ways(group_norm_silu, textbook, device)
         yield Job("group_norm_silu", shape, dtype, 2 * size, make, ways)
-        ways = {name: partial(both, way) for name, way in three_ways(
-            group_norm_silu, textbook, device
-        ).items()}  # fmt: skip
+        again = three_ways(group_norm_silu, textbook, device)
+        ways = {name: partial(both, way) for name, way in again.items()}
         yield Job("group_norm_silu and gradient", shape, dtype, 5 * size, make_leaves, ways)
 
 
