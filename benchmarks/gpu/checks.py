@@ -45,7 +45,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IMAGES: dict[Extent, tuple[tuple[int, ...], ...]] = {
     "full": ((4, 3, 64, 64), (2, 3, 17, 23), (2, 4, 16, 16), (1, 1, 1, 1)),
     "quick": ((4, 3, 64, 64), (2, 3, 17, 23)),
-    "tiny": ((2, 3, 16, 16), (2, 3, 5, 7)),
+    "tiny": ((2, 3, 5, 7),),
 }
 # Shapes and groups: several slabs; groups of six; groups of ten; chunks; a group wider than tiles.
 FEATURES: dict[Extent, tuple[tuple[tuple[int, ...], int], ...]] = {
