@@ -464,18 +464,24 @@ def norm_reference(
     return group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)[0]
 
 
-def norm_and_gradients(function: Callable[..., Tensor], **arguments: Any) -> tuple[Tensor, ...]:
-    """y, and its gradients against a fixed cotangent, in the order of DIFFERENTIABLE."""
+def norm_and_gradients(
+    function: Callable[..., Tensor], upstream: Tensor, **arguments: Any
+) -> tuple[Tensor, ...]:
+    """y, and its gradients against what flows back, in the order of DIFFERENTIABLE."""
     leaves = {
         name: arguments[name].detach().requires_grad_()
         for name in DIFFERENTIABLE
         if arguments[name] is not None
     }
     y = function(**{**arguments, **leaves})
-    # Rounded to eight bits, so that it is the same in every precision.
-    normals = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).bfloat16()
-    cotangent = normals.to(y.device, y.dtype)
-    return y.detach(), *torch.autograd.grad(y, list(leaves.values()), cotangent)
+    gradients = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+    return y.detach(), *gradients
+
+
+def norm_upstream(x: Tensor) -> Tensor:
+    """Normals rounded to eight bits, so that they are the same in every precision."""
+    normals = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+    return normals.bfloat16().to(x.device)
 
 
 def norm_names(arguments: Arguments) -> list[str]:
@@ -485,7 +491,7 @@ def norm_names(arguments: Arguments) -> list[str]:
 
 def check_norm(arguments: Arguments, layout: str, activation: str) -> list[Comparison]:
     """y and every gradient; the floor is two ulp of the largest value, or of a typical sum."""
-    options = {"activation": activation}
+    options = {"upstream": norm_upstream(arguments["x"]), "activation": activation}
     exact = norm_and_gradients(
         inputs.textbook_group_norm, **inputs.in_float64(arguments), **options
     )
@@ -506,8 +512,9 @@ def check_norm(arguments: Arguments, layout: str, activation: str) -> list[Compa
 
 def compiled_norm(arguments: Arguments, device: torch.device) -> list[Comparison]:
     """Compiled beside eager; strides of gradients, and so the order of sums, may differ."""
-    y, *found = norm_and_gradients(compiled(group_norm_silu, device), **arguments)
-    eager_y, *expected = norm_and_gradients(group_norm_silu, **arguments)
+    upstream = norm_upstream(arguments["x"])
+    y, *found = norm_and_gradients(compiled(group_norm_silu, device), upstream, **arguments)
+    eager_y, *expected = norm_and_gradients(group_norm_silu, upstream, **arguments)
     return [equal("y", y, eager_y)] + [
         compare(name, ours, eager, eager.double(), 8 * EPS32 * largest(eager))
         for name, ours, eager in zip(norm_names(arguments)[1:], found, expected, strict=True)
@@ -540,7 +547,7 @@ def group_norm_silu_checks(device: torch.device, extent: Extent) -> Iterator[Che
     )
     yield "opcheck of the gradient", partial(opcheck_norm_backward, given)
     yield "torch.compile", partial(compiled_norm, given, device)
-    captured_call = partial(norm_and_gradients, group_norm_silu)
+    captured_call = partial(norm_and_gradients, group_norm_silu, norm_upstream(given["x"]))
     yield "graph", partial(replayed, captured_call, given, change_norm, device)
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks.gpu.timing import Measurement
 from ddpm_kernels.dispatch import force_ops
 
 SECTIONS = (*checks.CHECKS, "loop")
-LIMIT = 240.0
+LIMIT = 300.0
 """Seconds that a section may take before it is given up."""
 
 
@@ -80,21 +81,27 @@ def run_section(section: str, plan: Plan, emit: Emit) -> None:
 
 
 def measure_section(section: str, plan: Plan, emit: Emit) -> None:
-    """Run a section's measurements; one that fails is a finding."""
-    device, timer = torch.device(plan.device), timing.timer_of(torch.device(plan.device))
+    """Run a section's measurements; one that fails is a finding, and the next goes on."""
+    device = torch.device(plan.device)
+    timer = timing.timer_of(device)
     repeats, beyond = timing.REPEATS, timing.BEYOND_CACHES
     if plan.extent == "tiny":
         repeats, beyond = 2, 1
-    try:
-        if section == "loop":
-            for measured in loop.measure_loop(device, plan.extent, timer):
+
+    def emit_all(name: str, measure: Callable[[], list[Measurement]]) -> None:
+        try:
+            for measured in measure():
                 emit(measured)
-        for job in timing.JOBS.get(section, lambda *_: iter(()))(device, plan.extent):
-            for measured in timing.measure(job, device, timer, repeats, beyond):
-                emit(measured)
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        emit(Finding(section, "measurement", False, message=message))
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            emit(Finding(section, f"time of {name}", False, message=message))
+
+    if section == "loop":
+        emit_all("loop", lambda: loop.measure_loop(device, plan.extent, timer))
+    if section in timing.JOBS:
+        for job in timing.JOBS[section](device, plan.extent):
+            name = f"{job.operation} {checks.sized(job.shape)} {checks.named(job.dtype)}"
+            emit_all(name, partial(timing.measure, job, device, timer, repeats, beyond))
 
 
 def _child(section: str, plan: Plan, connection: Connection) -> None:
@@ -117,7 +124,7 @@ def isolated(section: str, plan: Plan) -> Iterator[Result]:
         process.kill()
         yield Finding(section, "time", False, message=f"given up after {LIMIT:.0f} s")
     except EOFError:
-        process.join()
+        process.join(30)
         if process.exitcode:
             message = f"its process ended with status {process.exitcode}"
             yield Finding(section, "process", False, message=message)

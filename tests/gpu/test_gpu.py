@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,24 @@ def test_what_raises_is_a_finding() -> None:
     finding = sections.run_check("q_sample", ("opcheck", fails))
     assert not finding.passed
     assert report.line_of(finding) == "FAIL  q_sample, opcheck: RuntimeError: no such kernel"
+
+
+def test_a_measurement_that_raises_is_a_finding_and_the_next_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def spoilt(device: torch.device, extent: checks.Extent) -> Iterator[Job]:
+        for job in timing.q_sample_jobs(device, extent):
+            yield replace(job, ways={"engine": lambda: None})
+            yield job
+
+    monkeypatch.setitem(timing.JOBS, "q_sample", spoilt)
+    found: list[sections.Result] = []
+    sections.measure_section("q_sample", TINY, found.append)
+    failure, *measured = found
+    assert isinstance(failure, Finding)
+    assert failure.name == "time of q_sample 2×3×8×8 bfloat16"
+    assert failure.message.startswith("TypeError")
+    assert len(measured) == 4
 
 
 # --- The rule
