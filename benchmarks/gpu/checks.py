@@ -491,7 +491,7 @@ def norm_names(arguments: Arguments) -> list[str]:
 
 def check_norm(arguments: Arguments, layout: str, activation: str) -> list[Comparison]:
     """y and every gradient; the floor is two ulp of the largest value, or of a typical sum."""
-    options = {"upstream": norm_upstream(arguments["x"]), "activation": activation}
+    options: Arguments = {"upstream": norm_upstream(arguments["x"]), "activation": activation}
     exact = norm_and_gradients(
         inputs.textbook_group_norm, **inputs.in_float64(arguments), **options
     )
