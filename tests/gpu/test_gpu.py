@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import checks, compare, report, sections, timing
+from benchmarks.gpu import checks, compare, loop, report, sections, timing
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.sections import Finding, Plan, in_process, isolated
 from benchmarks.gpu.timing import Job, Measurement
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddpm_kernels.dispatch import force_ops
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -164,6 +168,43 @@ def test_a_measurement_that_raises_is_a_finding_and_the_next_goes_on(
     assert failure.name == "time of q_sample 2×3×8×8 bfloat16"
     assert failure.message.startswith("TypeError")
     assert len(measured) == 4
+
+
+class OnTheHost(TorchDispatchMode):
+    """Collects the operations that read or make a CPU tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        if any(t.device.type == "cpu" for t in tensors):
+            self.found.append(str(func))
+        return out
+
+
+def test_what_is_captured_takes_nothing_from_the_host() -> None:
+    """A copy from the host ends a capture; meta tensors stand for those of a GPU."""
+    meta, inputs = torch.device("meta"), checks.inputs
+    images = inputs.moved(inputs.of_q_sample((2, 3, 5, 7), torch.uint8), meta)
+    batch = inputs.of_denoising_loss((2, 3, 5, 7), torch.float32, torch.uint8)
+    batch = inputs.moved(batch, meta)
+    state = inputs.of_reverse_step((2, 3, 5, 7), torch.float32, **checks.REVERSE["everything"])
+    state = inputs.moved(state, meta)
+    norm = inputs.moved(inputs.of_group_norm_silu((2, 12, 5, 7), 2, torch.float32, True), meta)
+    of_loss, of_norm = checks.loss_upstream(batch["prediction"]), checks.norm_upstream(norm["x"])
+    chain = loop.Loop(
+        loop.small_unet(CPU).to(meta), loop.table_of(6), (3, 16, 16), torch.arange(3).to(meta)
+    )
+    with force_ops(), OnTheHost() as host:
+        checks.q_sample(**images)
+        checks.loss_and_gradient(checks.denoising_loss, of_loss, **batch, target="v")
+        checks.stepped(checks.reverse_step, state)
+        checks.norm_and_gradients(checks.group_norm_silu, of_norm, **norm)
+        chain.step()
+    assert host.found == []
 
 
 # --- The rule
