@@ -7,7 +7,7 @@ RUN := runs/digits
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster lint clean
+.PHONY: help install demo test test-cluster gpu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,10 @@ test: lint  ## ruff, mypy and all tests
 
 test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel compiled for every target
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+# For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
+gpu:  ## check and measure the kernels on this machine's GPU, in eight minutes
+	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
