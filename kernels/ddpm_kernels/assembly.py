@@ -50,7 +50,7 @@ _AMD_KINDS = {
     "global": r"(global|buffer|flat)_\w+",
     "shared": r"ds_\w+",
     "multiply": r"v_(mul_(lo|hi)|mad_[ui]64)_\w+",
-    "float": r"v_(pk_)?(add|sub|subrev|mul|fma|fmac|fmaak|fmamk|mad|ldexp|div_\w+)_(legacy_)?f\d\d\w*",
+    "float": r"v_(pk_)?(add|sub|subrev|mul|fma\w*|mad|ldexp|div_\w+)_(legacy_)?f\d\d\w*",
     "integer": r"v_\w+",
 }
 _AMD_BITS = {
@@ -129,7 +129,9 @@ def read_sass(text: str) -> list[Instruction]:
             line = (PurePosixPath(match[1]).name, int(match[2]))
         elif (match := instruction.match(row)) and match[2] != "NOP":
             predicate, name, operands = match.groups()
-            branch = re.search(r"(.*)`\((\.L\w+)\)", operands) if name.startswith("BRA") else None
+            # ptxas also calls places in the kernel that end it; subroutines have other names.
+            branches = name.startswith(("BRA", "CALL"))
+            branch = re.search(r"(.*)`\((\.L\w+)\)", operands) if branches else None
             conditional = bool(predicate or (branch and re.search(r"U?P[\dT]|UR", branch[1])))
             found.append((Instruction(name, conditional, line=line), branch and branch[2]))
     return _with_targets(found, labels)
@@ -200,21 +202,22 @@ def executed(listing: Sequence[Instruction], trips: int = 1) -> list[Instruction
         ValueError: the path does not end.
     """
     path: list[Instruction] = []
-    taken: Counter[int] = Counter()
+    visits: Counter[int] = Counter()
     at = 0
     while at < len(listing) and len(path) < LONGEST_PATH:
         path.append(listing[at])
         if listing[at]._ends:
             return path
-        if _is_taken(listing, at, taken, trips):
-            taken[at] += 1
+        visits[at] += 1
+        if _is_taken(listing, at, visits[at], trips):
             at = listing[at].target or 0
         else:
             at += 1
     raise ValueError("the kernel's code has no end that can be reached")
 
 
-def _is_taken(listing: Sequence[Instruction], at: int, taken: Counter[int], trips: int) -> bool:
+def _is_taken(listing: Sequence[Instruction], at: int, visit: int, trips: int) -> bool:
+    """Whether the instruction branches when it is met for the `visit`-th time."""
     branch = listing[at]
     if branch.target is None:
         return False
@@ -226,12 +229,12 @@ def _is_taken(listing: Sequence[Instruction], at: int, taken: Counter[int], trip
     if branch.name == "s_cbranch_execnz":
         return forward
     if not forward:
-        return taken[at] < trips - 1
+        return visit < trips
     for back in range(at + 1, branch.target):
         # The exit of a loop that ends in an unconditional branch backwards.
         start = listing[back].target
         if start is not None and start <= at and not listing[back].conditional:
-            return taken[back] >= trips
+            return visit >= trips
     return _is_detour(listing, at)
 
 
@@ -239,9 +242,9 @@ def _is_detour(listing: Sequence[Instruction], at: int) -> bool:
     """Whether what follows a branch is a slow path, or a way round a loop."""
     past = listing[at].target or 0
     for index in range(at + 1, past):
-        if listing[index].name.startswith("CALL"):
-            return True
         after = listing[index].target
+        if listing[index].name.startswith("CALL") and after is None:
+            return True
         if after is not None:
             round_it = not listing[index].conditional and index == past - 1 and after > past
             return round_it and _has_loop(listing, past, after)
