@@ -114,7 +114,7 @@ def _nvidia(float32: int) -> dict[str, dict[str, int]]:
     9.0, 10.0 and 12.0: float32 64, 128, 128, 128; integer addition, shifts, logic, comparison and
     multiplication 64 (12.0 adds at 128, which is not counted on); reciprocals and the like 16;
     conversions from float32 16 (others are faster and counted as those); exchange in a warp 32.
-    Four schedulers issue a warp's instruction each a clock.
+    Four schedulers issue a warp's instruction each a clock. A packed pair counts as one.
     """
     rates = {"integer": 64, "multiply": 64, "float": float32, "conversion": 16, "special": 16}
     rates["shared"] = 32
@@ -499,7 +499,8 @@ def compiled_traffic(workload: Workload) -> Traffic:
 
 
 SMALL = ("loss_kernel", "combine_kernel")
-"""Kernels that read a few numbers a sample; their time is counted, their bytes stand apart."""
+"""Kernels that read a few numbers a sample: of these the bytes stand apart, and registers, shared
+memory and occupancy are not told."""
 
 
 def loop_trips(launch: Launch) -> int:
@@ -568,7 +569,7 @@ def fused_row(operation: Operation, launches: list[Launch], dtype: str, target: 
         kinds = {kind: count * scale for kind, count in count_kinds(path).items()}
         lanes = {kind: lanes[kind] + kinds[kind] for kind in KINDS}
         seconds += device.issue(kinds)[0]
-        codes.append(code)
+        codes += [code] if launch.name not in SMALL else []
     memory = moved / device.bandwidth
     return Row(
         operation=operation.name,
@@ -615,8 +616,9 @@ def print_rows(rows: list[Row]) -> None:
             counts = " ".join(f"{count:5.1f}" for count in row.by_kind.values())
             print(
                 f"{row.operation:27} {row.compulsory_bytes:4} {row.bytes:6.2f} "
-                f"{row.other_bytes:5.2f} {row.instructions:6.1f} | {counts} | {row.registers:4} {row.shared_bytes:6} "
-                f"{row.occupancy:5.0%} | {row.issue_ps:8.3f} {row.memory_ps:9.3f} {row.bound}"
+                f"{row.other_bytes:5.2f} {row.instructions:6.1f} | {counts} | "
+                f"{row.registers:4} {row.shared_bytes:6} {row.occupancy:5.0%} | "
+                f"{row.issue_ps:8.3f} {row.memory_ps:9.3f} {row.bound}"
             )
 
 
@@ -745,7 +747,7 @@ def _bars(
     axes.set_xlabel(label)
     axes.margins(x=0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="best")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ KINDS = (
 Line = tuple[str, int]
 """Name of a source file, and line in it."""
 
-LONGEST_PATH = 1_000_000
+LONGEST_PATH = 200_000
 """Instructions after which a path that has not ended is taken to be misread."""
 
 _SASS_KINDS = {
