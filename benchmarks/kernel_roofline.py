@@ -517,9 +517,11 @@ def loop_trips(launch: Launch) -> int:
     return 1
 
 
-def fused_launches(operation: Operation, dtype: torch.dtype) -> tuple[list[Launch], Traffic]:
-    """The kernels of an operation, and what torch does around them."""
-    with recorded_launches() as launches:
+def fused_launches(
+    operation: Operation, dtype: torch.dtype, target: str
+) -> tuple[list[Launch], Traffic]:
+    """The kernels of an operation on a target, and what torch does around them."""
+    with recorded_launches(target) as launches:
         traffic = eager_traffic(operation.fused(dtype, "cpu"))
     return launches, traffic
 
@@ -552,9 +554,10 @@ class Row:
     """Memory, or the busiest pipe."""
 
 
-def fused_row(operation: Operation, launches: list[Launch], dtype: str, target: str) -> Row:
-    """Compile an operation's kernels and count."""
+def fused_row(operation: Operation, dtype: str, target: str) -> tuple[Row, Traffic]:
+    """Compile an operation's kernels and count; also what torch does around them."""
     device, elements = DEVICES[target], math.prod(operation.shape)
+    launches, around = fused_launches(operation, getattr(torch, dtype), target)
     lanes = dict.fromkeys(KINDS, 0.0)
     moved, other, seconds, codes = 0.0, 0.0, 0.0, []
     for launch in launches:
@@ -571,7 +574,7 @@ def fused_row(operation: Operation, launches: list[Launch], dtype: str, target: 
         seconds += device.issue(kinds)[0]
         codes += [code] if launch.name not in SMALL else []
     memory = moved / device.bandwidth
-    return Row(
+    row = Row(
         operation=operation.name,
         dtype=dtype,
         target=target,
@@ -588,6 +591,7 @@ def fused_row(operation: Operation, launches: list[Launch], dtype: str, target: 
         memory_ps=memory * 1e12,
         bound=device.issue(lanes)[1] if seconds > memory else "memory",
     )
+    return row, around
 
 
 # --- Results
@@ -761,10 +765,9 @@ def main() -> None:
     comparisons: list[dict[str, Any]] = []
     for dtype in dtypes:
         for operation in OPERATIONS:
-            launches, around = fused_launches(operation, getattr(torch, dtype))
-            found = [fused_row(operation, launches, dtype, target) for target in targets]
-            rows += found
-            comparisons.append(compare(operation, dtype, found[0], around))
+            found = [fused_row(operation, dtype, target) for target in targets]
+            rows += [row for row, _ in found]
+            comparisons.append(compare(operation, dtype, *found[0]))
     goals, total = check_goals(rows), together(comparisons)
 
     print(MODEL)

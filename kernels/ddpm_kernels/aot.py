@@ -34,6 +34,7 @@ from ddpm_kernels.assembly import (
     read_amdgcn,
     read_sass,
 )
+from ddpm_kernels.denoising_loss import BoundColumn
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
@@ -133,8 +134,8 @@ class Code:
 
 
 @contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Let operations on CPU tensors go as far as the launch, and note it instead."""
+def recorded_launches(target: str) -> Iterator[list[Launch]]:
+    """Let operations on CPU tensors go as far as the launch on a target, and note it instead."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -147,7 +148,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     original = JITFunction.run
     JITFunction.run = note
     try:
-        with assume_gpu():
+        with assume_gpu(target):
             yield launches
     finally:
         JITFunction.run = original
@@ -274,12 +275,13 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor
     return memory.as_strided(like.shape, like.stride(), 0 if aligned else 1)
 
 
-def production_launches(dtype: torch.dtype, aligned: bool) -> list[Launch]:
+def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[Launch]:
     """What the operations launch for a network running in `dtype`.
 
     Args:
         dtype: of the network's output and activations: float32, float16 or bfloat16.
         aligned: pointers and element counts divisible by 16; otherwise neither is.
+        target: one of `TARGETS`; tiles may differ between them.
     """
     batch, channels, side = (4, 4, 32) if aligned else (3, 3, 15)
     shape = (batch, channels, side, side)
@@ -288,17 +290,21 @@ def production_launches(dtype: torch.dtype, aligned: bool) -> list[Launch]:
     flip, weights = torch.zeros(batch, dtype=torch.bool), torch.ones(batch)
     seed, row = torch.tensor(0), torch.tensor(0)
     coefficients = torch.zeros(10, Column.HISTORY + 2)
-    with recorded_launches() as launches:
+    with recorded_launches(target) as launches:
         for stored in (torch.uint8, torch.float32):
             images = _tensor(shape, stored, aligned)
             q_sample(images, timesteps, table, table, seed, ids, flip, dtype)
             prediction = _tensor(shape, dtype, aligned)
-            for target in ("eps", "x0", "v"):
+            for predicted in ("eps", "x0", "v"):
                 denoising_loss(
-                    prediction, images, timesteps, table, table, seed, ids, weights, flip, target
+                    prediction, images, timesteps, table, table, seed, ids, weights, flip, predicted
                 )
         x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
         both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
+        denoising_loss(
+            both, images, timesteps, table, table, seed, ids, weights, flip,
+            bound_table=torch.zeros(1000, len(BoundColumn)), bound_weights=weights,
+        )  # fmt: skip
         history = torch.zeros(2, batch, side, side, channels).permute(0, 1, 4, 2, 3)
         reverse_step(x, output, coefficients, row, seed, ids, in_place=True)
         reverse_step(x, both, coefficients, row, seed, ids, unconditional=both, in_place=True)
@@ -345,8 +351,8 @@ def main() -> None:
     failures = 0
     for name in options.dtypes.split(","):
         for aligned in (True, False):
-            for launch in production_launches(getattr(torch, name), aligned):
-                for target in targets:
+            for target in targets:
+                for launch in production_launches(getattr(torch, name), aligned, target):
                     code = compile_launch(launch, target)
                     failures += code.spills > 0 or code.local_bytes > 0
                     print(

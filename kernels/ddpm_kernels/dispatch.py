@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
 _forced = False
-_gpu_assumed = False
+_gpu_assumed: str | None = None
 
 
 def takes_op(tensor: Tensor) -> bool:
@@ -27,7 +27,7 @@ def runs_triton(tensor: Tensor) -> bool:
 
     On GPUs, and on any device under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
     """
-    return HAS_TRITON and (tensor.is_cuda or _gpu_assumed or triton.knobs.runtime.interpret)
+    return HAS_TRITON and (tensor.is_cuda or bool(_gpu_assumed) or triton.knobs.runtime.interpret)
 
 
 @contextmanager
@@ -41,11 +41,16 @@ def force_ops() -> Iterator[None]:
         _forced = before
 
 
+def assumed_architecture() -> str | None:
+    """That of the innermost `assume_gpu`."""
+    return _gpu_assumed
+
+
 @contextmanager
-def assume_gpu() -> Iterator[None]:
+def assume_gpu(architecture: str) -> Iterator[None]:
     """Go as far as the launch of a Triton kernel on every device, to see what is launched."""
     global _gpu_assumed
-    before, _gpu_assumed = _gpu_assumed, True
+    before, _gpu_assumed = _gpu_assumed, architecture
     try:
         with force_ops():
             yield

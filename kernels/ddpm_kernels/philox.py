@@ -183,14 +183,31 @@ def normals4(seed, block, step, sample_id, stream: tl.constexpr):  # type: ignor
     Returns:
         Four float32 tensors shaped as `block`, for elements 4·block, … + 1, … + 2 and … + 3.
     """
-    zero = block & 0
-    c1 = zero + step.to(tl.uint32)
-    c2 = zero + sample_id.to(tl.uint32)
-    c3 = zero + (((sample_id >> 32) << 8).to(tl.uint32) | stream)
-    w0, w1, w2, w3 = tl.philox(seed, block, c1, c2, c3)
+    high = ((sample_id >> 32) << 8).to(tl.uint32) | stream
+    w0, w1, w2, w3 = _philox(seed, block, step.to(tl.uint32), sample_id.to(tl.uint32), high)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+    """`philox4x32` of uint32 counter words that broadcast against each other.
+
+    tl.philox takes the two halves of each product by two instructions; a 64-bit product is one.
+    """
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -208,40 +225,46 @@ def _box_muller(radius_word, angle_word):  # type: ignore[no-untyped-def]
     others reduce arguments of any size in software, which costs three times the rest together.
     """
     u = radius_word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    radius = tl.sqrt(-2.0 * _log(u))
+    radius = tl.sqrt(minus_two_log(u))
 
-    # θ = quadrant · π/2 + rest, with the rest in [-π/4, π/4) and exact as an integer.
-    quadrant = (angle_word + 0x20000000) >> 30
-    rest = (angle_word - (quadrant << 30)).to(tl.int32, bitcast=True)
-    r = rest.to(tl.float32) * 1.4629180792671596e-09
+    # θ = quadrant · π/2 + rest, with the rest in [-π/4, π/4): the word's low 30 bits as a signed
+    # integer, exact. Shifted to the top of the word, where the sign is in its place.
+    r = (angle_word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.657295198167899e-10
     z = r * r
     # Minimax polynomials of (sin r / r − 1) / r² and (cos r − 1) / r², in r².
     sine = r + r * z * (-0.16666654611 + z * (0.00833216076 - z * 0.000195152959))
     cosine = 1.0 + z * (-0.5 + z * (0.0416666418 + z * (-0.00138873165 + z * 2.44331571e-05)))
-    swap = (quadrant & 1) != 0
-    x = tl.where(swap, sine, cosine)
-    y = tl.where(swap, cosine, sine)
-    x = tl.where(((quadrant + 1) & 2) != 0, -x, x)
-    y = tl.where((quadrant & 2) != 0, -y, y)
+    # The quadrant is in the two high bits: the first is the sign of y, their sum that of x.
+    quadrant = angle_word + 0x20000000
+    swap = (quadrant & 0x40000000) != 0
+    x = _flip_sign(tl.where(swap, sine, cosine), quadrant + 0x40000000)
+    y = _flip_sign(tl.where(swap, cosine, sine), quadrant)
     return radius * x, radius * y
 
 
 @triton.jit
-def _log(u):  # type: ignore[no-untyped-def]
-    """Natural logarithm of a positive normal float32, to 1 ulp, also near one."""
+def _flip_sign(value, word):  # type: ignore[no-untyped-def]
+    """−value where the highest bit of the uint32 word is set."""
+    bits = value.to(tl.uint32, bitcast=True) ^ (word & 0x80000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def minus_two_log(u):  # type: ignore[no-untyped-def]
+    """−2 ln u of a positive normal float32, to 1 ulp, also near one."""
     bits = u.to(tl.int32, bitcast=True)
     # u = 2^e m with m in [sqrt(½), sqrt(2)): shift so that the exponent turns over at sqrt(½).
-    e = (bits - 0x3F3504F3) >> 23
-    m = (bits - (e << 23)).to(tl.float32, bitcast=True)
-    x = m - 1.0
-    # Minimax polynomial of (log(1 + x) − x) / x².
-    p = -0.14307483 + x * 0.087347506
-    p = 0.14917989 + x * p
-    p = -0.16570514 + x * p
-    p = 0.19962071 + x * p
-    p = -0.25001755 + x * p
-    p = 0.3333395 + x * p
-    p = -0.49999992 + x * p
+    # The exponent stays in its place, as 2²³ e.
+    e = (bits - 0x3F3504F3) & -0x800000
+    x = (bits - e).to(tl.float32, bitcast=True) - 1.0
+    # Minimax polynomial of −2 (log(1 + x) − x) / x².
+    p = 0.28614966 + x * -0.174695012
+    p = -0.29835978 + x * p
+    p = 0.33141028 + x * p
+    p = -0.39924142 + x * p
+    p = 0.5000351 + x * p
+    p = -0.666679 + x * p
+    p = 0.99999984 + x * p
     e = e.to(tl.float32)
-    # ln 2 in two parts, the first of few bits, so that e · ln 2 is exact before the sum.
-    return e * 0.693359375 + (x + (x * x * p + e * -2.1219444e-4))
+    # −2⁻²² ln 2 in two parts, the first of few bits, so that its product is exact before the sum.
+    return e * -1.6530975699424744e-07 + (x * -2.0 + (x * x * p + e * 5.059109687805176e-11))

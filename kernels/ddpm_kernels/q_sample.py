@@ -13,12 +13,9 @@ from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.triton_shim import tl, triton
 
-TILE = 1024
-"""Elements a program; a multiple of four, so that it uses all the normals it draws."""
-WARPS = 2
-"""So that a thread has 16 elements, and the work of finding its place is small beside theirs."""
 INDEX_LIMIT = 2**31
 """Samples that reach as far as this, in elements, are indexed with 64 bits."""
 
@@ -48,7 +45,11 @@ def q_sample(
 
     Returns:
         x_t, `[B, C, H, W]` of `dtype`, channels-last.
+
+    Raises:
+        ValueError: `timesteps`, `sample_ids` or `flip` has not one value a sample.
     """
+    check_per_sample(len(images), timesteps=timesteps, sample_ids=sample_ids, flip=flip)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=images.device)
     call = torch.ops.ddpm.q_sample if takes_op(images) else q_sample_reference
     return call(
@@ -125,8 +126,8 @@ def load_elements(  # type: ignore[no-untyped-def]
         if MAY_MIRROR:
             # A branch, not a selection: images that are not mirrored keep their vector loads.
             if mirror:
-                column = _divide(elements, CHANNELS)
-                column -= _divide(column, WIDTH) * WIDTH
+                column = divide(elements, CHANNELS)
+                column -= divide(column, WIDTH) * WIDTH
                 source = elements + (WIDTH - 1 - 2 * column) * CHANNELS
                 values = tl.load(sample + source, mask=inside, other=0).to(tl.float32)
             else:
@@ -134,9 +135,9 @@ def load_elements(  # type: ignore[no-untyped-def]
         else:
             values = tl.load(sample + elements, mask=inside, other=0).to(tl.float32)
     else:
-        pixel = _divide(elements, CHANNELS)
+        pixel = divide(elements, CHANNELS)
         channel = elements - pixel * CHANNELS
-        row = _divide(pixel, WIDTH)
+        row = divide(pixel, WIDTH)
         column = pixel - row * WIDTH
         if MAY_MIRROR:
             column = tl.where(mirror, WIDTH - 1 - column, column)
@@ -146,7 +147,7 @@ def load_elements(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _divide(index, DIVISOR: tl.constexpr):  # type: ignore[no-untyped-def]
+def divide(index, DIVISOR: tl.constexpr):  # type: ignore[no-untyped-def]
     """index // DIVISOR of an index that is not negative, where unsigned division is cheaper."""
     if index.dtype == tl.int32:
         quotient = (index.to(tl.uint32) // DIVISOR).to(tl.int32)
@@ -187,23 +188,30 @@ def clean_elements(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def tile_of(  # type: ignore[no-untyped-def]
-    count, TILE: tl.constexpr, WIDE: tl.constexpr
+    COUNT: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
 ):
-    """A program's part of the batch.
+    """A program's part of a batch of samples of COUNT elements.
+
+    COUNT is a constant, as the width is, so that finding the sample is no division, and where whole
+    tiles cover it nothing is masked.
 
     Returns:
         The sample (int64), the tile's element indices in it, those of its counter blocks, and
         which elements exist.
     """
+    TILES: tl.constexpr = (COUNT + TILE - 1) // TILE
     program = tl.program_id(0).to(tl.uint32)
-    tiles = tl.cast(tl.cdiv(count, TILE), tl.uint32)
-    sample = program // tiles
-    tile = (program - sample * tiles).to(tl.int32)
+    sample = program // TILES
+    tile = (program - sample * TILES).to(tl.int32)
     if WIDE:
         tile = tile.to(tl.int64)
     elements = tile * TILE + tl.arange(0, TILE)
     blocks = (tile * (TILE // 4) + tl.arange(0, TILE // 4)).to(tl.uint32)
-    return sample.to(tl.int64), elements, blocks, elements < count
+    if COUNT % TILE == 0:  # noqa: SIM108 (Triton takes a branch on a constant, no selection)
+        inside = tl.full((TILE,), True, tl.int1)
+    else:
+        inside = elements < COUNT
+    return sample.to(tl.int64), elements, blocks, inside
 
 
 @triton.jit
@@ -224,11 +232,11 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
     seed,
     sample_ids,
     flip,
-    count,
     stride_n,
     stride_c,
     stride_h,
     stride_w,
+    COUNT: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     DENSE: tl.constexpr,
@@ -237,7 +245,7 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
     STREAM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    sample, elements, blocks, inside = tile_of(count, TILE, WIDE)
+    sample, elements, blocks, inside = tile_of(COUNT, TILE, WIDE)
     x_0 = clean_elements(
         images, flip, sample, elements, inside, stride_n, stride_c, stride_h, stride_w,
         CHANNELS, WIDTH, DENSE, FLIP,
@@ -245,7 +253,7 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
     noise = noise_elements(seed, sample_ids, sample, blocks, STREAM)
     t = tl.load(timesteps + sample)
     x_t = tl.load(sqrt_alpha_bar + t) * x_0 + tl.load(sqrt_one_minus_alpha_bar + t) * noise
-    tl.store(out + sample * count + elements, x_t.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + sample * COUNT + elements, x_t.to(out.dtype.element_ty), mask=inside)
 
 
 def is_dense(images: Tensor) -> bool:
@@ -259,14 +267,14 @@ def is_dense(images: Tensor) -> bool:
     )
 
 
-def is_wide(*batches: Tensor) -> bool:
+def is_wide(tile: int, *batches: Tensor) -> bool:
     """Whether indices within a sample, rounded up to whole tiles, need 64 bits."""
     return any(
         max(
             images[0].numel(),
             sum((n - 1) * s for n, s in zip(images.shape[1:], images.stride()[1:], strict=True)),
         )
-        >= INDEX_LIMIT - TILE
+        >= INDEX_LIMIT - tile
         for images in batches
         if len(images)
     )
@@ -291,10 +299,10 @@ def launch_q_sample(
 ) -> None:
     """Write x_t to `out`, `[B, C, H, W]` contiguous in channels-last memory format."""
     batch, channels, height, width = images.shape
-    check_per_sample(batch, timesteps=timesteps, sample_ids=sample_ids, flip=flip)
     count = channels * height * width
+    tile = tile_for("q_sample", images).fitted(count)
     with torch.cuda.device_of(images):
-        _q_sample_kernel[(batch * triton.cdiv(count, TILE),)](
+        _q_sample_kernel[(batch * triton.cdiv(count, tile.elements),)](
             out,
             images,
             timesteps.contiguous(),
@@ -303,16 +311,16 @@ def launch_q_sample(
             seed,
             sample_ids.contiguous(),
             None if flip is None else flip.contiguous().view(torch.uint8),
-            count,
             *images.stride(),
+            COUNT=count,
             CHANNELS=channels,
             WIDTH=width,
             DENSE=is_dense(images),
             FLIP=flip is not None,
-            WIDE=is_wide(images),
+            WIDE=is_wide(tile.elements, images),
             STREAM=int(Stream.TRAINING_NOISE),
-            TILE=TILE,
-            num_warps=WARPS,
+            TILE=tile.elements,
+            **tile.options(),
         )
 
 

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.q_sample import divide, tile_of
+from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.triton_shim import tl, triton
 
 
@@ -163,15 +165,16 @@ _LOG_VARIANCE_MAX = tl.constexpr(int(Column.LOG_VARIANCE_MAX))
 _HISTORY = tl.constexpr(int(Column.HISTORY))
 _STREAM = tl.constexpr(int(Stream.SAMPLER_NOISE))
 
-TILE, WARPS = 1024, 4
-"""Elements and warps of a program; the tile is a multiple of 4, so that no normal is wasted."""
-SMALL_TILE, SMALL_WARPS = 128, 1
-"""Those for samples of at most `SMALL_TILE` elements."""
-
 
 @triton.jit
 def _place(  # type: ignore[no-untyped-def]
-    element, width, c_stride, h_stride, w_stride, CHANNELS: tl.constexpr, LAYOUT: tl.constexpr
+    element,
+    c_stride,
+    h_stride,
+    w_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Where an element, counted in channels-last order, lies in its sample.
 
@@ -181,13 +184,13 @@ def _place(  # type: ignore[no-untyped-def]
     if LAYOUT == "dense":
         place = element
     else:
-        pixel = element // CHANNELS
+        pixel = divide(element, CHANNELS)
         channel = element - pixel * CHANNELS
         if LAYOUT == "pixels":
             place = pixel * w_stride + channel * c_stride
         else:
-            line = pixel // width
-            place = line * h_stride + (pixel - line * width) * w_stride + channel * c_stride
+            line = divide(pixel, WIDTH)
+            place = line * h_stride + (pixel - line * WIDTH) * w_stride + channel * c_stride
     return place
 
 
@@ -203,9 +206,6 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
     rescale_ptr,
     threshold_ptr,
     history_ptr,
-    count,
-    slabs,
-    width,
     columns,
     x_b,
     x_c,
@@ -226,7 +226,9 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
     history_c,
     history_h,
     history_w,
+    COUNT: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
     LEARNED: tl.constexpr,
     SLOTS: tl.constexpr,
     CLIP: tl.constexpr,
@@ -238,23 +240,16 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
 ):
     """One tile of consecutive elements of one sample; `_launch` says what the arguments are."""
-    program = tl.program_id(0)
-    sample = (program // slabs).to(tl.int64)
-    start = program % slabs * TILE
-    if WIDE:
-        start = (program % slabs).to(tl.int64) * TILE
-    element = start + tl.arange(0, TILE)
-    inside = element < count
-
+    sample, element, blocks, inside = tile_of(COUNT, TILE, WIDE)
     row = tl.load(row_ptr)
     coefficients = table_ptr + row * columns
 
-    x_at = x_ptr + sample * x_b + _place(element, width, x_c, x_h, x_w, CHANNELS, X_LAYOUT)
+    x_at = x_ptr + sample * x_b + _place(element, x_c, x_h, x_w, CHANNELS, WIDTH, X_LAYOUT)
     x = tl.load(x_at, inside)
     output_at = (
         output_ptr
         + sample * output_b
-        + _place(element, width, output_c, output_h, output_w, CHANNELS, OUTPUT_LAYOUT)
+        + _place(element, output_c, output_h, output_w, CHANNELS, WIDTH, OUTPUT_LAYOUT)
     )
     output = tl.load(output_at, inside).to(tl.float32)
     if LEARNED:
@@ -265,8 +260,8 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
             unconditional_ptr
             + sample * unconditional_b
             + _place(
-                element, width, unconditional_c, unconditional_h, unconditional_w,
-                CHANNELS, UNCONDITIONAL_LAYOUT,
+                element, unconditional_c, unconditional_h, unconditional_w,
+                CHANNELS, WIDTH, UNCONDITIONAL_LAYOUT,
             )
         )  # fmt: skip
         unconditional = tl.load(unconditional_at, inside).to(tl.float32)
@@ -296,7 +291,7 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
         history_at = (
             history_ptr
             + sample * history_b
-            + _place(element, width, history_c, history_h, history_w, CHANNELS, HISTORY_LAYOUT)
+            + _place(element, history_c, history_h, history_w, CHANNELS, WIDTH, HISTORY_LAYOUT)
         )
         earlier_at = history_at
         for slot in tl.static_range(SLOTS):
@@ -306,9 +301,8 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
 
     scale = tl.load(coefficients + _NOISE).to(tl.float32)
     if scale != 0.0:
-        block = (start // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
         seed = tl.load(seed_ptr)
-        n0, n1, n2, n3 = normals4(seed, block, row, tl.load(sample_ids_ptr + sample), _STREAM)
+        n0, n1, n2, n3 = normals4(seed, blocks, row, tl.load(sample_ids_ptr + sample), _STREAM)
         noise = interleave4(n0, n1, n2, n3) * scale
         if LEARNED:
             # ½ (f · max + (1 − f) · min) is linear in the output; ¼ log₂ e makes it a power of two.
@@ -362,11 +356,10 @@ def _launch(
     count = channels * height * width
     if batch * count == 0:
         return
-    tile, warps = (TILE, WARPS) if count > SMALL_TILE else (SMALL_TILE, SMALL_WARPS)
-    slabs = triton.cdiv(count, tile)
+    tile = tile_for("reverse_step", x).fitted(count)
 
     images = [tensor for tensor in (x, output, unconditional, history) if tensor is not None]
-    wide = max(count + tile, *(_span(tensor) + 1 for tensor in images)) >= 2**31
+    wide = max(count + tile.elements, *(_span(tensor) + 1 for tensor in images)) >= 2**31
 
     def strides(tensor: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0, 0) if tensor is None else tensor.stride()[-4:]
@@ -379,7 +372,7 @@ def _launch(
 
     table = table.contiguous()
     with torch.cuda.device_of(x):
-        _reverse_step_kernel[(slabs * batch,)](
+        _reverse_step_kernel[(batch * triton.cdiv(count, tile.elements),)](
             x,
             output,
             table,
@@ -390,9 +383,6 @@ def _launch(
             None if rescale is None else rescale.contiguous(),
             None if threshold is None else threshold.contiguous(),
             history,
-            count,
-            slabs,
-            width,
             table.shape[1],
             *strides(x),
             *strides(output),
@@ -401,7 +391,9 @@ def _launch(
             variance_at(unconditional),
             0 if history is None else history.stride(0),
             *strides(history),
+            COUNT=count,
             CHANNELS=channels,
+            WIDTH=width,
             LEARNED=learned,
             SLOTS=slots,
             CLIP=clip or threshold is not None,
@@ -410,8 +402,8 @@ def _launch(
             UNCONDITIONAL_LAYOUT=layout(unconditional),
             HISTORY_LAYOUT=layout(history),
             WIDE=wide,
-            TILE=tile,
-            num_warps=warps,
+            TILE=tile.elements,
+            **tile.options(),
         )
 
 

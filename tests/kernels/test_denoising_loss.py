@@ -31,6 +31,11 @@ PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "op": force_ops,
 }
 TARGETS = ("eps", "x0", "v")
+NOISING = (
+    "images", "timesteps", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "seed", "sample_ids",
+    "flip",
+)  # fmt: skip
+"""What q_sample takes as well."""
 
 
 def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -45,23 +50,47 @@ def arguments(
     dtype: torch.dtype = torch.float32,
     stored: torch.dtype = torch.uint8,
     optional: bool = True,
+    learned: bool = False,
 ) -> dict[str, Any]:
-    """A prediction of order one for uint8 (or float) images; weights and flips if `optional`."""
+    """A prediction of order one for uint8 (or float) images.
+
+    Weights and flips if `optional`; a learned variance, and timestep 0 first, if `learned`.
+    """
     batch, generator = shape[0], torch.Generator().manual_seed(len(shape) + shape[-1])
     levels = torch.randint(0, 256, shape, generator=generator)
     signal, sigma = tables(torch.float64 if dtype == torch.float64 else torch.float32)
+    levels.flatten()[::3], levels.flatten()[1::3] = 0, 255  # the outermost bins
     images = levels.to(torch.uint8) if stored == torch.uint8 else (levels / 127.5 - 1).to(stored)
+    predicted = (batch, 2 * shape[1], *shape[2:]) if learned else shape
     return {
-        "prediction": torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype),
+        "prediction": torch.randn(predicted, generator=generator, dtype=torch.float64).to(dtype),
         "images": images,
-        "timesteps": (torch.arange(batch) * 17 + 3) % T,
+        "timesteps": (torch.arange(batch) * 17 + (0 if learned else 3)) % T,
         "sqrt_alpha_bar": signal,
         "sqrt_one_minus_alpha_bar": sigma,
         "seed": torch.tensor(-5),
         "sample_ids": torch.arange(batch) + 2**33,
         "weights": (torch.arange(batch) + 0.5).to(signal.dtype) if optional else None,
         "flip": torch.arange(batch) % 2 == 0 if optional else None,
+        "bound_table": bound_table("eps").to(signal.dtype) if learned else None,
+        "bound_weights": (torch.arange(batch) + 1.5).to(signal.dtype) if learned else None,
     }
+
+
+def bound_table(target: str) -> Tensor:
+    """By `BoundColumn`, from Ho et al. 2020, equations 4, 6 and 7: float64 `[T, 3]`."""
+    before = np.append(1.0, ALPHA_BAR[:-1])
+    beta = 1 - ALPHA_BAR / before
+    variance = beta * (1 - before) / (1 - ALPHA_BAR)
+    variance[0] = variance[1]
+    mean_from_x_0 = beta * np.sqrt(before) / (1 - ALPHA_BAR)
+    x_0_from_error = {
+        "eps": -np.sqrt(1 - ALPHA_BAR) / np.sqrt(ALPHA_BAR),
+        "x0": 1,
+        "v": -np.sqrt(1 - ALPHA_BAR),
+    }[target]
+    columns = [np.log(variance), np.log(beta), mean_from_x_0 * x_0_from_error]
+    return torch.tensor(np.stack(columns, axis=1))
 
 
 def expected_loss(arguments: dict[str, Any], target: str) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +184,7 @@ def test_sees_the_noise_that_q_sample_added(lay_out: LayOut, path: str, layout: 
     """A network that solves x_t = a x_0 + s ε for its target has no loss."""
     given_ = arguments()
     given_["images"] = lay_out(given_["images"], layout)
-    shared = {k: v for k, v in given_.items() if k not in ("prediction", "weights")}
+    shared = {k: v for k, v in given_.items() if k in NOISING}
     a, s = (
         given_[name][given_["timesteps"]][:, None, None, None]
         for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
@@ -220,6 +249,81 @@ def test_gradcheck(path: str, target: str, optional: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_bound_of_a_learned_variance(path: str, target: str) -> None:
+    """From the two posteriors themselves: KL for t > 0, and the mass of the pixel's bin at 0."""
+    given_ = arguments((4, 2, 5, 3), dtype=torch.float64, optional=False, learned=True)
+    given_["bound_table"] = bound_table(target)
+    given_["weights"] = torch.zeros(4, dtype=torch.float64)  # leaves the bound alone
+    with PATHS[path]():
+        loss = denoising_loss(**given_, target=target)
+
+    noise = gaussian_noise(-5, given_["sample_ids"], (2, 5, 3), 0, Stream.TRAINING_NOISE)
+    for b, t in enumerate(given_["timesteps"].tolist()):
+        x_0 = (2 * given_["images"][b].double() - 255) / 255
+        a, s = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])
+        x_t = a * x_0 + s * noise[b].double()
+        output, r = given_["prediction"][b, :2], given_["prediction"][b, 2:]
+        x_0_hat = {"eps": (x_t - s * output) / a, "x0": output, "v": a * x_t - s * output}[target]
+        before = 1.0 if t == 0 else ALPHA_BAR[t - 1]
+        beta = 1 - ALPHA_BAR[t] / before
+
+        def posterior_mean(
+            x_0: Tensor, x_t: Tensor = x_t, t: int = t, before: float = before, beta: float = beta
+        ) -> Tensor:
+            of_x_t = np.sqrt(1 - beta) * (1 - before) * x_t
+            return (np.sqrt(before) * beta * x_0 + of_x_t) / (1 - ALPHA_BAR[t])
+
+        low, high, _ = bound_table(target)[t]
+        deviation = (0.5 * ((r + 1) / 2 * high + (1 - r) / 2 * low)).exp()
+        predicted = torch.distributions.Normal(posterior_mean(x_0_hat), deviation)
+        if t > 0:
+            true = torch.distributions.Normal(posterior_mean(x_0), (0.5 * low).exp())
+            bound = torch.distributions.kl_divergence(true, predicted)
+        else:
+            # tanh approximates the normal distribution function to 3e-4.
+            ends = (x_0 + sign / 255 for sign in (1, -1))
+            z = [(end - predicted.mean) / deviation for end in ends]
+            upper, lower = (
+                (1 + torch.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))) / 2 for v in z
+            )
+            inner = (upper - lower).clamp(min=1e-12).log()
+            bound = -torch.where(
+                x_0 == -1, upper.clamp(min=1e-12).log(),
+                torch.where(x_0 == 1, (1 - lower).clamp(min=1e-12).log(), inner),
+            )  # fmt: skip
+        expected = given_["bound_weights"][b] * bound.mean()
+        torch.testing.assert_close(loss[b], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_bound_trains_the_variance_alone(path: str, target: str) -> None:
+    given_ = arguments((2, 3, 3, 2), dtype=torch.float64, learned=True)
+    given_["bound_table"] = bound_table(target)
+    prediction = given_.pop("prediction")
+    output, r = prediction[:, :3], prediction[:, 3:].requires_grad_()
+    with PATHS[path]():
+        assert torch.autograd.gradcheck(
+            lambda r: denoising_loss(torch.cat([output, r], 1), **given_, target=target), (r,)
+        )
+        _, gradient = differentiate({**given_, "prediction": prediction.detach()}, target, 1.0)
+        alone = {**given_, "prediction": output, "bound_table": None, "bound_weights": None}
+        _, expected = differentiate(alone, target, 1.0)
+    torch.testing.assert_close(gradient[:, :3], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_op_and_reference_agree_on_a_learned_variance(optional: bool) -> None:
+    given_ = arguments((3, 3, 5, 4), optional=optional, learned=True)
+    loss, gradient = differentiate(given_, "eps", scale=0.25)
+    with force_ops():
+        op_loss, op_gradient = differentiate(given_, "eps", scale=0.25)
+    torch.testing.assert_close(op_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(op_gradient, gradient, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("optional", [True, False])
 def test_op_and_reference_agree(target: str, optional: bool) -> None:
@@ -233,19 +337,24 @@ def test_op_and_reference_agree(target: str, optional: bool) -> None:
 
 @pytest.mark.parametrize(("shape", "layout"), SHAPES)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize(("optional", "learned"), [(True, True), (True, False), (False, False)])
 def test_opcheck(
-    lay_out: LayOut, shape: tuple[int, ...], layout: str, target: str, optional: bool
+    lay_out: LayOut,
+    shape: tuple[int, ...],
+    layout: str,
+    target: str,
+    optional: bool,
+    learned: bool,
 ) -> None:
-    given_ = arguments(shape, optional=optional)
+    given_ = arguments(shape, optional=optional, learned=learned)
     given_["prediction"] = lay_out(given_["prediction"], layout).detach().requires_grad_()
     torch.library.opcheck(torch.ops.ddpm.denoising_loss.default, (*given_.values(), target))
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("optional", [True, False])
-def test_compiles_as_one_graph(path: str, optional: bool) -> None:
-    given_ = arguments(optional=optional)
+@pytest.mark.parametrize(("optional", "learned"), [(True, True), (True, False), (False, False)])
+def test_compiles_as_one_graph(path: str, optional: bool, learned: bool) -> None:
+    given_ = arguments(optional=optional, learned=learned)
     prediction = given_.pop("prediction").requires_grad_()
     compiled = torch.compile(denoising_loss, fullgraph=True, backend="aot_eager")
     with PATHS[path]():
@@ -255,6 +364,23 @@ def test_compiles_as_one_graph(path: str, optional: bool) -> None:
         (gradient,) = torch.autograd.grad(actual.sum(), prediction)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bound_weights": None}, "bound_table and bound_weights come together"),
+        ({"bound_table": torch.zeros(T, 2)}, r"bound_table has shape \(50, 2\); .* \[T, 3\]"),
+        ({"prediction": torch.zeros(3, 3, 5, 4)}, r"with a bound table, it must be \(3, 6, 5, 4\)"),
+        (
+            {"bound_table": None, "bound_weights": None},
+            r"without a bound table, it must be \(3, 3, 5, 4\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        denoising_loss(**{**arguments(learned=True), **changes})
 
 
 def test_unknown_target() -> None:

@@ -186,8 +186,7 @@ def test_backward_is_counted(roofline: ModuleType) -> None:
 def rows(roofline: ModuleType, name: str, target: str) -> tuple[object, float]:
     """An operation's row in bfloat16, and the textbook's bytes an element."""
     operation = next(one for one in roofline.OPERATIONS if one.name == name)
-    launches, _ = roofline.fused_launches(operation, torch.bfloat16)
-    row = roofline.fused_row(operation, launches, "bfloat16", target)
+    row, _ = roofline.fused_row(operation, "bfloat16", target)
     eager = roofline.eager_traffic(operation.textbook(torch.bfloat16, "meta"))
     return row, eager.bytes / torch.Size(operation.shape).numel()
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 from ddpm_kernels.denoising_loss import (
     TARGETS,
-    TILE,
     denoising_loss_reference,
     launch_denoising_loss,
+    tile_of_loss,
 )
 from ddpm_kernels.q_sample import clean_images, training_noise
+from ddpm_kernels.tiles import Tile, trying
 
 T = 50
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.2, T, dtype=torch.float64), 0)
@@ -60,6 +61,32 @@ def given_prediction(
         "sample_ids": torch.arange(batch) + 2**33 - 1,
         "weights": torch.arange(batch) + 0.5,
         "flip": torch.arange(batch) % 2 == 0,
+        "bound_table": None,
+        "bound_weights": None,
+    }
+
+
+def given_learned_variance(
+    shape: tuple[int, ...], predicted: torch.dtype = torch.float32, stored: torch.dtype = STORED[0]
+) -> dict[str, Any]:
+    """A prediction of twice the channels; the first sample is at t = 0 and has outermost bins."""
+    batch, channels, *pixels = shape
+    plain = given_prediction(shape, predicted, stored)
+    generator = torch.Generator().manual_seed(batch)
+    plain["images"][:, :, ::2] = 0 if stored == torch.uint8 else -1
+    plain["images"][:, :, 1::3] = 255 if stored == torch.uint8 else 1
+    before = torch.cat([torch.ones(1, dtype=torch.float64), ALPHA_BAR[:-1]])
+    beta = 1 - ALPHA_BAR / before
+    variance = (beta * (1 - before) / (1 - ALPHA_BAR))[[1, *range(1, T)]]
+    mean_from_error = -beta / (1 - beta).sqrt() / (1 - ALPHA_BAR).sqrt()
+    return {
+        **plain,
+        "prediction": torch.randn((batch, 2 * channels, *pixels), generator=generator).to(
+            predicted
+        ),
+        "timesteps": torch.arange(batch) * 17 % T,
+        "bound_table": torch.stack([variance.log(), beta.log(), mean_from_error], 1).float(),
+        "bound_weights": torch.arange(batch) + 1.5,
     }
 
 
@@ -86,7 +113,7 @@ def truth(arguments: dict[str, Any], target: str, dtype: torch.dtype) -> Tensor:
 def check(loss: Tensor, error: Tensor, arguments: dict[str, Any], target: str) -> None:
     """At most twice as far from the formulas as the reference, but for the noise's own 4 ulp."""
     names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
-    prediction = arguments["prediction"]
+    prediction = arguments["prediction"][:, : arguments["images"].shape[1]]
     in_float64 = {**arguments, **{name: arguments[name].double() for name in names}}
     exact = prediction.double() - truth(arguments, target, torch.float64)
     single = prediction.float() - truth(arguments, target, torch.float32)
@@ -187,7 +214,7 @@ def test_stays_inside_its_tensors_and_writes_every_element(
     plain = given_prediction(shape, stored=torch.float32)
     if not optional:
         plain["weights"] = plain["flip"] = None
-    tiles = -(-plain["prediction"][0].numel() // TILE)
+    tiles = -(-plain["images"][0].numel() // tile_of_loss(plain["images"]).elements)
     loss = guarded(torch.full((shape[0],), float("nan")))
     error = guarded(lay_out(torch.full(shape, float("nan")), "nhwc"))
     inside: dict[str, Any] = {
@@ -201,10 +228,88 @@ def test_stays_inside_its_tensors_and_writes_every_element(
         loss,
         error,
         guarded(torch.full((shape[0], tiles), float("nan"))),
-        **{"weights": None, **inside},
+        **{"weights": None, "bound_table": None, "bound_weights": None, **inside},
         target=target,
     )
     check(loss, error, plain, target)
+
+
+def check_learned(loss: Tensor, slope: Tensor, arguments: dict[str, Any]) -> None:
+    """Loss and gradient of the variance at most twice as far from float64 as the reference."""
+    names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+    wide = {**arguments, **{name: arguments[name].double() for name in names}}
+    channels = arguments["images"].shape[1]
+
+    def run(given_: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        prediction = given_["prediction"].detach().to(given_["sqrt_alpha_bar"].dtype)
+        prediction.requires_grad_()
+        loss = denoising_loss_reference(**{**given_, "prediction": prediction}, target="eps")
+        # The gradient of the bound alone, of one element.
+        scale = prediction[0].numel() / 2 / given_["bound_weights"]
+        (gradient,) = torch.autograd.grad((loss * scale).sum(), prediction)
+        return loss.detach(), gradient[:, channels:]
+
+    (exact_loss, exact), (own_loss, own) = run(wide), run(arguments)
+    # Rounding of the noise reaches the bound through (k e)² / σ².
+    allowed = 2 * (own_loss - exact_loss).abs() + 2e-6 * (exact_loss.abs() + 1)
+    assert bool(((loss - exact_loss).abs() <= allowed).all())
+    allowed = 2 * (own - exact).abs().max() + 2e-6 * (exact.abs() + 1)
+    if slope.dtype != torch.float32:
+        allowed = allowed + torch.finfo(slope.dtype).eps * exact.abs()
+    assert bool(slope.isfinite().all())
+    excess = (slope[:, channels:] - exact).abs() - allowed
+    assert bool((excess <= 0).all()), excess.max()
+    # What the bound adds must not change e.
+    alone = {
+        **arguments,
+        "prediction": arguments["prediction"][:, :channels],
+        "bound_table": None,
+        "bound_weights": None,
+    }
+    assert torch.equal(slope[:, :channels], run_op(alone, "eps")[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("predicted", PREDICTED)
+def test_learned_variance(
+    lay_out: LayOut,
+    guarded: Guarded,
+    shape: tuple[int, ...],
+    layout: str,
+    predicted: torch.dtype,
+) -> None:
+    plain = given_learned_variance(shape, predicted)
+    channels_twice = tuple(plain["prediction"].shape)
+    tiles = -(-plain["images"][0].numel() // tile_of_loss(plain["images"]).elements)
+    loss = guarded(torch.full((shape[0],), float("nan")))
+    slope = guarded(lay_out(torch.full(channels_twice, float("nan"), dtype=predicted), "nhwc"))
+    inside = {
+        name: guarded(lay_out(value, layout) if value.ndim == 4 else value)
+        for name, value in plain.items()
+        if name != "flip"
+    }
+    launch_denoising_loss(
+        loss,
+        slope,
+        guarded(torch.full((shape[0], tiles), float("nan"))),
+        **inside,
+        flip=plain["flip"],
+        target="eps",
+    )
+    check_learned(loss, slope, plain)
+
+
+@pytest.mark.parametrize("target", ["x0", "v"])
+def test_learned_variance_of_other_targets(target: str) -> None:
+    plain = given_learned_variance((3, 3, 5, 4))
+    prediction = plain["prediction"].requires_grad_()
+    loss = denoising_loss(**plain, target=target)
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    expected = denoising_loss_reference(**plain, target=target)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), prediction)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_images_are_not_read_when_the_target_is_the_noise() -> None:
@@ -219,7 +324,8 @@ def test_images_are_not_read_when_the_target_is_the_noise() -> None:
 def test_sees_the_noise_that_q_sample_added(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """q_sample of the right tables is each target; against it the loss is rounding alone."""
     plain = given_prediction(shape)
-    named = {k: v for k, v in plain.items() if k not in ("prediction", "weights")}
+    only_loss = ("prediction", "weights", "bound_table", "bound_weights")
+    named = {k: v for k, v in plain.items() if k not in only_loss}
     velocity = {"sqrt_alpha_bar": -SIGMA, "sqrt_one_minus_alpha_bar": SIGNAL}
     zeros, ones = torch.zeros(T), torch.ones(T)
     noise_alone = {"sqrt_alpha_bar": zeros, "sqrt_one_minus_alpha_bar": ones}
@@ -256,18 +362,19 @@ def test_a_sample_does_not_depend_on_its_batch_and_runs_repeat() -> None:
     again, _ = run_op(plain, "v")
     assert torch.equal(loss, again)
     tables = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "seed")
-    one_loss, one_error = run_op({k: v if k in tables else v[2:3] for k, v in plain.items()}, "v")
+    one = {k: v if v is None or k in tables else v[2:3] for k, v in plain.items()}
+    one_loss, one_error = run_op(one, "v")
     assert torch.equal(one_loss[0], loss[2])
     assert torch.equal(one_error[0], error[2])
 
 
 def test_more_tiles_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["ddpm_kernels.denoising_loss"]
-    monkeypatch.setattr(module, "TILE", 8)
     monkeypatch.setattr(module, "SUM_TILE", 4)
     plain = given_prediction((2, 1, 1, 8 * 4 * 2 + 5))
     plain["timesteps"] = torch.tensor([3, 20])
-    check(*run_op(plain, "x0"), plain, "x0")
+    with trying("denoising_loss", Tile(8, 1)):
+        check(*run_op(plain, "x0"), plain, "x0")
 
 
 def test_views(lay_out: LayOut) -> None:
@@ -338,7 +445,7 @@ def test_one_value_for_all_samples_is_refused(name: str) -> None:
 
 def test_other_images_are_refused() -> None:
     plain = given_prediction((3, 3, 5, 4))
-    with pytest.raises(ValueError, match=r"prediction has shape \(3, 3, 5, 4\), images \(3, 1, "):
+    with pytest.raises(ValueError, match=r"prediction has shape \(3, 3, 5, 4\); for images of "):
         denoising_loss(**{**plain, "images": plain["images"][:, :1]})
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_kernels import Stream, gaussian_noise, q_sample
-from ddpm_kernels.q_sample import TILE, launch_q_sample, q_sample_reference, training_noise
+from ddpm_kernels.q_sample import launch_q_sample, q_sample_reference, training_noise
+from ddpm_kernels.tiles import TILES
 
 T = 50
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.2, T, dtype=torch.float64), 0)
@@ -181,6 +182,9 @@ def test_layout_does_not_change_a_bit(lay_out: LayOut, layout: str, flip: bool) 
         plain["flip"] = None
     laid_out = lay_out(plain["images"], layout)
     assert torch.equal(q_sample(**{**plain, "images": laid_out}), q_sample(**plain))
+
+
+TILE = TILES["default"]["q_sample"].elements
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, TILE - 1, TILE, TILE + 1, 2 * TILE + 6])

@@ -1,0 +1,140 @@
+"""The table of tiles: what a launch takes, and the file that may replace it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_kernels import tiles
+from ddpm_kernels.autotune import CANDIDATES, Work, fastest
+from ddpm_kernels.dispatch import assume_gpu
+from ddpm_kernels.tiles import LEAST, TILES, Tile, read_tiles, tile_for, trying, write_tiles
+
+X = torch.zeros(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_table() -> Iterator[None]:
+    tiles._table.cache_clear()
+    yield
+    tiles._table.cache_clear()
+
+
+@pytest.mark.parametrize("table", TILES)
+def test_tiles_are_powers_of_two(table: str) -> None:
+    for tile in TILES[table].values():
+        assert tile.elements >= LEAST
+        assert all(value & (value - 1) == 0 for value in tile)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_123", "gfx90a", "gfx942"])
+def test_a_name_takes_its_family_and_then_the_default(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(TILES, "sm_90", {"q_sample": Tile(256, 1)})
+    with assume_gpu(name):
+        found = {operation: tile_for(operation, X) for operation in TILES["default"]}
+    expected = dict(TILES["default"])
+    if name.startswith("gfx"):
+        expected |= TILES["gfx"]
+    if name == "sm_90":
+        expected |= {"q_sample": Tile(256, 1)}
+    assert found == expected
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1025, 3072])
+def test_fitted_covers_small_samples_with_as_much_work_a_thread(count: int) -> None:
+    tile = Tile(1024, 2).fitted(count)
+    assert tile.elements >= min(count, 1024)
+    assert tile.elements < 2 * max(count, LEAST)
+    assert tile.warps == max(1, tile.elements // 512)
+
+
+def test_a_file_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiles.json"
+    write_tiles(file, {"sm_90": {"q_sample": Tile(2048, 4)}})
+    assert read_tiles(file) == {"sm_90": {"q_sample": Tile(2048, 4)}}
+    monkeypatch.setenv("DDPM_TILES", str(file))
+    with assume_gpu("sm_90"):
+        assert tile_for("q_sample", X) == Tile(2048, 4)
+        assert tile_for("denoising_loss", X) == TILES["default"]["denoising_loss"]
+    with assume_gpu("sm_80"):
+        assert tile_for("q_sample", X) == TILES["default"]["q_sample"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "tiles.json is no table of tiles"),
+        ("{", "tiles.json is no table of tiles"),
+        ("[]", "tiles.json is no table of tiles"),
+        ('{"sm_90": {"q_sample": [1024]}}', "tiles.json is no table of tiles"),
+        ('{"sm_90": {"conv": [1024, 2]}}', "names 'conv'; choose from q_sample, "),
+        ('{"sm_90": {"q_sample": [1000, 2]}}', "has 1000 for q_sample; it must be a power of 2"),
+        ('{"sm_90": {"q_sample": [1024, 0]}}', "has 0 for q_sample"),
+        ('{"sm_90": {"q_sample": [1024.0, 2]}}', "has 1024.0 for q_sample"),
+        ('{"sm_90": {"q_sample": [64, 1]}}', "has 64 elements for q_sample; the least is 128"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
+) -> None:
+    file = tmp_path / "tiles.json"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setenv("DDPM_TILES", str(file))
+    with assume_gpu("sm_90"), pytest.raises(ValueError, match="DDPM_TILES") as caught:
+        tile_for("q_sample", X)
+    assert message in str(caught.value)
+
+
+def test_autotuning_takes_what_is_fastest_over_all_sizes() -> None:
+    """Times by a rule: the second size weighs as much as the first, and one tile cannot run."""
+    winner, cannot = Tile(2048, 4), Tile(4096, 8)
+    sizes = {"small": 1.0, "large": 100.0}
+
+    def seconds(work: Work) -> float:
+        tile, size = tile_for("q_sample", X), sizes[str(work())]
+        if tile == cannot:
+            raise RuntimeError("out of resources")
+        if tile == winner:
+            return 0.5 * size
+        return size * (1 + abs(math.log2(tile.elements / 1024)))
+
+    works: list[Work] = [lambda: "small", lambda: "large"]
+    assert {winner, cannot} <= set(CANDIDATES)
+    assert fastest("q_sample", works, Tile(1024, 2), seconds) == (winner, pytest.approx(0.5))
+
+
+def test_autotuning_keeps_the_table_where_nothing_is_faster() -> None:
+    assert fastest("q_sample", [lambda: 0], Tile(1024, 2), lambda _: 1.0) == (Tile(1024, 2), 1.0)
+
+
+def test_trying_is_undone() -> None:
+    with trying("q_sample", Tile(256, 1)):
+        with trying("q_sample", Tile(512, 1)):
+            assert tile_for("q_sample", X) == Tile(512, 1)
+        assert tile_for("q_sample", X) == Tile(256, 1)
+    assert tile_for("q_sample", X) == TILES["default"]["q_sample"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_autotuning_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddpm_kernels.autotune", "--out", str(tmp_path / "t.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: autotuning needs a GPU and Triton; torch sees no GPU here\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_plain_json(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "t.json", {"gfx942": {"reverse_step": Tile(512, 1)}})
+    text = (tmp_path / "t.json").read_text()
+    assert json.loads(text) == {"gfx942": {"reverse_step": [512, 1]}}
