@@ -6,8 +6,8 @@ resident memory rises above what it held before, each in a process of its own, a
     engine     ddpm_kernels.q_sample and denoising_loss, which draw the noise twice and keep none
     textbook   images to float, torch.randn, mix, mean squared error; the noise is kept for the loss
 
-Both run forward and backward, with a prediction that costs nothing. On a CPU the engine runs its
-reference, which spends memory freely on integers; the fused kernels are for GPUs.
+Both run forward and backward, with a prediction that costs nothing. On a CPU the engine runs plain
+torch operations, and draws the noise in blocks; the fused kernels are for GPUs.
 """
 
 from __future__ import annotations

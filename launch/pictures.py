@@ -15,6 +15,7 @@ import torch
 import tyro
 from PIL import Image
 
+from ddpm_engine.compile_cache import use_local_compile_cache
 from ddpm_engine.data import ShardDataset
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.pictures import loss_curve, side_by_side, strip, to_uint8
@@ -108,6 +109,7 @@ def reverse_strip(pretrained: Pretrained, seed: int, sample_id: int, path: Path)
 
 def main() -> None:
     """Write the four pictures."""
+    use_local_compile_cache()
     with exit_on_user_error():
         options = tyro.cli(Options)
         pretrained = load_pretrained(options.checkpoint)

@@ -15,6 +15,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from ddpm_engine.compile_cache import use_local_compile_cache
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.picture_set import PictureSet
 from ddpm_engine.evaluation.pictures import to_uint8
@@ -73,6 +74,7 @@ def parse_ids(options: Options) -> list[int]:
 
 def main() -> None:
     """Parse, load, draw, write."""
+    use_local_compile_cache()
     with exit_on_user_error():
         options = tyro.cli(Options)
         ids = parse_ids(options)

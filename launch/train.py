@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ddpm_engine.compile_cache import use_local_compile_cache
 from ddpm_engine.config import PRESETS, RunConfig, dump_config, load_config
 from ddpm_engine.errors import exit_on_user_error
 from ddpm_engine.training import Trainer
@@ -53,6 +54,7 @@ def parse(arguments: list[str]) -> Options:
 
 def main() -> None:
     """Parse, train, and leave with a message that helps if something is wrong."""
+    use_local_compile_cache()
     with exit_on_user_error():
         options = parse(sys.argv[1:])
         if options.print_config:

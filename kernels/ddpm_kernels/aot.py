@@ -297,8 +297,9 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             prediction = _tensor(shape, dtype, aligned)
             for predicted in ("eps", "x0", "v"):
                 denoising_loss(
-                    prediction, images, timesteps, table, table, seed, ids, weights, flip, predicted
-                )
+                    prediction, images, timesteps, table, table, seed, ids, weights, flip,
+                    target=predicted,
+                )  # fmt: skip
         x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
         both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
         denoising_loss(

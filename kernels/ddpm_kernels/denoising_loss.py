@@ -219,7 +219,8 @@ def denoising_loss_reference(
         prediction, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids,
         flip, target,
     )  # fmt: skip
-    loss = error.square().mean((1, 2, 3))
+    # Not as a mean, whose gradient would be spread over a tensor before it meets the error.
+    loss = error.square().sum((1, 2, 3)) / error.shape[1:].numel()
     if weights is not None:
         loss = loss * weights
     if bound_table is not None and bound_weights is not None:

@@ -19,6 +19,9 @@ pairs (0, 1) and (2, 3) by Box–Muller:
 Everything after the rounding of u is computed here in float64 and rounded once, so the reference is
 within half an ulp of the exact value. The smallest u is 2⁻³³: tails reach 6.76σ.
 
+The noise is computed in three places: by `gaussian_noise_reference`, which specifies it; by
+`gaussian_noise_in_blocks`, the same in less time and memory on a CPU; and by `normals4` in kernels.
+
 Source: Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
 constants are those of Random123, whose published known answers the tests reproduce.
 """
@@ -39,6 +42,9 @@ _MASK = 0xFFFFFFFF
 _STREAM_BITS = 8
 
 MAX_SAMPLE_ID = 2 ** (32 + 32 - _STREAM_BITS) - 1
+
+COUNTERS_A_THREAD = 2**15
+"""Of a block, on a CPU: 256 KiB an operand, and the least that torch gives a thread of its own."""
 
 
 class Stream(IntEnum):
@@ -150,7 +156,20 @@ def gaussian_noise(
         stream, step, its sample's id and its place (channel, row, column, and C and W).
     """
     channels, height, width = shape
-    count = channels * height * width
+    device = sample_ids.device
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    # Inductor fuses the reference, and needs no blocks.
+    in_blocks = device.type == "cpu" and not torch.compiler.is_compiling()
+    draw = gaussian_noise_in_blocks if in_blocks else gaussian_noise_reference
+    noise = draw(seed, sample_ids, channels * height * width, step, stream)
+    return noise.view(len(sample_ids), height, width, channels).permute(0, 3, 1, 2)
+
+
+def gaussian_noise_reference(
+    seed: Tensor, sample_ids: Tensor, count: int, step: Tensor, stream: Stream
+) -> Tensor:
+    """`count` standard normals for each sample, in the order of elements: float32 `[B, count]`."""
     words = random_words(seed, sample_ids, (count + 3) // 4 * 4, step, stream)
     u_words, angle_words = words.unflatten(1, (-1, 2)).unbind(-1)
     u = u_words.to(torch.float32) * 2.0**-32 + 2.0**-33
@@ -165,8 +184,79 @@ def gaussian_noise(
     x = torch.where(quadrant + 1 & 2 == 2, -x, x)
     y = torch.where(quadrant & 2 == 2, -y, y)
     pairs = torch.stack([radius * x, radius * y], dim=-1)
-    noise = pairs.flatten(1)[:, :count].to(torch.float32)
-    return noise.view(len(sample_ids), height, width, channels).permute(0, 3, 1, 2)
+    return pairs.flatten(1)[:, :count].to(torch.float32)
+
+
+def gaussian_noise_in_blocks(
+    seed: Tensor, sample_ids: Tensor, count: int, step: Tensor, stream: Stream
+) -> Tensor:
+    """What `gaussian_noise_reference` computes, on a CPU, in a third of the time.
+
+    Eager operations pay for memory, so counters are taken in blocks whose operands stay in a core's
+    cache, most operations work in place, and normals go straight to their places in the result.
+
+    The words are the reference's, and the normals equal its normals but where the last bits of
+    float64 decide a rounding to float32: expected of one in 10⁸, not seen in 2.5·10⁸. Operations
+    are elementwise and, but for logarithm and sine, correctly rounded, so that where blocks and
+    threads divide the batch matters no more than that.
+    """
+    counters = (count + 3) // 4
+    noise = torch.empty(len(sample_ids), counters, 4, dtype=torch.float32, device="cpu")
+    block = COUNTERS_A_THREAD * torch.get_num_threads()
+    columns = max(1, min(counters, block))
+    rows = block // columns
+    blocks = torch.arange(counters, device="cpu")
+    for ids, samples in zip(sample_ids.split(rows), noise.split(rows), strict=True):
+        for c0, out in zip(blocks.split(columns), samples.split(columns, dim=1), strict=True):
+            w0, w1, w2, w3 = _words4(seed, ids, c0, step, stream)
+            _write_normals(w0, w1, out[..., 0], out[..., 1])
+            _write_normals(w2, w3, out[..., 2], out[..., 3])
+    return noise.flatten(1)[:, :count].contiguous()
+
+
+def _words4(
+    seed: Tensor, sample_ids: Tensor, blocks: Tensor, step: Tensor, stream: Stream
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of the counters that differ in sample and element: four int64 `[B, len(blocks)]`.
+
+    The low 32 bits are the word. In the first and third, all others are zero.
+    """
+    rounds = torch.arange(10, device="cpu")
+    k0 = (seed + rounds * _KEY_INCREMENTS[0] & _MASK).unbind()
+    k1 = ((seed >> 32) + rounds * _KEY_INCREMENTS[1] & _MASK).unbind()
+    ids = sample_ids.to(torch.int64)[:, None]
+    # [N], [], [B, 1] and [B, 1]: the first rounds, which have yet to mix them, cost little.
+    c0, c1, c2, c3 = blocks, step, ids & _MASK, ids >> 32 << _STREAM_BITS | int(stream)
+    for a, b in zip(k0, k1, strict=True):
+        p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
+        c0, c1, c2, c3 = _mix(p1, c1, a), p1, _mix(p0, c3, b), p0
+    return c0, c1, c2, c3
+
+
+def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """High half of the product ^ low half of the word ^ key."""
+    high = product >> 32
+    high = high.bitwise_xor_(word) if high.shape == word.shape else high ^ word
+    return high.bitwise_xor_(key).bitwise_and_(_MASK)
+
+
+def _write_normals(radius_word: Tensor, angle_word: Tensor, n0: Tensor, n1: Tensor) -> None:
+    """Box–Muller of `_words4`, written to the float32 tensors `n0` and `n1`."""
+    u = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
+    radius = u.to(torch.float64).log_().mul_(-2.0).sqrt_()
+    # As int32 the angle is in [-π, π), and wraps around like one.
+    angle = angle_word.to(torch.int32)
+    n0.copy_(_cosine(angle).mul_(radius))
+    n1.copy_(_cosine(angle.sub_(2**30)).mul_(radius))
+
+
+def _cosine(angle: Tensor) -> Tensor:
+    """cos(2π · angle / 2³²) in float64, of an int32 angle.
+
+    As sin(π/2 − |θ|), subtracted as integers, so that zeros are exact, and precise near them.
+    |−2³¹| overflows to −2³¹, and the subtraction back to 2³⁰, which is right: cos(−π) = sin(−π/2).
+    """
+    return angle.abs().sub_(2**30).to(torch.float64).mul_(-2.0 * math.pi / 2**32).sin_()
 
 
 @triton.jit

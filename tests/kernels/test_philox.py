@@ -8,14 +8,24 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ddpm_kernels import Stream, bernoulli, gaussian_noise, random_integers
 from ddpm_kernels import philox as philox_module
-from ddpm_kernels.philox import MAX_SAMPLE_ID, philox4x32, random_words
+from ddpm_kernels.philox import (
+    MAX_SAMPLE_ID,
+    gaussian_noise_in_blocks,
+    gaussian_noise_reference,
+    philox4x32,
+    random_words,
+)
 
 MASK = 2**32 - 1
+NOISE = Stream.TRAINING_NOISE
 
 
 def words_at(seed: int, sample_id: int, block: int, step: int, stream: Stream) -> list[int]:
@@ -158,6 +168,20 @@ def test_box_muller_is_correctly_rounded() -> None:
     assert bool((np.abs(noise - exact) <= 1.001 * half_an_ulp + 1e-15).all())
 
 
+Draw = Callable[[Tensor, Tensor, int, Tensor, Stream], Tensor]
+DRAWS = pytest.mark.parametrize("draw", [gaussian_noise_reference, gaussian_noise_in_blocks])
+
+
+def normals_of(draw: Draw, words: Tensor, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """What comes of these words, `[1, count]`, in place of random ones: float64 `[count]`."""
+    monkeypatch.setattr(philox_module, "random_words", lambda *_: words)
+    monkeypatch.setattr(philox_module, "_words4", lambda *_: words.unflatten(1, (-1, 4)).unbind(-1))
+    zero = torch.tensor(0)
+    noise = draw(zero, torch.tensor([0]), words.shape[1], zero, Stream(0))
+    return noise[0].double().numpy()
+
+
+@DRAWS
 @pytest.mark.parametrize(
     ("u_word", "radius"),
     [
@@ -168,18 +192,107 @@ def test_box_muller_is_correctly_rounded() -> None:
         (MASK, 0.0),
     ],
 )
-def test_extreme_words(monkeypatch: pytest.MonkeyPatch, u_word: int, radius: float) -> None:
+def test_extreme_words(
+    monkeypatch: pytest.MonkeyPatch, draw: Draw, u_word: int, radius: float
+) -> None:
     quarters = torch.tensor([[u_word, 0, u_word, 2**30, u_word, 2**31, u_word, 3 * 2**30]])
-    monkeypatch.setattr(philox_module, "random_words", lambda *_: quarters)
-    noise = flat_noise(torch.tensor([0]), 8)[0]
+    noise = normals_of(draw, quarters, monkeypatch)
     directions = np.array([1, 0, 0, 1, -1, 0, 0, -1])
-    np.testing.assert_allclose(noise, radius * directions, rtol=1e-6, atol=1e-14)
+    np.testing.assert_allclose(noise, radius * directions, rtol=1e-6, atol=0)
 
 
-def test_tails_go_beyond_what_24_bits_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+@DRAWS
+def test_angles_beside_every_eighth_of_a_turn(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
+    """Where a sine or cosine is near zero, or reduction changes over."""
+    angles = [(eighth * 2**29 + d) % 2**32 for eighth in range(8) for d in (-2, -1, 0, 1, 2, 77)]
+    words = [word for angle in angles for word in (12345, angle)]
+    noise = normals_of(draw, torch.tensor([words]), monkeypatch)
+    radius = math.hypot(*normal_pair(12345, 0))
+    for n, angle in enumerate(angles):
+        # Of an angle that is exactly a small multiple of 2⁻³², so that float64 does not round it.
+        quarter, rest = divmod(angle + 2**29, 2**30)
+        theta = 2 * math.pi * ((rest - 2**29) / 2**32)
+        turned = complex(math.cos(theta), math.sin(theta)) * [1, 1j, -1, -1j][quarter % 4]
+        exact = radius * np.array([turned.real, turned.imag])
+        np.testing.assert_allclose(noise[2 * n : 2 * n + 2], exact, rtol=6e-8, atol=0)
+
+
+@DRAWS
+def test_tails_go_beyond_what_24_bits_can_reach(
+    monkeypatch: pytest.MonkeyPatch, draw: Draw
+) -> None:
     """With u from 24 bits nothing lies beyond 5.77σ."""
-    monkeypatch.setattr(philox_module, "random_words", lambda *_: torch.zeros(1, 4).long())
-    assert 6.763 < flat_noise(torch.tensor([0]), 4).max() < 6.765
+    assert 6.763 < normals_of(draw, torch.zeros(1, 4).long(), monkeypatch).max() < 6.765
+
+
+# --- In blocks, as on a CPU: the reference's values
+
+
+IDS_NEAR_EDGES = st.one_of(
+    st.integers(0, MAX_SAMPLE_ID),
+    st.integers(2**32 - 3, 2**32 + 3),
+    st.integers(MAX_SAMPLE_ID - 3, MAX_SAMPLE_ID),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    ids=st.lists(IDS_NEAR_EDGES, max_size=9),
+    count=st.integers(0, 150),
+    step=st.integers(0, MASK),
+    stream=st.sampled_from(Stream),
+    block=st.integers(1, 64),
+)
+def test_blocks_equal_the_reference(
+    seed: int, ids: list[int], count: int, step: int, stream: Stream, block: int
+) -> None:
+    place = torch.tensor(seed), torch.tensor(ids, dtype=torch.int64), count
+    time = torch.tensor(step), stream
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox_module, "COUNTERS_A_THREAD", block)
+        noise = gaussian_noise_in_blocks(*place, *time)
+    assert noise.is_contiguous()
+    # Equal, with no tolerance, though one in 10⁸ is free to differ: the examples are always these.
+    torch.testing.assert_close(noise, gaussian_noise_reference(*place, *time), rtol=0, atol=0)
+    words = philox_module._words4(*place[:2], torch.arange((count + 3) // 4), *time)
+    expected = random_words(*place, *time)
+    assert torch.equal(torch.stack(words, dim=-1).flatten(1)[:, :count] & MASK, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_blocks_of_full_size_equal_the_reference(threads: int) -> None:
+    count = 4 * philox_module.COUNTERS_A_THREAD + 1001  # two blocks a sample, or many samples one
+    zero = torch.tensor(0)
+    given_ = torch.tensor(7), torch.tensor([5, 2**40]), count, zero, NOISE
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        noise = gaussian_noise_in_blocks(*given_)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(noise, gaussian_noise_reference(*given_), rtol=0, atol=0)
+
+
+def test_eager_cpu_takes_blocks_and_compiled_code_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_ = 3, torch.arange(5), (3, 4, 5), 2, NOISE
+    eager = gaussian_noise(*given_)
+    monkeypatch.setattr(philox_module, "gaussian_noise_in_blocks", None)
+    compiled = torch.compile(gaussian_noise, fullgraph=True, backend="aot_eager")(*given_)
+    assert torch.equal(compiled, eager)
+    with pytest.raises(TypeError):
+        gaussian_noise(*given_)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_shape_without_values(kind: str) -> None:
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        noise = gaussian_noise(3, torch.arange(2), (3, 4, 5), 0, NOISE)
+    assert noise.shape == (2, 3, 4, 5)
+    assert noise.dtype == torch.float32
+    assert noise.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- Statistics
@@ -230,7 +343,6 @@ def uncorrelated(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
-NOISE = Stream.TRAINING_NOISE
 IDS = torch.arange(50)
 
 

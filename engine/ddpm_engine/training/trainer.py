@@ -29,6 +29,7 @@ from ddpm_engine.training.metrics import MetricsLog
 from ddpm_engine.training.preview import draw_preview
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
+from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.unet import UNet
 from ddpm_kernels import Stream
 from ddpm_kernels.philox import random_words
@@ -78,7 +79,6 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = config.diffusion.build_schedule()
         self.objective = SimpleObjective(
             self.schedule,
@@ -89,6 +89,11 @@ class Trainer:
             null_class=model.null_class,
             label_dropout=config.training.label_dropout,
         )
+        if device.type != "cpu" and self.accelerator.num_processes > 1:
+            # What the first process of a node compiles, the others find in the cache.
+            with self.accelerator.local_main_process_first():
+                warm_up(model, self.objective, self.accelerator, config)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.checkpoints = CheckpointStore(
             config.out / "checkpoints", config.log.keep_checkpoints, config.log.keep_every
         )

@@ -1,0 +1,41 @@
+"""Compiling ahead must leave a run as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.training.warm_up import warm_up
+from ddpm_engine.unet import UNet
+from ddpm_kernels.dispatch import force_ops
+
+
+@pytest.mark.parametrize("classes", [None, 11])
+def test_warm_up_runs_both_passes_and_leaves_weights_and_gradients(
+    config: RunConfig, classes: int | None
+) -> None:
+    config = replace(config, model=replace(config.model, num_class_embeds=classes))
+    model = UNet(config.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    objective = SimpleObjective(
+        config.diffusion.build_schedule(), "eps", 0, null_class=model.null_class
+    )
+    backward_passes: list[torch.Tensor] = []
+    model.conv_in.weight.register_hook(backward_passes.append)
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+
+    model.eval()
+    with force_ops():
+        warm_up(model, objective, Accelerator(cpu=True), config)
+
+    assert shapes == [(config.training.batch_size, 1, 8, 8)]
+    assert len(backward_passes) == 1
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
