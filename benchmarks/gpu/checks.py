@@ -313,6 +313,25 @@ def check_loss(arguments: Arguments, layout: str, target: str) -> list[Compariso
     ]
 
 
+def check_learned_variance(arguments: Arguments) -> list[Comparison]:
+    """Loss and gradient with the term of the bound; the floor is a few ulp of their size."""
+    tables = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
+    wide = inputs.in_float64(arguments, "prediction", *tables)
+    upstream = loss_upstream(arguments["images"])
+    exact, own, ours = (
+        loss_and_gradient(function, upstream, **given, target="eps")
+        for function, given in (
+            (denoising_loss_reference, wide),
+            (denoising_loss_reference, arguments),
+            (denoising_loss, arguments),
+        )
+    )
+    return [
+        compare(name, result, peer, right, 16 * EPS32 * (right.abs() + 1))
+        for name, result, peer, right in zip(("loss", "gradient"), ours, own, exact, strict=True)
+    ]
+
+
 def compiled_loss(arguments: Arguments, device: torch.device) -> list[Comparison]:
     """Compiled beside eager; the gradient may be multiplied in another order."""
     upstream = loss_upstream(arguments["prediction"])
@@ -340,6 +359,8 @@ def denoising_loss_checks(device: torch.device, extent: Extent) -> Iterator[Chec
                 for layout in (next(layouts), next(layouts)):
                     name = f"{sized(shape)} {layout}, {named(predicted)}, target {target}"
                     yield name, partial(check_loss, given, layout, target)
+        given = moved(inputs.of_learned_variance(shape, torch.uint8), device)
+        yield f"{sized(shape)}, learned variance", partial(check_learned_variance, given)
     given = moved(inputs.of_denoising_loss(SHAPE, torch.float32, torch.uint8), device)
     upstream = loss_upstream(given["prediction"])
     leaf = {**given, "prediction": given["prediction"].clone().requires_grad_()}
@@ -554,12 +575,12 @@ def group_norm_silu_checks(device: torch.device, extent: Extent) -> Iterator[Che
 def opcheck_norm_backward(arguments: Arguments) -> list[Comparison]:
     """opcheck of the registered gradient."""
     x, groups, weight, bias, scale, shift, eps = arguments.values()
-    _, mean, rstd = torch.ops.ddpm.group_norm_silu(
+    _, statistics = torch.ops.ddpm.group_norm_silu(
         x, groups, weight, bias, scale, shift, eps, "silu"
     )
     return opcheck(
         torch.ops.ddpm.group_norm_silu_backward.default,
-        (torch.ones_like(x), x, groups, weight, bias, scale, shift, mean, rstd, "silu"),
+        (torch.ones_like(x), x, groups, weight, bias, scale, shift, statistics, "silu"),
     )
 
 

@@ -80,7 +80,22 @@ def of_denoising_loss(
         **shared,
         "weights": torch.arange(shape[0]) + 0.5,
         "flip": flip,
+        "bound_table": None,
+        "bound_weights": None,
     }
+
+
+def of_learned_variance(shape: tuple[int, ...], stored: torch.dtype) -> Arguments:
+    """The same with a learned variance, the first sample at t = 0: log-variances in (-3, -2)."""
+    given = of_denoising_loss((shape[0], 2 * shape[1], *shape[2:]), torch.float32, stored)
+    given["images"] = given["images"][:, : shape[1]].contiguous()
+    given["timesteps"] = given["timesteps"].clone()
+    given["timesteps"][0] = 0
+    rows = len(given["sqrt_alpha_bar"])
+    columns = (torch.full((rows,), -3.0), torch.full((rows,), -2.0), torch.full((rows,), 0.1))
+    given["bound_table"] = torch.stack(columns, dim=1)
+    given["bound_weights"] = torch.arange(shape[0]) + 1.5
+    return given
 
 
 def of_reverse_step(

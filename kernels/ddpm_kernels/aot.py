@@ -15,9 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+from ddpm_kernels.assembly import (
+    Access,
+    Instruction,
+    executed,
+    read_accesses,
+    read_amdgcn,
+    read_sass,
+)
 from ddpm_kernels.denoising_loss import BoundColumn
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
@@ -65,6 +74,10 @@ class Launch:
     """Indices of parameters divisible by 16, which lets loads be wide."""
     options: tuple[tuple[str, Any], ...]
     """Compiler options: warps and stages."""
+    programs: int = field(default=1, compare=False)
+    """Of the grid; they do not decide the code."""
+    integers: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    """Values of the integer parameters that are not constants, likewise."""
 
     @property
     def name(self) -> str:
@@ -88,6 +101,36 @@ class Code:
     """Bits of the widest global store of one thread."""
     instructions: int
     """Instructions of the whole kernel, each counted once."""
+    threads: int
+    """Of a program."""
+    shared_bytes: int
+    """Of shared memory a program."""
+    listing: tuple[Instruction, ...] = field(repr=False)
+    """The kernel's instructions in order."""
+    accesses: tuple[Access, ...] = field(repr=False)
+    """The loads and stores the kernel was compiled from."""
+
+    def path(self, trips: int = 1) -> list[Instruction]:
+        """What one thread executes (`assembly.executed`)."""
+        return executed(self.listing, trips)
+
+    def tile_bytes(self, path: list[Instruction]) -> int:
+        """Bytes a program loads and stores on a path, by the instructions, for its whole tiles.
+
+        A load or store belongs to a tile if the statement it comes from moves as many elements as
+        any in the kernel does.
+        """
+        whole = max((access.elements for access in self.accesses), default=0)
+        lines = {access.line for access in self.accesses if access.elements == whole}
+        return sum(i.loads + i.stores for i in path if i.line in lines) // 8 * self.threads
+
+    def other_bytes(self) -> int:
+        """Bytes a program loads and stores beside its tiles, such as a seed or channels' weights.
+
+        Counted once, however many threads ask for them: a cache serves the rest.
+        """
+        whole = max((access.elements for access in self.accesses), default=0)
+        return sum(a.elements * a.bits for a in self.accesses if a.elements < whole) // 8
 
 
 @contextmanager
@@ -98,7 +141,7 @@ def recorded_launches(target: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launch = _describe(self, arguments, named)
+        launch = _describe(self, arguments, named, grid)
         if launch not in launches:
             launches.append(launch)
 
@@ -111,7 +154,9 @@ def recorded_launches(target: str) -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def _describe(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
+def _describe(
+    kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], grid: tuple[int, ...]
+) -> Launch:
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {name: value for name, value in named.items() if name in kernel.arg_names}
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}
@@ -133,8 +178,19 @@ def _describe(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) ->
             signature.append((parameter.name, "fp32"))
         else:
             raise TypeError(f"{kernel.fn.__name__}: {parameter.name} is a {type(value).__name__}")
+    constant = {name for name, _ in constants}
     return Launch(
-        kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
+        kernel,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        tuple(sorted(options.items())),
+        programs=prod(grid),
+        integers=tuple(
+            (name, value)
+            for name, value in values.items()
+            if isinstance(value, int) and name not in constant
+        ),
     )
 
 
@@ -156,9 +212,21 @@ def compile_launch(launch: Launch, target: str) -> Code:
     compiled = triton.compile(
         source, target=GPUTarget(*TARGETS[target]), options=dict(launch.options)
     )
-    if TARGETS[target][0] == "cuda":
-        return _read_cubin(compiled.asm["cubin"])
-    return _read_amdgcn(compiled.asm["amdgcn"])
+    vendor, _, lanes = TARGETS[target]
+    if vendor == "cuda":
+        usage, listing = _read_cubin(compiled.asm["cubin"])
+    else:
+        usage, listing = _read_amdgcn(compiled.asm["amdgcn"])
+    return Code(
+        **usage,
+        widest_load=max((i.loads for i in listing), default=0),
+        widest_store=max((i.stores for i in listing), default=0),
+        instructions=len(listing),
+        threads=compiled.metadata.num_warps * lanes,
+        shared_bytes=compiled.metadata.shared,
+        listing=tuple(listing),
+        accesses=read_accesses(compiled.asm["ttgir"]),
+    )
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:
@@ -168,49 +236,28 @@ def _nvidia_tool(name: str, *arguments: str) -> str:
     ).stdout
 
 
-def _read_cubin(cubin: bytes) -> Code:
+def _read_cubin(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        listing = _nvidia_tool("nvdisasm", file.name)
-    # SASS lines: address, optional predicate, mnemonic with its modifiers.
-    mnemonics = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ +)?([A-Z][\w.]*)", listing, re.M)
-    return Code(
-        registers=int(_first(r"REG:(\d+)", usage)),
-        spills=sum(m.startswith(("LDL", "STL")) for m in mnemonics),
-        local_bytes=int(_first(r"STACK:(\d+)", usage)) + int(_first(r"LOCAL:(\d+)", usage)),
-        widest_load=_widest(m for m in mnemonics if m.startswith("LDG")),
-        widest_store=_widest(m for m in mnemonics if m.startswith("STG")),
-        instructions=sum(m not in ("NOP", "BRA") for m in mnemonics),
-    )
+        text = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        listing = read_sass(_nvidia_tool("nvdisasm", "-g", file.name))
+    usage = {
+        "registers": int(_first(r"REG:(\d+)", text)),
+        "spills": sum(i.name.startswith(("LDL", "STL")) for i in listing),
+        "local_bytes": int(_first(r"STACK:(\d+)", text)) + int(_first(r"LOCAL:(\d+)", text)),
+    }
+    return usage, listing
 
 
-def _widest(mnemonics: Iterable[str]) -> int:
-    """Bits of the widest access: LDG.E.128 has 128, LDG.E 32, LDG.E.U16 16."""
-    widths = [int(_first(r"\.[US]?(8|16|64|128|256)\b", m, "32")) for m in mnemonics]
-    return max(widths, default=0)
-
-
-def _read_amdgcn(text: str) -> Code:
-    words = {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "short": 16}
-    words |= {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    instructions = re.findall(r"^\s+((?:[vs]|ds|global|buffer|flat|scratch)_\w+)", text, re.M)
-
-    def widest(kind: str) -> int:
-        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z]+\d?x?\d?)"
-        found = (re.match(pattern, name) for name in instructions)
-        return max((words.get(match[1], 0) for match in found if match), default=0)
-
-    return Code(
-        registers=int(_first(r"\.vgpr_count:\s+(\d+)", text)),
-        spills=int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
+def _read_amdgcn(text: str) -> tuple[dict[str, int], list[Instruction]]:
+    usage = {
+        "registers": int(_first(r"\.vgpr_count:\s+(\d+)", text)),
+        "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
         + int(_first(r"\.sgpr_spill_count:\s+(\d+)", text, "0")),
-        local_bytes=int(_first(r"\.private_segment_fixed_size:\s+(\d+)", text)),
-        widest_load=widest("load"),
-        widest_store=widest("store"),
-        instructions=len(instructions),
-    )
+        "local_bytes": int(_first(r"\.private_segment_fixed_size:\s+(\d+)", text)),
+    }
+    return usage, read_amdgcn(text)
 
 
 def _first(pattern: str, text: str, otherwise: str | None = None) -> str:

@@ -66,11 +66,11 @@ def workloads(device: torch.device) -> dict[str, list[Work]]:
         x = x.contiguous(memory_format=torch.channels_last)
         gain = torch.ones(shape[1], device=device)
         rest = (32, gain, gain, None, None)
-        y, *statistics = torch.ops.ddpm.group_norm_silu(x, *rest, 1e-6, "silu")
+        y, statistics = torch.ops.ddpm.group_norm_silu(x, *rest, 1e-6, "silu")
         operations = torch.ops.ddpm
         works["group_norm_silu"].append(partial(operations.group_norm_silu, x, *rest, 1e-6, "silu"))
         works["group_norm_silu_backward"].append(
-            partial(operations.group_norm_silu_backward, y, x, *rest, *statistics, "silu")
+            partial(operations.group_norm_silu_backward, y, x, *rest, statistics, "silu")
         )
     return works
 

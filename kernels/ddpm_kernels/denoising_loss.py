@@ -555,11 +555,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     weights, bound_weights = inputs[7], inputs[10]
     _, slope = output
     ctx.mark_non_differentiable(slope)
+    ctx.set_materialize_grads(False)  # or zeros would be made for a gradient of the slope
     ctx.channels = inputs[1].shape[1]
     ctx.save_for_backward(slope, weights, bound_weights)
 
 
-def _differentiate(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 12
     slope, weights, bound_weights = ctx.saved_tensors
     mean = d_loss / (ctx.channels * slope.shape[2] * slope.shape[3])
     factor = 2 * mean if weights is None else 2 * mean * weights
@@ -567,7 +570,10 @@ def _differentiate(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, 
     if bound_weights is not None:
         variance = (mean * bound_weights)[:, None].expand(-1, ctx.channels)
         factor = torch.cat([factor, variance], dim=1)
-    return (slope * factor[:, :, None, None]).to(slope.dtype), *[None] * 11
+    # Straight to the precision of the network, rounded once and without a float32 tensor between.
+    # (Nor can this be differentiated again: torch says so, where a result would be wrong.)
+    gradient = torch.mul(slope, factor[:, :, None, None], out=torch.empty_like(slope))
+    return gradient, *[None] * 11
 
 
 _op.register_autograd(_differentiate, setup_context=_save)

@@ -38,11 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.triton_shim import tl, triton
 
-FORWARD_TILE, BACKWARD_TILE = 2048, 2048
-"""Elements that a program holds at once; twice as many spill on sm_100."""
-WARPS = 4
 WIDTHS = (64, 128, 256, 512)
 """Channels of a tile: a row of 64 in half precision is one cache line."""
 PROGRAMS = 512
@@ -690,7 +688,7 @@ def _dx_kernel(  # type: ignore[no-untyped-def]
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), inside)
 
 
-def _shape_arguments(x: Tensor, groups: int, plan: _Plan) -> dict[str, int | bool]:
+def _shape_arguments(x: Tensor, groups: int, plan: _Plan, tile: Tile) -> dict[str, int | bool]:
     """What all kernels over tiles of x take."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     return {
@@ -704,7 +702,7 @@ def _shape_arguments(x: Tensor, groups: int, plan: _Plan) -> dict[str, int | boo
         "WIDTH": plan.width,
         # The last tile's offsets pass the sample's end before they are masked.
         "WIDE": (pixels + plan.rows) * channels + plan.width >= 2**31,
-        "num_warps": WARPS,
+        **tile.options(),
     }
 
 
@@ -739,8 +737,9 @@ def _launch_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    plan = _plan(batch, channels, height * width, groups, FORWARD_TILE)
-    shapes = _shape_arguments(x, groups, plan)
+    tile = tile_for("group_norm_silu", x)
+    plan = _plan(batch, channels, height * width, groups, tile.elements)
+    shapes = _shape_arguments(x, groups, plan, tile)
     shapes["GROUPS"] = _groups_of_tile(channels, groups, plan)
     dense = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(dense, memory_format=torch.channels_last)
@@ -781,8 +780,9 @@ def _launch_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    plan = _plan(batch, channels, height * width, groups, BACKWARD_TILE)
-    shapes = _shape_arguments(x, groups, plan)
+    tile = tile_for("group_norm_silu_backward", x)
+    plan = _plan(batch, channels, height * width, groups, tile.elements)
+    shapes = _shape_arguments(x, groups, plan, tile)
     film = _film_arguments(weight, scale, shift)
     dense = x.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(dense, memory_format=torch.channels_last)
@@ -828,7 +828,7 @@ def _launch_backward(
             GROUPS=_groups_of_tile(channels, groups, plan),
             SLABS=_power_of_two(plan.slabs),
             FILM=scale is not None,
-            num_warps=WARPS,
+            **tile.options(),
         )
         _dx_kernel[grid](c=c, dx=dx, **tiles)
     d_weight, d_bias = affine.sum(0).unbind()

@@ -22,8 +22,8 @@ except ImportError:
         def __getattr__(self, name: str) -> Any:
             return self
 
-        def __call__(self, decorated: Any, *_: Any, **__: Any) -> Any:
-            return decorated
+        def __call__(self, decorated: Any = None, *_: Any, **__: Any) -> Any:
+            return self if decorated is None else decorated
 
     triton = tl = _Absent()
 

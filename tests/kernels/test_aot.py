@@ -50,26 +50,28 @@ def describe(launch: Launch) -> str:
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize(("target", "dtype"), MATRIX)
 def test_compiles_without_spills(target: str, dtype: str, aligned: bool) -> None:
-    launches = production_launches(getattr(torch, dtype), aligned)
+    launches = production_launches(getattr(torch, dtype), aligned, target)
     assert {launch.name for launch in launches} >= KERNELS - {"moments_kernel"}
     for launch in launches:
         code = compile_launch(launch, target)
         assert code.instructions > 0
         assert code.local_bytes == 0, describe(launch)
         assert code.spills == 0, describe(launch)
-        if aligned and launch.name in STREAMING:
+        # A predicted variance lies between the pixels of the mean: four channels at a time.
+        together = not (launch.name == "error_kernel" and dict(launch.constants)["LEARNED"])
+        if aligned and launch.name in STREAMING and together:
             assert code.widest_store == 128, describe(launch)
             assert code.widest_load == 128 or not target.startswith("sm_"), describe(launch)
 
 
 def test_the_matrix_covers_every_kernel() -> None:
-    found = {launch.name for launch in production_launches(torch.bfloat16, aligned=True)}
-    assert found == KERNELS
+    launches = production_launches(torch.bfloat16, aligned=True, target="sm_90")
+    assert {launch.name for launch in launches} == KERNELS
 
 
 def test_alignment_is_told_apart() -> None:
-    aligned = production_launches(torch.bfloat16, aligned=True)
-    unaligned = production_launches(torch.bfloat16, aligned=False)
+    aligned = production_launches(torch.bfloat16, aligned=True, target="sm_90")
+    unaligned = production_launches(torch.bfloat16, aligned=False, target="sm_90")
 
     def aligned_pointers(launches: list[Launch]) -> set[str]:
         return {

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_kernels import group_norm_silu
+from ddpm_kernels.tiles import TILES, Tile, trying
 
 module = importlib.import_module("ddpm_kernels.group_norm_silu")
 
@@ -21,6 +22,7 @@ Guarded = Callable[[Tensor], Tensor]
 LayOut = Callable[[Tensor, str], Tensor]
 LAYOUTS = ("nchw", "nhwc", "columns", "view", "expanded")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TILE = TILES["default"]["group_norm_silu"]
 DIFFERENTIABLE = ("x", "weight", "bias", "scale", "shift")
 aten = torch.ops.aten
 
@@ -28,11 +30,13 @@ aten = torch.ops.aten
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that little tensors take several slabs and chunks."""
-    monkeypatch.setattr(module, "FORWARD_TILE", 128)
-    monkeypatch.setattr(module, "BACKWARD_TILE", 64)
     monkeypatch.setattr(module, "WIDTHS", (8, 16))
     module._plan.cache_clear()
-    yield
+    with (
+        trying("group_norm_silu", Tile(128, 4)),
+        trying("group_norm_silu_backward", Tile(64, 4)),
+    ):
+        yield
     module._plan.cache_clear()
 
 
@@ -450,21 +454,21 @@ def test_plan_covers_everything_once(
 @pytest.mark.parametrize("groups", [8, 16, 32])
 @pytest.mark.parametrize("channels", [64, 96, 128, 192, 224, 256, 320, 384, 448, 512, 640, 960])
 def test_chunks_of_usual_widths_begin_at_16_bytes_and_are_full(channels: int, groups: int) -> None:
-    plan = module._plan(8, channels, 1024, groups, module.FORWARD_TILE)
+    plan = module._plan(8, channels, 1024, groups, TILE.elements)
     assert plan.chunks == 1 or plan.chunk_groups * (channels // groups) % 8 == 0
     assert channels >= 0.7 * plan.chunks * plan.width
 
 
 def test_a_large_batch_is_one_launch_and_a_small_one_spreads() -> None:
-    assert module._plan(600, 128, 1024, 32, module.FORWARD_TILE).slabs == 1
-    assert module._plan(1, 128, 65536, 32, module.FORWARD_TILE).slabs == module.MAX_SLABS
+    assert module._plan(600, 128, 1024, 32, TILE.elements).slabs == 1
+    assert module._plan(1, 128, 65536, 32, TILE.elements).slabs == module.MAX_SLABS
 
 
 @pytest.mark.parametrize(("pixels", "wide"), [(2**21 - 64, False), (2**21, True)])
 def test_offsets_widen_before_they_overflow(pixels: int, wide: bool) -> None:
     x = torch.empty((1, 1024, 1, pixels), device="meta")
-    plan = module._plan(1, 1024, pixels, 32, module.FORWARD_TILE)
-    assert module._shape_arguments(x, 32, plan)["WIDE"] is wide
+    plan = module._plan(1, 1024, pixels, 32, TILE.elements)
+    assert module._shape_arguments(x, 32, plan, TILE)["WIDE"] is wide
 
 
 def test_wide_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
