@@ -51,8 +51,10 @@ test: lint  ## ruff, mypy and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/interpreter
 
-test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel compiled for every target
+test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel for every target, longer sweeps
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	THOROUGH=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
+	    tests/kernels/interpreter -k 'any_arguments or formula or any_shape'
 
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
 gpu:  ## check and measure the kernels on this machine's GPU, in eight minutes

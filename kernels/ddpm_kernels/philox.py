@@ -60,6 +60,8 @@ class Stream(IntEnum):
     SAMPLE_ORDER = 7
     SUBSTITUTE = 8
     DROPOUT = 9
+    KNOWN_NOISE = 10
+    RESAMPLING_NOISE = 11
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

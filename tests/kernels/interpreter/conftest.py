@@ -1,6 +1,7 @@
 """Triton's interpreter runs the kernels themselves on a CPU: `TRITON_INTERPRET=1 pytest` here.
 
 It must be set before a kernel's module is imported, so these tests have a process of their own.
+With `THOROUGH=1` the properties are tried on ten times as many examples.
 """
 
 from __future__ import annotations
@@ -10,11 +11,25 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from ddpm_kernels.dispatch import force_ops
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]
+
+THOROUGH = os.environ.get("THOROUGH") == "1"
+settings.register_profile(
+    "interpreter",
+    max_examples=300 if THOROUGH else 30,
+    derandomize=True,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes in the interpreter
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+if INTERPRETED:
+    settings.load_profile("interpreter")
 
 GUARD = 256
 """Elements before and after a guarded tensor."""

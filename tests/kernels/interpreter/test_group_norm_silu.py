@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,13 +162,6 @@ SHAPES_OF_PROPERTY = {
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes in the interpreter
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 @given(**SHAPES_OF_PROPERTY)
 def test_any_shape(
     guarded: Guarded, lay_out: LayOut, batch: int, groups: int, per_group: int, height: int,
@@ -429,7 +422,7 @@ def test_opcheck(lay_out: LayOut, shape: tuple[int, ...], film: bool, layout: st
 # --- The division of work
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(
     batch=st.integers(1, 2000),
     groups=st.integers(1, 64),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,12 +139,6 @@ def ring_of(ring: Tensor, layout: str) -> Tensor:
 # --- The formula, at every shape, dtype, layout and choice of arguments
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 @given(
     shape=st.tuples(
         st.integers(1, 3), st.sampled_from([1, 2, 3, 5]), st.integers(1, 13), st.integers(1, 13)
