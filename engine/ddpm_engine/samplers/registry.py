@@ -23,7 +23,16 @@ from ddpm_engine.samplers.unipc import unipc_table
 from ddpm_engine.schedule import NoiseSchedule
 
 Sampler = Literal[
-    "ddpm", "ddim", "dpm++1", "dpm++2m", "dpm++3m", "dpm++2m_sde", "unipc", "euler", "heun"
+    "ddpm",
+    "ddim",
+    "dpm++1",
+    "dpm++2m",
+    "dpm++3m",
+    "dpm++2m_sde",
+    "unipc",
+    "unipc3",
+    "euler",
+    "heun",
 ]
 
 SAMPLERS: dict[str, Callable[..., CoefficientTable]] = {
@@ -33,7 +42,8 @@ SAMPLERS: dict[str, Callable[..., CoefficientTable]] = {
     "dpm++2m": partial(dpm_solver_table, order=2),
     "dpm++3m": partial(dpm_solver_table, order=3),
     "dpm++2m_sde": partial(dpm_solver_table, order=2, stochastic=True),
-    "unipc": unipc_table,
+    "unipc": partial(unipc_table, order=2),
+    "unipc3": partial(unipc_table, order=3),
     "euler": euler_table,
     "heun": heun_table,
 }
