@@ -16,6 +16,7 @@ import cattrs
 from ddpm_engine.errors import UserError
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
+from ddpm_engine.samplers.registry import Sampler
 from ddpm_engine.samplers.spacing import Spacing
 from ddpm_engine.schedule import NoiseSchedule
 
@@ -80,14 +81,18 @@ class DiffusionConfig:
     """Last beta of the linear schedule."""
     prediction: Prediction = "eps"
     """What the network predicts: the noise, the clean image or the velocity."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
 
     def build_schedule(self) -> NoiseSchedule:
         """The noise schedule that this describes."""
         if self.schedule == "linear":
-            return NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
-        if self.schedule == "cosine":
-            return NoiseSchedule.cosine(self.timesteps)
-        return NoiseSchedule.sigmoid(self.timesteps)
+            schedule = NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
+        elif self.schedule == "cosine":
+            schedule = NoiseSchedule.cosine(self.timesteps)
+        else:
+            schedule = NoiseSchedule.sigmoid(self.timesteps)
+        return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
 
 
 @dataclass(frozen=True)
@@ -158,14 +163,16 @@ class TrainingConfig:
 class SamplingConfig:
     """How pictures are drawn, during training and by default afterwards."""
 
-    sampler: Literal["ddpm"] = "ddpm"
+    sampler: Sampler = "ddpm"
     """Which coefficient table."""
     steps: int | None = None
-    """Network evaluations a picture; None: all T."""
+    """Steps a picture, each one network evaluation, or two with heun; None: all T."""
     spacing: Spacing = "trailing"
-    """Which timesteps are visited when there are fewer than T."""
+    """Which timesteps are visited when there are fewer than T (not euler and heun)."""
     variance: Variance = "fixed_large"
-    """Variance of ancestral sampling."""
+    """Variance of ancestral sampling (ddpm); learned_range: by the network's other half."""
+    eta: float = 0.0
+    """Share of fresh noise in ddim: 0 draws none, 1 is ddpm with fixed_small variance."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,30 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        if not 0 <= self.sampling.eta <= 1:
+            found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
+        channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
+        if learned and self.model.out_channels != 2 * channels:
+            found.append(
+                "--sampling.variance is learned_range, which needs a network that predicts its "
+                f"variance: --model.out-channels {2 * channels}, not {self.model.out_channels}"
+            )
+        if self.diffusion.zero_terminal_snr:
+            if self.diffusion.prediction == "eps":
+                found.append(
+                    "--diffusion.zero-terminal-snr leaves nothing but noise at the last timestep, "
+                    "which the eps in --diffusion.prediction says nothing new of; predict v or x0"
+                )
+            if self.diffusion.timesteps < 2:
+                found.append(
+                    f"--diffusion.timesteps is {self.diffusion.timesteps}; "
+                    "--diffusion.zero-terminal-snr needs at least 2"
+                )
+            if self.sampling.sampler in ("euler", "heun"):
+                found.append(
+                    f"--sampling.sampler is {self.sampling.sampler}, whose spacing needs a finite "
+                    "sigma; with --diffusion.zero-terminal-snr take another"
+                )
         if self.model.in_channels != self.model.out_channels:
             found.append(
                 f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "

@@ -22,7 +22,7 @@ class NoiseSchedule:
     """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I)."""
 
     betas: Tensor
-    """`[T]` float64, each in (0, 1)."""
+    """`[T]` float64, each in (0, 1); the last may be 1, after which no signal is left."""
 
     def __post_init__(self) -> None:
         betas = self.betas
@@ -31,9 +31,14 @@ class NoiseSchedule:
                 f"betas are {betas.dtype} of shape {tuple(betas.shape)}; "
                 "a schedule needs a non-empty one-dimensional float64 tensor"
             )
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            t = int(((betas <= 0) | (betas >= 1) | betas.isnan()).nonzero()[0])
-            raise UserError(f"beta at timestep {t} is {betas[t].item()}; it must lie in (0, 1)")
+        valid = (betas > 0) & (betas < 1)
+        valid[-1] |= betas[-1] == 1
+        if not bool(valid.all()):
+            t = int((~valid).nonzero()[0])
+            raise UserError(
+                f"beta at timestep {t} is {betas[t].item()}; it must lie in (0, 1)"
+                + (", or be 1" if t == len(betas) - 1 else "")
+            )
 
     @classmethod
     def linear(
@@ -77,6 +82,25 @@ class NoiseSchedule:
     def _from_curve(cls, alpha_bar: Tensor, max_beta: float) -> NoiseSchedule:
         """From ᾱ at T + 1 points that begin at time zero; only ratios matter."""
         return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
+
+    def rescaled_to_zero_terminal_snr(self) -> NoiseSchedule:
+        """This schedule shifted and scaled so that nothing of the image is left at t = T − 1.
+
+        sqrt(ᾱ) is mapped linearly, its first value kept and its last made zero (Lin et al. 2023,
+        algorithm 1). Training and sampling then both begin in pure noise, where only `v` and `x0`
+        predictions say anything of the image.
+
+        Raises:
+            UserError: a schedule of one timestep.
+        """
+        if self.timesteps < 2:
+            raise UserError(
+                "timesteps is 1; a schedule needs at least 2 to be rescaled to zero terminal SNR"
+            )
+        root = self.sqrt_alpha_bar
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alpha_bar = root.square()
+        return NoiseSchedule(1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]]))
 
     @property
     def timesteps(self) -> int:

@@ -16,7 +16,7 @@ from ddpm_engine.samplers.table import CoefficientTable, empty_rows
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Column
 
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
 def ddpm_table(
@@ -33,15 +33,30 @@ def ddpm_table(
         prediction: what the network predicts.
         variance: `fixed_small` is the posterior's β̃_t, right if the data are a single point;
             `fixed_large` is β_t, right if the data are standard normal (section 3.2).
+            `learned_range` goes from the one to the other in the logarithm, by what the second half
+            of the network's 2C channels says (Nichol & Dhariwal 2021, equation 15).
+
+    Raises:
+        UserError: ε prediction on a schedule with zero terminal SNR.
     """
     alpha_bar = schedule.alpha_bar[timesteps]
     previous = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
     alpha = alpha_bar / previous
     beta = 1 - alpha
     posterior_variance = (1 - previous) / (1 - alpha_bar) * beta
-    rows = empty_rows(schedule, timesteps, prediction)
+    rows = empty_rows(
+        schedule.sqrt_alpha_bar[timesteps], schedule.sqrt_one_minus_alpha_bar[timesteps], prediction
+    )
     rows[:, Column.X0] = previous.sqrt() * beta / (1 - alpha_bar)
     rows[:, Column.X] = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
-    rows[:, Column.NOISE] = (posterior_variance if variance == "fixed_small" else beta).sqrt()
+    if variance == "learned_range":
+        # The last β̃ is zero: the one before stands in for it (the authors' code).
+        floor = posterior_variance.clone()
+        floor[-1] = posterior_variance[-2] if len(timesteps) > 1 else beta[-1]
+        rows[:, Column.LOG_VARIANCE_MIN] = floor.log()
+        rows[:, Column.LOG_VARIANCE_MAX] = beta.log()
+        rows[:, Column.NOISE] = 1
+    else:
+        rows[:, Column.NOISE] = (posterior_variance if variance == "fixed_small" else beta).sqrt()
     rows[-1, Column.NOISE] = 0  # the last step returns the mean
     return CoefficientTable(timesteps, rows)

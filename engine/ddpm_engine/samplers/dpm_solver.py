@@ -1,0 +1,99 @@
+"""DPM-Solver++ (Lu et al. 2022b): multistep exponential integrators on the estimate of x_0.
+
+In λ = log(a / s) the probability-flow ODE solves to
+
+    x′ = (s′ / s) x + s′ ∫ e^λ x̂_0 dλ        (equation 8)
+
+and a solver of order k takes x̂_0 for the polynomial of degree k − 1 through its last k estimates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.prediction import Prediction
+from ddpm_engine.samplers.levels import half_log_snr, noise_levels, usable_estimates
+from ddpm_engine.samplers.table import CoefficientTable, empty_rows, put_estimates
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_kernels import Column
+
+_FEW_STEPS = 15
+"""With fewer steps than this, the last but one is of second order at most."""
+
+
+def dpm_solver_table(
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    prediction: Prediction = "eps",
+    order: int = 2,
+    stochastic: bool = False,
+) -> CoefficientTable:
+    """The table of multistep DPM-Solver++, or of SDE-DPM-Solver++.
+
+    Order 1 is DDIM; order 2 is algorithm 2 of the paper (2M); order 3 adds the second difference.
+    Row i is of order i + 1 at most, for want of estimates; the last row is of first order and
+    returns x̂_0; and in tables of fewer than 15 rows the last but one is of second order at most.
+    On a schedule with zero terminal SNR the first estimate lies at λ = −∞ and serves the first row
+    alone, so the second row is of first order too.
+
+    Args:
+        schedule: the noise schedule the network was trained on.
+        timesteps: int64 or float64 `[S]`, strictly decreasing.
+        prediction: what the network predicts.
+        order: 1, 2 or 3.
+        stochastic: solve the reverse SDE instead, orders 1 and 2 (appendix: order 1 is ancestral
+            sampling with `fixed_small` variance).
+
+    Raises:
+        UserError: ε prediction on a schedule with zero terminal SNR.
+        ValueError: another order.
+    """
+    if order not in ((1, 2) if stochastic else (1, 2, 3)):
+        raise ValueError(f"order is {order}; it must be 1, 2 or, without noise, 3")
+    a, s = noise_levels(schedule, timesteps)
+    time = half_log_snr(a, s)
+    steps = len(timesteps)
+    rows = empty_rows(a[:-1], s[:-1], prediction, history=order - 1)
+    for i in range(steps):
+        usable = min(order, usable_estimates(time, i))
+        if i == steps - 1:
+            usable = 1
+        elif i == steps - 2 and steps < _FEW_STEPS:
+            usable = min(usable, 2)
+        h = time[i + 1] - time[i]
+        rows[i, Column.X] = s[i + 1] / s[i]
+        forgotten = -torch.expm1(-h)
+        if stochastic:
+            rows[i, Column.X] *= (-h).exp()
+            forgotten = -torch.expm1(-2 * h)
+            rows[i, Column.NOISE] = s[i + 1] * forgotten.sqrt()
+        visited = time[i + 1 - usable : i + 2].flip(0)
+        put_estimates(rows, i, a[i + 1] * _weights(visited, forgotten, order))
+    return CoefficientTable(timesteps, rows)
+
+
+def _weights(visited: Tensor, forgotten: Tensor, size: int) -> Tensor:
+    """What one step makes of its estimates, in units of a′: float64 `[size]`, the newest first.
+
+    Args:
+        visited: λ where the step ends, begins, and of the steps before it, the latest first; as
+            many as the order, and one.
+        forgotten: 1 − e^{−h}, or of the SDE 1 − e^{−2h}.
+        size: how many weights to return, zeros after those of the order.
+    """
+    h = visited[0] - visited[1]
+    # Estimates as symbols: row l is the one made l steps ago.
+    estimates = torch.eye(size, dtype=torch.float64)
+    order = len(visited) - 1
+    if order == 1:
+        return forgotten * estimates[0]
+    ratios = (visited[1:-1] - visited[2:]) / h
+    slopes = (estimates[: order - 1] - estimates[1:order]) / ratios[:, None]
+    if order == 2:
+        return forgotten * (estimates[0] + slopes[0] / 2)
+    curvature = (slopes[0] - slopes[1]) / ratios.sum()
+    slope = slopes[0] + ratios[0] * curvature
+    first = 1 - forgotten / h
+    second = 0.5 - first / h
+    return forgotten * estimates[0] + first * slope + second * curvature

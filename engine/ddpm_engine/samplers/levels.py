@@ -1,0 +1,48 @@
+"""How much image and how much noise is in the state at each timestep that a sampler visits."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_engine.schedule import NoiseSchedule
+
+
+def log_sigma(schedule: NoiseSchedule) -> Tensor:
+    """log σ_t with σ = sqrt(1 − ᾱ) / sqrt(ᾱ): float64 `[T]`, rising; +∞ where ᾱ is zero."""
+    return -0.5 * schedule.snr.log()
+
+
+def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of image and noise, a and s, from the first timestep visited to the clean image.
+
+    Args:
+        schedule: the noise schedule.
+        timesteps: int64 `[S]`; or float64 `[S]`, between whose neighbours log σ is interpolated.
+
+    Returns:
+        (a, s), float64 `[S + 1]` each, a² + s² = 1, the last (1, 0).
+    """
+    if timesteps.is_floating_point():
+        known = log_sigma(schedule).numpy()
+        sigma = torch.from_numpy(np.interp(timesteps, np.arange(len(known)), known)).exp()
+        a = (1 + sigma.square()).rsqrt()
+        s = sigma * a
+    else:
+        a = schedule.sqrt_alpha_bar[timesteps]
+        s = schedule.sqrt_one_minus_alpha_bar[timesteps]
+    return torch.cat([a, a.new_ones(1)]), torch.cat([s, s.new_zeros(1)])
+
+
+def half_log_snr(a: Tensor, s: Tensor) -> Tensor:
+    """λ = log(a / s), the time of the exponential integrators: −∞ at pure noise, +∞ at the end."""
+    return (a / s).log()
+
+
+def usable_estimates(half_log_snr: Tensor, row: int) -> int:
+    """How many of the estimates made up to and with `row` an exponential integrator can use.
+
+    One made from pure noise, λ = −∞, is infinitely far away: it counts only while it is alone.
+    """
+    return max(1, int(half_log_snr[: row + 1].isfinite().sum()))

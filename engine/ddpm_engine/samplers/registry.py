@@ -1,0 +1,100 @@
+"""Every sampler by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.prediction import Prediction
+from ddpm_engine.samplers.ddim import ddim_table
+from ddpm_engine.samplers.ddpm import Variance, ddpm_table
+from ddpm_engine.samplers.dpm_solver import dpm_solver_table
+from ddpm_engine.samplers.edm import euler_table, heun_table
+from ddpm_engine.samplers.spacing import (
+    Spacing,
+    karras_timesteps,
+    listed_timesteps,
+    spaced_timesteps,
+)
+from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.unipc import unipc_table
+from ddpm_engine.schedule import NoiseSchedule
+
+Sampler = Literal[
+    "ddpm",
+    "ddim",
+    "dpm++1",
+    "dpm++2m",
+    "dpm++3m",
+    "dpm++2m_sde",
+    "unipc",
+    "unipc3",
+    "euler",
+    "heun",
+]
+
+SAMPLERS: dict[str, Callable[..., CoefficientTable]] = {
+    "ddpm": ddpm_table,
+    "ddim": ddim_table,
+    "dpm++1": partial(dpm_solver_table, order=1),
+    "dpm++2m": partial(dpm_solver_table, order=2),
+    "dpm++3m": partial(dpm_solver_table, order=3),
+    "dpm++2m_sde": partial(dpm_solver_table, order=2, stochastic=True),
+    "unipc": partial(unipc_table, order=2),
+    "unipc3": partial(unipc_table, order=3),
+    "euler": euler_table,
+    "heun": heun_table,
+}
+"""Name → function of (schedule, timesteps, prediction) that returns the table."""
+
+_KARRAS = ("euler", "heun")
+
+
+def build_table(
+    schedule: NoiseSchedule,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    spacing: Spacing = "trailing",
+    prediction: Prediction = "eps",
+    *,
+    variance: Variance = "fixed_large",
+    eta: float = 0.0,
+    timesteps: Sequence[int] | None = None,
+) -> CoefficientTable:
+    """The coefficient table of a sampler by name.
+
+    Args:
+        schedule: the noise schedule the network was trained on.
+        sampler: a key of `SAMPLERS`.
+        steps: how many steps to take; None: T. A step evaluates the network once, except that
+            heun's do twice, the last excepted: `table.evaluations` counts them.
+        spacing: which timesteps are visited; euler and heun have Karras et al.'s spacing instead.
+        prediction: what the network predicts.
+        variance: of the noise that ddpm adds.
+        eta: share of fresh noise in ddim.
+        timesteps: visit these, strictly decreasing, whatever `spacing` says; `steps` must be None.
+
+    Raises:
+        UserError: an unknown sampler; steps, timesteps or eta out of range; ε prediction, or Karras
+            et al.'s spacing, on a schedule with zero terminal SNR.
+    """
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    if timesteps is not None:
+        if steps is not None:
+            raise UserError(f"steps is {steps} and the timesteps are listed too; give one of them")
+        visited = listed_timesteps(schedule.timesteps, timesteps)
+    else:
+        steps = schedule.timesteps if steps is None else steps
+        if sampler in _KARRAS:
+            visited = karras_timesteps(schedule, steps)
+        else:
+            visited = spaced_timesteps(schedule.timesteps, steps, spacing)
+    options: dict[str, Any] = {}
+    if sampler == "ddpm":
+        options["variance"] = variance
+    if sampler == "ddim":
+        options["eta"] = eta
+    return SAMPLERS[sampler](schedule, visited, prediction, **options)

@@ -1,0 +1,327 @@
+"""Whole chains of every sampler against diffusers' schedulers, with the same network and noise.
+
+Twice each: against the scheduler as it is, whose tables are float32, and against the same scheduler
+given its tables in float64, where only the rounding of the arithmetic is left.
+
+Two of its lists of timesteps cannot be had from `spaced_timesteps`: `leading` and `linspace` of the
+multistep solvers, which take one more step than they visit. Those are listed one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_engine.prediction import from_x0
+from ddpm_engine.samplers import CoefficientTable, build_table, sampling_steps
+from ddpm_engine.samplers.levels import log_sigma
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_kernels import Stream, gaussian_noise
+from ddpm_kernels.reverse_step import reverse_step_reference_
+
+diffusers = pytest.importorskip("diffusers")
+scheduling_ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
+
+SCHEDULES: dict[str, NoiseSchedule] = {
+    "linear": NoiseSchedule.linear(),
+    "squaredcos_cap_v2": NoiseSchedule.cosine(),
+}
+TYPES: dict[Any, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SPACINGS: Any = ("leading", "trailing", "linspace")
+SHAPE = (3, 4, 3)
+IDS = torch.tensor([4, 2**33])
+SEED = 6
+ROUNDED, EXACT = 1e-3, 1e-5
+
+
+@cache
+def initial() -> Tensor:
+    return gaussian_noise(SEED, IDS, SHAPE, 0, Stream.INITIAL_NOISE)
+
+
+@cache
+def noise_of(row: int) -> Tensor:
+    return gaussian_noise(SEED, IDS, SHAPE, row, Stream.SAMPLER_NOISE)
+
+
+class Network:
+    """Smooth and contracting, so that rounding does not grow; its x̂_0 may exceed one."""
+
+    def __init__(self, schedule: NoiseSchedule, prediction: Any, variance: bool = False) -> None:
+        self.prediction, self.variance = prediction, variance
+        self.log_sigma = log_sigma(schedule).clamp(max=20).numpy()
+
+    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        t = timesteps.double().reshape(-1, 1, 1, 1)
+        levels = np.interp(t, np.arange(len(self.log_sigma)), self.log_sigma)
+        sigma = torch.from_numpy(levels).exp().to(x)
+        a = (1 + sigma.square()).rsqrt()
+        x_0 = 1.5 * (x * (0.6 - t / 4000).to(x)).tanh()
+        output = from_x0(self.prediction, x_0, x, a, sigma * a)
+        return torch.cat([output, x.sin()], dim=1) if self.variance else output
+
+
+def ours(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:
+    """The states after every row, by the loop."""
+    return [
+        step.x.clone()
+        for step in sampling_steps(model, table, SHAPE, seed=SEED, sample_ids=IDS, clip=clip)
+    ]
+
+
+def ours_exact(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:
+    """The same in float64."""
+    x = initial().double()
+    history = x.new_zeros(max(table.history, 1), *x.shape)
+    states = []
+    for i, t in enumerate(table.timesteps):
+        reverse_step_reference_(
+            x, model(x, t.expand(2)), torch.nn.functional.pad(table.rows, (0, 1)), torch.tensor(i),
+            torch.tensor(SEED), IDS, None, None, None, history, clip,
+        )  # fmt: skip
+        states.append(x.clone())
+    return states
+
+
+def theirs(peer: Any, model: Any, x: Tensor, **options: Any) -> list[Tensor]:
+    """The same by a scheduler whose state is ours."""
+    states = []
+    for i, t in enumerate(peer.timesteps):
+        if "variance_noise" in options:
+            options["variance_noise"] = noise_of(i).to(x.dtype)
+        x = peer.step(model(x, t.expand(2)), t, x, **options).prev_sample
+        states.append(x)
+    return states
+
+
+def in_float64(peer: Any, schedule: NoiseSchedule) -> Any:
+    """Replace the scheduler's float32 tables."""
+    peer.alphas_cumprod = schedule.alpha_bar
+    if hasattr(peer, "final_alpha_cumprod"):
+        peer.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    if hasattr(peer, "sigmas"):
+        sigmas = log_sigma(schedule).exp()[peer.timesteps]
+        peer.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    return peer
+
+
+def compare(actual: list[Tensor], expected: list[Tensor], tolerance: float, what: str) -> None:
+    assert len(actual) == len(expected)
+    errors = [
+        ((x.double() - y.double()).abs().max() / y.abs().max().clamp(min=1)).item()
+        for x, y in zip(actual, expected, strict=True)
+    ]
+    print(f"max |difference| / scale {max(errors):.1e} {what}")
+    assert max(errors) <= tolerance
+
+
+# --- DDIM and ancestral sampling
+
+
+def ddim_cases() -> list[tuple[str, Any, float, bool, int, str]]:
+    """Under linspace their previous timestep is not the one visited next; likewise under trailing
+    unless the steps divide T. ε on the cosine schedule is left out: where a = 5e-5, a float32 ε
+    knows x̂_0 to three digits.
+    """
+    few = itertools.product(
+        ["linear"], TYPES, [0.0, 0.4, 1.0], [True, False], [5, 20, 50], ["leading", "trailing"]
+    )
+    cosine = itertools.product(
+        ["squaredcos_cap_v2"], ["x0", "v"], [0.0, 0.4, 1.0], [True], [20], ["leading", "trailing"]
+    )
+    many: list[Any] = [
+        ("linear", "eps", 0.0, True, 1000, "trailing"),
+        ("linear", "v", 1.0, False, 1000, "leading"),
+        ("squaredcos_cap_v2", "x0", 0.4, True, 1000, "trailing"),
+    ]
+    return [*few, *cosine, *many]
+
+
+@pytest.mark.parametrize(("name", "prediction", "eta", "clip", "steps", "spacing"), ddim_cases())
+def test_ddim(name: str, prediction: Any, eta: float, clip: bool, steps: int, spacing: Any) -> None:
+    schedule = SCHEDULES[name]
+    model = Network(schedule, prediction)
+    peer = diffusers.DDIMScheduler(
+        beta_schedule=name, prediction_type=TYPES[prediction], timestep_spacing=spacing,
+        clip_sample=clip, set_alpha_to_one=True,
+    )  # fmt: skip
+    peer.set_timesteps(steps)
+    table = build_table(schedule, "ddim", steps, spacing, prediction, eta=eta)
+    assert table.timesteps.tolist() == peer.timesteps.tolist()
+    # The ε that they take by default does not go with a clipped x̂_0.
+    options = {"eta": eta, "use_clipped_model_output": True, "variance_noise": None}
+    what = f"ddim {name} {prediction} {eta} {clip} {steps} {spacing}"
+    chain = ours(table, model, clip)
+    compare(chain, theirs(peer, model, initial(), **options), ROUNDED, f"rounded {what}")
+    peer = in_float64(peer, schedule)
+    expected = theirs(peer, model, initial().double(), **options)
+    compare(chain, expected, EXACT, f"exact {what}")
+    compare(ours_exact(table, model, clip), expected, 1e-9, f"float64 {what}")
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing", "steps"),
+    [
+        *itertools.product(SCHEDULES, SPACINGS, [5, 20, 50]),
+        ("linear", "trailing", 1000),
+    ],
+)
+def test_ddpm_with_learned_variance(
+    monkeypatch: pytest.MonkeyPatch, name: str, spacing: Any, steps: int
+) -> None:
+    schedule = SCHEDULES[name]
+    model = Network(schedule, "v", variance=True)
+    peer = diffusers.DDPMScheduler(
+        beta_schedule=name, prediction_type="v_prediction", timestep_spacing=spacing,
+        variance_type="learned_range",
+    )  # fmt: skip
+    peer.set_timesteps(steps)
+    table = build_table(schedule, "ddpm", steps, spacing, "v", variance="learned_range")
+    # Trailing stops short of zero: the peer would add noise to the finished picture.
+    noises = iter([noise_of(i) * (i < steps - 1) for i in range(steps)] * 2)
+    monkeypatch.setattr(
+        scheduling_ddpm, "randn_tensor", lambda *_, dtype, **__: next(noises).to(dtype)
+    )
+    if int(peer.timesteps[-1]) == 0:  # it then draws none itself
+        noises = iter([noise_of(i) for i in range(steps - 1)] * 2)
+    chain = ours(table, model, True)
+    what = f"learned_range {name} {spacing} {steps}"
+    compare(chain, theirs(peer, model, initial()), ROUNDED, f"rounded {what}")
+    peer = in_float64(peer, schedule)
+    peer.one = torch.tensor(1.0, dtype=torch.float64)
+    compare(chain, theirs(peer, model, initial().double()), EXACT, f"exact {what}")
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++1", "ddpm"])
+@pytest.mark.parametrize("steps", [5, 20, 50, 200])
+def test_zero_terminal_snr(
+    monkeypatch: pytest.MonkeyPatch, prediction: Any, sampler: str, steps: int
+) -> None:
+    """Higher orders differ: they take σ = 4096 for infinity, and extrapolate from there."""
+    schedule = NoiseSchedule.linear().rescaled_to_zero_terminal_snr()
+    model = Network(schedule, prediction)
+    peers: dict[str, Any] = {
+        "ddpm": (diffusers.DDPMScheduler, {"variance_type": "fixed_small", "clip_sample": False}),
+        "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+        "dpm++1": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 1}),
+    }
+    noises = iter([noise_of(i) * (i < steps - 1) for i in range(steps)])
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(noises))
+    make, options = peers[sampler]
+    peer = make(
+        prediction_type=TYPES[prediction], timestep_spacing="trailing",
+        rescale_betas_zero_snr=True, **options,
+    )  # fmt: skip
+    peer.set_timesteps(steps)
+    table = build_table(schedule, sampler, steps, "trailing", prediction, variance="fixed_small")
+    assert bool(table.rows.isfinite().all())
+    chain = ours(table, model, False)
+    compare(chain, theirs(peer, model, initial()), ROUNDED, f"zero SNR {sampler} {steps}")
+
+
+# --- Multistep solvers
+
+
+def multistep_cases() -> list[tuple[Any, bool, int, str]]:
+    """Of 1000 steps, `leading` and `linspace` visit timesteps twice over there."""
+    kinds: list[Any] = [("eps", True), ("eps", False), ("v", True), ("x0", False)]
+    few = itertools.product(kinds, [5, 20, 50], SPACINGS)
+    return [
+        *((*kind, steps, spacing) for kind, steps, spacing in few),
+        ("v", True, 1000, "trailing"),
+    ]
+
+
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpm++1": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpm++2m_sde": (
+        "DPMSolverMultistepScheduler",
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "unipc3": ("UniPCMultistepScheduler", {"solver_order": 3}),
+}
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize(("prediction", "clip", "steps", "spacing"), multistep_cases())
+def test_multistep(sampler: str, prediction: Any, clip: bool, steps: int, spacing: str) -> None:
+    schedule = SCHEDULES["linear"]
+    model = Network(schedule, prediction)
+    name, options = SOLVERS[sampler]
+
+    def make() -> Any:
+        # Their dynamic threshold is plain clipping once it may not exceed one.
+        peer = getattr(diffusers, name)(
+            prediction_type=TYPES[prediction], timestep_spacing=spacing, thresholding=clip,
+            sample_max_value=1.0, **options,
+        )  # fmt: skip
+        peer.set_timesteps(steps)
+        return peer
+
+    peer = make()
+    visited = peer.timesteps.tolist()
+    table = build_table(schedule, sampler, prediction=prediction, timesteps=visited)
+    if spacing == "trailing":
+        again = build_table(schedule, sampler, steps, "trailing", prediction)
+        assert torch.equal(again.rows, table.rows)
+    noise: dict[str, Any] = {"variance_noise": None} if sampler.endswith("sde") else {}
+    what = f"{sampler} {prediction} {clip} {steps} {spacing}"
+    chain = ours(table, model, clip)
+    compare(chain, theirs(peer, model, initial(), **noise), ROUNDED, f"rounded {what}")
+    exact = in_float64(make(), schedule)
+    compare(chain, theirs(exact, model, initial().double(), **noise), EXACT, f"exact {what}")
+
+
+# --- Karras et al.
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize(
+    ("prediction", "steps"), [*itertools.product(TYPES, [5, 20, 50]), ("v", 1000)]
+)
+def test_karras(sampler: str, prediction: Any, steps: int) -> None:
+    """Their state is x / a; only with linspace do they see the schedule's own ends of σ."""
+    schedule = SCHEDULES["linear"]
+    model = Network(schedule, prediction)
+    make = getattr(diffusers, f"{sampler.title()}DiscreteScheduler")
+
+    def run(exact: bool) -> list[Tensor]:
+        peer = make(
+            beta_start=1e-4, beta_end=0.02, prediction_type=TYPES[prediction],
+            timestep_spacing="linspace", use_karras_sigmas=True,
+        )  # fmt: skip
+        peer.set_timesteps(steps)
+        dtype = torch.float64 if exact else torch.float32
+        if exact:
+            ends = log_sigma(schedule).exp()[[-1, 0]].numpy() ** (1 / 7)
+            sigmas = torch.from_numpy(np.append(np.linspace(*ends, steps) ** 7, 0.0))
+            if sampler == "heun":
+                inner = sigmas[1:-1].repeat_interleave(2)
+                sigmas = torch.cat([sigmas[:1], inner, sigmas[-1:]])
+            peer.sigmas = sigmas
+        assert len(peer.timesteps) == table.evaluations
+        scale = (1 + peer.sigmas**2).sqrt()
+        x = initial().to(dtype) * scale[0]
+        states = []
+        for i, t in enumerate(peer.timesteps):
+            shown = table.timesteps[i] if exact else t
+            output = model(peer.scale_model_input(x, t), shown.expand(2))
+            x = peer.step(output, t, x).prev_sample
+            states.append(x / scale[i + 1])
+        return states
+
+    table = build_table(schedule, sampler, steps, prediction=prediction)
+    chain = ours(table, model, False)
+    what = f"{sampler} {prediction} {steps}"
+    compare(chain, run(exact=False), ROUNDED, f"rounded {what}")
+    compare(chain, run(exact=True), EXACT, f"exact {what}")
