@@ -156,7 +156,7 @@ def test_strided_fixed_large_adds_the_variance_of_the_whole_stride() -> None:
 
 def run(
     table: CoefficientTable, ids: Tensor, model: Any = elementwise, **options: Any
-) -> list[tuple[int, int, Tensor, Tensor]]:
+) -> list[tuple[int, float, Tensor, Tensor]]:
     steps = sampling_steps(model, table, SHAPE, seed=5, sample_ids=ids, **options)
     return [(step.index, step.timestep, step.x.clone(), step.x0.clone()) for step in steps]
 

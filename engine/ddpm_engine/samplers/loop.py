@@ -10,17 +10,16 @@ from torch import Tensor
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.prediction import Prediction
-from ddpm_engine.samplers.ddpm import Variance, ddpm_table
-from ddpm_engine.samplers.spacing import Spacing, spaced_timesteps
+from ddpm_engine.samplers.ddpm import Variance
+from ddpm_engine.samplers.guidance import Guidance
+from ddpm_engine.samplers.inpainting import Inpainting, KnownPixels, levels_of, resampled
+from ddpm_engine.samplers.levels import noise_levels
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.reverse_process import Model, ReverseProcess, captured
+from ddpm_engine.samplers.spacing import Spacing
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.schedule import NoiseSchedule
-from ddpm_kernels import Stream, gaussian_noise, reverse_step
-
-Model = Callable[..., Tensor]
-"""`model(x, timesteps)` or `model(x, timesteps, labels)` → output, `[B, C, H, W]`."""
-
-TableBuilder = Callable[[NoiseSchedule, Tensor, Prediction, Variance], CoefficientTable]
-SAMPLERS: dict[str, TableBuilder] = {"ddpm": ddpm_table}
+from ddpm_kernels import Stream, gaussian_noise
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class SamplingStep:
 
     index: int
     """0 … S − 1."""
-    timestep: int
+    timestep: float
     """The timestep that the network was shown."""
     x: Tensor
     """The state after the step, float32 `[B, C, H, W]`."""
@@ -51,8 +50,8 @@ def sampling_steps(
     """Run one batch through a coefficient table, yielding after every step.
 
     Args:
-        model: called with x float32 `[B, C, H, W]` channels-last, timesteps int64 `[B]`, and labels
-            if there are any.
+        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and labels if
+            there are any.
         table: the sampler.
         shape: (C, H, W).
         seed: of all noise.
@@ -61,29 +60,17 @@ def sampling_steps(
         labels: int64 `[B]` classes, or None.
         clip: clip each estimate of x_0 to [-1, 1].
     """
-    device = sample_ids.device
-    rows = table.rows.to(device, torch.float32)
-    seed_tensor = torch.tensor(seed, device=device)
-    indices = torch.arange(len(rows), device=device)
-    timesteps = table.timesteps.to(device)[:, None].expand(-1, len(sample_ids))
-    conditioning = () if labels is None else (labels,)
-
-    x = gaussian_noise(seed_tensor, sample_ids, shape, 0, Stream.INITIAL_NOISE)
-    # At least one slot, so that every sampler's estimate of x_0 can be shown.
-    # Each slot is channels-last, as the state is.
-    slots = x.new_zeros(max(table.history, 1), *x.permute(0, 2, 3, 1).shape)
-    history = slots.permute(0, 1, 4, 2, 3)
-    if table.history == 0:
-        rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], dim=1)
+    process = ReverseProcess(
+        model, table, (len(sample_ids), *shape), sample_ids.device,
+        labelled=labels is not None, clip=clip,
+    )  # fmt: skip
+    process.begin(initial_noise(seed, sample_ids, shape), seed, sample_ids, labels)
     for i, timestep in enumerate(table.timesteps.tolist()):
-        output = model(x, timesteps[i], *conditioning)
-        reverse_step(
-            x, output, rows, indices[i], seed_tensor, sample_ids,
-            history=history, clip=clip, in_place=True,
-        )  # fmt: skip
-        yield SamplingStep(i, timestep, x, history[i % len(history)])
+        process.step(i)
+        yield SamplingStep(i, timestep, process.x, process.x0(i))
 
 
+@torch.inference_mode()
 def sample(
     model: Model,
     schedule: NoiseSchedule,
@@ -93,12 +80,22 @@ def sample(
     sampler: str = "ddpm",
     steps: int | None = None,
     spacing: Spacing = "trailing",
+    timesteps: Sequence[int] | None = None,
     variance: Variance = "fixed_large",
+    eta: float = 0.0,
     prediction: Prediction = "eps",
     shape: tuple[int, int, int] | None = None,
     labels: Tensor | None = None,
+    guidance: Guidance | None = None,
     clip: bool = True,
+    threshold: float | None = None,
+    initial: Tensor | None = None,
+    images: Tensor | None = None,
+    strength: float = 0.5,
+    inpainting: Inpainting | None = None,
+    cache_interval: int = 1,
     batch_size: int = 64,
+    capture: bool | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw pictures.
@@ -115,12 +112,27 @@ def sample(
         sampler: a key of `SAMPLERS`.
         steps: how many of the schedule's timesteps to visit; None: all.
         spacing: which ones.
-        variance: of the noise that ancestral sampling adds.
+        timesteps: visit these instead, strictly decreasing.
+        variance: of the noise that ddpm adds.
+        eta: share of fresh noise in ddim, 0 to 1.
         prediction: what the model predicts.
         shape: (C, H, W); None: `model.sample_shape`.
         labels: int64 class of each picture, or None.
+        guidance: how far to go beyond the conditional prediction; needs labels and a model with a
+            `null_class`.
         clip: clip each estimate of x_0 to [-1, 1].
+        threshold: clip instead at this quantile of the estimate's absolute values, if beyond 1, and
+            divide by it (Saharia et al. 2022); such as 0.995.
+        initial: the state to begin with, `[len(sample_ids), C, H, W]`, instead of the noise of the
+            counter map; see `interpolated_noise`.
+        images: begin with these, noised, instead of with noise alone: `[len(sample_ids), C, H, W]`
+            in [-1, 1] (Meng et al., "SDEdit", 2022).
+        strength: share of the steps that is then taken, the last ones; 1 leaves little of an image.
+        inpainting: pixels that are known.
+        cache_interval: recompute the U-Net's deep levels at every so many-th step only, and take
+            their features from the step before otherwise ("DeepCache"); 1: always.
         batch_size: pictures at a time.
+        capture: replay each step as a CUDA graph; None: on CUDA devices.
         on_step: called with the number of pictures advanced by each step, for progress bars.
 
     Returns:
@@ -128,31 +140,141 @@ def sample(
         is a tensor, else the model's.
 
     Raises:
-        UserError: an unknown sampler, or steps that the schedule does not have.
+        UserError: an unknown sampler; steps that the schedule does not have; guidance without
+            labels; or other arguments that do not go together.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    steps = schedule.timesteps if steps is None else steps
-    timesteps = spaced_timesteps(schedule.timesteps, steps, spacing)
-    table = SAMPLERS[sampler](schedule, timesteps, prediction, variance)
     if shape is None:
         shape = model.sample_shape  # type: ignore[attr-defined]
     if not isinstance(sample_ids, Tensor):
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
         sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64, device=device)
+    device = sample_ids.device
+    null_class: int | None = getattr(model, "null_class", None)
+    _check(sample_ids, shape, labels, guidance, null_class, threshold, initial, images, inpainting)
+    if cache_interval < 1:
+        raise UserError(f"cache_interval is {cache_interval}; 1 recomputes everything at each step")
 
-    pictures = []
+    skip = 0
+    if images is not None:
+        count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
+        skip = skipped_steps(count, strength)
+    table = build_table(
+        schedule, sampler, steps, spacing, prediction,
+        variance=variance, eta=eta, timesteps=timesteps, skip=skip,
+    )  # fmt: skip
+    levels = levels_of(schedule, table)
+    if inpainting is not None:
+        table, levels = resampled(table, levels, inpainting.draws)
+    if capture is None:
+        capture = device.type == "cuda"
+
+    pictures = torch.empty(len(sample_ids), *shape, device=device)
+    process: ReverseProcess | None = None
     for start in range(0, len(sample_ids), batch_size):
-        ids = sample_ids[start : start + batch_size]
-        batch_labels = None if labels is None else labels[start : start + batch_size]
-        for step in sampling_steps(
-            model, table, shape, seed=seed, sample_ids=ids, labels=batch_labels, clip=clip
-        ):
-            state = step.x
+        part = slice(start, start + batch_size)
+        ids = sample_ids[part]
+        if process is None or len(process.x) != len(ids):
+            process = ReverseProcess(
+                model,
+                table,
+                (len(ids), *shape),
+                device,
+                labelled=labels is not None,
+                null_class=null_class,
+                guidance=guidance,
+                alpha_bar=levels.before,
+                clip=clip,
+                threshold=threshold,
+                cache_interval=cache_interval,
+                keep_x0=False,
+                capture=captured if capture else None,
+            )
+        x = initial_noise(seed, ids, shape) if initial is None else initial[part].to(device)
+        if images is not None:
+            a, s = (levels_end[0].item() for levels_end in noise_levels(schedule, table.timesteps))
+            x = a * images[part].to(device) + s * x
+        process.begin(x, seed, ids, None if labels is None else labels[part])
+        known = None
+        if inpainting is not None:
+            known = KnownPixels(inpainting.part(start, start + len(ids)), levels, seed, ids)
+        for i in range(process.steps):
+            process.step(i)
+            if known is not None:
+                known.put_back(process.x, i)
             if on_step is not None:
                 on_step(len(ids))
-        pictures.append(state)
-    if not pictures:
-        return torch.empty(0, *shape, device=sample_ids.device)
-    return torch.cat(pictures)
+        pictures[part] = process.x
+    return pictures
+
+
+def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """What picture k of a seed begins with: float32 `[B, C, H, W]`."""
+    return gaussian_noise(seed, sample_ids, shape, 0, Stream.INITIAL_NOISE)
+
+
+def interpolated_noise(
+    seed: int, first: int, second: int, weights: Tensor, shape: tuple[int, int, int]
+) -> Tensor:
+    """States between those that two pictures begin with, for `sample(initial=…)`.
+
+    On the great circle through both, so that each is as likely as noise is (Shoemake 1985; Song et
+    al. 2020, appendix D.5). With a sampler that adds no noise, the pictures lie between the two.
+
+    Args:
+        seed: of both pictures.
+        first: a sample id.
+        second: another.
+        weights: `[N]`: 0 is the first picture, 1 the second.
+        shape: (C, H, W).
+
+    Returns:
+        float32 `[N, C, H, W]`.
+    """
+    a, b = initial_noise(seed, torch.tensor([first, second]), shape).double()
+    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+    w = weights.double().cpu()[:, None, None, None]
+    return ((((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()).float()
+
+
+def skipped_steps(steps: int, strength: float) -> int:
+    """How many first steps are left out when an image is begun with; at least one is taken.
+
+    Raises:
+        UserError: strength outside (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
+    return steps - max(1, round(strength * steps))
+
+
+def _check(
+    sample_ids: Tensor,
+    shape: tuple[int, int, int],
+    labels: Tensor | None,
+    guidance: Guidance | None,
+    null_class: int | None,
+    threshold: float | None,
+    initial: Tensor | None,
+    images: Tensor | None,
+    inpainting: Inpainting | None,
+) -> None:
+    """Refuse arguments that do not go together."""
+    if guidance is not None and (labels is None or null_class is None):
+        raise UserError(
+            "guidance needs labels and a class-conditional network with a null class; "
+            + ("there are no labels" if labels is None else "this network has no null class")
+        )
+    if labels is not None and labels.shape != sample_ids.shape:
+        raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
+    expected = (len(sample_ids), *shape)
+    given = {
+        "initial": initial,
+        "images": images,
+        "inpainting.known": None if inpainting is None else inpainting.known,
+    }
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != expected:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")

@@ -62,6 +62,7 @@ def build_table(
     variance: Variance = "fixed_large",
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
+    skip: int = 0,
 ) -> CoefficientTable:
     """The coefficient table of a sampler by name.
 
@@ -75,6 +76,7 @@ def build_table(
         variance: of the noise that ddpm adds.
         eta: share of fresh noise in ddim.
         timesteps: visit these, strictly decreasing, whatever `spacing` says; `steps` must be None.
+        skip: leave out so many of the first steps, to begin with an image instead of noise.
 
     Raises:
         UserError: an unknown sampler; steps, timesteps or eta out of range; ε prediction, or Karras
@@ -92,6 +94,9 @@ def build_table(
             visited = karras_timesteps(schedule, steps)
         else:
             visited = spaced_timesteps(schedule.timesteps, steps, spacing)
+    if not 0 <= skip < len(visited):
+        raise UserError(f"skip is {skip}; of {len(visited)} steps, 0 to {len(visited) - 1} can be")
+    visited = visited[skip:]
     options: dict[str, Any] = {}
     if sampler == "ddpm":
         options["variance"] = variance

@@ -141,14 +141,14 @@ class DownLevel(Level):
             [] if last else [Downsample(out_channels, config.downsample_padding)]
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        """Return the output of every layer; the last is what the next level takes."""
+    def forward(self, x: Tensor, embedding: Tensor, downsample: bool = True) -> list[Tensor]:
+        """Return the output of every layer; the last is what the next level takes, if wanted."""
         outputs = []
         for index in range(len(self.resnets)):
             x = self.run(self.layer, index, embedding, x)
             outputs.append(x)
-        for downsample in self.downsamplers:
-            outputs.append(downsample(x))
+        for downsampler in self.downsamplers if downsample else ():
+            outputs.append(downsampler(x))
         return outputs
 
 

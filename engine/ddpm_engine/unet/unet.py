@@ -180,7 +180,14 @@ class UNet(nn.Module):
         self._initialise()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        labels: Tensor | None = None,
+        features: Tensor | None = None,
+        return_features: bool = False,
+    ) -> Any:
         """Predict.
 
         Args:
@@ -189,9 +196,13 @@ class UNet(nn.Module):
             timesteps: `[B]` or 0-dim, integer or float, on the device of `x`.
             labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
                 class-conditional; `null_class` for an unconditional prediction.
+            features: what enters the last level on the way up, as an evaluation close by returned
+                it. All deeper levels are then left out (Ma, Fang & Wang, "DeepCache", 2024).
+            return_features: return these features as well.
 
         Returns:
-            `[B, out_channels, H, W]`, channels-last, in the precision the network ran in.
+            `[B, out_channels, H, W]`, channels-last, in the precision the network ran in; with
+            `return_features`, that and the features.
 
         Raises:
             ValueError: H or W cannot be halved often enough, or labels are missing or superfluous.
@@ -205,13 +216,16 @@ class UNet(nn.Module):
         x = x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
 
         skips = [self.conv_in(x)]
-        for level in self.down_blocks:
-            skips += level(skips[-1], embedding)
-        h = self.mid_block(skips[-1], embedding)
-        for level in self.up_blocks:
-            h = level(h, skips, embedding)
-        prediction: Tensor = self.conv_out(self.conv_norm_out(h))
-        return prediction
+        shallow = features is not None
+        for level in self.down_blocks[:1] if shallow else self.down_blocks:
+            skips += level(skips[-1], embedding, downsample=not shallow)
+        if features is None:
+            features = self.mid_block(skips[-1], embedding)
+            for level in self.up_blocks[:-1]:
+                features = level(features, skips, embedding)
+        h = self.up_blocks[-1](features, skips, embedding)
+        prediction = self.conv_out(self.conv_norm_out(h))
+        return (prediction, features) if return_features else prediction
 
     @property
     def downscale_factor(self) -> int:

@@ -1,0 +1,86 @@
+"""Classifier-free guidance: what to add to a conditional prediction, how much, and when.
+
+    m = u + w (c − u)        c, u: the predictions for the class and for the null class
+
+Source: Ho & Salimans 2022, equation 6, with the weight written as in most software: w = 1 is the
+conditional prediction itself. Rescaling: Lin et al. 2023, section 3.4. Limited interval:
+Kynkäänniemi et al. 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a class-conditional network is guided.
+
+    Raises:
+        UserError: a rescale outside [0, 1], or an interval that is none.
+    """
+
+    scale: float
+    """w; 1 is no guidance, and saves the second evaluation."""
+    rescale: float = 0.0
+    """φ: how far the guided prediction is brought back to the conditional one's deviation."""
+    interval: tuple[float, float] = (0.0, float("inf"))
+    """Guide while the noise level σ = sqrt((1 − ᾱ) / ᾱ) is above the first and at most the second;
+    a step outside costs one evaluation."""
+    two_passes: bool | None = None
+    """Evaluate c and u one after the other: half the memory. None: together, and one after the
+    other once memory has run out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"guidance rescale is {self.rescale}; it must lie in [0, 1]")
+        low, high = self.interval
+        if not 0 <= low < high:
+            raise UserError(
+                f"guidance interval is {low} to {high}; give two noise levels, the lower one first"
+            )
+
+    def guides(self, alpha_bar: Tensor) -> list[bool]:
+        """Which steps are guided, from ᾱ of the state that each begins with, float64 `[S]`."""
+        sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+        low, high = self.interval
+        within = (sigma > low) & (sigma <= high)
+        return [bool(inside) and self.scale != 1 for inside in within]
+
+
+def rescale_factor(
+    conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: float
+) -> Tensor:
+    """The factor on each guided prediction: float32 `[B]`.
+
+    φ · std(c) / std(m) + 1 − φ, with deviations over all values of a sample (equations 15, 16).
+
+    Args:
+        conditional: c, `[B, C, H, W]`.
+        unconditional: u, likewise.
+        scale: w, 0-dim, on the device.
+        rescale: φ.
+    """
+    c, u = conditional.float(), unconditional.float()
+    guided = u + scale * (c - u)
+    ratio = c.std((1, 2, 3), correction=0) / guided.std((1, 2, 3), correction=0)
+    return rescale * ratio + (1 - rescale)
+
+
+def dynamic_threshold(x0: Tensor, percentile: float) -> Tensor:
+    """The bound of each estimate of x_0, at least 1: float32 `[B]`.
+
+    The given quantile of the sample's absolute values (Saharia et al. 2022, section 2.3).
+    """
+    magnitudes = x0.float().abs().flatten(1).sort(dim=1).values
+    # Linear interpolation between order statistics, without torch.quantile's limit on its input.
+    position = percentile * (magnitudes.shape[1] - 1)
+    below = int(position)
+    above = min(below + 1, magnitudes.shape[1] - 1)
+    bound = torch.lerp(magnitudes[:, below], magnitudes[:, above], position - below)
+    return bound.clamp(min=1)
