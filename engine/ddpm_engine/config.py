@@ -258,8 +258,8 @@ class RunConfig:
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
-                    "--diffusion.zero-terminal-snr leaves nothing but noise at the last timestep, "
-                    "which the eps in --diffusion.prediction says nothing new of; predict v or x0"
+                    "--diffusion.prediction is eps, but --diffusion.zero-terminal-snr leaves only "
+                    "noise at the last timestep, which then says nothing of the image; use v or x0"
                 )
             if self.diffusion.timesteps < 2:
                 found.append(

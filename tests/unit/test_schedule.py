@@ -142,6 +142,37 @@ def test_log_variance_of_a_single_timestep_is_its_beta() -> None:
     close(schedule.posterior_log_variance_clipped, [math.log(0.3)])
 
 
+# --- Zero terminal SNR
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [2, 3, 50, 1000])
+def test_zero_terminal_snr(name: str, timesteps: int) -> None:
+    """The properties that Lin et al. ask for, and every table still finite."""
+    before = SCHEDULES[name](timesteps)
+    after = before.rescaled_to_zero_terminal_snr()
+    assert after.betas[-1] == 1
+    assert after.alpha_bar[-1] == 0
+    assert after.snr[-1] == 0
+    close(after.betas[0], before.betas[0])
+    root, last = before.sqrt_alpha_bar, before.sqrt_alpha_bar[-1]
+    expected = (root - last) * root[0] / (root[0] - last)
+    np.testing.assert_allclose(after.sqrt_alpha_bar.numpy(), expected.numpy(), rtol=1e-9)
+    for table in TABLES:
+        assert bool(getattr(after, table).isfinite().all()), table
+    assert bool((after.alpha_bar.diff() < 0).all())
+    # From pure noise the posterior is that of the next timestep given the image.
+    close(after.posterior_mean_xt[-1], 0)
+    close(after.posterior_mean_x0[-1], after.sqrt_alpha_bar[-2])
+    close(after.posterior_variance[-1], 1 - after.alpha_bar[-2])
+    close(after.rescaled_to_zero_terminal_snr().betas, after.betas)
+
+
+def test_one_timestep_cannot_be_rescaled() -> None:
+    with pytest.raises(UserError, match="timesteps is 1; a schedule needs at least 2"):
+        NoiseSchedule.linear(1).rescaled_to_zero_terminal_snr()
+
+
 # --- What it refuses
 
 
@@ -156,7 +187,8 @@ def test_no_timesteps(name: str, timesteps: int) -> None:
     ("betas", "message"),
     [
         ([0.1, 0.0, 0.2], r"timestep 1 is 0\.0; it must lie in \(0, 1\)"),
-        ([0.1, 0.2, 1.0], r"timestep 2 is 1\.0"),
+        ([0.1, 1.0, 0.2], r"timestep 1 is 1\.0; it must lie in \(0, 1\)$"),
+        ([0.1, 0.2, 1.5], r"timestep 2 is 1\.5; it must lie in \(0, 1\), or be 1$"),
         ([-0.5, 2.0], r"timestep 0 is -0\.5"),
         ([0.1, math.nan], r"timestep 1 is nan"),
         ([], r"torch\.float64 of shape \(0,\)"),

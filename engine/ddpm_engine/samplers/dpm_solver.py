@@ -92,8 +92,10 @@ def _weights(visited: Tensor, forgotten: Tensor, size: int) -> Tensor:
     slopes = (estimates[: order - 1] - estimates[1:order]) / ratios[:, None]
     if order == 2:
         return forgotten * (estimates[0] + slopes[0] / 2)
-    curvature = (slopes[0] - slopes[1]) / ratios.sum()
-    slope = slopes[0] + ratios[0] * curvature
+    # h² times the second derivative is twice the divided difference. The authors' code and those
+    # that follow it take it once, and so converge with order 2.
+    curvature = 2 * (slopes[0] - slopes[1]) / ratios.sum()
+    slope = slopes[0] + ratios[0] * curvature / 2
     first = 1 - forgotten / h
     second = 0.5 - first / h
     return forgotten * estimates[0] + first * slope + second * curvature

@@ -70,10 +70,12 @@ def _weights(visited: Tensor, size: int, corrected: bool) -> Tensor:
     """
     h = visited[0] - visited[1]
     estimates = torch.eye(size, dtype=torch.float64)
-    others = [0, *range(2, len(visited))] if corrected else [*range(2, len(visited))]
+    others = [*range(2, len(visited)), *([0] if corrected else [])]
     weights = estimates[1].clone()
     if others:
         distances = (visited[others] - visited[1]) / h
+        if corrected:
+            distances[-1] = 1  # also where h is infinite
         slopes = (estimates[others] - estimates[1]) / distances[:, None]
         weights += (_slope_weights(h, distances)[:, None] * slopes).sum(0)
     return -torch.expm1(-h) * weights

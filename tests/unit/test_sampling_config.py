@@ -1,0 +1,68 @@
+"""What a configuration says of sampling and of the schedule's end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+
+from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, from_dict, to_dict
+from ddpm_engine.samplers.registry import SAMPLERS, Sampler
+
+
+def test_samplers_are_those_of_the_registry() -> None:
+    assert get_args(Sampler) == tuple(SAMPLERS)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_survives_the_disk(sampler: Sampler) -> None:
+    config = replace(RunConfig(), sampling=SamplingConfig(sampler, 20, "leading", eta=0.5))
+    assert config.problems() == []
+    assert from_dict(to_dict(config), "here") == config
+
+
+def test_configurations_from_before_these_entries() -> None:
+    values = to_dict(RunConfig())
+    del values["sampling"]["eta"], values["diffusion"]["zero_terminal_snr"]
+    assert from_dict(values, "old") == RunConfig()
+
+
+def test_zero_terminal_snr() -> None:
+    diffusion = DiffusionConfig(prediction="v", zero_terminal_snr=True)
+    assert diffusion.build_schedule().alpha_bar[-1] == 0
+    assert replace(diffusion, zero_terminal_snr=False).build_schedule().alpha_bar[-1] > 0
+    assert replace(RunConfig(), diffusion=diffusion).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (RunConfig(sampling=SamplingConfig(eta=1.5)), "--sampling.eta is 1.5"),
+        (RunConfig(sampling=SamplingConfig(eta=float("nan"))), "--sampling.eta is nan"),
+        (
+            RunConfig(sampling=SamplingConfig(variance="learned_range")),
+            "--model.out-channels 6, not 3",
+        ),
+        (
+            RunConfig(diffusion=DiffusionConfig(zero_terminal_snr=True)),
+            "--diffusion.prediction is eps, but --diffusion.zero-terminal-snr",
+        ),
+        (
+            RunConfig(
+                diffusion=DiffusionConfig(timesteps=1, prediction="v", zero_terminal_snr=True),
+                sampling=SamplingConfig(steps=1),
+            ),
+            "--diffusion.timesteps is 1",
+        ),
+        (
+            RunConfig(
+                diffusion=DiffusionConfig(prediction="v", zero_terminal_snr=True),
+                sampling=SamplingConfig("heun"),
+            ),
+            "--sampling.sampler is heun",
+        ),
+    ],
+)
+def test_problems(config: RunConfig, part: str) -> None:
+    assert any(part in problem for problem in config.problems())
