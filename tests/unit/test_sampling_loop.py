@@ -1,0 +1,494 @@
+"""What the loop adds to a table: guidance, thresholds, given images, known pixels, caches."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_engine.config import UNetConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.prediction import to_x0
+from ddpm_engine.samplers import (
+    Guidance,
+    Inpainting,
+    build_table,
+    initial_noise,
+    interpolated_noise,
+    sample,
+)
+from ddpm_engine.samplers import loop as loop_module
+from ddpm_engine.samplers.guidance import dynamic_threshold, rescale_factor
+from ddpm_engine.samplers.inpainting import levels_of, resampled
+from ddpm_engine.samplers.reverse_process import ReverseProcess
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Column, Stream, gaussian_noise
+from ddpm_kernels.dispatch import force_ops
+
+SCHEDULE = NoiseSchedule.linear(1000)
+SHAPE = (3, 8, 8)
+IDS = torch.tensor([5, 0, 2**40, 7])
+LABELS = torch.tensor([1, 3, 0, 2])
+STEPS = 6
+
+
+class Conditional(torch.nn.Module):
+    """Answers differently for every input, with arithmetic that is the same in every batch."""
+
+    null_class = 4
+    sample_shape = SHAPE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        shift = 0.2 * labels + timesteps / 1000
+        return (0.9 * x + 0.1 * x.flip(3)).sin() + 0.1 * shift[:, None, None, None]
+
+
+def draw(model: Any = None, **options: Any) -> Tensor:
+    given: dict[str, Any] = {
+        "sample_ids": IDS,
+        "labels": LABELS,
+        "seed": 3,
+        "steps": STEPS,
+        "sampler": "ddim",
+    }
+    return sample(Conditional() if model is None else model, SCHEDULE, **{**given, **options})
+
+
+# --- Guidance
+
+
+def guided_by_hand(guidance: Guidance, threshold: float | None = None) -> Tensor:
+    """DDIM with guidance, written out in float64."""
+    table = build_table(SCHEDULE, "ddim", STEPS)
+    model = Conditional()
+    x = initial_noise(3, IDS, SHAPE).double()
+    alpha_bar = SCHEDULE.alpha_bar[table.timesteps]
+    following = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])
+    for t, now, after in zip(table.timesteps, alpha_bar, following, strict=True):
+        c = model(x, t.expand(4), LABELS)
+        sigma = ((1 - now) / now).sqrt()
+        if guidance.interval[0] < sigma <= guidance.interval[1]:
+            u = model(x, t.expand(4), torch.full((4,), 4))
+            m = u + guidance.scale * (c - u)
+            ratio = c.flatten(1).std(1, correction=0) / m.flatten(1).std(1, correction=0)
+            m = m * (guidance.rescale * ratio + 1 - guidance.rescale)[:, None, None, None]
+        else:
+            m = c
+        x0 = to_x0("eps", m, x, now.sqrt(), (1 - now).sqrt())
+        if threshold is None:
+            x0 = x0.clamp(-1, 1)
+        else:
+            bound = torch.quantile(x0.flatten(1).abs(), threshold, dim=1).clamp(min=1)
+            bound = bound[:, None, None, None]
+            x0 = x0.clamp(-bound, bound) / bound
+        eps = (x - now.sqrt() * x0) / (1 - now).sqrt()
+        x = after.sqrt() * x0 + (1 - after).sqrt() * eps
+    return x
+
+
+@pytest.mark.parametrize("two_passes", [True, False])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("interval", [(0.0, float("inf")), (0.3, 2.0)])
+def test_guidance_is_the_formula(
+    two_passes: bool, rescale: float, interval: tuple[float, float]
+) -> None:
+    guidance = Guidance(2.5, rescale, interval, two_passes)
+    torch.testing.assert_close(
+        draw(guidance=guidance).double(), guided_by_hand(guidance), rtol=0, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+def test_dynamic_threshold_is_the_formula(threshold: float) -> None:
+    guidance = Guidance(4.0)
+    torch.testing.assert_close(
+        draw(guidance=guidance, threshold=threshold).double(),
+        guided_by_hand(guidance, threshold),
+        rtol=0,
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("guidance", "batches"),
+    [
+        (None, [4] * STEPS),
+        (Guidance(1.0), [4] * STEPS),
+        (Guidance(2.0), [8] * STEPS),
+        (Guidance(2.0, two_passes=True), [4] * 2 * STEPS),
+        # σ of the six steps is about 157, 34, 9.5, 3.4, 1.5 and 0.6.
+        (Guidance(2.0, interval=(2.0, 10.0)), [4, 4, 8, 8, 4, 4]),
+    ],
+)
+def test_evaluations_of_guidance(guidance: Guidance | None, batches: list[int]) -> None:
+    model = Conditional()
+    draw(model, guidance=guidance)
+    assert model.batches == batches
+
+
+def test_out_of_memory_makes_two_passes() -> None:
+    class Small(Conditional):
+        def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+            if len(x) > 4:
+                self.batches.append(len(x))
+                raise torch.OutOfMemoryError("too large")
+            return super().forward(x, timesteps, labels)
+
+    model = Small()
+    pictures = draw(model, guidance=Guidance(2.0))
+    assert model.batches == [8] + [4] * 2 * STEPS
+    assert torch.equal(pictures, draw(guidance=Guidance(2.0)))
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(Small(), guidance=Guidance(2.0, two_passes=False))
+
+
+def test_rescale_and_threshold_of_one_sample_do_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    c, u = torch.randn(2, 5, *SHAPE, generator=generator)
+    whole = rescale_factor(c, u, torch.tensor(3.0), 0.7)
+    bounds = dynamic_threshold(3 * c, 0.9)
+    for b in range(5):
+        part = slice(b, b + 1)
+        assert torch.equal(rescale_factor(c[part], u[part], torch.tensor(3.0), 0.7), whole[part])
+        assert torch.equal(dynamic_threshold(3 * c[part], 0.9), bounds[part])
+    assert dynamic_threshold(c * 0.01, 0.9).tolist() == [1.0] * 5
+
+
+# --- Beginning with an image
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++3m", "unipc", "heun"])
+def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -> None:
+    images = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
+    model = Conditional()
+    pictures = draw(model, sampler=sampler, images=images, strength=0.5, clip=False)
+    table = build_table(SCHEDULE, sampler, STEPS, skip=3)
+    assert len(model.batches) == table.evaluations
+    assert table.evaluations == (5 if sampler == "heun" else 3)
+    # The same by hand: the state that the first row takes, given as a state.
+    level = levels_of(SCHEDULE, table).before[0].item()
+    state = level**0.5 * images + (1 - level) ** 0.5 * initial_noise(3, IDS, SHAPE)
+    process = ReverseProcess(
+        Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, clip=False
+    )
+    process.begin(state, 3, IDS, LABELS)
+    for i in range(process.steps):
+        process.step(i)
+    torch.testing.assert_close(pictures, process.x, rtol=0, atol=1e-6)
+
+
+def test_little_strength_keeps_the_image() -> None:
+    images = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
+    exact: Callable[..., Tensor] = lambda x, t, labels: (  # noqa: E731
+        (x - SCHEDULE.sqrt_alpha_bar[t][:, None, None, None] * images)
+        / SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
+    ).float()
+    pictures = draw(exact, images=images, strength=0.01, shape=SHAPE, batch_size=4)
+    torch.testing.assert_close(pictures, images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.1])
+def test_strength_out_of_range(strength: float) -> None:
+    with pytest.raises(UserError, match=f"strength is {strength}"):
+        draw(images=torch.zeros(4, *SHAPE), strength=strength)
+
+
+def test_given_states_are_begun_with() -> None:
+    noise = initial_noise(3, IDS, SHAPE)
+    assert torch.equal(draw(initial=noise, batch_size=3), draw())
+    assert not torch.equal(draw(initial=noise + 0.1), draw())
+
+
+def test_interpolation_ends_in_both_pictures_and_stays_as_likely_as_noise() -> None:
+    shape = (3, 32, 32)
+    weights = torch.linspace(0, 1, 5)
+    states = interpolated_noise(3, 5, 2**40, weights, shape)
+    first, second = initial_noise(3, torch.tensor([5, 2**40]), shape)
+    torch.testing.assert_close(states[0], first, rtol=0, atol=1e-6)
+    torch.testing.assert_close(states[-1], second, rtol=0, atol=1e-6)
+    assert states.flatten(1).std(1).sub(1).abs().max() < 0.05
+    # The middle is as close to one as to the other, and closer than they are to each other.
+    middle = states[2]
+    distances = [(middle - end).norm().item() for end in (first, second)]
+    assert distances[0] == pytest.approx(distances[1], rel=0.02)
+    assert distances[0] < 0.8 * (first - second).norm().item()
+
+
+# --- Inpainting
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "heun"])
+def test_known_pixels_are_kept_and_the_others_drawn(sampler: str) -> None:
+    known = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True
+    pictures = draw(sampler=sampler, inpainting=Inpainting(known, mask))
+    torch.testing.assert_close(pictures[..., :4], known[..., :4], rtol=0, atol=1e-6)
+    assert (pictures - known)[..., 4:].abs().mean() > 0.1
+    part = draw(
+        sampler=sampler, inpainting=Inpainting(known[2:3], mask), sample_ids=IDS[2:3],
+        labels=LABELS[2:3],
+    )  # fmt: skip
+    assert torch.equal(part, pictures[2:3])
+
+
+def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
+    known = torch.zeros(4, *SHAPE)
+    nothing = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    model = Conditional()
+    pictures = draw(model, sampler="ddpm", inpainting=Inpainting(known, nothing, draws=3))
+    assert len(model.batches) == 3 * (STEPS - 1) + 1
+    table, levels = resampled(
+        build_table(SCHEDULE, "ddpm", STEPS),
+        levels_of(SCHEDULE, build_table(SCHEDULE, "ddpm", STEPS)),
+        3,
+    )
+    # By hand: no pixel is known, so a repeated step is noised back and taken anew.
+    process = ReverseProcess(Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True)
+    process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, LABELS)
+    drawn = []
+    for i in range(process.steps):
+        process.step(i)
+        if i % 3 != 2 and i < process.steps - 1:
+            kept = (levels.before[i + 1] / levels.after[i]).item()
+            noise = gaussian_noise(3, IDS, SHAPE, i, Stream.RESAMPLING_NOISE)
+            drawn.append(noise)
+            process.x.copy_(kept**0.5 * process.x + (1 - kept) ** 0.5 * noise)
+    torch.testing.assert_close(pictures, process.x, rtol=0, atol=1e-5)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))
+
+
+def test_resampling_keeps_the_marginals() -> None:
+    """Data that are standard normal stay so at every level, however often a step is repeated."""
+    short = NoiseSchedule.linear(20, 1e-3, 0.4)
+
+    def optimal(x: Tensor, t: Tensor) -> Tensor:
+        return short.sqrt_one_minus_alpha_bar.float()[t][:, None, None, None] * x
+
+    none_known = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    nothing = Inpainting(torch.zeros(64, 1, 16, 16), none_known, draws=4)
+    states: list[float] = []
+    process_step = ReverseProcess.step
+
+    def watched(self: ReverseProcess, index: int) -> None:
+        process_step(self, index)
+        states.append(self.x.std().item())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReverseProcess, "step", watched)
+        sample(
+            optimal, short, sample_ids=range(64), shape=(1, 16, 16), inpainting=nothing,
+            clip=False, variance="fixed_large",
+        )  # fmt: skip
+    assert len(states) == 19 * 4 + 1
+    assert max(abs(deviation - 1) for deviation in states[:-1]) < 0.03
+
+
+def test_samplers_that_look_back_are_not_resampled() -> None:
+    inpainting = Inpainting(
+        torch.zeros(4, *SHAPE), torch.zeros(1, 1, 8, 8, dtype=torch.bool), draws=2
+    )
+    with pytest.raises(UserError, match="this sampler looks back on earlier steps"):
+        draw(sampler="dpm++2m", inpainting=inpainting)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": Guidance(2.0), "labels": None}, "there are no labels"),
+        ({"labels": LABELS[:2]}, "there are 2 labels for 4 pictures"),
+        ({"threshold": 1.5}, "threshold is 1.5"),
+        ({"cache_interval": 0}, "cache_interval is 0"),
+        ({"images": torch.zeros(4, 1, 8, 8)}, r"images has shape \(4, 1, 8, 8\); it must be"),
+        ({"initial": torch.zeros(3, *SHAPE)}, r"initial has shape \(3, 3, 8, 8\)"),
+        ({"timesteps": [900, 950], "steps": None}, "timestep 950"),
+    ],
+)
+def test_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(**options)
+
+
+def test_guidance_needs_a_null_class() -> None:
+    with pytest.raises(UserError, match="this network has no null class"):
+        draw(lambda x, t, labels: x, guidance=Guidance(2.0), shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 2.0, "rescale": 1.5}, "rescale is 1.5"),
+        ({"scale": 2.0, "interval": (3.0, 1.0)}, "interval is 3.0 to 1.0"),
+    ],
+)
+def test_guidance_that_is_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Guidance(**options)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(1, 1, 8, 8), torch.zeros(3, 1, 8, 8).bool(), torch.zeros(8, 8).bool()]
+)
+def test_mask_that_does_not_fit(mask: Tensor) -> None:
+    with pytest.raises(UserError, match="mask is"):
+        Inpainting(torch.zeros(4, *SHAPE), mask)
+
+
+# --- Steps that can be captured
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations outside of the network that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removesuffix(".default")
+        if not self.paused and not func.is_view and name != "aten.unflatten.int":
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"ddpm.reverse_step_": 1}),
+        ({"guidance": Guidance(2.0)}, {"ddpm.reverse_step_": 1, "aten.copy_": 1}),
+        ({"guidance": Guidance(2.0, two_passes=True)}, {"ddpm.reverse_step_": 1}),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++3m", "unipc", "heun"])
+def test_a_step_is_the_network_and_at_most_two_operations(
+    options: dict[str, Any], expected: dict[str, int], sampler: str
+) -> None:
+    table = build_table(SCHEDULE, sampler, STEPS)
+    operations = Operations()
+
+    def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        operations.paused = True
+        output = Conditional()(x, t, labels)
+        operations.paused = False
+        return output
+
+    with torch.inference_mode(), force_ops():
+        process = ReverseProcess(
+            model, table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
+            alpha_bar=levels_of(SCHEDULE, table).before, keep_x0=False, **options,
+        )  # fmt: skip
+        process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, LABELS)
+        process.step(0)  # makes the doubled batch
+        with operations:
+            for i in range(1, process.steps):
+                process.step(i)
+    steps = process.steps - 1
+    assert operations.counts == {name: count * steps for name, count in expected.items()}
+
+
+def replayed_on_a_cpu(step: Callable[[], None]) -> Callable[[], None]:
+    """Stands for a CUDA graph: what it has read while capturing is what it reads when replayed."""
+    return step
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": Guidance(2.0, interval=(0.5, 10.0))}])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++3m", "heun"])
+def test_replayed_steps_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], sampler: str
+) -> None:
+    captures = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        captures.append(step)
+        return step
+
+    monkeypatch.setattr(loop_module, "captured", capture)
+    replayed = draw(sampler=sampler, batch_size=2, capture=True, **options)
+    assert torch.equal(replayed, draw(sampler=sampler, batch_size=2, capture=False, **options))
+    # Once for each kind of step, though there are two batches.
+    assert len(captures) == (2 if options else 1)
+
+
+# --- Feature caching
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    network = UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            num_class_embeds=5,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network.requires_grad_(False)
+
+
+def test_features_of_the_same_input_change_nothing(unet: UNet) -> None:
+    x, t = initial_noise(0, IDS, SHAPE), torch.tensor([3, 500, 999, 0])
+    output, features = unet(x, t, LABELS, return_features=True)
+    assert torch.equal(output, unet(x, t, LABELS))
+    torch.testing.assert_close(unet(x, t, LABELS, features=features), output, rtol=0, atol=1e-6)
+    other = unet(x + 0.3, t, LABELS, features=features)
+    assert (other - output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("guidance", [None, Guidance(2.0), Guidance(2.0, two_passes=True)])
+def test_deep_levels_run_at_every_nth_step(unet: UNet, guidance: Guidance | None) -> None:
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in (("deep", unet.mid_block), ("shallow", unet.up_blocks[-1]))
+    ]
+    exact = draw(unet, guidance=guidance, steps=20)
+    evaluations = calls["shallow"]
+    assert calls["deep"] == evaluations
+    calls.clear()
+    cached = draw(unet, guidance=guidance, steps=20, cache_interval=3)
+    for hook in hooks:
+        hook.remove()
+    assert calls["shallow"] == evaluations
+    assert calls["deep"] == evaluations * 7 // 20
+    error = (cached - exact).abs().mean()
+    assert 0 < error < 0.2 * exact.std()
+    again = draw(unet, guidance=guidance, steps=20, cache_interval=3, batch_size=2)
+    torch.testing.assert_close(again, cached, rtol=0, atol=1e-4)
+
+
+def test_cached_steps_can_be_replayed(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "captured", replayed_on_a_cpu)
+    eager = draw(unet, steps=12, cache_interval=3, batch_size=2)
+    replayed = draw(unet, steps=12, cache_interval=3, batch_size=2, capture=True)
+    assert torch.equal(eager, replayed)
+
+
+def test_a_step_writes_its_guidance_scale_only_where_it_guides() -> None:
+    table = build_table(SCHEDULE, "ddim", STEPS)
+    process = ReverseProcess(
+        Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
+        guidance=Guidance(3.0, interval=(2.0, 10.0)),
+        alpha_bar=levels_of(SCHEDULE, table).before,
+    )  # fmt: skip
+    assert process.rows[:, Column.GUIDANCE].tolist() == [1, 1, 3, 3, 1, 1]
+    assert bool((table.rows[:, Column.GUIDANCE] == 1).all()), "the table itself stays"
