@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-
-import cattrs
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.prediction import Prediction
@@ -293,14 +292,20 @@ class RunConfig:
             raise UserError("\n       ".join(found))
 
 
-_converter = cattrs.Converter(forbid_extra_keys=True)
-_converter.register_structure_hook(Path, lambda value, _: Path(value))
-_converter.register_unstructure_hook(Path, str)
+@cache
+def _converter() -> Any:
+    # Imported here, so that networks can be built from a configuration with torch alone.
+    import cattrs
+
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    converter.register_unstructure_hook(Path, str)
+    return converter
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON values."""
-    values: dict[str, Any] = _converter.unstructure(config)
+    values: dict[str, Any] = _converter().unstructure(config)
     return values
 
 
@@ -310,8 +315,11 @@ def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
     Raises:
         UserError: naming `origin` and the entries at fault.
     """
+    import cattrs
+
     try:
-        return _converter.structure(values, RunConfig)
+        config: RunConfig = _converter().structure(values, RunConfig)
+        return config
     except cattrs.BaseValidationError as error:
         reasons = "\n       ".join(cattrs.transform_error(error, path="config"))
         raise UserError(f"{origin} is not a run configuration:\n       {reasons}") from None

@@ -174,7 +174,7 @@ def test_loop_is_the_algorithm(prediction: Any, clip: bool) -> None:
     assert [step[1] for step in steps] == list(range(20))[::-1]
     for i, t, state, estimate in steps:
         output = elementwise(x, torch.full((2,), t))
-        a, s = SHORT.sqrt_alpha_bar[t], SHORT.sqrt_one_minus_alpha_bar[t]
+        a, s = SHORT.sqrt_alpha_bar[int(t)], SHORT.sqrt_one_minus_alpha_bar[int(t)]
         x_0 = {"eps": (x - s * output) / a, "x0": output, "v": a * x - s * output}[prediction]
         if clip:
             x_0 = x_0.clamp(-1, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,14 +24,24 @@ def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Te
         (a, s), float64 `[S + 1]` each, a² + s² = 1, the last (1, 0).
     """
     if timesteps.is_floating_point():
-        known = log_sigma(schedule).numpy()
-        sigma = torch.from_numpy(np.interp(timesteps, np.arange(len(known)), known)).exp()
+        known = log_sigma(schedule)
+        sigma = interpolated(timesteps, torch.arange(len(known)).double(), known).exp()
         a = (1 + sigma.square()).rsqrt()
         s = sigma * a
     else:
         a = schedule.sqrt_alpha_bar[timesteps]
         s = schedule.sqrt_one_minus_alpha_bar[timesteps]
     return torch.cat([a, a.new_ones(1)]), torch.cat([s, s.new_zeros(1)])
+
+
+def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
+    """y at each x, by straight lines between known points; `known_x` rises, x lies within."""
+    if len(known_x) == 1:
+        return known_y.expand(len(x))
+    right = torch.searchsorted(known_x, x).clamp(1, len(known_x) - 1)
+    left = right - 1
+    weight = (x - known_x[left]) / (known_x[right] - known_x[left])
+    return known_y[left].lerp(known_y[right], weight.clamp(0, 1))
 
 
 def half_log_snr(a: Tensor, s: Tensor) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers.levels import log_sigma
+from ddpm_engine.samplers.levels import interpolated, log_sigma
 from ddpm_engine.schedule import NoiseSchedule
 
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -91,7 +90,7 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> T
         )
     ends = (known[[-1, 0]] / rho).exp()
     sigma = torch.linspace(1, 0, steps, dtype=torch.float64) * (ends[0] - ends[1]) + ends[1]
-    return torch.from_numpy(np.interp(rho * sigma.log(), known, np.arange(len(known))))
+    return interpolated(rho * sigma.log(), known, torch.arange(len(known)).double())
 
 
 def _check_steps(timesteps: int, steps: int) -> None:
