@@ -35,7 +35,7 @@ def main() -> None:
         options = tyro.cli(Options)
         pretrained = load_pretrained(options.checkpoint, weights=options.weights)
         export_pipeline(pretrained, options.out, options.weights)
-        print(f"{options.out}: load it with diffusers.DDPMPipeline.from_pretrained")
+        print(f"{options.out} is written; README.md in it says how to load it")
 
 
 if __name__ == "__main__":

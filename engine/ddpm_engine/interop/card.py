@@ -43,7 +43,8 @@ def model_card(pretrained: Pretrained, weights: str) -> str:
         "the network predicts": diffusion.prediction,
         "variance of ancestral sampling": sampling.variance,
         "spacing of fewer timesteps": sampling.spacing,
-        "steps the run samples with": str(sampling.steps or diffusion.timesteps),
+        "sampler and steps of the run": f"{sampling.sampler}, "
+        + str(sampling.steps or diffusion.timesteps),
     }
     if shape.num_class_embeds is not None:
         process["classes"] = (
@@ -75,12 +76,20 @@ def _origin(pretrained: Pretrained, weights: str) -> dict[str, str]:
 
 def _usage(pretrained: Pretrained) -> list[str]:
     sampling = pretrained.config.sampling
-    steps = sampling.steps or pretrained.config.diffusion.timesteps
+    all_steps = pretrained.config.diffusion.timesteps
+    steps = sampling.steps or all_steps
+    theirs = [f"    batch_size=4, num_inference_steps={steps}"]
+    if sampling.spacing == "trailing":
+        theirs = [
+            "    # With fewer steps its scheduler leaves noise in the finished pictures, unless",
+            "    # timestep_spacing is leading or linspace: trailing does not end at timestep 0.",
+            f"    batch_size=4, num_inference_steps={all_steps}",
+        ]
     if pretrained.model.null_class is None:
         diffusers = [
             "from diffusers import DDPMPipeline", "",
             'images = DDPMPipeline.from_pretrained("DIR")(',
-            f"    batch_size=4, num_inference_steps={steps}", ").images",
+            *theirs, ").images",
         ]  # fmt: skip
     else:
         diffusers = [

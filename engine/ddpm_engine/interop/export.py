@@ -34,8 +34,7 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         weights: which of the run's weights they are, for the card.
 
     Raises:
-        UserError: diffusers cannot express the model, `out` holds something else, or it cannot be
-            written.
+        UserError: `out` holds something else, or it cannot be written.
     """
     out = out.absolute()
     pipeline = {
@@ -90,12 +89,18 @@ def _put_in_place(temporary: Path, out: Path) -> None:
     for folder in (temporary / "unet", temporary / "scheduler", temporary):
         fsync_directory(folder)
     before = out.with_name(out.name + ".old")
-    if is_export(out):
-        # A folder cannot be renamed over a full one. Between these two lines there is none at
-        # `out`; the former one is whole in `.old`.
+    replaces = is_export(out)
+    if replaces:
+        # A folder cannot be renamed over a full one. Until the next rename there is none at `out`;
+        # the former one is whole in `.old`.
         shutil.rmtree(before, ignore_errors=True)
         os.replace(out, before)
-    os.replace(temporary, out)
+    try:
+        os.replace(temporary, out)
+    except OSError:
+        if replaces:
+            os.replace(before, out)
+        raise
     fsync_directory(out.parent)
     shutil.rmtree(before, ignore_errors=True)
 

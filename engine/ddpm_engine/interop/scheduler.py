@@ -39,7 +39,9 @@ def read_scheduler(file: Path) -> Process:
     """Read the configuration of a `DDPMScheduler` or `DDIMScheduler`.
 
     The two share the process. The second says nothing of the noise that ancestral sampling adds,
-    which is then that of our defaults.
+    which is then that of our defaults. Where the last timestep visited is not 0, as with trailing
+    spacing and fewer than all steps, a `DDPMScheduler` adds noise to the finished picture, and our
+    sampler does not.
 
     Raises:
         UserError: the file is missing or damaged, or naming an entry that cannot be honoured.
@@ -79,15 +81,7 @@ def scheduler_entries(
     """The `scheduler_config.json` of the `DDPMScheduler` that is this process.
 
     A schedule whose shape diffusers does not have is written beta by beta.
-
-    Raises:
-        UserError: naming a setting that no `DDPMScheduler` has.
     """
-    if sampling.sampler != "ddpm":
-        raise UserError(
-            f"sampler is {sampling.sampler!r}; the pipeline written is diffusers' DDPMPipeline, "
-            "which draws by ancestral sampling: export with sampler 'ddpm'"
-        )
     schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(diffusion.schedule)
     as_betas = schedule is None or diffusion.betas is not None
     return {
