@@ -53,7 +53,10 @@ def load_pretrained(
     Raises:
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
-    pretrained = _load_diffusers(path) if is_diffusers(path) else _load_run(path, weights)
+    # A run is known by its checkpoints, so that nothing else in its directory need be sound.
+    own = (path / MANIFEST).exists() or (path / "checkpoints").exists()
+    foreign = not own and is_diffusers(path)
+    pretrained = _load_diffusers(path) if foreign else _load_run(path, weights)
     pretrained.model.to(device).eval().requires_grad_(False)
     return pretrained
 

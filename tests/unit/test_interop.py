@@ -152,6 +152,12 @@ def test_a_killed_export_is_not_in_the_way(run: Path, exported: Path, tmp_path: 
     assert not (tmp_path / "out.tmp").exists()
 
 
+def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert load_pretrained(tmp_path / "run").step == 1234
+
+
 # --- Refusals
 
 
@@ -169,7 +175,9 @@ def test_a_killed_export_is_not_in_the_way(run: Path, exported: Path, tmp_path: 
         ("downsample_type", "resnet"),
         ("dropout", True),
         ("mid_block_type", None),
+        ("norm_eps", float("inf")),
         ("norm_num_groups", 3),
+        ("out_channels", 10**30),
         ("resnet_time_scale_shift", "ada_group"),
         ("sample_size", None),
         ("sample_size", [8, 16]),
@@ -279,7 +287,7 @@ def test_a_pickle_is_not_executed(exported: Path, tmp_path: Path, how: str) -> N
     if how == "torch":
         torch.save(content, file)
     else:
-        file.write_bytes(pickle.dumps(content))
+        file.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match="would execute code"):
         UNet.from_pretrained(exported)
     assert not proof.exists()

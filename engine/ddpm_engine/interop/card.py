@@ -52,7 +52,7 @@ def model_card(pretrained: Pretrained, weights: str) -> str:
         )
     return "\n".join(
         [
-            "---", "library_name: diffusers", "tags: [ddpm, unconditional-image-generation]",
+            "---", "library_name: diffusers", "tags: [ddpm]",
             "---", MARK, "", "# A denoising diffusion model", "",
             _table({**architecture, **process, **_origin(pretrained, weights)}), "",
             *_usage(pretrained),

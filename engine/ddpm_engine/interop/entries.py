@@ -11,6 +11,9 @@ from ddpm_engine.errors import UserError
 
 T = TypeVar("T")
 
+_LARGEST = 1_000_000
+"""A damaged or hostile file should not make us reserve all memory."""
+
 
 class Entries:
     """The entries of a JSON object, each of which must be taken, required or ignored by name.
@@ -42,6 +45,8 @@ class Entries:
         # Exactly the type: a bool is an int to `isinstance`.
         if type(value) is not kind:
             self.refuse(name, value, f"it must be of type {kind.__name__}")
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST:  # nor is NaN
+            self.refuse(name, value, f"no such number is greater than {_LARGEST}")
         return value
 
     def take_optional(self, name: str, kind: type[T], default: T | None) -> T | None:

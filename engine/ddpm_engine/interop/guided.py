@@ -133,7 +133,10 @@ def _levels(tensors: Mapping[str, Tensor], file: Path) -> tuple[list[list[Block]
         if "up" in block.values():
             up.append([])
     if not all([*down, *up]) or any(level[0] == {0: "down"} for level in down):
-        raise UserError(f"{file} is damaged: a resolution of its network has no residual blocks")
+        raise UserError(
+            f"{file} is damaged: a resolution of its network has no residual blocks; "
+            "download it again"
+        )
     return down, up
 
 
@@ -152,6 +155,8 @@ def _shape(
 ) -> dict[str, Any]:
     """The fields of `UNetConfig` that the tensors tell."""
     first, last = tensors["input_blocks.0.0.weight"], tensors["out.2.weight"]
+    if first.dim() != 4 or last.dim() != 4:
+        raise UserError(f"{file} is damaged: its first or last layer is no convolution of images")
     layers = [sum("residual" in block.values() for block in level) for level in down]
     if len(set(layers)) != 1:
         raise UserError(
@@ -159,9 +164,12 @@ def _shape(
         )
     widths, number = [], 1
     for level in down:
-        widths.append(len(tensors[f"input_blocks.{number}.0.in_layers.2.bias"]))
+        bias = f"input_blocks.{number}.0.in_layers.2.bias"
+        if bias not in tensors:
+            raise UserError(f"{file} is damaged: it has no {bias}; download it again")
+        widths.append(tensors[bias].numel())
         number += len(level)
-    conditions = len(tensors["input_blocks.1.0.emb_layers.1.bias"])
+    conditions = tensors["input_blocks.1.0.emb_layers.1.bias"].numel()
     scale_shift = conditions == 2 * widths[0]
     classes = tensors.get("label_emb.weight")
     return {
@@ -242,8 +250,9 @@ def _translate(
     translated = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if module.endswith(".qkv") and module.removesuffix(".qkv") in modules:
-            attention = modules[module.removesuffix(".qkv")]
+        attention = modules.get(module.removesuffix(".qkv"))
+        whole = tensor.dim() > 0 and len(tensor) % (3 * (head_channels or 1)) == 0
+        if module.endswith(".qkv") and attention and whole:
             for projection, part in zip("qkv", _split_qkv(tensor, head_channels), strict=True):
                 translated[f"{attention}.to_{projection}.{kind}"] = part
             continue

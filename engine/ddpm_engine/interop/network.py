@@ -84,8 +84,8 @@ def read_config(file: Path) -> UNetConfig:
     ]:
         entries.require(name, supported, default)
     channels = tuple(entries.take("block_out_channels", list, [224, 448, 672, 896]))
-    if not channels or not all(type(width) is int for width in channels):
-        entries.refuse("block_out_channels", channels, "it must list one integer for each level")
+    if not channels or not all(type(width) is int and width < 2**20 for width in channels):
+        entries.refuse("block_out_channels", channels, "it must list the channels of each level")
     entries.require("time_embedding_dim", (None, 4 * channels[0]), None)
     attending = ["DownBlock2D"] + 3 * ["AttnDownBlock2D"]
     ascending = 3 * ["AttnUpBlock2D"] + ["UpBlock2D"]

@@ -19,8 +19,9 @@ _PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction"
 # `fixed_small_log` takes the logarithm and back.
 _VARIANCES = {"fixed_small_log": "fixed_small"}
 
-# Read only by what is refused: dynamic thresholding.
-_IGNORED = ("dynamic_thresholding_ratio", "sample_max_value")
+# Entries that do not change a picture: what only dynamic thresholding reads, which is refused, and
+# which array library an early version was to use.
+_IGNORED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 
 
 @dataclass(frozen=True)
