@@ -80,7 +80,7 @@ def main() -> None:
             )
         confidence = classifier.predict_proba(features(to_uint8(drawn)))
         report = {
-            "checkpoint_step": pretrained.checkpoint.step,
+            "checkpoint_step": pretrained.step,
             "count": options.count,
             "sampling_steps": steps,
             "sure_of_drawn": float((confidence.max(1) > SURE).mean()),

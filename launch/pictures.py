@@ -113,6 +113,11 @@ def main() -> None:
     with exit_on_user_error():
         options = tyro.cli(Options)
         pretrained = load_pretrained(options.checkpoint)
+        if pretrained.checkpoint is None:
+            raise UserError(
+                f"--checkpoint {options.checkpoint} is a model of diffusers; the pictures show a "
+                "run's data and losses, so give a run directory"
+            )
         options.out.mkdir(parents=True, exist_ok=True)
         drawn = drawn_images(options.samples, 64)
         real = real_images(pretrained, len(drawn))

@@ -30,7 +30,7 @@ class Options:
     """Draw pictures from a trained model."""
 
     checkpoint: Path
-    """A run directory, or one checkpoints/step-… in it."""
+    """A run directory, one checkpoints/step-… in it, or the folder of a diffusers pipeline."""
     out: Path
     """Folder for the pictures, grid.png and manifest.json."""
     count: int = 64
@@ -50,7 +50,7 @@ class Options:
     class_label: int | None = None
     """Class of every picture, for a class-conditional model; default: no class."""
     weights: Literal["ema", "model"] = "ema"
-    """Averaged weights, or those of the last step."""
+    """Of a run: averaged weights, or those of the last step."""
     format: Literal["png", "npz"] = "png"
     """One PNG a picture, or all in samples.npz (images uint8 [N, H, W, C], and ids)."""
     batch_size: int = 64
@@ -109,9 +109,9 @@ def main() -> None:
                 "steps": steps,
                 "seed": options.seed,
                 "class_label": options.class_label,
-                "weights": options.weights,
-                "checkpoint": pretrained.checkpoint.hash,
-                "checkpoint_step": pretrained.checkpoint.step,
+                "weights": None if pretrained.checkpoint is None else options.weights,
+                "checkpoint": pretrained.hash,
+                "checkpoint_step": pretrained.step,
             },
             options.format,
         )
@@ -134,6 +134,7 @@ def main() -> None:
                 steps=steps,
                 spacing=sampling.spacing,
                 variance=sampling.variance,
+                clip=pretrained.clip,
             )
         pictures.write(missing, to_uint8(drawn))
         print(f"{len(missing)} pictures in {options.out}, shown together in {pictures.grid}")

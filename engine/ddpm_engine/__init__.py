@@ -7,5 +7,6 @@
 | the network                     | `unet.UNet`                                         |
 | pack and read images            | `data`                                              |
 | train                           | `config.RunConfig`, `training.Trainer`              |
+| exchange models with others     | `interop`                                           |
 | look at the result              | `evaluation`                                        |
 """

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from ddpm_engine.errors import UserError
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
@@ -46,6 +48,8 @@ class UNetConfig:
     """Channels of an attention head; None: one head."""
     norm_num_groups: int = 32
     """Groups of every GroupNorm."""
+    attn_norm_num_groups: int | None = None
+    """Groups of the middle attention's norm; None: as the others, or no norm with scale_shift."""
     norm_eps: float = 1e-6
     """Epsilon of every GroupNorm."""
     dropout: float = 0.0
@@ -78,14 +82,27 @@ class DiffusionConfig:
     """First beta of the linear schedule."""
     beta_end: float = 0.02
     """Last beta of the linear schedule."""
+    betas: tuple[float, ...] | None = None
+    """The betas themselves, one for each timestep, if no shape describes them."""
     prediction: Prediction = "eps"
     """What the network predicts: the noise, the clean image or the velocity."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
 
     def build_schedule(self) -> NoiseSchedule:
-        """The noise schedule that this describes."""
-        if self.schedule == "linear":
+        """The noise schedule that this describes.
+
+        Raises:
+            UserError: as `NoiseSchedule`, or `betas` and `timesteps` contradict each other.
+        """
+        if self.betas is not None:
+            if len(self.betas) != self.timesteps:
+                raise UserError(
+                    f"betas has {len(self.betas)} entries but timesteps is {self.timesteps}; "
+                    "give one for each timestep"
+                )
+            schedule = NoiseSchedule(torch.tensor(self.betas, dtype=torch.float64))
+        elif self.schedule == "linear":
             schedule = NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
         elif self.schedule == "cosine":
             schedule = NoiseSchedule.cosine(self.timesteps)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ddpm_engine.config import RunConfig, from_dict
+from ddpm_engine.files import sha256_of
 from ddpm_engine.training import CheckpointStore, Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -201,3 +202,23 @@ def test_pictures_of_the_process(trained: Path, run: Run, tmp_path: Path) -> Non
         picture = pixels(tmp_path / "pictures" / f"{name}.png")
         assert picture.shape[0] > 100
         assert picture.std() > 5  # something is drawn
+
+
+def test_an_export_draws_the_pictures_of_its_run(trained: Path, run: Run, tmp_path: Path) -> None:
+    export = ["--checkpoint", trained, "--out", tmp_path / "export"]
+    done(run("launch/export.py", *export))
+    done(run("launch/export.py", *export))  # replaces itself
+    for name, checkpoint in {"run": trained, "export": tmp_path / "export"}.items():
+        common = ["--steps", "3", "--count", "2", "--out", tmp_path / f"{name}-drawn"]
+        done(run("launch/sample.py", "--checkpoint", checkpoint, *common))
+    first, second = (tmp_path / f"{name}-drawn" / "00000001.png" for name in ("run", "export"))
+    assert np.array_equal(pixels(first), pixels(second))
+    settings = json.loads((second.parent / "manifest.json").read_text())
+    weights = tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert settings["checkpoint"] == sha256_of(weights)
+    assert settings["checkpoint_step"] is None
+
+    refused = run("launch/export.py", "--checkpoint", trained, "--out", trained)
+    assert refused.returncode == 2
+    assert "is not an export" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -38,6 +38,9 @@ SMALL_VARIANTS = {
     "class_conditional": replace(SMALL, num_class_embeds=11),
     "odd_channels": replace(SMALL, block_out_channels=(15, 25), norm_num_groups=5),
     "scale_shift": replace(SMALL, resnet_time_scale_shift="scale_shift"),
+    "scale_shift_with_norm": replace(
+        SMALL, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4
+    ),
     "downsample_padding": replace(SMALL, downsample_padding=1),
     "mid_block_scale_factor": replace(SMALL, mid_block_scale_factor=2**0.5),
     "cosines_first": replace(SMALL, flip_sin_to_cos=True, freq_shift=0),

@@ -79,9 +79,9 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        config: head width, groups and epsilon.
+        config: head width and epsilon.
         attend: the kernel, from `choose_attention`.
-        normalise: whether a GroupNorm comes first.
+        groups: of the GroupNorm that comes first, or None for none.
         divisor: the residual sum is divided by it.
     """
 
@@ -90,16 +90,14 @@ class Attention(nn.Module):
         channels: int,
         config: UNetConfig,
         attend: Attend,
-        normalise: bool = True,
+        groups: int | None,
         divisor: float = 1.0,
     ) -> None:
         super().__init__()
         self.heads = channels // (config.attention_head_dim or channels)
         self.attend, self.divisor = attend, divisor
         self.group_norm = (
-            GroupNorm(config.norm_num_groups, channels, config.norm_eps, "none")
-            if normalise
-            else None
+            None if groups is None else GroupNorm(groups, channels, config.norm_eps, "none")
         )
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)

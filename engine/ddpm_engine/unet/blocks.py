@@ -113,7 +113,9 @@ class Level(Checkpointed):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(i, o, config) for i, o in channels)
         self.attentions = nn.ModuleList(
-            Attention(o, config, attend) for _, o in channels if attend is not None
+            Attention(o, config, attend, config.norm_num_groups)
+            for _, o in channels
+            if attend is not None
         )
 
     def layer(self, index: int, embedding: Tensor, *features: Tensor) -> Tensor:
@@ -199,10 +201,12 @@ class Middle(Checkpointed):
         self.resnets = nn.ModuleList(
             ResidualBlock(channels, channels, config, divisor) for _ in range(2)
         )
-        # Published scale-and-shift networks have no norm here: a quirk of `UNet2DModel`, which its
-        # checkpoints made a fact.
-        normalise = config.resnet_time_scale_shift == "default"
-        self.attentions = nn.ModuleList([Attention(channels, config, attend, normalise, divisor)])
+        groups = config.attn_norm_num_groups
+        # Unless told otherwise, scale-and-shift networks have no norm here: a quirk of
+        # `UNet2DModel`, which its checkpoints made a fact.
+        if groups is None and config.resnet_time_scale_shift == "default":
+            groups = config.norm_num_groups
+        self.attentions = nn.ModuleList([Attention(channels, config, attend, groups, divisor)])
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`[B, C, H, W]` → same shape."""

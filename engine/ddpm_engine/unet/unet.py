@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,13 @@ def check_shape(config: UNetConfig) -> None:
         value = getattr(config, field)
         check(value >= 1, f"{field} is {value}: it must be at least 1")
     check(groups >= 1, f"norm_num_groups is {groups}: it must be at least 1")
+    middle_groups = config.attn_norm_num_groups
+    check(
+        middle_groups is None
+        or (middle_groups >= 1 and (not channels or channels[-1] % middle_groups == 0)),
+        f"attn_norm_num_groups is {middle_groups}: it must divide the deepest level's channels, "
+        f"block_out_channels[-1]; use None for the other norms' {groups}",
+    )
     check(head is None or head >= 1, f"attention_head_dim is {head}: use None for one head")
     check(
         len(channels) >= 1 and min(channels, default=0) >= 1,
@@ -179,6 +188,21 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self._initialise()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> UNet:
+        """Load a `UNet2DModel` that diffusers saved: its folder, or that of its pipeline.
+
+        Returns:
+            The network in float32, on the CPU, in eval mode.
+
+        Raises:
+            UserError: nothing there, damaged, or a network that this one cannot be; it says why.
+        """
+        # Here, because reading builds one of these.
+        from ddpm_engine.interop.network import load_unet
+
+        return load_unet(Path(path))
 
     def forward(
         self,

@@ -1,0 +1,120 @@
+"""The model card of an export: what the model is, where it came from, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ddpm_engine.pretrained import Pretrained
+
+MARK = "<!-- Written by ddpm-engine's export; exporting again replaces this folder. -->"
+
+
+def model_card(pretrained: Pretrained, weights: str) -> str:
+    """The `README.md` of an export, with the hub's front matter.
+
+    Args:
+        pretrained: what was exported.
+        weights: which of the run's weights they are, `"ema"` or `"model"`.
+    """
+    shape, diffusion = pretrained.config.model, pretrained.config.diffusion
+    sampling = pretrained.config.sampling
+    parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
+    schedule = f"{diffusion.schedule}, β from {diffusion.beta_start:g} to {diffusion.beta_end:g}"
+    if diffusion.betas is not None:
+        schedule = "given beta by beta"
+    elif diffusion.schedule != "linear":
+        schedule = diffusion.schedule
+    architecture = {
+        "network": "U-Net of denoising diffusion probabilistic models (`UNet2DModel`)",
+        "pictures": f"{shape.sample_size}×{shape.sample_size}, {shape.in_channels} channels",
+        "channels of each level": ", ".join(map(str, shape.block_out_channels)),
+        "levels that attend": ", ".join(
+            str(level)
+            for level, kind in enumerate(shape.down_block_types)
+            if kind == "AttnDownBlock2D"
+        )
+        or "none",
+        "residual blocks of each level": str(shape.layers_per_block),
+        "parameters": f"{parameters:,}",
+    }
+    process = {
+        "schedule": f"{schedule}, T = {diffusion.timesteps}",
+        "the network predicts": diffusion.prediction,
+        "variance of ancestral sampling": sampling.variance,
+        "spacing of fewer timesteps": sampling.spacing,
+        "sampler and steps of the run": f"{sampling.sampler}, "
+        + str(sampling.steps or diffusion.timesteps),
+    }
+    if shape.num_class_embeds is not None:
+        process["classes"] = (
+            f"{shape.num_class_embeds - 1}, and label {shape.num_class_embeds - 1} for no class"
+        )
+    return "\n".join(
+        [
+            "---", "library_name: diffusers", "tags: [ddpm]",
+            "---", MARK, "", "# A denoising diffusion model", "",
+            _table({**architecture, **process, **_origin(pretrained, weights)}), "",
+            *_usage(pretrained),
+        ]
+    )  # fmt: skip
+
+
+def _origin(pretrained: Pretrained, weights: str) -> dict[str, str]:
+    checkpoint, training = pretrained.checkpoint, pretrained.config.training
+    if checkpoint is None:
+        return {"origin": "a model of diffusers", "sha256 of its weights": f"`{pretrained.hash}`"}
+    averaged = f"moving average, decay {training.ema_decay}"
+    return {
+        "optimizer steps": f"{checkpoint.step:,} of {training.batch_size} images",
+        "weights": averaged if weights == "ema" else "those of the last step",
+        "fingerprint of the data": f"`{checkpoint.state.get('data', 'unknown')}`",
+        "seed": str(training.seed),
+        "hash of the checkpoint": f"`{checkpoint.hash}`",
+    }
+
+
+def _usage(pretrained: Pretrained) -> list[str]:
+    sampling = pretrained.config.sampling
+    all_steps = pretrained.config.diffusion.timesteps
+    steps = sampling.steps or all_steps
+    theirs = [f"    batch_size=4, num_inference_steps={steps}"]
+    if sampling.spacing == "trailing":
+        theirs = [
+            "    # With fewer steps its scheduler leaves noise in the finished pictures, unless",
+            "    # timestep_spacing is leading or linspace: trailing does not end at timestep 0.",
+            f"    batch_size=4, num_inference_steps={all_steps}",
+        ]
+    if pretrained.model.null_class is None:
+        diffusers = [
+            "from diffusers import DDPMPipeline", "",
+            'images = DDPMPipeline.from_pretrained("DIR")(',
+            *theirs, ").images",
+        ]  # fmt: skip
+    else:
+        diffusers = [
+            "from diffusers import DDPMScheduler, UNet2DModel", "",
+            "# The network wants class labels, which DDPMPipeline does not pass.",
+            'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
+            'scheduler = DDPMScheduler.from_pretrained("DIR", subfolder="scheduler")',
+            "# unet(x, t, class_labels=labels).sample",
+        ]  # fmt: skip
+    command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
+    ours = ["from ddpm_engine.unet import UNet", "", 'unet = UNet.from_pretrained("DIR")']
+    return [
+        "With diffusers:", "", "```python", *diffusers, "```", "",
+        "With ddpm-engine:", "", "```", command, "```", "", "```python", *ours, "```", "",
+    ]  # fmt: skip
+
+
+def _table(facts: Mapping[str, str]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an earlier export."""
+    try:
+        return MARK in (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,109 @@
+"""A trained model as a folder that diffusers' `DDPMPipeline` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.files import TEMPORARY_SUFFIX, atomic_write, fsync_directory
+from ddpm_engine.interop import network, scheduler
+from ddpm_engine.interop.card import is_export, model_card
+from ddpm_engine.interop.layout import INDEX, NETWORK_CONFIG, SCHEDULER_CONFIG
+from ddpm_engine.interop.weights import SAFETENSORS
+from ddpm_engine.pretrained import Pretrained
+from ddpm_engine.unet import UNet
+
+
+def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> None:
+    """Write a model as `DDPMPipeline.save_pretrained` would, and a card; diffusers is not needed.
+
+    The folder is written beside `out` and renamed: `out` is whole or not there. An earlier export
+    at `out` is replaced.
+
+    Args:
+        pretrained: the model.
+        out: the folder to make.
+        weights: which of the run's weights they are, for the card.
+
+    Raises:
+        UserError: `out` holds something else, or it cannot be written.
+    """
+    out = out.absolute()
+    pipeline = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", scheduler.CLASS],
+        "unet": ["diffusers", network.CLASS],
+    }
+    config = pretrained.config
+    process = scheduler.scheduler_entries(config.diffusion, config.sampling, pretrained.clip)
+    if out.exists() and not is_export(out) and not _is_empty_folder(out):
+        raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
+    temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary / "unet", temporary / "scheduler"):
+            folder.mkdir(parents=True)
+        _write_weights(pretrained.model, temporary / "unet" / SAFETENSORS)
+        _write_json(temporary / "unet" / NETWORK_CONFIG, network.config_entries(config.model))
+        _write_json(temporary / "scheduler" / SCHEDULER_CONFIG, process)
+        _write_json(temporary / INDEX, pipeline)
+        with atomic_write(temporary / "README.md") as file:
+            file.write(model_card(pretrained, weights).encode())
+        _put_in_place(temporary, out)
+    except OSError as error:
+        raise UserError(
+            f"writing --out {out} failed: {error}; make room there, or choose another"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(model: UNet, file: Path) -> None:
+    metadata = {"format": "pt"}  # without it diffusers does not read the file
+    if model.null_class is not None:
+        metadata["null_class"] = str(model.null_class)
+    # safetensors takes only contiguous tensors; ours are channels-last.
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    for folder in (temporary / "unet", temporary / "scheduler", temporary):
+        fsync_directory(folder)
+    before = out.with_name(out.name + ".old")
+    replaces = is_export(out)
+    if replaces:
+        # A folder cannot be renamed over a full one. Until the next rename there is none at `out`;
+        # the former one is whole in `.old`.
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(out, before)
+    try:
+        os.replace(temporary, out)
+    except OSError:
+        if replaces:
+            os.replace(before, out)
+        raise
+    fsync_directory(out.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,76 @@
+"""The folders that diffusers saves models in.
+
+today's                                        flat, and a network saved alone
+DIR/model_index.json                           DIR/config.json
+DIR/unet/config.json                           DIR/scheduler_config.json
+DIR/unet/diffusion_pytorch_model.safetensors   DIR/diffusion_pytorch_model.bin
+DIR/scheduler/scheduler_config.json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.interop.entries import read_json
+
+INDEX = "model_index.json"
+NETWORK_CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a saved model are."""
+
+    network: Path
+    """The folder of the network's `config.json` and weights."""
+    scheduler: Path
+    """The scheduler's configuration; absent if the network was saved alone."""
+
+
+def is_diffusers(path: Path) -> bool:
+    """Whether a folder looks like something that diffusers saved."""
+    if (path / INDEX).exists() or (path / "unet" / NETWORK_CONFIG).exists():
+        return True
+    config = path / NETWORK_CONFIG
+    return config.exists() and "_class_name" in read_json(config)
+
+
+def find_layout(path: Path) -> Layout:
+    """Find the parts of a saved model.
+
+    Raises:
+        UserError: there is no such folder or no network in it, or the model has further parts.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"there is no folder {path}; give one that holds a saved model. To fetch one from the "
+            "Hugging Face hub: hf download NAME --local-dir DIR"
+        )
+    if (path / INDEX).exists():
+        _check_parts(path / INDEX)
+    if (path / "unet" / NETWORK_CONFIG).exists():
+        return Layout(path / "unet", path / "scheduler" / SCHEDULER_CONFIG)
+    if (path / NETWORK_CONFIG).exists():
+        return Layout(path, path / SCHEDULER_CONFIG)
+    raise UserError(
+        f"{path} holds no diffusers model: neither unet/{NETWORK_CONFIG} nor {NETWORK_CONFIG}"
+    )
+
+
+def _check_parts(index: Path) -> None:
+    """A latent model's network draws no pictures without its decoder, so do not pretend."""
+    further = [
+        name
+        for name, value in read_json(index).items()
+        if name not in ("unet", "scheduler")
+        and isinstance(value, list)
+        and any(part is not None for part in value)
+    ]
+    if further:
+        raise UserError(
+            f"{index} lists {', '.join(further)} besides unet and scheduler; this engine draws "
+            "with models of pixels that need nothing else"
+        )

@@ -1,0 +1,145 @@
+"""Diffusers' `UNet2DModel` and our `UNet`: configuration, parameter names, weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ddpm_engine.config import UNetConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.interop.entries import Entries
+from ddpm_engine.interop.layout import NETWORK_CONFIG, find_layout
+from ddpm_engine.interop.weights import fill, read_weights
+from ddpm_engine.unet import UNet, check_shape
+
+CLASS = "UNet2DModel"
+
+# Entries that do not change what the network computes: one that only a learned time embedding
+# reads, which is refused, and what diffusers' EMA writes beside an averaged network. (Entries that
+# begin with an underscore are the library's own notes.)
+_IGNORED = (
+    "num_train_timesteps", "decay", "inv_gamma", "min_decay", "optimization_step", "power",
+    "update_after_step", "use_ema_warmup",
+)  # fmt: skip
+
+_FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_FORMER = re.compile(rf"(.*attentions\.\d+)\.({'|'.join(_FORMER_NAMES)})\.(weight|bias)")
+_PROJECTION = re.compile(r".*attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+
+
+@dataclass(frozen=True)
+class LoadedUNet:
+    """A network and where it came from."""
+
+    model: UNet
+    """Float32, on the CPU, in eval mode."""
+    hash: str
+    """Of the weight file."""
+    null_class: int | None
+    """The label that stands for no class, if the file says so; `export_pipeline` does."""
+
+
+def load_unet(path: Path) -> UNet:
+    """Load the network of a folder that diffusers saved; see `UNet.from_pretrained`."""
+    return read_unet(find_layout(path).network).model
+
+
+def read_unet(folder: Path) -> LoadedUNet:
+    """Load the network whose `config.json` and weights are in this folder.
+
+    Raises:
+        UserError: a part is missing or damaged, or `UNet` cannot be that network.
+    """
+    model = UNet(read_config(folder / NETWORK_CONFIG))
+    weights = read_weights(folder)
+    fill(model, todays_names(weights.tensors), folder)
+    null_class = weights.metadata.get("null_class", "")
+    return LoadedUNet(
+        model.eval(), weights.hash, int(null_class) if null_class.isdecimal() else None
+    )
+
+
+def read_config(file: Path) -> UNetConfig:
+    """Read a `UNet2DModel`'s configuration; absent entries have that class's defaults.
+
+    Raises:
+        UserError: naming an entry that is unknown, or whose value `UNet` cannot honour.
+    """
+    entries = Entries(file)
+    entries.require("_class_name", (CLASS,), None)
+    for name, supported, default in [
+        ("act_fn", ("silu", "swish"), "silu"),
+        ("add_attention", (True,), True),
+        ("center_input_sample", (False,), False),
+        ("class_embed_type", (None,), None),
+        ("downsample_type", ("conv",), "conv"),
+        ("mid_block_type", ("UNetMidBlock2D",), "UNetMidBlock2D"),
+        ("time_embedding_type", ("positional",), "positional"),
+        ("upsample_type", ("conv",), "conv"),
+    ]:
+        entries.require(name, supported, default)
+    channels = tuple(entries.take("block_out_channels", list, [224, 448, 672, 896]))
+    if not channels or not all(type(width) is int and width < 2**20 for width in channels):
+        entries.refuse("block_out_channels", channels, "it must list the channels of each level")
+    entries.require("time_embedding_dim", (None, 4 * channels[0]), None)
+    attending = ["DownBlock2D"] + 3 * ["AttnDownBlock2D"]
+    ascending = 3 * ["AttnUpBlock2D"] + ["UpBlock2D"]
+    config = UNetConfig(
+        sample_size=_sample_size(entries),
+        in_channels=entries.take("in_channels", int, 3),
+        out_channels=entries.take("out_channels", int, 3),
+        block_out_channels=channels,
+        # The types' names are checked with the shape.
+        down_block_types=cast(Any, tuple(entries.take("down_block_types", list, attending))),
+        up_block_types=cast(Any, tuple(entries.take("up_block_types", list, ascending))),
+        layers_per_block=entries.take("layers_per_block", int, 2),
+        attention_head_dim=entries.take_optional("attention_head_dim", int, 8),
+        norm_num_groups=entries.take("norm_num_groups", int, 32),
+        attn_norm_num_groups=entries.take_optional("attn_norm_num_groups", int, None),
+        norm_eps=entries.take("norm_eps", float, 1e-5),
+        dropout=entries.take("dropout", float, 0.0),
+        resnet_time_scale_shift=cast(Any, entries.take("resnet_time_scale_shift", str, "default")),
+        downsample_padding=entries.take("downsample_padding", int, 1),
+        mid_block_scale_factor=entries.take("mid_block_scale_factor", float, 1.0),
+        flip_sin_to_cos=entries.take("flip_sin_to_cos", bool, True),
+        freq_shift=entries.take("freq_shift", int, 0),
+        num_class_embeds=entries.take_optional("num_class_embeds", int, None),
+    )
+    entries.finish(_IGNORED)
+    try:
+        check_shape(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return config
+
+
+def config_entries(config: UNetConfig) -> dict[str, Any]:
+    """The `config.json` of the `UNet2DModel` that is this network."""
+    entries = {"_class_name": CLASS, **asdict(config)}
+    del entries["attention"]  # how it is computed, not what
+    return entries
+
+
+def todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename what older versions of diffusers saved, and squeeze attention's 1×1 convolutions."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if former := _FORMER.fullmatch(name):
+            name = f"{former[1]}.{_FORMER_NAMES[former[2]]}.{former[3]}"
+        if _PROJECTION.fullmatch(name) and tensor.dim() > 2 and tensor.shape[2:].numel() == 1:
+            tensor = tensor.reshape(tensor.shape[:2])
+        renamed[name] = tensor
+    return renamed
+
+
+def _sample_size(entries: Entries) -> int:
+    value = entries.take_any("sample_size", None)
+    sides = value if isinstance(value, list) else [value]
+    if not sides or type(sides[0]) is not int or any(side != sides[0] for side in sides):
+        entries.refuse("sample_size", value, "write the side of its square images in pixels there")
+    return sides[0]

@@ -1,0 +1,145 @@
+"""Diffusers' schedulers and our diffusion process: what is trained, and how pictures are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ddpm_engine.config import DiffusionConfig, SamplingConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.interop.entries import Entries
+from ddpm_engine.samplers.ddpm import Variance
+from ddpm_engine.samplers.spacing import Spacing
+
+CLASS = "DDPMScheduler"
+_PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+# `fixed_small_log` takes the logarithm and back.
+_VARIANCES = {"fixed_small_log": "fixed_small"}
+
+# Entries that do not change a picture: what only dynamic thresholding reads, which is refused, and
+# which array library an early version was to use.
+_IGNORED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a scheduler's configuration says."""
+
+    diffusion: DiffusionConfig
+    """The schedule and what the network predicts."""
+    sampling: SamplingConfig
+    """Spacing and variance; for what a scheduler leaves open, our defaults."""
+    clip: bool
+    """Whether estimates of x_0 are clipped to [-1, 1]."""
+
+
+def read_scheduler(file: Path) -> Process:
+    """Read the configuration of a `DDPMScheduler` or `DDIMScheduler`.
+
+    The two share the process. The second says nothing of the noise that ancestral sampling adds,
+    which is then that of our defaults. Where the last timestep visited is not 0, as with trailing
+    spacing and fewer than all steps, a `DDPMScheduler` adds noise to the finished picture, and our
+    sampler does not.
+
+    Raises:
+        UserError: the file is missing or damaged, or naming an entry that cannot be honoured.
+    """
+    entries = Entries(file)
+    kind = entries.take("_class_name", str, "nothing")
+    if kind not in (CLASS, "DDIMScheduler"):
+        entries.refuse("_class_name", kind, f"this engine reads {CLASS} and DDIMScheduler")
+    entries.require("thresholding", (False,), False)
+    entries.require("rescale_betas_zero_snr", (False,), False)
+    entries.require("steps_offset", (0,), 0)
+    entries.require("clip_sample_range", (1,), 1.0)
+    clip = entries.take("clip_sample", bool, True)
+    diffusion = _read_process(entries)
+    spacing = entries.take("timestep_spacing", str, "leading")
+    if spacing not in get_args(Spacing):
+        entries.refuse("timestep_spacing", spacing, f"it must be one of {get_args(Spacing)}")
+    sampling: dict[str, Any] = {"spacing": spacing}
+    if kind == CLASS:
+        variance = entries.take("variance_type", str, "fixed_small")
+        sampling["variance"] = _VARIANCES.get(variance, variance)
+        if sampling["variance"] not in get_args(Variance):
+            entries.refuse("variance_type", variance, f"the sampler has {get_args(Variance)}")
+    else:
+        entries.require("set_alpha_to_one", (True,), True)
+    entries.finish(_IGNORED)
+    try:
+        diffusion.build_schedule()
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Process(diffusion, SamplingConfig(**sampling), clip)
+
+
+def scheduler_entries(
+    diffusion: DiffusionConfig, sampling: SamplingConfig, clip: bool
+) -> dict[str, Any]:
+    """The `scheduler_config.json` of the `DDPMScheduler` that is this process.
+
+    A schedule whose shape diffusers does not have is written beta by beta.
+    """
+    schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(diffusion.schedule)
+    as_betas = schedule is None or diffusion.betas is not None
+    return {
+        "_class_name": CLASS,
+        "num_train_timesteps": diffusion.timesteps,
+        "beta_schedule": schedule or "linear",
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "trained_betas": diffusion.build_schedule().betas.tolist() if as_betas else None,
+        "prediction_type": {ours: name for name, ours in _PREDICTIONS.items()}[
+            diffusion.prediction
+        ],
+        "variance_type": sampling.variance,
+        "clip_sample": clip,
+        "clip_sample_range": 1.0,
+        "thresholding": False,
+        "timestep_spacing": sampling.spacing,
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def _read_process(entries: Entries) -> DiffusionConfig:
+    timesteps = entries.take("num_train_timesteps", int, 1000)
+    start = entries.take("beta_start", float, 1e-4)
+    end = entries.take("beta_end", float, 0.02)
+    shape = entries.take("beta_schedule", str, "linear")
+    prediction = entries.take("prediction_type", str, "epsilon")
+    if prediction not in _PREDICTIONS:
+        entries.refuse("prediction_type", prediction, f"it must be one of {tuple(_PREDICTIONS)}")
+    betas = entries.take_optional("trained_betas", list, None)
+    if timesteps < 1:
+        entries.refuse("num_train_timesteps", timesteps, "it must be at least 1")
+    if betas is not None:
+        if not all(type(beta) in (int, float) for beta in betas):
+            entries.refuse("trained_betas", betas, "it must list numbers")
+        betas = [float(beta) for beta in betas]
+    elif shape == "scaled_linear":
+        if min(start, end) < 0:
+            entries.refuse("beta_start and beta_end", [start, end], "their roots are taken")
+        roots = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64)
+        betas = roots.square().tolist()
+    elif shape == "sigmoid":
+        # Of β itself (GeoDiff), unlike our own sigmoid, which is of ᾱ.
+        rise = torch.linspace(-6, 6, timesteps, dtype=torch.float64).sigmoid()
+        betas = (rise * (end - start) + start).tolist()
+    elif shape not in ("linear", "squaredcos_cap_v2"):
+        entries.refuse(
+            "beta_schedule", shape,
+            "this engine reads linear, scaled_linear, squaredcos_cap_v2 and sigmoid; "
+            "write any other's betas into trained_betas",
+        )  # fmt: skip
+    return DiffusionConfig(
+        schedule="cosine" if shape == "squaredcos_cap_v2" else "linear",
+        timesteps=timesteps,
+        beta_start=start,
+        beta_end=end,
+        betas=None if betas is None else tuple(betas),
+        prediction=_PREDICTIONS[prediction],
+    )

@@ -1,0 +1,42 @@
+"""Write a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
+
+The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; diffusers
+need not be installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.pretrained import load_pretrained
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a trained model as a folder that diffusers loads."""
+
+    checkpoint: Path
+    """A run directory, or one checkpoints/step-… in it."""
+    out: Path
+    """Folder to make; an earlier export there is replaced."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights, or those of the last step."""
+
+
+def main() -> None:
+    """Load, write."""
+    with exit_on_user_error():
+        options = tyro.cli(Options)
+        pretrained = load_pretrained(options.checkpoint, weights=options.weights)
+        export_pipeline(pretrained, options.out, options.weights)
+        print(f"{options.out} is written; README.md in it says how to load it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Checkpoints exchanged with diffusers, which is here only to write them and to read ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, UNetConfig
+from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.interop.network import read_config
+from ddpm_engine.interop.scheduler import read_scheduler, scheduler_entries
+from ddpm_engine.pretrained import Pretrained, load_pretrained
+from ddpm_engine.samplers import sample
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Stream, gaussian_noise
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.pipelines.ddpm import pipeline_ddpm  # noqa: E402
+from diffusers.schedulers import scheduling_ddpm  # noqa: E402
+
+TINY: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "one_head": {"attention_head_dim": None},
+    "cifar10_like": {
+        "attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False,
+        "freq_shift": 1, "norm_eps": 1e-6,
+    },
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale_shift_with_norm": {
+        "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 2,
+    },
+    "swish": {"act_fn": "swish"},
+    "classes": {"num_class_embeds": 5},
+    "learned_variance": {"out_channels": 6},
+}  # fmt: skip
+
+
+def randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def theirs(**changes: Any) -> Any:
+    peer = diffusers.UNet2DModel(**{**TINY, **changes}).eval()
+    randomise(peer)
+    return peer
+
+
+def ours(config: UNetConfig | None = None, **run: Any) -> Pretrained:
+    """A network of ours as if a run had trained it."""
+    model = UNet(config or UNetConfig(**TINY)).eval().requires_grad_(False)
+    randomise(model)
+    whole = RunConfig(model=model.config, **run)
+    return Pretrained(model, whole.diffusion.build_schedule(), whole, hash="0" * 64)
+
+
+def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
+    first, second = actual.state_dict(), expected.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_same_network(actual: UNet, expected: Any, classes: bool = False) -> None:
+    assert_same_bits(actual, expected)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    timesteps, labels = torch.tensor([0, 500, 999]), torch.tensor([0, 3, 4]) if classes else None
+    with torch.no_grad():
+        output = expected(x, timesteps, class_labels=labels).sample
+        difference = (actual(x, timesteps, labels) - output).abs().max().item()
+    print(f"max |difference| = {difference:.1e}, std {output.std():.2f}")
+    assert output.std() > 0.2
+    assert difference <= 1e-5
+
+
+# --- Reading
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_diffusers_saved(name: str, tmp_path: Path) -> None:
+    peer = theirs(**VARIANTS[name])
+    peer.save_pretrained(tmp_path)
+    assert_same_network(UNet.from_pretrained(tmp_path), peer, classes=name == "classes")
+
+
+@pytest.mark.parametrize("how", [{"safe_serialization": False}, {"max_shard_size": "20KB"}])
+def test_other_files(how: dict[str, Any], tmp_path: Path) -> None:
+    peer = theirs()
+    peer.save_pretrained(tmp_path, **how)
+    assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
+    assert_same_network(UNet.from_pretrained(str(tmp_path)), peer)
+
+
+def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
+    peer = theirs().half()
+    peer.save_pretrained(tmp_path)
+    assert_same_network(UNet.from_pretrained(tmp_path), peer.float())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_both_layouts(flat: bool, tmp_path: Path) -> None:
+    peer = theirs()
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=False)
+    if flat:
+        peer.save_pretrained(tmp_path)
+        scheduler.save_pretrained(tmp_path)
+    else:
+        diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path)
+    pretrained = load_pretrained(tmp_path)
+    assert_same_network(pretrained.model, peer)
+    assert pretrained.config.sampling == SamplingConfig(variance="fixed_large", spacing="leading")
+    assert not pretrained.clip
+    assert len(pretrained.hash) == 64
+    assert pretrained.step is None
+
+
+def old_style(tensors: dict[str, Tensor], squeezed: bool) -> dict[str, Tensor]:
+    """As diffusers 0.0.4 saved them, or as some conversions from convolutions did."""
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "attentions" in name and "group_norm" not in name:
+            for new, old in former.items():
+                name = name.replace(f".{new}.", f".{old}.")
+            if squeezed and tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+        renamed[name] = tensor
+    assert renamed.keys() != tensors.keys()
+    return renamed
+
+
+@pytest.mark.parametrize("squeezed", [False, True])
+def test_former_attention_names(squeezed: bool, tmp_path: Path) -> None:
+    peer = theirs()
+    peer.save_config(tmp_path)
+    tensors = old_style(peer.state_dict(), squeezed)
+    torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
+    assert_same_network(UNet.from_pretrained(tmp_path), peer)
+
+
+@pytest.mark.parametrize("shape", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+def test_schedules(kind: str, shape: str, tmp_path: Path) -> None:
+    if kind == "DDIMScheduler" and shape == "sigmoid":
+        pytest.skip("which that scheduler does not have")
+    peer = getattr(diffusers, kind)(
+        num_train_timesteps=200, beta_schedule=shape, beta_start=1e-3, beta_end=0.05,
+        prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    peer.save_pretrained(tmp_path)
+    process = read_scheduler(tmp_path / "scheduler_config.json")
+    betas = process.diffusion.build_schedule().betas
+    torch.testing.assert_close(betas.float(), peer.betas, rtol=1e-5, atol=1e-7)
+    assert process.diffusion.prediction == "v"
+    assert process.sampling.spacing == "trailing"
+    assert not process.clip
+
+
+def test_given_betas(tmp_path: Path) -> None:
+    betas = [0.1, 0.25, 0.5]
+    diffusers.DDPMScheduler(3, trained_betas=betas).save_pretrained(tmp_path)
+    process = read_scheduler(tmp_path / "scheduler_config.json")
+    assert process.diffusion.build_schedule().betas.tolist() == betas
+
+
+# --- Writing
+
+
+CONFIGS = {
+    "plain": UNetConfig(**TINY),
+    "one_head": UNetConfig(**TINY, attention_head_dim=4, dropout=0.1),
+    "scale_shift": UNetConfig(**TINY, resnet_time_scale_shift="scale_shift", freq_shift=0),
+    "padded": UNetConfig(**TINY, downsample_padding=1, mid_block_scale_factor=1.5),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_export_loads_in_diffusers_and_again_here(name: str, tmp_path: Path) -> None:
+    pretrained = ours(
+        CONFIGS[name],
+        diffusion=DiffusionConfig(schedule="cosine", prediction="v", timesteps=300),
+        sampling=SamplingConfig(variance="fixed_small", spacing="linspace"),
+    )
+    export_pipeline(pretrained, tmp_path / "first")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "first")
+    assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
+    assert_same_network(pretrained.model, pipeline.unet)
+
+    pipeline.save_pretrained(tmp_path / "second")
+    back = load_pretrained(tmp_path / "second")
+    assert_same_bits(back.model, pretrained.model)
+    assert back.config == pretrained.config
+    assert torch.equal(back.schedule.betas, pretrained.schedule.betas)
+
+
+def test_there_and_back_from_diffusers(tmp_path: Path) -> None:
+    peer = theirs(attn_norm_num_groups=2)
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
+    diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path / "first")
+    export_pipeline(load_pretrained(tmp_path / "first"), tmp_path / "second")
+    back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "second")
+    assert_same_bits(back.unet, peer)
+    torch.testing.assert_close(back.scheduler.betas, scheduler.betas, rtol=1e-5, atol=0)
+
+
+def test_a_schedule_that_diffusers_does_not_have() -> None:
+    diffusion = DiffusionConfig(schedule="sigmoid", timesteps=100)
+    entries = scheduler_entries(diffusion, SamplingConfig(), True)
+    peer = diffusers.DDPMScheduler.from_config(entries)
+    assert torch.equal(peer.betas, diffusion.build_schedule().betas.float())
+
+
+def test_classes(tmp_path: Path) -> None:
+    pretrained = ours(UNetConfig(**TINY, num_class_embeds=5))
+    export_pipeline(pretrained, tmp_path / "ours")
+    peer = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", subfolder="unet")
+    assert_same_network(pretrained.model, peer, classes=True)
+    assert load_pretrained(tmp_path / "ours").model.null_class == 4
+    assert "label 4 for no class" in (tmp_path / "ours" / "README.md").read_text()
+
+
+# --- Drawing
+
+
+@pytest.mark.parametrize(
+    "diffusion",
+    [DiffusionConfig(), DiffusionConfig(schedule="cosine"), DiffusionConfig(prediction="v")],
+)
+@pytest.mark.parametrize(
+    ("spacing", "variance"),
+    [("leading", "fixed_small"), ("leading", "fixed_large"), ("linspace", "fixed_large"),
+     ("trailing", "fixed_small")],
+)  # fmt: skip
+def test_the_pipeline_draws_our_pictures(
+    diffusion: DiffusionConfig,
+    spacing: Any,
+    variance: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampling = SamplingConfig(variance=variance, spacing=spacing)
+    pretrained = ours(diffusion=diffusion, sampling=sampling)
+    export_pipeline(pretrained, tmp_path / "export")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "export")
+    pipeline.set_progress_bar_config(disable=True)
+
+    ids, shape = torch.tensor([3, 2**40]), (3, 8, 8)
+    initial = gaussian_noise(6, ids, shape, 0, Stream.INITIAL_NOISE)
+    # Where the last timestep is not 0, the peer would add noise to the finished picture.
+    noises: Iterator[Tensor] = (
+        gaussian_noise(6, ids, shape, step, Stream.SAMPLER_NOISE) * (step < 49)
+        for step in range(50 if spacing == "trailing" else 49)
+    )
+    monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *_, **__: initial)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(noises))
+    expected = pipeline(batch_size=2, num_inference_steps=50, output_type="np").images
+    assert next(noises, None) is None  # every step took its noise
+
+    drawn = sample(
+        pretrained.model, pretrained.schedule, sample_ids=ids, seed=6, steps=50,
+        spacing=spacing, variance=variance, prediction=diffusion.prediction,
+    )  # fmt: skip
+    actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    difference = (actual - torch.from_numpy(expected)).abs().max().item()
+    print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
+    assert expected.std() > 0.1
+    assert difference <= 1e-4
+
+
+def test_the_published_cifar10_configuration(tmp_path: Path) -> None:
+    """The entries of google/ddpm-cifar10-32, which are those of an early diffusers."""
+    entries = {
+        "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu",
+        "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3,
+        "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-06,
+        "norm_num_groups": 32, "out_channels": 3, "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert read_config(tmp_path / "config.json") == replace(UNetConfig(), sample_size=32)

@@ -1,0 +1,366 @@
+"""Other libraries' checkpoints without those libraries: refusals, damage, and what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_engine.config import RunConfig, SamplingConfig, UNetConfig, to_dict
+from ddpm_engine.errors import UserError
+from ddpm_engine.interop import export
+from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.pretrained import Pretrained, load_pretrained
+from ddpm_engine.training.checkpoint import CheckpointStore
+from ddpm_engine.unet import UNet
+
+MODEL = UNetConfig(
+    sample_size=8,
+    block_out_channels=(4, 8),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=2,
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with one checkpoint, whose average is twice its weights."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config = RunConfig(model=MODEL)
+    model = UNet(MODEL).state_dict()
+    parts = {"model": model, "ema": {name: 2 * tensor for name, tensor in model.items()}}
+    state = {"config": to_dict(config), "data": "f" * 64}
+    CheckpointStore(folder / "checkpoints").save(1234, parts, state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def original(run: Path) -> Path:
+    folder = run.with_name("exported")
+    export_pipeline(load_pretrained(run), folder)
+    return folder
+
+
+@pytest.fixture
+def exported(original: Path, tmp_path: Path) -> Path:
+    """An export to damage."""
+    return Path(shutil.copytree(original, tmp_path / "exported"))
+
+
+def change(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+# --- Writing
+
+
+def test_a_run_and_its_export_are_the_same_model(run: Path, tmp_path: Path) -> None:
+    for weights in ("ema", "model"):
+        pretrained = load_pretrained(run, weights=weights)
+        export_pipeline(pretrained, tmp_path / weights, weights)
+        back = load_pretrained(tmp_path / weights)
+        assert back.config == replace(pretrained.config, sampling=SamplingConfig())
+        for name, tensor in pretrained.model.state_dict().items():
+            assert torch.equal(back.model.state_dict()[name], tensor)
+    files = (path for path in (tmp_path / "ema").rglob("*") if path.is_file())
+    assert {path.relative_to(tmp_path / "ema").as_posix() for path in files} == {
+        "README.md",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{WEIGHTS}",
+    }
+
+
+def test_the_card_has_the_facts(run: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    pretrained = load_pretrained(run)
+    parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
+    for fact in (
+        "8×8, 3 channels", "| 4, 8 |", f"{parameters:,}", "f" * 64, "1,234", pretrained.hash,
+        "linear, β from 0.0001 to 0.02, T = 1000", "moving average, decay 0.9999",
+        "DDPMPipeline.from_pretrained", "UNet.from_pretrained", "launch/sample.py",
+    ):  # fmt: skip
+        assert fact in card, fact
+
+
+def test_an_export_replaces_an_export_and_nothing_else(run: Path, exported: Path) -> None:
+    before = (exported / "unet" / WEIGHTS).read_bytes()
+    export_pipeline(load_pretrained(run, weights="model"), exported, "model")
+    assert (exported / "unet" / WEIGHTS).read_bytes() != before
+    assert not list(exported.parent.glob("*.old"))
+
+    (exported / "README.md").write_text("my notes")
+    with pytest.raises(UserError, match="is not an export; choose another"):
+        export_pipeline(load_pretrained(run), exported)
+    assert (exported / "README.md").read_text() == "my notes"
+    with pytest.raises(UserError, match="is not an export"):
+        export_pipeline(load_pretrained(run), run)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("step", ["_write_weights", "model_card", "_put_in_place"])
+def test_a_failed_export_leaves_what_was_there(
+    step: str, earlier: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, pretrained = tmp_path / "out", load_pretrained(run)
+    if earlier:
+        export_pipeline(pretrained, out)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export, step, full)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        export_pipeline(pretrained, out)
+    assert {path.name for path in tmp_path.iterdir()} == ({"out"} if earlier else set())
+    if earlier:
+        load_pretrained(out)
+
+
+def test_a_folder_that_cannot_be_put_in_place(
+    run: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, replace_path = (exported / "unet" / WEIGHTS).read_bytes(), os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).is_dir() and str(source).endswith(".tmp"):
+            raise OSError("Input/output error")
+        replace_path(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(UserError, match="Input/output error"):
+        export_pipeline(load_pretrained(run, weights="model"), exported)
+    assert (exported / "unet" / WEIGHTS).read_bytes() == before
+    assert list(exported.parent.iterdir()) == [exported]
+
+
+def test_a_killed_export_is_not_in_the_way(run: Path, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "out.tmp")
+    export_pipeline(load_pretrained(run), tmp_path / "out")
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert load_pretrained(tmp_path / "run").step == 1234
+
+
+# --- Refusals
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("act_fn", "gelu"),
+        ("add_attention", False),
+        ("attention_head_dim", "8"),
+        ("attn_norm_num_groups", 3),
+        ("block_out_channels", [4, 8.5]),
+        ("center_input_sample", True),
+        ("class_embed_type", "timestep"),
+        ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
+        ("downsample_type", "resnet"),
+        ("dropout", True),
+        ("mid_block_type", None),
+        ("norm_eps", float("inf")),
+        ("norm_num_groups", 3),
+        ("out_channels", 10**30),
+        ("resnet_time_scale_shift", "ada_group"),
+        ("sample_size", None),
+        ("sample_size", [8, 16]),
+        ("time_embedding_dim", 99),
+        ("time_embedding_type", "fourier"),
+        ("upsample_type", "resnet"),
+        ("_class_name", "UNet2DConditionModel"),
+        ("new_entry", 7),
+    ],
+)
+def test_a_network_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
+    change(exported / "unet" / "config.json", **{entry: value})
+    with pytest.raises(UserError) as refused:
+        UNet.from_pretrained(exported)
+    shown = value[0] if entry == "down_block_types" else value
+    assert entry in str(refused.value)
+    assert any(text in str(refused.value) for text in (json.dumps(shown), repr(shown)))
+    assert str(exported / "unet" / "config.json") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("_class_name", "PNDMScheduler"),
+        ("beta_schedule", "laplace"),
+        ("beta_start", -0.1),
+        ("clip_sample", "yes"),
+        ("clip_sample_range", 2.0),
+        ("num_train_timesteps", 0),
+        ("prediction_type", "flow"),
+        ("rescale_betas_zero_snr", True),
+        ("steps_offset", 1),
+        ("thresholding", True),
+        ("timestep_spacing", "karras"),
+        ("trained_betas", [0.5, 2.0]),
+        ("variance_type", "learned"),
+        ("new_entry", 7),
+    ],
+)
+def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
+    file = exported / "scheduler" / "scheduler_config.json"
+    change(file, **{entry: value})
+    with pytest.raises(UserError) as refused:
+        load_pretrained(exported)
+    assert str(file) in str(refused.value)
+    known = {"beta_start": "beta at timestep 0", "trained_betas": "betas has 2 entries"}
+    assert known.get(entry, entry) in str(refused.value)
+    UNet.from_pretrained(exported)  # whose network is as it was
+
+
+@pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])
+def test_entries_that_change_nothing(exported: Path, entry: str) -> None:
+    change(exported / "unet" / "config.json", **{entry: 5})
+    assert UNet.from_pretrained(exported).config == MODEL
+
+
+def test_a_latent_model(exported: Path) -> None:
+    change(exported / "model_index.json", vqvae=["diffusers", "VQModel"], extra=[None, None])
+    with pytest.raises(UserError, match="lists vqvae besides"):
+        load_pretrained(exported)
+
+
+def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: Path) -> None:
+    model = UNet(replace(MODEL, num_class_embeds=3)).eval()
+    config = RunConfig(model=model.config)
+    pretrained = Pretrained(model, config.diffusion.build_schedule(), config, "0" * 64)
+    export_pipeline(pretrained, tmp_path / "out")
+    assert load_pretrained(tmp_path / "out").model.null_class == 2
+    (tmp_path / "out" / "unet" / WEIGHTS).unlink()
+    weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.bin"
+    torch.save(model.state_dict(), weights)
+    with pytest.raises(UserError, match=r"num_class_embeds is 3.*stands for no class"):
+        load_pretrained(tmp_path / "out")
+    assert UNet.from_pretrained(tmp_path / "out").config.num_class_embeds == 3
+
+
+def test_a_learned_variance_without_its_outputs(exported: Path) -> None:
+    change(exported / "unet" / "config.json", out_channels=6)
+    with pytest.raises(UserError, match="differ"):
+        load_pretrained(exported)
+    model = UNet(replace(MODEL, out_channels=6))
+    (exported / "unet" / WEIGHTS).unlink()
+    torch.save(model.state_dict(), exported / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"out_channels is 6.*must be 3"):
+        load_pretrained(exported)
+
+
+# --- Damage
+
+
+class Payload:
+    """What an attacker would put in a pickle."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.proof,)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_pickle_is_not_executed(exported: Path, tmp_path: Path, how: str) -> None:
+    proof = tmp_path / "executed"
+    (exported / "unet" / WEIGHTS).unlink()
+    file = exported / "unet" / "diffusion_pytorch_model.bin"
+    content = {**UNet(MODEL).state_dict(), "extra": Payload(proof)}
+    if how == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match="would execute code"):
+        UNet.from_pretrained(exported)
+    assert not proof.exists()
+    if how == "torch":  # the test itself: freely unpickled, it does execute
+        torch.load(file, weights_only=False)
+        assert proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"PK\x03\x04 cut"])
+def test_a_damaged_pickle(exported: Path, content: bytes) -> None:
+    (exported / "unet" / WEIGHTS).unlink()
+    (exported / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged.*download it again"):
+        UNet.from_pretrained(exported)
+
+
+def test_a_pickle_of_something_else(exported: Path) -> None:
+    (exported / "unet" / WEIGHTS).unlink()
+    torch.save([1, 2], exported / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="not a state dict"):
+        UNet.from_pretrained(exported)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_a_cut_weight_file(exported: Path, keep: int) -> None:
+    file = exported / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"is damaged .*download or save it again"):
+        load_pretrained(exported)
+
+
+def test_weights_of_another_network(exported: Path) -> None:
+    change(exported / "unet" / "config.json", layers_per_block=2)
+    with pytest.raises(UserError, match=r"tensors differ.*\n.* is missing"):
+        load_pretrained(exported)
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [
+        (f"unet/{WEIGHTS}", "there are no weights in"),
+        ("unet/config.json", "holds no diffusers model"),
+        ("scheduler/scheduler_config.json", "is missing; download or save the whole model"),
+    ],
+)
+def test_missing_files(exported: Path, missing: str, expected: str) -> None:
+    (exported / missing).unlink()
+    with pytest.raises(UserError, match=expected):
+        load_pretrained(exported)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"'])
+def test_damaged_json(exported: Path, content: str) -> None:
+    (exported / "unet" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"unet/config\.json is "):
+        UNet.from_pretrained(exported)
+
+
+def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
+    (exported / "unet" / WEIGHTS).rename(exported / WEIGHTS)
+    index = exported / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": f"../{WEIGHTS}"}}))
+    with pytest.raises(UserError, match="files beside it"):
+        UNet.from_pretrained(exported)
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "gone.safetensors"}}))
+    with pytest.raises(UserError, match=r"gone\.safetensors is missing"):
+        UNet.from_pretrained(exported)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder.*hf download"):
+        UNet.from_pretrained("google/ddpm-cifar10-32")
+    with pytest.raises(UserError, match="holds no diffusers model"):
+        UNet.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no usable checkpoint.*\n.*folder of a diffusers model"):
+        load_pretrained(tmp_path)
