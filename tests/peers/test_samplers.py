@@ -25,7 +25,7 @@ from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
 
-diffusers = pytest.importorskip("diffusers")
+diffusers: Any = pytest.importorskip("diffusers")
 scheduling_ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -239,7 +239,7 @@ def multistep_cases() -> list[tuple[Any, bool, int, str]]:
     ]
 
 
-class ThirdOrder(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc, unused-ignore]
+class ThirdOrder(diffusers.DPMSolverMultistepScheduler):
     """Theirs with the second derivative in full.
 
     Their D2 is the divided difference, half the derivative that its factor asks for, so they

@@ -181,7 +181,8 @@ def test_rows_are_finite(
     if zero_snr:
         schedule = schedule.rescaled_to_zero_terminal_snr()
     steps = data.draw(st.integers(1, min(timesteps, 60)))
-    prediction = data.draw(st.sampled_from(["x0", "v"] if zero_snr else ["eps", "x0", "v"]))
+    predictions: list[Any] = ["x0", "v"] if zero_snr else ["eps", "x0", "v"]
+    prediction = data.draw(st.sampled_from(predictions))
     options: dict[str, Any] = {
         "variance": data.draw(st.sampled_from(["fixed_small", "fixed_large", "learned_range"])),
         "eta": data.draw(st.floats(0, 1)),
