@@ -31,7 +31,7 @@ class Process:
     diffusion: DiffusionConfig
     """The schedule and what the network predicts."""
     sampling: SamplingConfig
-    """Spacing and variance; for what a scheduler leaves open, our defaults."""
+    """Sampler, spacing and variance; for what a scheduler leaves open, our defaults."""
     clip: bool
     """Whether estimates of x_0 are clipped to [-1, 1]."""
 
@@ -39,10 +39,9 @@ class Process:
 def read_scheduler(file: Path) -> Process:
     """Read the configuration of a `DDPMScheduler` or `DDIMScheduler`.
 
-    The two share the process. The second says nothing of the noise that ancestral sampling adds,
-    which is then that of our defaults. Where the last timestep visited is not 0, as with trailing
-    spacing and fewer than all steps, a `DDPMScheduler` adds noise to the finished picture, and our
-    sampler does not.
+    The two share the process, and the second is drawn from with ddim and no noise. Where the last
+    timestep visited is not 0, as with trailing spacing and fewer than all steps, a `DDPMScheduler`
+    adds noise to the finished picture, and our sampler does not.
 
     Raises:
         UserError: the file is missing or damaged, or naming an entry that cannot be honoured.
@@ -68,6 +67,7 @@ def read_scheduler(file: Path) -> Process:
             entries.refuse("variance_type", variance, f"the sampler has {get_args(Variance)}")
     else:
         entries.require("set_alpha_to_one", (True,), True)
+        sampling["sampler"] = "ddim"
     entries.finish(_IGNORED)
     try:
         diffusion.build_schedule()

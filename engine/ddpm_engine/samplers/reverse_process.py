@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.guidance import Guidance, dynamic_threshold, rescale_factor
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Column, reverse_step
@@ -31,8 +32,11 @@ Kind = tuple[bool, bool]
 def captured(step: Callable[[], None]) -> Callable[[], None]:
     """Capture work on the current CUDA device as a graph; nothing is run. Returns its replay."""
     graph = torch.cuda.CUDAGraph()
+    # Weights that autocast has converted are kept until it ends, and the graph may live longer.
+    torch.clear_autocast_cache()
     with torch.cuda.graph(graph):
         step()
+    torch.clear_autocast_cache()
     return graph.replay
 
 
@@ -85,6 +89,7 @@ class ReverseProcess:
         self._capture = capture
 
         rows = table.rows.clone()
+        self._learned = bool(rows[:, Column.LOG_VARIANCE_MAX].any())
         self._guided = [False] * len(rows)
         if guidance is not None and alpha_bar is not None:
             self._guided = guidance.guides(alpha_bar)
@@ -164,6 +169,11 @@ class ReverseProcess:
     def _run(self, kind: Kind, row: Tensor, timestep: Tensor) -> None:
         guided, refresh = kind
         output, unconditional = self._evaluate(guided, refresh, timestep)
+        if self._learned and output.shape[1] != 2 * self.x.shape[1]:
+            raise UserError(
+                f"variance is learned_range, but the network's output has {output.shape[1]} "
+                f"channels; it would need {2 * self.x.shape[1]}. Use fixed_small or fixed_large"
+            )
         rescale = threshold = None
         if unconditional is not None and self.guidance is not None and self.guidance.rescale:
             scale = self.rows.index_select(0, row.reshape(1))[0, Column.GUIDANCE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,10 @@ def draw_preview(
     A grid that cannot be written is reported and does not end training.
     """
     log, ranks = config.log, accelerator.num_processes
+    sampling = replace(config.sampling, steps=log.sample_steps)
+    if sampling.variance == "fixed_large":
+        # The smaller variance suits the few steps that a preview takes.
+        sampling = replace(sampling, variance="fixed_small")
     share = -(-log.sample_count // ranks)
     ids = torch.arange(share, device=accelerator.device) * ranks + accelerator.process_index
     with accelerator.autocast():
@@ -32,13 +37,10 @@ def draw_preview(
             schedule,
             sample_ids=ids,
             seed=config.training.seed,
-            sampler=config.sampling.sampler,
-            steps=log.sample_steps,
-            spacing=config.sampling.spacing,
-            # The smaller variance suits the few steps that a preview takes.
-            variance="fixed_small",
             prediction=config.diffusion.prediction,
             labels=None if model.null_class is None else ids % model.null_class,
+            capture=False,  # a graph would outlast the memory that training wants back
+            **asdict(sampling),
         )
     gathered, gathered_ids = accelerator.gather((pictures, ids))
     if not accelerator.is_main_process:
