@@ -343,16 +343,16 @@ def main() -> None:
         progress = Progress(
             len(ids), lambda: len(wanted & pictures.ids()), drawing.evaluations, rank == 0
         )
-        left = fill(
+        finished = fill(
             pictures, ids, drawing.draw, drawing.label_of, progress.written,
             batch_size=machine.batch_size, per_shard=machine.per_shard or 1024,
             rank=rank, ranks=ranks,
         )  # fmt: skip
         progress.close()
-        if not left:
+        if finished:
             print(f"{len(ids)} pictures in {options.out}, the first of them in {pictures.grid}")
         elif ranks == 1:
-            print(f"{left} pictures of {options.out} are still being drawn by another process")
+            print(f"another process is still drawing pictures in {options.out}")
 
 
 if __name__ == "__main__":

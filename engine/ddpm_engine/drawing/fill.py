@@ -3,7 +3,7 @@
 Every process goes through all of the ids: first the pieces that are its own by turn, then, from the
 end, those of the others. What is there is skipped, and so is what another process has claimed. So
 nobody waits for anybody, whoever is late or dead has its pieces taken over, and a run that was
-ended is run again with any number of processes.
+ended is run again with any number of processes. The last one that leaves finishes the set.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def fill(
     per_shard: int = 1024,
     rank: int = 0,
     ranks: int = 1,
-) -> int:
-    """Draw the missing pictures, and the grid if nothing is missing in the end.
+) -> bool:
+    """Draw the missing pictures; the last process that does so makes the grid.
 
     Args:
         pictures: where they go.
@@ -42,8 +42,7 @@ def fill(
         ranks: how many there are.
 
     Returns:
-        How many pictures are still missing when this process has nothing left to do: they are
-        being drawn by others.
+        Whether the set is finished; False: other processes are still drawing what is missing.
 
     Raises:
         UserError: the disk is full, or there are several processes and no file locks.
@@ -61,21 +60,34 @@ def fill(
         pieces = units(ids, min(batch_size, -(-len(ids) // ranks)), aligned=False)
     own = pieces[rank::ranks]
     others = [piece for i, piece in enumerate(pieces) if i % ranks != rank]
-    present, drawn = pictures.ids(), False
-    for piece in [*own, *reversed(others)]:
-        if present.issuperset(piece):
-            continue
-        with pictures.claim(piece) as granted:
-            if not granted:
+
+    def pass_over() -> bool:
+        """Draw what can be claimed; whether there was anything."""
+        present, drawn = pictures.ids(), False
+        for piece in [*own, *reversed(others)]:
+            if present.issuperset(piece):
                 continue
-            present = pictures.ids()
-            if missing := [k for k in piece if k not in present]:
-                batches = (missing[i : i + batch_size] for i in range(0, len(missing), batch_size))
-                images = np.concatenate([draw(batch) for batch in batches])
-                pictures.write(missing, images, [label_of(k) for k in missing])
-                on_written(len(missing))
-                drawn = True
-    left = len(set(ids) - pictures.ids())
-    if not left and (drawn or not pictures.grid.exists()):
-        pictures.write_grid(ids)
-    return left
+            with pictures.claim(piece) as granted:
+                if not granted:
+                    continue
+                present = pictures.ids()
+                if missing := [k for k in piece if k not in present]:
+                    batches = (
+                        missing[i : i + batch_size] for i in range(0, len(missing), batch_size)
+                    )
+                    images = np.concatenate([draw(batch) for batch in batches])
+                    pictures.write(missing, images, [label_of(k) for k in missing])
+                    on_written(len(missing))
+                    drawn = True
+        return drawn
+
+    drawn = True
+    while drawn:
+        drawn = pass_over()
+        if not pictures.leave():
+            return False
+        if pictures.ids().issuperset(ids):
+            pictures.write_grid(ids)
+            return True
+        # Somebody who had claimed a piece has died since it was passed over.
+    return False

@@ -31,7 +31,9 @@ from ddpm_engine.files import TEMPORARY_SUFFIX, write_once
 
 MANIFEST = "manifest.json"
 _GRID_LIMIT = 256
-_GRID_LOCK = 1 << 60  # beyond every id
+_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
+_SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
+_PRESENCE = 1 << 60  # a byte beyond every id, which all who fill the set lock together
 
 
 class PictureSet:
@@ -66,7 +68,7 @@ class PictureSet:
             # time would release every lock.
             self._manifest = manifest.open("r+b")
         self._refuse_other_settings(self._manifest.read())
-        self.locks = self._try_locking()
+        self.locks = self._try_lock(_SHARED) is not None
         self._remove_leftovers()
 
     @property
@@ -125,14 +127,21 @@ class PictureSet:
         return np.stack([found[k] for k in ids])
 
     def write_grid(self, ids: Sequence[int]) -> None:
-        """Show the first of these pictures in one, unless another process is doing so.
+        """Show the first of these pictures in one; for one process at a time.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        with self._locked(_GRID_LOCK, 1) as granted, self._writing():
-            if granted:
-                save_png(grid(self.read(ids[:_GRID_LIMIT])), self.grid)
+        with self._writing():
+            save_png(grid(self.read(ids[:_GRID_LIMIT])), self.grid)
+
+    def leave(self) -> bool:
+        """Stop counting as one who fills the set; True: nobody else does, and nobody else is told.
+
+        Of several who leave at the same time one is the last. True without locks.
+        """
+        self._try_lock(fcntl.LOCK_UN)
+        return self._try_lock(_EXCLUSIVE) is not False
 
     def _names(self) -> Collection[str]:
         try:
@@ -142,26 +151,19 @@ class PictureSet:
 
     @contextmanager
     def _locked(self, start: int, length: int) -> Iterator[bool]:
+        granted = self._try_lock(_EXCLUSIVE, start, length)
         try:
-            fcntl.lockf(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                yield False
-                return
-            # No locks here, as `locks` says.
-            yield True
-            return
-        try:
-            yield True
+            yield granted is not False
         finally:
-            fcntl.lockf(self._manifest, fcntl.LOCK_UN, length, start)
+            if granted:
+                self._try_lock(fcntl.LOCK_UN, start, length)
 
-    def _try_locking(self) -> bool:
+    def _try_lock(self, kind: int, start: int = _PRESENCE, length: int = 1) -> bool | None:
+        """Lock or unlock bytes: whether that was granted, or None without locks."""
         try:
-            fcntl.lockf(self._manifest, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _GRID_LOCK)
+            fcntl.lockf(self._manifest, kind, length, start)
         except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
-        fcntl.lockf(self._manifest, fcntl.LOCK_UN, 1, _GRID_LOCK)
+            return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
         return True
 
     def _remove_leftovers(self) -> None:

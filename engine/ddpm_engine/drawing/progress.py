@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-_SECONDS_ON_A_TERMINAL = 1
+_SECONDS_ON_A_TERMINAL = 2
 _SECONDS_IN_A_LOG = 30
 
 
 class Progress:
-    """One line, renewed every second on a terminal, or every half minute in a log.
+    """One line, renewed every other second on a terminal, or every half minute in a log.
 
     Args:
         total: pictures wanted.
