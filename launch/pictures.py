@@ -20,7 +20,7 @@ from ddpm_engine.data import ShardDataset
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.pictures import loss_curve, side_by_side, strip, to_uint8
 from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import SAMPLERS, sampling_steps, spaced_timesteps
+from ddpm_engine.samplers import build_table, sampling_steps
 from ddpm_kernels import q_sample
 
 _COLUMNS = 11
@@ -82,12 +82,12 @@ def forward_strip(pretrained: Pretrained, image: np.ndarray, seed: int, path: Pa
 def reverse_strip(pretrained: Pretrained, seed: int, sample_id: int, path: Path) -> None:
     """Show one picture emerge: the state, and the estimate of x_0 that each step was made from."""
     config = pretrained.config
-    steps = config.sampling.steps or config.diffusion.timesteps
-    timesteps = spaced_timesteps(config.diffusion.timesteps, steps, config.sampling.spacing)
-    table = SAMPLERS[config.sampling.sampler](
-        pretrained.schedule, timesteps, config.diffusion.prediction, config.sampling.variance
-    )
-    shown = set(np.linspace(0, steps - 1, _COLUMNS).round().astype(int).tolist())
+    sampling = config.sampling
+    table = build_table(
+        pretrained.schedule, sampling.sampler, sampling.steps, sampling.spacing,
+        config.diffusion.prediction, variance=sampling.variance, eta=sampling.eta,
+    )  # fmt: skip
+    shown = set(np.linspace(0, table.evaluations - 1, _COLUMNS).round().astype(int).tolist())
     states, estimates, titles = [], [], []
     null_class = pretrained.model.null_class
     labels = None if null_class is None else torch.tensor([null_class])
@@ -98,7 +98,7 @@ def reverse_strip(pretrained: Pretrained, seed: int, sample_id: int, path: Path)
         if step.index in shown:
             states.append(to_uint8(step.x))
             estimates.append(to_uint8(step.x0))
-            titles.append(f"t={step.timestep + 1}")
+            titles.append(f"t={step.timestep + 1:.0f}")
     strip(
         [("$x_{t-1}$", np.concatenate(states)), (r"$\hat{x}_0$", np.concatenate(estimates))],
         titles,

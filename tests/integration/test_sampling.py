@@ -190,6 +190,16 @@ def test_threshold_and_cache(draw: Draw) -> None:
     assert difference(draw("w", *wild), draw("wt", *wild, "--threshold", 0.8)) > 0
 
 
+def test_kept_features_are_never_of_the_batch_before(draw: Draw) -> None:
+    changing = (
+        "--sampler", "ddim", "--steps", 10, "--class-label", 3, "--guidance-scale", 3,
+        "--guidance-interval", 2, 1000, "--cache-interval", 4, "--batch-size", 1,
+    )  # fmt: skip
+    both = draw("both", *changing, "--ids", "0,1")
+    alone = draw("alone", *changing, "--ids", "1")
+    assert np.array_equal(pixels(both)[1], pixels(alone)[0])
+
+
 def test_image_to_image_keeps_what_little_noise_leaves(draw: Draw, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
@@ -357,11 +367,13 @@ def test_a_set_grows_and_refuses_other_settings(
     assert "30 pictures" in capsys.readouterr().out
     draw("out", *common, "--count", 30)
     assert "already" in capsys.readouterr().out
-    for other in (["--seed", 1], ["--threshold", 0.9], ["--format", "npz"], ["--eta", 0.1],
-                  ["--class-labels", "1,2"]):  # fmt: skip
+    for flag, value in {
+        "seed": 1, "threshold": 0.9, "format": "npz", "eta": 0.1, "class-labels": "1,2"
+    }.items():  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
-            draw("out", *common, "--count", 31, *other)
-        assert f"{other[0][2:].replace('class-labels', 'classes')} was" in capsys.readouterr().err
+            draw("out", *common, "--count", 31, f"--{flag}", value)
+        name = flag.replace("class-labels", "classes")
+        assert f"{name} was" in capsys.readouterr().err
     assert list(tar_pixels(out)) == list(range(30))
 
 
