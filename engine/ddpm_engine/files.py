@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         raise
+    fsync_directory(target.parent)
+
+
+def write_once(path: str | os.PathLike[str], content: bytes) -> None:
+    """Make a file, complete, unless there is one of that name: of several processes, one succeeds.
+
+    Raises:
+        OSError: as the operating system reports it.
+    """
+    target = Path(path)
+    # Of another name in each process, and linked, not renamed: that never replaces a file.
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     fsync_directory(target.parent)
 
 

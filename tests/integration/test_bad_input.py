@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_engine import cpu
 from ddpm_engine.config import PRESETS, RunConfig, dump_config, from_dict, load_config, to_dict
 from ddpm_engine.data import open_shards
 from ddpm_engine.errors import UserError
@@ -102,7 +103,7 @@ def test_precision_that_this_machine_lacks(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(accelerator, "_cpu_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "has_fast_bf16", lambda: False)
     refuse(changed(config, "training", precision="fp16"), "fp16", "needs a GPU")
     slow = changed(config, "training", precision="bf16", steps=2)
     refuse(slow, "bf16", "--training.allow-slow-bf16")

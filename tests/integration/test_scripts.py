@@ -81,7 +81,6 @@ def test_any_picture_can_be_made_again(trained: Path, run: Run, tmp_path: Path) 
     common = ["--checkpoint", trained, "--steps", "10", "--seed", "5"]
     done(run("launch/sample.py", *common, "--count", "6", "--out", tmp_path / "all"))
     manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
-    assert manifest["ids"] == [0, 1, 2, 3, 4, 5]
     assert (manifest["seed"], manifest["steps"], manifest["sampler"]) == (5, 10, "ddpm")
     assert len(manifest["checkpoint"]) == 64
     assert (tmp_path / "all" / "grid.png").exists()
@@ -105,7 +104,7 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
     assert "already" in done(run("launch/sample.py", *common, "--count", "2"))
     done(run("launch/sample.py", *common, "--count", "3"))
     assert (tmp_path / "out" / "00000000.png").stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["ids"] == [0, 1, 2]
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 3
     refused = run("launch/sample.py", *common, "--count", "3", "--seed", "1")
     assert refused.returncode == 2
     assert "seed was 0 and is now 1" in refused.stderr
@@ -115,18 +114,6 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
     assert refused.returncode == 2
     assert "notes.txt" in refused.stderr
     assert "Traceback" not in refused.stderr
-
-
-def test_npz(trained: Path, run: Run, tmp_path: Path) -> None:
-    common = ["--checkpoint", trained, "--steps", "2", "--format", "npz", "--out", tmp_path / "out"]
-    done(run("launch/sample.py", *common, "--count", "3"))
-    with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as archive:
-        assert archive["images"].shape == (3, 8, 8, 1)
-        assert archive["images"].dtype == np.uint8
-        assert archive["ids"].tolist() == [0, 1, 2]
-    refused = run("launch/sample.py", *common, "--ids", "7")
-    assert refused.returncode == 2
-    assert "other ids" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -191,6 +178,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
     assert "Traceback" not in full.stderr
     assert list((tmp_path / "out").iterdir()) == []
     done(run("launch/sample.py", *common))
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 2
 
 
 def test_pictures_of_the_process(trained: Path, run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.samplers.guidance import Guidance
 from ddpm_engine.samplers.inpainting import Inpainting
 from ddpm_engine.samplers.loop import (
+    Chain,
     SamplingStep,
     initial_noise,
     interpolated_noise,
@@ -16,6 +17,7 @@ from ddpm_engine.samplers.table import CoefficientTable
 
 __all__ = [
     "SAMPLERS",
+    "Chain",
     "CoefficientTable",
     "Guidance",
     "Inpainting",

@@ -19,7 +19,7 @@ from ddpm_engine.samplers.reverse_process import Model, ReverseProcess, captured
 from ddpm_engine.samplers.spacing import Spacing
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.schedule import NoiseSchedule
-from ddpm_kernels import Stream, gaussian_noise
+from ddpm_kernels import Column, Stream, gaussian_noise
 
 
 @dataclass(frozen=True)
@@ -143,69 +143,225 @@ def sample(
         UserError: an unknown sampler; steps that the schedule does not have; guidance without
             labels; or other arguments that do not go together.
     """
-    if shape is None:
-        shape = model.sample_shape  # type: ignore[attr-defined]
     if not isinstance(sample_ids, Tensor):
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         device = next((p.device for p in parameters), torch.device("cpu"))
         sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64, device=device)
-    device = sample_ids.device
-    null_class: int | None = getattr(model, "null_class", None)
-    _check(sample_ids, shape, labels, guidance, null_class, threshold, initial, images, inpainting)
-    if cache_interval < 1:
-        raise UserError(f"cache_interval is {cache_interval}; 1 recomputes everything at each step")
-
-    skip = 0
-    if images is not None:
-        count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
-        skip = skipped_steps(count, strength)
-    table = build_table(
-        schedule, sampler, steps, spacing, prediction,
-        variance=variance, eta=eta, timesteps=timesteps, skip=skip,
-    )  # fmt: skip
-    levels = levels_of(schedule, table)
-    if inpainting is not None:
-        table, levels = resampled(table, levels, inpainting.draws)
-    if capture is None:
-        capture = device.type == "cuda"
-
-    pictures = torch.empty(len(sample_ids), *shape, device=device)
-    process: ReverseProcess | None = None
+    chain = Chain(
+        model,
+        schedule,
+        seed=seed,
+        sampler=sampler,
+        steps=steps,
+        spacing=spacing,
+        timesteps=timesteps,
+        variance=variance,
+        eta=eta,
+        prediction=prediction,
+        shape=shape,
+        guidance=guidance,
+        clip=clip,
+        threshold=threshold,
+        strength=None if images is None else strength,
+        draws=1 if inpainting is None else inpainting.draws,
+        cache_interval=cache_interval,
+        capture=capture,
+    )
+    chain.check(sample_ids, labels, initial, images, inpainting)
+    pictures = torch.empty(len(sample_ids), *chain.shape, device=sample_ids.device)
     for start in range(0, len(sample_ids), batch_size):
         part = slice(start, start + batch_size)
-        ids = sample_ids[part]
-        if process is None or len(process.x) != len(ids):
-            process = ReverseProcess(
-                model,
-                table,
-                (len(ids), *shape),
-                device,
-                labelled=labels is not None,
-                null_class=null_class,
-                guidance=guidance,
-                alpha_bar=levels.before,
-                clip=clip,
-                threshold=threshold,
-                cache_interval=cache_interval,
-                keep_x0=False,
-                capture=captured if capture else None,
+        pictures[part] = chain.draw(
+            sample_ids[part],
+            labels=None if labels is None else labels[part],
+            initial=None if initial is None else initial[part],
+            images=None if images is None else images[part],
+            inpainting=None if inpainting is None else inpainting.part(start, start + batch_size),
+            on_step=on_step,
+        )
+    return pictures
+
+
+class Chain:
+    """A sampler bound to a network: it draws one batch after another.
+
+    What a batch shape needs (memory, on GPUs a captured step) is kept for the next batch of that
+    shape. `sample` is this for pictures that fit in memory together.
+
+    Args:
+        model: as in `sample`, and so are the arguments not named here.
+        schedule: what the model was trained on.
+        strength: share of the steps to take from images that `draw` is given; None: it is given
+            none.
+        draws: how often each step is taken, for inpainting.
+
+    Raises:
+        UserError: an unknown sampler, or steps that the schedule does not have.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: NoiseSchedule,
+        *,
+        seed: int = 0,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        spacing: Spacing = "trailing",
+        timesteps: Sequence[int] | None = None,
+        variance: Variance = "fixed_large",
+        eta: float = 0.0,
+        prediction: Prediction = "eps",
+        shape: tuple[int, int, int] | None = None,
+        guidance: Guidance | None = None,
+        clip: bool = True,
+        threshold: float | None = None,
+        strength: float | None = None,
+        draws: int = 1,
+        cache_interval: int = 1,
+        capture: bool | None = None,
+    ) -> None:
+        if cache_interval < 1:
+            raise UserError(
+                f"cache_interval is {cache_interval}; 1 recomputes everything at each step"
             )
-        x = initial_noise(seed, ids, shape) if initial is None else initial[part].to(device)
+        if threshold is not None and not 0 < threshold <= 1:
+            raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
+        self.model = model
+        self.schedule = schedule
+        self.seed = seed
+        self.shape: tuple[int, int, int] = shape or model.sample_shape  # type: ignore[attr-defined]
+        self.guidance = guidance
+        self.clip = clip
+        self.threshold = threshold
+        self.cache_interval = cache_interval
+        self._null_class: int | None = getattr(model, "null_class", None)
+        skip = 0
+        if strength is not None:
+            count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
+            skip = skipped_steps(count, strength)
+        table = build_table(
+            schedule, sampler, steps, spacing, prediction,
+            variance=variance, eta=eta, timesteps=timesteps, skip=skip,
+        )  # fmt: skip
+        self.table, self.levels = resampled(table, levels_of(schedule, table), draws)
+        self._capture = capture
+        self._process: ReverseProcess | None = None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise."""
+        return bool((self.table.rows[:, Column.NOISE] != 0).any())
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        sample_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        initial: Tensor | None = None,
+        images: Tensor | None = None,
+        inpainting: Inpainting | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Draw one batch.
+
+        Args:
+            sample_ids: int64 `[B]` on the model's device.
+            labels: int64 `[B]`, or None.
+            initial: as in `sample`, `[B, C, H, W]`.
+            images: likewise.
+            inpainting: of the batch.
+            on_step: called with B after each step.
+
+        Returns:
+            float32 `[B, C, H, W]` around [-1, 1]; overwritten by the next batch.
+
+        Raises:
+            UserError: arguments that do not go together.
+        """
+        self.check(sample_ids, labels, initial, images, inpainting)
+        device = sample_ids.device
+        process = self._process_for(len(sample_ids), device, labels is not None)
+        x = initial_noise(self.seed, sample_ids, self.shape) if initial is None else initial
+        x = x.to(device)
         if images is not None:
-            a, s = (levels_end[0].item() for levels_end in noise_levels(schedule, table.timesteps))
-            x = a * images[part].to(device) + s * x
-        process.begin(x, seed, ids, None if labels is None else labels[part])
+            ends = noise_levels(self.schedule, self.table.timesteps)
+            a, s = (level[0].item() for level in ends)
+            x = a * images.to(device) + s * x
+        process.begin(x, self.seed, sample_ids, labels)
         known = None
         if inpainting is not None:
-            known = KnownPixels(inpainting.part(start, start + len(ids)), levels, seed, ids)
+            known = KnownPixels(inpainting, self.levels, self.seed, sample_ids)
         for i in range(process.steps):
             process.step(i)
             if known is not None:
                 known.put_back(process.x, i)
             if on_step is not None:
-                on_step(len(ids))
-        pictures[part] = process.x
-    return pictures
+                on_step(len(sample_ids))
+        return process.x
+
+    @torch.inference_mode()
+    def warm_up(self, batch: int, device: torch.device, labelled: bool) -> None:
+        """Take a step of each kind on meaningless data, so that compilers run now.
+
+        Args:
+            batch: B of the batches to come.
+            device: the model's.
+            labelled: whether they have labels.
+        """
+        self._process_for(batch, device, labelled).warm_up()
+
+    def check(
+        self,
+        sample_ids: Tensor,
+        labels: Tensor | None,
+        initial: Tensor | None,
+        images: Tensor | None,
+        inpainting: Inpainting | None,
+    ) -> None:
+        """Refuse arguments of `draw` that do not go together.
+
+        Raises:
+            UserError: guidance without labels, or a tensor of another shape.
+        """
+        if self.guidance is not None and (labels is None or self._null_class is None):
+            raise UserError(
+                "guidance needs labels and a class-conditional network with a null class; "
+                + ("there are no labels" if labels is None else "this network has no null class")
+            )
+        if labels is not None and labels.shape != sample_ids.shape:
+            raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
+        expected = (len(sample_ids), *self.shape)
+        given = {
+            "initial": initial,
+            "images": images,
+            "inpainting.known": None if inpainting is None else inpainting.known,
+        }
+        for name, tensor in given.items():
+            if tensor is not None and tensor.shape != expected:
+                raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")
+
+    def _process_for(self, batch: int, device: torch.device, labelled: bool) -> ReverseProcess:
+        """The process of a batch shape: the last one, if it fits."""
+        if self._process is None or len(self._process.x) != batch:
+            capture = device.type == "cuda" if self._capture is None else self._capture
+            self._process = ReverseProcess(
+                self.model,
+                self.table,
+                (batch, *self.shape),
+                device,
+                labelled=labelled,
+                null_class=self._null_class,
+                guidance=self.guidance,
+                alpha_bar=self.levels.before,
+                clip=self.clip,
+                threshold=self.threshold,
+                cache_interval=self.cache_interval,
+                keep_x0=False,
+                capture=captured if capture else None,
+            )
+        return self._process
 
 
 def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -246,35 +402,3 @@ def skipped_steps(steps: int, strength: float) -> int:
     if not 0 < strength <= 1:
         raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
     return steps - max(1, round(strength * steps))
-
-
-def _check(
-    sample_ids: Tensor,
-    shape: tuple[int, int, int],
-    labels: Tensor | None,
-    guidance: Guidance | None,
-    null_class: int | None,
-    threshold: float | None,
-    initial: Tensor | None,
-    images: Tensor | None,
-    inpainting: Inpainting | None,
-) -> None:
-    """Refuse arguments that do not go together."""
-    if guidance is not None and (labels is None or null_class is None):
-        raise UserError(
-            "guidance needs labels and a class-conditional network with a null class; "
-            + ("there are no labels" if labels is None else "this network has no null class")
-        )
-    if labels is not None and labels.shape != sample_ids.shape:
-        raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
-    if threshold is not None and not 0 < threshold <= 1:
-        raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
-    expected = (len(sample_ids), *shape)
-    given = {
-        "initial": initial,
-        "images": images,
-        "inpainting.known": None if inpainting is None else inpainting.known,
-    }
-    for name, tensor in given.items():
-        if tensor is not None and tensor.shape != expected:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")

@@ -137,6 +137,14 @@ class ReverseProcess:
         if self._labels is not None and labels is not None:
             self._labels.copy_(labels)
 
+    def warm_up(self) -> None:
+        """Take one step of each kind, from whatever the state is; `begin` a batch afterwards."""
+        kinds: set[Kind] = set()
+        for index in range(self.steps):
+            if (kind := self._kind(index)) not in kinds:
+                kinds.add(kind)
+                self.step(index)
+
     @property
     def steps(self) -> int:
         """S: rows of the table."""
@@ -149,7 +157,7 @@ class ReverseProcess:
 
     def step(self, index: int) -> None:
         """Take one step: `x` becomes the next state. Neither waits for the device nor allocates."""
-        kind = (self._guided[index], index % self.cache_interval == 0)
+        kind = self._kind(index)
         if self._capture is None:
             self._run(kind, self._indices[index], self._timesteps[index])
             return
@@ -165,6 +173,12 @@ class ReverseProcess:
             replay = self._capture(partial(self._run, kind, self._row, self._timestep))
             self._replays[kind] = replay
         replay()
+
+    def _kind(self, index: int) -> Kind:
+        guided = self._guided[index]
+        # Where guidance begins or ends, what is kept is of other evaluations, or of another batch.
+        changed = index > 0 and guided != self._guided[index - 1]
+        return guided, changed or index % self.cache_interval == 0
 
     def _run(self, kind: Kind, row: Tensor, timestep: Tensor) -> None:
         guided, refresh = kind

@@ -1,0 +1,17 @@
+"""Pictures in numbers: what picture k is, which process draws it, and where it is kept."""
+
+from ddpm_engine.drawing.fill import fill
+from ddpm_engine.drawing.picture_files import Format
+from ddpm_engine.drawing.picture_set import PictureSet
+from ddpm_engine.drawing.recipe import Drawing, Recipe
+from ddpm_engine.drawing.references import ReferenceImages, read_mask
+
+__all__ = [
+    "Drawing",
+    "Format",
+    "PictureSet",
+    "Recipe",
+    "ReferenceImages",
+    "fill",
+    "read_mask",
+]
