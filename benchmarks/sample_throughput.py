@@ -2,7 +2,7 @@
 
 The same pictures, from the same weights and the same number of network evaluations, are drawn by a
 textbook loop, by diffusers' pipelines if it is installed, and by the engine: eager, compiled, and
-with cached features (which then are other pictures, those that caching by hand gives). Every way is
+compiled with cached features (which makes other pictures, those of caching by hand). Every way is
 first given the engine's noise and compared at every step; one that draws anything else gets no
 figure, and the exit status is 1. Then they are timed in turn, so that a busy machine is as busy for
 all of them.

@@ -96,9 +96,7 @@ def measure(
     few = {steps: by_label(subject, replace(job, steps=steps), samplers) for steps in (2, 4)}
     for way in sound:
         progress(f"counting {way.label}")
-        eager = way.standard or way
-        if eager.label not in flops:
-            flops[eager.label] = flops_of(eager)
+        flops[way.label] = flops_of(few[4][way.label]) / 4 * job.steps
         counts[way.label] = operations(few[2][way.label], few[4][way.label], subject)
         with force_ops():
             gpu_counts[way.label] = operations(few[2][way.label], few[4][way.label], subject)
@@ -123,7 +121,7 @@ def measure(
         label = way.label
         row = Row(way.name, way.sampler, parities[label])
         if label in seconds:
-            work = flops[(way.standard or way).label]
+            work = flops[label]
             row = replace(
                 row,
                 images_per_second=rates(seconds[label], job.batch),
@@ -191,5 +189,5 @@ def operations(two: Way, four: Way, subject: Subject) -> Operations:
 def flops_of(way: Way) -> float:
     """Float operations of one draw by convolutions, matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
-        way.draw()
+        (way.uncompiled or way).draw()
     return float(counter.get_total_flops())

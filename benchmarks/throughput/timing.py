@@ -33,9 +33,9 @@ def rates(seconds: Sequence[float], work: float) -> Spread:
 
 
 def speed_ups(baseline: Sequence[float], seconds: Sequence[float]) -> Spread:
-    """How many times as fast as the baseline, over pairs that were timed one after the other.
+    """How many times as fast as the baseline, over pairs that were timed in the same round.
 
-    A machine that is shared is slow and fast in turns; both of a pair meet it in the same turn.
+    A machine that is shared is slow and fast in turns; most pairs meet it in the same turn.
     """
     return Spread.of([a / b for a, b in zip(baseline, seconds, strict=True)])
 
