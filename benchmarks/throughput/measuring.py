@@ -93,14 +93,19 @@ def measure(
 
     flops: dict[str, float] = {}
     memory, counts, gpu_counts = {}, {}, {}
-    few = {steps: by_label(subject, replace(job, steps=steps), samplers) for steps in (2, 4)}
+    # Operations do not depend on the batch, the network's work is in proportion to it, and two
+    # steps meet every state that memory can be in: short chains tell it all.
+    few = {
+        steps: by_label(subject, replace(job, batch=1, steps=steps), samplers) for steps in (2, 4)
+    }
+    pairs = by_label(subject, replace(job, steps=2), samplers)
     for way in sound:
         progress(f"counting {way.label}")
-        flops[way.label] = flops_of(few[4][way.label]) / 4 * job.steps
+        flops[way.label] = flops_of(few[4][way.label]) / 4 * job.steps * job.batch
         counts[way.label] = operations(few[2][way.label], few[4][way.label], subject)
         with force_ops():
             gpu_counts[way.label] = operations(few[2][way.label], few[4][way.label], subject)
-        memory[way.label] = peak_tensor_bytes(few[4][way.label].draw, subject.device)
+        memory[way.label] = peak_tensor_bytes(pairs[way.label].draw, subject.device)
 
     progress(f"timing {len(sound)} ways in turn, {rounds} rounds")
     inside: dict[str, list[float]] = {way.label: [] for way in sound}
