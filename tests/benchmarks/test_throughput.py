@@ -106,6 +106,19 @@ def test_every_way_draws_the_same(subject: Subject) -> None:
         assert (parity.difference is None) == (way.label in standards)
 
 
+def test_without_diffusers_the_engine_is_its_own_standard(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    ways = all_ways(subject, Job(1, 2), ("ddpm", "ddim"))
+    assert not any("diffusers" in way.name for way in ways)
+    chains: dict[str, sampling.Chain] = {}
+    assert all(check(way, chains, CPU).problem is None for way in ways)
+    assert "diffusers' recipe" not in [
+        way.name for way in training.all_ways(subject, training.batch_of(subject, 2))
+    ]
+
+
 def planted(way: sampling.Way, error: float) -> sampling.Way:
     """The same, but for an error in the state before the last evaluation."""
     calls = 0
