@@ -53,6 +53,10 @@ class Settings:
     """Repetitions of the timing at the end."""
 
 
+TIMED = 64
+"""Pictures of a timed repetition: what a thousand steps allow in a minute."""
+
+
 class Gallery:
     """Pictures of a subject, drawn when they are first asked for and kept on disk.
 
@@ -170,14 +174,14 @@ def measure_speed(
 
     def work(point: dict[str, Any]) -> float:
         sampler, steps = point["sampler"], point["steps"]
-        return timed(lambda: gallery.draw(sampler, steps, 0, 0, settings.batch), device)
+        return timed(lambda: gallery.draw(sampler, steps, 0, 0, TIMED), device)
 
     keys = [f"{point['sampler']} {point['steps']}" for point in points]
     work({"sampler": "ddpm", "steps": 1})  # compiles
     works = {key: partial(work, point) for key, point in zip(keys, points, strict=True)}
     seconds = interleaved(settings.rounds, works)
     for key, point in zip(keys, points, strict=True):
-        speed = rates(seconds[key], settings.batch)
+        speed = rates(seconds[key], TIMED)
         point["images_per_second"] = speed.median
         point["images_per_second_quartiles"] = [speed.lower, speed.upper]
         point["speed_up"] = speed_ups(seconds[keys[0]], seconds[key]).median
