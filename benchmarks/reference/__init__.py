@@ -1,0 +1,1 @@
+"""Textbook implementations that the engine is measured against."""

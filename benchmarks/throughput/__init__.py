@@ -1,0 +1,1 @@
+"""Speed and memory of sampling and training, next to a textbook loop and to diffusers."""

@@ -1,0 +1,182 @@
+"""The figures as a table on the terminal, as JSON and as a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.throughput.measuring import Measured, Operations, Row
+from benchmarks.throughput.timing import Spread
+
+LEGEND = """\
+images/s: median [quartiles]. ×ref: over the reference, median [quartiles] of paired repetitions.
+MiB: peak of tensors beyond the weights. outside: share of the time outside the U-Net. of peak: what
+the U-Net computes a second, of the faster of a matrix product and a convolution timed in the same
+round. ops: outside + inside the U-Net a step, views and allocations apart, as run here (compiled
+networks: before compilation) and where the engine's kernels take over, as on a GPU; (n) host waits.
+error: largest difference at any step from the sampler's standard (cached: from caching by hand),
+relative where values exceed one."""
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for cells in (header, *rows):
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
+
+
+def figure(spread: Spread | None, digits: int) -> str:
+    """`median [lower upper]`."""
+    if spread is None:
+        return "–"
+    median, lower, upper = (
+        f"{value:.{digits}f}" for value in (spread.median, spread.lower, spread.upper)
+    )
+    return f"{median} [{lower} {upper}]"
+
+
+def percent(spread: Spread | None) -> str:
+    """The median alone."""
+    return "–" if spread is None else f"{spread.median:.1%}"
+
+
+def counted(operations: Operations | None) -> str:
+    """`outside+inside (waits)`."""
+    if operations is None:
+        return "–"
+    waits = operations.waits_outside + operations.waits_inside
+    return f"{operations.outside:g}+{operations.inside:g} ({waits:g})"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table; a way that must not be timed has no figures."""
+    name = f"{row.sampler}: {row.name}"
+    parity = row.parity
+    if parity.problem is not None:
+        return [name, *["–"] * 7, "FAILED"]
+    error = "standard" if parity.difference is None else f"{parity.difference:.0e}"
+    return [
+        name,
+        figure(row.images_per_second, 1 if row.images_per_second.median >= 10 else 3)
+        if row.images_per_second
+        else "–",
+        figure(row.speed_up, 2),
+        "–" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+        percent(row.outside_share),
+        percent(row.peak_share),
+        counted(row.operations),
+        counted(row.gpu_operations),
+        error,
+    ]
+
+
+def table(measured: Measured) -> list[str]:
+    """All rows, the failures in words, and what the columns mean."""
+    header = [
+        "way", "images/s", "×ref", "MiB", "outside", "of peak", "ops", "on a GPU", "error",
+    ]  # fmt: skip
+    lines = aligned(header, [cells(row) for row in measured.rows])
+    lines.append("")
+    for row in measured.rows:
+        if row.parity.problem is not None:
+            lines.append(f"FAILED {row.sampler}: {row.name}: {row.parity.problem}")
+    peaks = ", ".join(
+        f"{name} {figure(spread and scaled(spread, 1e-9), 0)} GFLOP/s"
+        for name, spread in measured.peak_flops.items()
+    )
+    lines.append(f"U-Net: {measured.flops_per_image / 1e9:.3g} GFLOP an image. Peak: {peaks}.")
+    return [*lines, *LEGEND.splitlines()]
+
+
+def scaled(spread: Spread, factor: float) -> Spread:
+    """In other units."""
+    return Spread(spread.median * factor, spread.lower * factor, spread.upper * factor)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, for JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        json.dumps(values, indent=1, default=plain, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def plot_bars(path: Path, title: str, named: dict[str, Spread]) -> None:
+    """Images a second of each way, with quartiles."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 0.4 * len(named) + 1.5))
+    names, spreads = list(named)[::-1], list(named.values())[::-1]
+    medians = [spread.median for spread in spreads]
+    errors = [
+        [spread.median - spread.lower for spread in spreads],
+        [spread.upper - spread.median for spread in spreads],
+    ]
+    colours = ["#D55E00" if "engine" in name else "#999999" for name in names]
+    axes.barh(names, medians, xerr=errors, color=colours, ecolor="#000000")
+    axes.set_xlabel("images/s, median and quartiles")
+    axes.set_title(title)
+    finish(figure, path)
+
+
+def plot_quality(path: Path, title: str, points: list[dict[str, Any]]) -> None:
+    """Images a second against the Fréchet distance, a line for each sampler.
+
+    Args:
+        path: of the picture.
+        title: above it.
+        points: each with sampler, steps, images_per_second and distance.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 5))
+    colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    samplers = list(dict.fromkeys(point["sampler"] for point in points))
+    for sampler, colour in zip(samplers, colours * len(samplers), strict=False):
+        line = sorted(
+            (point for point in points if point["sampler"] == sampler), key=lambda p: p["steps"]
+        )
+        speeds = [point["images_per_second"] for point in line]
+        axes.plot(speeds, [point["distance"] for point in line], "o-", label=sampler, color=colour)
+        for point, speed in zip(line, speeds, strict=True):
+            axes.annotate(
+                str(point["steps"]), (speed, point["distance"]),
+                textcoords="offset points", xytext=(4, 4), fontsize=8,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("images/s; beside each point its steps")
+    axes.set_ylabel("Fréchet distance to the real digits")
+    axes.set_title(title)
+    axes.legend()
+    finish(figure, path)
+
+
+def pyplot() -> Any:
+    """Matplotlib without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def finish(figure: Any, path: Path) -> None:
+    """Write and forget a figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)

@@ -1,0 +1,127 @@
+"""What is measured: one set of weights, in the engine's network and in diffusers'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_engine.config import PRESETS, RunConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.pretrained import load_pretrained
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Stream, gaussian_noise
+
+SEED = 0
+
+
+def random_unet(config: RunConfig, seed: int = SEED) -> UNet:
+    """A U-Net whose random weights all matter, those that start at zero or one included."""
+    generator = torch.Generator().manual_seed(seed)
+    model = UNet(config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + float(name.endswith("weight")))
+    return model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network and how its run draws pictures."""
+
+    name: str
+    config: RunConfig
+    weights: dict[str, Tensor]
+    device: torch.device
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """What the network was trained on."""
+        return self.config.diffusion.build_schedule()
+
+    @cached_property
+    def unet(self) -> UNet:
+        """The engine's network, eager."""
+        return self.copy()
+
+    @cached_property
+    def compiled(self) -> UNet:
+        """The engine's network, compiled block by block; the first call takes its time."""
+        model = self.copy()
+        model.compile_regions()
+        return model
+
+    @cached_property
+    def twin(self) -> nn.Module:
+        """Diffusers' network.
+
+        Raises:
+            ImportError: it is not installed.
+        """
+        from diffusers import UNet2DModel
+
+        fields = asdict(self.config.model)
+        del fields["attention"]
+        model: nn.Module = UNet2DModel(**fields)
+        model.load_state_dict(self.weights)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def copy(self) -> UNet:
+        """The engine's network with these weights, in eval mode."""
+        model = UNet(self.config.model)
+        model.load_state_dict(self.weights)
+        return model.to(self.device).eval().requires_grad_(False)
+
+
+def subject_of(preset: str, checkpoint: Path | None, device: torch.device) -> Subject:
+    """A preset's network with random weights, or that of a run.
+
+    Raises:
+        UserError: the run has no checkpoint, or its network does not predict the noise.
+    """
+    if checkpoint is None:
+        config = PRESETS[preset]()
+        return Subject(
+            f"{preset}, random weights", config, random_unet(config).state_dict(), device
+        )
+    pretrained = load_pretrained(checkpoint)
+    if pretrained.config.diffusion.prediction != "eps":
+        raise UserError(
+            f"the network of {checkpoint} predicts {pretrained.config.diffusion.prediction}; "
+            "the textbook loop knows networks that predict the noise (eps) only"
+        )
+    name = f"{checkpoint}, step {pretrained.checkpoint.step}"
+    return Subject(name, pretrained.config, pretrained.model.state_dict(), device)
+
+
+@contextmanager
+def counted_noise(seed: int, device: torch.device) -> Iterator[None]:
+    """Let `torch.randn` give what the engine draws for the pictures 0, 1, … of a seed.
+
+    The first call is the state that the chain begins with, call i + 1 the noise of step i. Textbook
+    loops and diffusers' pipelines draw in that order; the engine does not use `torch.randn`.
+    """
+    calls = 0
+
+    def randn(shape: Any, **_: Any) -> Tensor:
+        nonlocal calls
+        step, stream = (calls - 1, Stream.SAMPLER_NOISE) if calls else (0, Stream.INITIAL_NOISE)
+        calls += 1
+        batch, *image = shape
+        ids = torch.arange(batch, device=device)
+        return gaussian_noise(seed, ids, (image[0], image[1], image[2]), step, stream)
+
+    with mock.patch.object(torch, "randn", randn):
+        yield
