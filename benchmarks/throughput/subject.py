@@ -102,7 +102,8 @@ def subject_of(preset: str, checkpoint: Path | None, device: torch.device) -> Su
             f"the network of {checkpoint} predicts {pretrained.config.diffusion.prediction}; "
             "the textbook loop knows networks that predict the noise (eps) only"
         )
-    name = f"{checkpoint}, step {pretrained.checkpoint.step}"
+    step = "" if pretrained.step is None else f", step {pretrained.step}"
+    name = f"{checkpoint}{step}"
     return Subject(name, pretrained.config, pretrained.model.state_dict(), device)
 
 
