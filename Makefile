@@ -57,7 +57,7 @@ test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel for every
 	    tests/kernels/interpreter -k 'any_arguments or formula or any_shape'
 
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
-gpu:  ## check and measure the kernels on this machine's GPU, in eight minutes
+gpu:  ## check and measure the kernels on this machine's GPU
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay

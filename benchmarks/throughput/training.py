@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpm_engine.data import Batch
 from ddpm_engine.objective import SimpleObjective
 from ddpm_engine.training import EMA
+from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
 
 TOLERANCE = 1e-3
@@ -54,14 +55,7 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
     ema = EMA(model, config.training.ema_decay)
     if compiled:
         model.compile_regions()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(model, config.optimizer)
     objective = SimpleObjective(subject.schedule, config.diffusion.prediction, SEED, subject.device)
     steps = 0
 

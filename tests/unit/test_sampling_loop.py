@@ -166,6 +166,30 @@ def test_rescale_and_threshold_of_one_sample_do_not_depend_on_the_others() -> No
     assert dynamic_threshold(c * 0.01, 0.9).tolist() == [1.0] * 5
 
 
+def test_rescaling_is_of_the_mean_whatever_variance_is_predicted() -> None:
+    class Learned(Conditional):
+        def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+            mean = super().forward(x, timesteps, labels)
+            return torch.cat([mean, 50 * mean.cos()], dim=1)
+
+    guidance = Guidance(2.5, rescale=0.7)
+    assert torch.equal(draw(Learned(), guidance=guidance), draw(guidance=guidance))
+
+
+@pytest.mark.parametrize("sampler", ["dpm++3m", "unipc", "heun"])
+def test_a_chain_that_diverged_leaves_nothing_to_the_next_batch(sampler: str) -> None:
+    def diverges(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        scale = torch.where(labels == 9, torch.inf, 0.3)
+        return scale[:, None, None, None] * x
+
+    labels = torch.tensor([9, 9, 0, 1])
+    options: Any = {"sampler": sampler, "shape": SHAPE, "clip": False}
+    pictures = draw(diverges, labels=labels, batch_size=2, **options)
+    alone = draw(diverges, sample_ids=IDS[2:], labels=labels[2:], **options)
+    assert not bool(pictures[:2].isfinite().any())
+    assert torch.equal(pictures[2:], alone)
+
+
 # --- Beginning with an image
 
 

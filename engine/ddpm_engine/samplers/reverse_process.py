@@ -132,6 +132,10 @@ class ReverseProcess:
             labels: int64 `[B]`, if and only if the process is labelled.
         """
         self.x.copy_(x)
+        if self._history is not None:
+            # Weighted with zero at first, but zero times the infinity of a chain that diverged is
+            # no number: nothing of the batch before may stay.
+            self._history.zero_()
         self._seed.fill_(seed)
         self._ids.copy_(sample_ids)
         if self._labels is not None and labels is not None:
@@ -191,7 +195,10 @@ class ReverseProcess:
         rescale = threshold = None
         if unconditional is not None and self.guidance is not None and self.guidance.rescale:
             scale = self.rows.index_select(0, row.reshape(1))[0, Column.GUIDANCE]
-            rescale = rescale_factor(output, unconditional, scale, self.guidance.rescale)
+            channels = self.x.shape[1]  # behind them, a predicted variance may follow
+            rescale = rescale_factor(
+                output[:, :channels], unconditional[:, :channels], scale, self.guidance.rescale
+            )
         if self.threshold is not None:
             x0 = self._estimate(output, unconditional, rescale, row)
             threshold = dynamic_threshold(x0, self.threshold)

@@ -26,6 +26,7 @@ from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_pa
 from ddpm_engine.training.dataset import open_dataset
 from ddpm_engine.training.ema import EMA
 from ddpm_engine.training.metrics import MetricsLog
+from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.preview import draw_preview
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
@@ -71,14 +72,7 @@ class Trainer:
             model.enable_activation_checkpointing()
         if config.training.compile:
             model.compile_regions()
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        optimizer = make_optimizer(model, config.optimizer)
         self.schedule = config.diffusion.build_schedule()
         self.objective = SimpleObjective(
             self.schedule,

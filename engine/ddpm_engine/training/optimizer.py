@@ -1,0 +1,20 @@
+"""The optimizer of a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ddpm_engine.config import OptimizerConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all weights, in torch's fused form; the learning rate is set at every step."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
