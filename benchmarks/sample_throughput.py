@@ -116,7 +116,8 @@ def compare_quality(options: Options) -> None:
     print("\n".join(quality.table(found)))
     write_json(options.json or quality.RESULT, found)
     if options.plot is not None:
-        plot_quality(options.plot, subject.name, found["points"])
+        reference = {**found["reference"], "name": quality.REFERENCE}
+        plot_quality(options.plot, subject.name, [reference, *found["points"]])
 
 
 def main() -> int:

@@ -139,18 +139,18 @@ def plot_quality(path: Path, title: str, points: list[dict[str, Any]]) -> None:
     Args:
         path: of the picture.
         title: above it.
-        points: each with sampler, steps, images_per_second and distance.
+        points: each with name, steps, images_per_second and distance; one name is one line.
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 5))
     colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-    samplers = list(dict.fromkeys(point["sampler"] for point in points))
-    for sampler, colour in zip(samplers, colours * len(samplers), strict=False):
+    names = list(dict.fromkeys(point["name"] for point in points))
+    for name, colour in zip(names, colours * len(names), strict=False):
         line = sorted(
-            (point for point in points if point["sampler"] == sampler), key=lambda p: p["steps"]
+            (point for point in points if point["name"] == name), key=lambda p: p["steps"]
         )
         speeds = [point["images_per_second"] for point in line]
-        axes.plot(speeds, [point["distance"] for point in line], "o-", label=sampler, color=colour)
+        axes.plot(speeds, [point["distance"] for point in line], "o-", label=name, color=colour)
         for point, speed in zip(line, speeds, strict=True):
             axes.annotate(
                 str(point["steps"]), (speed, point["distance"]),

@@ -107,7 +107,7 @@ def ways_of(subject: Subject, job: Job, sampler: str, reference: Way) -> list[Wa
 
     by_hand = Way("cached by hand", sampler, subject.unet, draw_cached)
     interval = job.cache_interval
-    ways.append(engine(f"engine, cached ×{interval}", subject.compiled, by_hand, interval))
+    ways.append(engine(f"engine, cached ×{interval}", subject.fastest, by_hand, interval))
     return ways
 
 

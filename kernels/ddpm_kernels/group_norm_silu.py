@@ -84,12 +84,13 @@ def group_norm_silu(
         raise ValueError(f"{x.shape[1]} channels cannot be normalised in {groups} groups")
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must be given together")
+    arguments = x, groups, weight, bias, scale, shift, eps, activation
     if takes_op(x):
-        y, _ = torch.ops.ddpm.group_norm_silu(
-            x, groups, weight, bias, scale, shift, eps, activation
-        )
-    else:
-        y, _ = group_norm_silu_reference(x, groups, weight, bias, scale, shift, eps, activation)
+        y, _ = torch.ops.ddpm.group_norm_silu(*arguments)
+        return y
+    if _suits_torch(x, weight, bias) and (fast := _by_torch(*arguments)) is not None:
+        return fast
+    y, _ = group_norm_silu_reference(*arguments)
     return y
 
 
@@ -138,6 +139,49 @@ def group_norm_silu_reference(
     if activation == "silu":
         z = F.silu(z)
     return z.to(x.dtype), torch.stack([mean, rest, rstd], dim=1)
+
+
+NEAR = 4.0
+"""Deviations: a mean no farther than this from zero costs torch's group norm no digit."""
+
+
+def _suits_torch(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether torch's own group norm is careful here: on a CPU, in float32, laid out NCHW."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == bias.dtype == torch.float32
+        and x.is_contiguous()
+        and x.numel() > 0
+        # Which of two ways is taken depends on values, of which a compiler's trace has none.
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _by_torch(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor | None:
+    """`group_norm_silu` with torch's kernel, two to five times as fast as one op after the other.
+
+    Returns:
+        y, or None where a group's mean is too far from zero: torch does not take it off first, so
+        that its error is that many times as large.
+    """
+    batch, channels, height, width = x.shape
+    z, mean, rstd = torch.native_group_norm(
+        x, weight, bias, batch, channels, height * width, groups, eps
+    )
+    if (mean.detach() * rstd.detach()).abs().amax() > NEAR:
+        return None
+    if scale is not None and shift is not None:
+        z = torch.addcmul(_per_pixel(shift), z, _per_pixel(1 + scale))
+    return F.silu(z) if activation == "silu" else z
 
 
 def _affine(

@@ -362,19 +362,23 @@ def test_equal_quality_goes_on_where_it_was(
     )
     found = equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
     assert found["enough"] == dict.fromkeys(equal_quality.SAMPLERS, 2)
-    assert len(found["points"]) == 5
-    assert [len(point["distances"]) for point in found["points"]] == [2, 2, 2, 2, 2]
+    # The standard; then each sampler, which is good enough at once, and with cached features.
+    assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4]
+    assert [len(point["distances"]) for point in found["points"]] == [2] * 9
+    assert found["reference"]["distance"] == found["points"][0]["distances"][0]
+    assert found["reference"]["speed_up"] == 1
     assert all(line for line in equal_quality.table(found))
 
     drawn: list[tuple[str, int]] = []
     original = equal_quality.Gallery.draw
 
-    def draw(self: Any, sampler: str, steps: int, *rest: int) -> Tensor:
-        drawn.append((sampler, steps))
-        return original(self, sampler, steps, *rest)
+    def draw(self: Any, method: equal_quality.Method, *rest: int) -> Tensor:
+        drawn.append((method.name, method.steps))
+        return original(self, method, *rest)
 
     monkeypatch.setattr(equal_quality.Gallery, "draw", draw)
-    monkeypatch.setattr(equal_quality, "measure_speed", lambda *_: None)
+    monkeypatch.setattr(equal_quality, "same_pictures", lambda *_: None)
+    monkeypatch.setattr(equal_quality, "measure_speed", lambda *_: {})
     again = equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
     assert drawn == []
     keys = ("sampler", "steps", "distances")
@@ -387,6 +391,17 @@ def test_equal_quality_goes_on_where_it_was(
     strict = replace(settings, tolerance=-1.0, samples=75)
     none = equal_quality.run(short(subject), tmp_path, strict, lambda _: None)
     assert none["enough"] == {}
+
+
+def test_equal_quality_needs_a_textbook_loop_that_draws_the_same(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery = equal_quality.Gallery(short(subject), tmp_path, equal_quality.Settings())
+    equal_quality.same_pictures(gallery, 8)
+    original = equal_quality.Gallery.draw
+    monkeypatch.setattr(equal_quality.Gallery, "draw", lambda *a: 1.01 * original(*a))
+    with pytest.raises(UserError, match="differs from reference"):
+        equal_quality.same_pictures(gallery, 8)
 
 
 def short(subject: Subject) -> Subject:

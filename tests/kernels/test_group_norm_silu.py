@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_kernels import group_norm_silu
 from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.group_norm_silu import NEAR
 
 PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "reference": nullcontext,
@@ -210,7 +211,7 @@ def no_worse(actual: Tensor, torchs: Tensor, expected: Tensor, terms: int = 1) -
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("offset", [0.0, 1.0, -3.8, 5.0, 30.0, -1000.0, 1000.0])
 @pytest.mark.parametrize("shape", [(2, 8, 16, 16), (1, 8, 31, 37), (1, 4, 96, 96)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mean_a_thousand_deviations_from_zero(
@@ -228,7 +229,8 @@ def test_mean_a_thousand_deviations_from_zero(
     for name, gradient in found.items():
         expected = exact_found[name]
         no_worse(gradient, torchs_found[name], expected, exact.numel() // gradient.numel())
-        close(gradient, expected, torch.float32, factor=32)
+        # Where torch's own is taken, the mean is not taken off the sum that makes dγ.
+        close(gradient, expected, torch.float32, factor=64 if abs(offset) < NEAR else 32)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_engine.config import UNetConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.unet import UNet, check_shape
+from ddpm_engine.unet import unet as unet_module
 
 TINY = UNetConfig(
     sample_size=8,
@@ -107,16 +108,26 @@ def test_memory_format_of_the_input_does_not_matter() -> None:
     assert torch.equal(unet(x.transpose(2, 3).contiguous().transpose(2, 3), t), expected)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_activations_are_channels_last_throughout(channels: int) -> None:
+def test_activations_have_one_memory_format_throughout(
+    channels: int, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a CPU, and that of other devices."""
+    device = {torch.contiguous_format: "cpu", torch.channels_last: "cuda"}[memory_format]
+    assert unet_module._memory_format(torch.device(device)) == memory_format
+    monkeypatch.setattr(unet_module, "_memory_format", lambda _: memory_format)
     unet = randomised(replace(TINY, in_channels=channels, out_channels=channels))
+    for parameter in unet.parameters():
+        if parameter.dim() == 4:
+            assert parameter.is_contiguous(memory_format=memory_format)
     others: list[str] = []
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4:
-                channels_last = output.is_contiguous(memory_format=torch.channels_last)
-                others.extend([] if channels_last else [name])
+                so_laid_out = output.is_contiguous(memory_format=memory_format)
+                others.extend([] if so_laid_out else [name])
 
         return hook
 
