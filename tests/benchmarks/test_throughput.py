@@ -30,6 +30,7 @@ from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
 from torch import Tensor, nn
 
 from ddpm_engine.config import PRESETS, UNetConfig
+from ddpm_engine.errors import UserError
 from ddpm_engine.samplers import sample
 from ddpm_kernels.dispatch import force_ops
 
