@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_engine.data.manifest import Index, Shard, ShardSet, index_dtype, read_index, read_manifest
 from ddpm_engine.data.reader import DamagedSample, Fault, ShardReader
-from ddpm_engine.data.shards import scan_tar
+from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import sha256_of
 
