@@ -223,7 +223,7 @@ def test_files_that_disagree_with_the_manifest_are_named(packed: Path) -> None:
     (packed / "elsewhere").rename(packed / "shard-000001.tar")
     flip(packed / "shard-000002.index.npy", 150)
     with pytest.raises(UserError, match=r"shard-000002\.index\.npy is not the one"):
-        open_shards(packed)
+        open_shards(packed).indexes[2]
     (packed / "shard-000002.index.npy").unlink()
     with pytest.raises(UserError, match=r"shard-000002\.index\.npy cannot be read"):
         open_shards(packed)
@@ -235,7 +235,7 @@ def test_files_that_disagree_with_the_manifest_are_named(packed: Path) -> None:
         lambda m: m.update(samples=11),
         lambda m: m.update(format=99),
         lambda m: m.update(height="6"),
-        lambda m: m.update(classes=["a"]),
+        lambda m: m.update(classes="abc"),
         lambda m: m["shards"][0].update(sha256="0" * 64),
         lambda m: m["shards"][0].update(name="../shard-000000.tar"),
         lambda m: m["shards"][0].pop("bytes"),
@@ -249,6 +249,15 @@ def test_a_manifest_that_contradicts_itself_is_refused(packed: Path, change: Any
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"manifest\.json"):
         open_shards(packed)
+
+
+def test_an_index_with_a_label_that_has_no_name_is_refused(packed: Path) -> None:
+    path = packed / "manifest.json"
+    content = json.loads(path.read_text())
+    content.update(classes=["a"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"labels up to 2, the manifest names 1 classes"):
+        open_shards(packed).indexes[0]
 
 
 def test_verify_names_every_damaged_sample(packed: Path) -> None:

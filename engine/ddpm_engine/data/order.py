@@ -22,7 +22,7 @@ from ddpm_kernels.philox import Stream, random_words
 
 Indices = NDArray[np.int64]
 
-_ROUNDS = 8
+_ROUNDS = 6
 
 
 class Permutation:

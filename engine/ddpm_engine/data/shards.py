@@ -26,14 +26,11 @@ from webdataset import TarWriter
 from ddpm_engine.data.claim import MARKER_NAME, Journal, claim, naming
 from ddpm_engine.data.forked import map_forked
 from ddpm_engine.data.images import EXTENSIONS, DecodeError, encode, fit, probe, with_channels
-from ddpm_engine.data.manifest import MANIFEST_NAME, Index, Manifest, Shard, index_dtype
+from ddpm_engine.data.manifest import MANIFEST_NAME, MAX_KEY, Index, Manifest, Shard, index_dtype
 from ddpm_engine.data.sources import Example, Source, open_source
 from ddpm_engine.data.tar import MAX_CLASSES, scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write, sha256_of
-
-MAX_KEY = 255
-"""Bytes of a key in an index, where it only names the sample; longer ones lose their start."""
 
 _CHUNK = 4096
 
