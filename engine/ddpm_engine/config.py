@@ -121,7 +121,7 @@ class DataConfig:
     """Where the training images come from and how they are read."""
 
     path: Path | str = Path("data/shards")
-    """Folder of indexed WebDataset shards, its http(s) URL, or a pattern of shards to be streamed."""
+    """Folder of indexed WebDataset shards, its http(s) URL, or a pattern of shards to stream."""
     source: str | None = None
     """What to make the shards from if the folder is missing, as `make_shards.py` takes it."""
     mix_with: tuple[str, ...] = ()

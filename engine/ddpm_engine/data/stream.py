@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 
 import torch
 import webdataset
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys
 
@@ -84,7 +84,7 @@ class ShardStream(IterableDataset[Sample]):
         self._classes = classes
         try:
             self.urls = list(itertools.islice(braceexpand(pattern), MAX_SHARDS + 1))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise UserError(f"--data.path {pattern} has braces that do not match") from error
         if len(self.urls) > MAX_SHARDS:
             raise UserError(f"--data.path {pattern} names more than {MAX_SHARDS} shards")
@@ -179,7 +179,8 @@ def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> 
 
 def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
     """Members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
-    with tarfile.open(fileobj=_Buffered(stream), mode="r|", tarinfo=BoundedTarInfo) as tar:
+    buffered: Any = _Buffered(stream)
+    with tarfile.open(fileobj=buffered, mode="r|", tarinfo=BoundedTarInfo) as tar:
         for key, extension, member in members_of(tar):
             if extension not in MEMBERS:
                 continue
@@ -189,6 +190,10 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
             file = tar.extractfile(member)
             assert file is not None, "only regular members are kept"
             yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": url}
+        # tarfile takes a damaged header for the end of the archive: the real end is zeros.
+        while piece := tar.fileobj.read(1 << 20):  # type: ignore[union-attr]
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(f"a damaged header before byte {tar.offset}")
 
 
 class _Buffered:

@@ -100,7 +100,7 @@ def _stream(config: RunConfig) -> ShardStream:
         data.allow_pipe,
     )
     logger.warning(
-        "streaming %d shards of %s, drawn with replacement: there are no epochs; a run that resumes "
+        "streaming %d shards of %s, drawn with replacement: there are no epochs; a resumed run "
         "sees other samples than one that was never stopped; images are cut and resized to %d "
         "pixels; damage that an image format does not notice is not noticed. Shards with an index "
         "(make_shards.py index) promise all of that",
