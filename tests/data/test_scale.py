@@ -85,7 +85,7 @@ def test_opening_reads_no_index_and_few_are_kept() -> None:
 
 
 def test_a_permutation_leaves_no_place_preferred() -> None:
-    count, seeds = 12, 6000
+    count, seeds = 12, 1500
     where = np.array(
         [
             order.Permutation(count, seed, 0, 0, order.Stream.SAMPLE_ORDER)(np.arange(count))
@@ -99,4 +99,4 @@ def test_a_permutation_leaves_no_place_preferred() -> None:
     assert chi_square < 121 + 5 * 15.6
     # Neighbours do not stay neighbours more often than by chance (2/12 of all pairs, ±).
     near = np.abs(np.diff(where, axis=1)) == 1
-    assert abs(near.mean() - 2 / count) < 0.01
+    assert abs(near.mean() - 2 / count) < 0.02

@@ -31,9 +31,9 @@ from ddpm_engine.data.tar import (
     MAX_LABEL,
     MAX_PAYLOAD,
     MEMBERS,
-    BoundedTarInfo,
     label_of,
     members_of,
+    open_tar,
 )
 from ddpm_engine.errors import UserError
 
@@ -179,8 +179,7 @@ def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> 
 
 def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
     """Members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
-    buffered: Any = _Buffered(stream)
-    with tarfile.open(fileobj=buffered, mode="r|", tarinfo=BoundedTarInfo) as tar:
+    with open_tar(_Buffered(stream), "r|") as tar:
         for key, extension, member in members_of(tar):
             if extension not in MEMBERS:
                 continue

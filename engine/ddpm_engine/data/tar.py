@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from webdataset.tariterators import base_plus_ext
 
@@ -35,6 +36,8 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
+# What tarfile raises at numbers that are none, and at headers nested without end.
+_MALFORMED = (ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,26 @@ class BoundedTarInfo(tarfile.TarInfo):
         raise tarfile.ReadError("a sparse member")
 
 
+def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
+    """Open an uncompressed tar with bounded headers: a path, or a stream to be read forwards.
+
+    Raises:
+        tarfile.TarError: its first header is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        if mode == "r|":
+            return tarfile.open(fileobj=source, mode="r|", tarinfo=BoundedTarInfo)
+        return tarfile.open(source, "r:", tarinfo=BoundedTarInfo)
+    except _MALFORMED as error:
+        raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
+
+
 def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, lower-case extension and header of each regular member, in order.
 
     Args:
-        tar: opened with `tarinfo=BoundedTarInfo`.
+        tar: from `open_tar`.
 
     Raises:
         tarfile.TarError: the tar is damaged.
@@ -91,8 +109,7 @@ def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo
                 key, extension = base_plus_ext(member.name)
                 if key and extension:
                     yield key, extension.lower(), member
-    except (ValueError, OverflowError, RecursionError) as error:
-        # Numbers that are none, and headers nested without end.
+    except _MALFORMED as error:
         raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
 
 
@@ -104,7 +121,7 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
             offset; or a sample has no image, or a member twice.
     """
     try:
-        with tarfile.open(path, "r:", tarinfo=BoundedTarInfo) as tar:
+        with open_tar(path, "r:") as tar:
             for key, group in itertools.groupby(members_of(tar), key=lambda entry: entry[0]):
                 yield _sample(path, tar, key, group)
             _check_end(path, tar.offset)
