@@ -130,7 +130,7 @@ def folder_of_files(folder: Path, extension: str) -> Epoch:
         order = random.sample(files, len(files))
         for first in range(0, len(order), BATCH):
             part = order[first : first + BATCH]
-            yield np.stack([read(path) for path, _ in part]), np.array([l for _, l in part])
+            yield np.stack([read(path) for path, _ in part]), np.array([label for _, label in part])
 
     return epoch
 

@@ -11,8 +11,6 @@ position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -82,7 +80,7 @@ class Order:
     It keeps a few numbers for each shard, of the epoch that was looked at last.
 
     Args:
-        shard_sizes: samples of each shard; empty shards are allowed, an empty set is not.
+        shard_sizes: samples of each shard, `[S]`; empty shards are allowed, an empty set is not.
         seed: any int64.
         window_shards: shards mixed with each other. More mixes better and touches more files.
 
@@ -90,10 +88,10 @@ class Order:
         UserError: no samples, a negative size, or `window_shards` below 1.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 16) -> None:
+    def __init__(self, shard_sizes: ArrayLike, seed: int, window_shards: int = 16) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         if self._sizes.sum() < 1 or self._sizes.min() < 0:
-            raise UserError(f"cannot order shards of sizes {list(shard_sizes)}: no samples")
+            raise UserError(f"cannot order shards of sizes {self._sizes}: no samples")
         if window_shards < 1:
             raise UserError(f"window_shards must be at least 1, not {window_shards}")
         self.seed = seed

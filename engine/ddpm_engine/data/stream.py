@@ -190,7 +190,7 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
             assert file is not None, "only regular members are kept"
             yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": url}
         # tarfile takes a damaged header for the end of the archive: the real end is zeros.
-        while piece := tar.fileobj.read(1 << 20):  # type: ignore[union-attr]
+        while piece := tar.fileobj.read(1 << 20):
             if piece.strip(b"\0"):
                 raise tarfile.ReadError(f"a damaged header before byte {tar.offset}")
 
