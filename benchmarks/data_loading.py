@@ -242,7 +242,7 @@ def main() -> int:
     for failure in failures:
         print(f"FAILED {failure}")
     if options.json is not None:
-        write_json(options.json, {"machine": machine, "options": asdict(options)} | found)
+        write_json(options.json, {"machine": machine, "images": options.images, "rounds": options.rounds} | found)
     return int(bool(failures))
 
 
