@@ -34,7 +34,7 @@ BLOCK = 512
 FEW = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-MANY = settings(FEW, max_examples=25_000)
+MANY = settings(FEW, max_examples=5_000)
 
 
 class Bomb:
