@@ -242,7 +242,8 @@ def main() -> int:
     for failure in failures:
         print(f"FAILED {failure}")
     if options.json is not None:
-        write_json(options.json, {"machine": machine, "images": options.images, "rounds": options.rounds} | found)
+        about = {"machine": machine, "images": options.images, "rounds": options.rounds}
+        write_json(options.json, about | found)
     return int(bool(failures))
 
 
