@@ -6,6 +6,7 @@ dissolving into noise, a picture emerging from it, and the loss curve.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ import tyro
 from PIL import Image
 
 from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.data import ShardDataset
+from ddpm_engine.data import ShardStream
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.pictures import loss_curve, side_by_side, strip, to_uint8
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import build_table, sampling_steps
+from ddpm_engine.training.dataset import dataset_of
 from ddpm_kernels import q_sample
 
 _COLUMNS = 11
@@ -44,10 +46,9 @@ class Options:
 
 def real_images(pretrained: Pretrained, count: int) -> np.ndarray:
     """The first images in training order: uint8 `[count, H, W, C]`."""
-    config = pretrained.config
-    dataset = ShardDataset(
-        config.data.path, config.training.seed, config.model.sample_size, config.model.in_channels
-    )
+    dataset = dataset_of(pretrained.config)
+    if isinstance(dataset, ShardStream):
+        return np.stack([sample.image for sample in itertools.islice(dataset, count)])
     return np.stack([sample.image for sample in dataset.__getitems__(range(count))])
 
 

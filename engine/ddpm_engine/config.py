@@ -111,14 +111,29 @@ class DiffusionConfig:
         return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
 
 
+def is_location(path: str) -> bool:
+    """Whether a string is a URL, or a command for a pipe, rather than a path."""
+    return "://" in path or path.startswith("pipe:")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the training images come from and how they are read."""
 
-    path: Path = Path("data/shards")
-    """Folder of indexed WebDataset shards."""
+    path: Path | str = Path("data/shards")
+    """Folder of indexed WebDataset shards, its http(s) URL, or a pattern of shards to stream."""
     source: str | None = None
     """What to make the shards from if the folder is missing, as `make_shards.py` takes it."""
+    mix_with: tuple[str, ...] = ()
+    """Further sets, folders or URLs, that are mixed with the first."""
+    weights: tuple[int, ...] = ()
+    """Samples of each set, the first one's before those of mix-with, in every sum of weights."""
+    cache: Path | None = None
+    """Folder on a local disk for shards of a URL; default: one of yours under the temporary one."""
+    cache_gb: float = 64.0
+    """Bound on that folder, in 10⁹ bytes."""
+    allow_pipe: bool = False
+    """Let pipe: patterns run their command in a shell."""
     horizontal_flip: bool = False
     """Mirror each image with probability one half."""
     window_shards: int = 16
@@ -127,6 +142,11 @@ class DataConfig:
     """Decoding processes of each rank; the order of samples does not depend on it."""
     max_bad_samples: int = 100
     """Stop once a rank has replaced more unreadable samples than this."""
+
+    def __post_init__(self) -> None:
+        # A URL is no path: two slashes would become one.
+        if isinstance(self.path, str) and not is_location(self.path):
+            object.__setattr__(self, "path", Path(self.path))
 
 
 @dataclass(frozen=True)
@@ -265,6 +285,7 @@ class RunConfig:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
+        found += self._data_problems()
         channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
         if learned and self.model.out_channels != 2 * channels:
             found.append(
@@ -303,6 +324,22 @@ class RunConfig:
                 )
         return found
 
+    def _data_problems(self) -> list[str]:
+        found = []
+        data = self.data
+        if data.mix_with and len(data.weights) != 1 + len(data.mix_with):
+            found.append(
+                f"--data.weights has {len(data.weights)} entries for {1 + len(data.mix_with)} sets "
+                "(--data.path and --data.mix-with); give one for each"
+            )
+        if data.weights and not data.mix_with:
+            found.append("--data.weights is given without --data.mix-with; name the other sets")
+        if any(weight < 1 for weight in data.weights):
+            found.append(f"--data.weights are {data.weights}; each must be at least 1")
+        if not data.cache_gb > 0:
+            found.append(f"--data.cache-gb is {data.cache_gb}; it must be positive")
+        return found
+
     def validate(self) -> None:
         """Raise one `UserError` that reports every problem at once."""
         if found := self.problems():
@@ -317,6 +354,9 @@ def _converter() -> Any:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_structure_hook(Path, lambda value, _: Path(value))
     converter.register_unstructure_hook(Path, str)
+    converter.register_structure_hook_func(
+        lambda kind: kind == Path | str, lambda value, _: str(value)
+    )
     return converter
 
 

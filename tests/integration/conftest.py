@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred digits of 8×8 in three shards."""
     folder = tmp_path_factory.mktemp("data") / "shards"
     source = open_source("digits")
-    source = replace(source, examples=islice(source.examples, 100), length=100)
+    source = replace(source, examples=source.examples[:100])
     write_shards(source, folder, per_shard=40)
     return folder
 

@@ -87,4 +87,4 @@ def test_batches_that_do_not_divide_are_refused() -> None:
         BatchPositions(8, world=2, accumulation=3)
 
 
-ORDER_7 = [6, 3, 1, 2, 0, 4, 5, 8, 10, 7, 9, 11]
+ORDER_7 = [2, 0, 6, 4, 3, 5, 1, 10, 9, 7, 8, 11]

@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import tarfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ddpm_engine.data import (
     verify,
     write_shards,
 )
+from ddpm_engine.data.sources import LazyExamples
 from ddpm_engine.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 6, 6, 3), dtype=np.uint8)
@@ -35,7 +36,7 @@ def source(count: int = 10, labels: bool = True, **replaced: np.ndarray) -> Sour
         Example(f"k{i}", replaced.get(f"k{i}", PIXELS[i % 10]), i % 3 if labels else None)
         for i in range(count)
     ]
-    return Source("memory", examples, count, ("a", "b", "c") if labels else None)
+    return Source("memory", examples, ("a", "b", "c") if labels else None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -121,7 +122,7 @@ def test_a_label_that_is_missing_or_has_no_class_is_named(
 ) -> None:
     examples = [*source(4).examples, Example("odd", PIXELS[0], label)]
     with pytest.raises(UserError, match="'odd'"):
-        write_shards(Source("memory", examples, None, ("a", "b", "c")), tmp_path / "set")
+        write_shards(Source("memory", examples, ("a", "b", "c")), tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -154,13 +155,14 @@ def test_nothing_that_lies_there_is_overwritten(tmp_path: Path, packed: Path) ->
 
 
 def test_an_interrupted_run_is_run_again(tmp_path: Path, packed: Path) -> None:
-    def interrupted() -> Iterator[Example]:
-        yield from list(source(9).examples)
-        raise KeyboardInterrupt
+    def interrupted(number: int) -> Example:
+        if number == 9:
+            raise KeyboardInterrupt
+        return source().examples[number]
 
     folder = tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Source("memory", interrupted()), folder, per_shard=2)
+        write_shards(Source("memory", LazyExamples(range(10), interrupted)), folder, per_shard=2)
     assert not list(folder.glob("*.tmp"))
     assert len(list(folder.glob("*.tar"))) == 4
     with pytest.raises(UserError, match=r"manifest\.json"):
@@ -190,7 +192,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         # The folder itself is synced first.
-        patched.setattr("ddpm_engine.data.shards.fsync_directory", lambda _: None)
+        patched.setattr("ddpm_engine.data.claim.fsync_directory", lambda _: None)
         with pytest.raises(UserError, match=r"shard-000000\.tar: No space left .* free space"):
             write_shards(source(), tmp_path / "set")
     assert list(contents(tmp_path / "set")) == [".packing"]
@@ -221,7 +223,7 @@ def test_files_that_disagree_with_the_manifest_are_named(packed: Path) -> None:
     (packed / "elsewhere").rename(packed / "shard-000001.tar")
     flip(packed / "shard-000002.index.npy", 150)
     with pytest.raises(UserError, match=r"shard-000002\.index\.npy is not the one"):
-        open_shards(packed)
+        open_shards(packed).indexes[2]
     (packed / "shard-000002.index.npy").unlink()
     with pytest.raises(UserError, match=r"shard-000002\.index\.npy cannot be read"):
         open_shards(packed)
@@ -233,7 +235,7 @@ def test_files_that_disagree_with_the_manifest_are_named(packed: Path) -> None:
         lambda m: m.update(samples=11),
         lambda m: m.update(format=99),
         lambda m: m.update(height="6"),
-        lambda m: m.update(classes=["a"]),
+        lambda m: m.update(classes="abc"),
         lambda m: m["shards"][0].update(sha256="0" * 64),
         lambda m: m["shards"][0].update(name="../shard-000000.tar"),
         lambda m: m["shards"][0].pop("bytes"),
@@ -247,6 +249,15 @@ def test_a_manifest_that_contradicts_itself_is_refused(packed: Path, change: Any
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"manifest\.json"):
         open_shards(packed)
+
+
+def test_an_index_with_a_label_that_has_no_name_is_refused(packed: Path) -> None:
+    path = packed / "manifest.json"
+    content = json.loads(path.read_text())
+    content.update(classes=["a"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"labels up to 2, the manifest names 1 classes"):
+        open_shards(packed).indexes[0]
 
 
 def test_verify_names_every_damaged_sample(packed: Path) -> None:
@@ -377,3 +388,101 @@ def test_damaged_tars_are_named_with_the_place(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"no \.tar files"):
         index_shards(tmp_path)
+
+
+# Several processes, and runs that go on
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, packed: Path, processes: int
+) -> None:
+    done: list[int] = []
+    folder = tmp_path / "parallel"
+    write_shards(source(), folder, per_shard=4, processes=processes, progress=done.append)
+    assert contents(folder) == contents(packed)
+    assert sorted(done) == [2, 4, 4]
+
+
+def test_an_error_in_another_process_reaches_the_user_and_leaves_nothing_half(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"'k3' is 6×5; give --size"):
+        write_shards(source(k3=PIXELS[0][:, :5]), tmp_path / "set", per_shard=2, processes=2)
+    assert not list((tmp_path / "set").glob("*.tmp"))
+    with pytest.raises(UserError, match="--processes is 0"):
+        write_shards(source(), tmp_path / "other", processes=0)
+
+
+def test_indexing_in_processes_gives_the_same_set(tmp_path: Path, packed: Path) -> None:
+    before = contents(packed)
+    for name in before:
+        if not name.endswith(".tar"):
+            (packed / name).unlink()
+    manifest = index_shards(packed, processes=2)
+    assert manifest.samples == 10
+    after = contents(packed)
+    assert {n: b for n, b in after.items() if n != "manifest.json"} == {
+        n: b for n, b in before.items() if n != "manifest.json"
+    }
+
+
+class Counted:
+    """A source that knows its revision, and stops at an example once."""
+
+    def __init__(self, stop: int | None = None, revision: str = "r1") -> None:
+        self.stop, self.read = stop, list[int]()
+        self.source = replace(
+            source(), examples=LazyExamples(range(10), self.load), revision=revision
+        )
+
+    def load(self, number: int) -> Example:
+        if number == self.stop:
+            raise KeyboardInterrupt
+        self.read.append(number)
+        return source().examples[number]
+
+
+def interrupted(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Counted(stop=9).source, folder, per_shard=4)
+
+
+def test_finished_shards_are_kept_and_not_written_again(tmp_path: Path, packed: Path) -> None:
+    folder = tmp_path / "again"
+    interrupted(folder)
+    kept = {path.name: path.stat().st_ino for path in folder.glob("shard-*")}
+    assert len(kept) == 4
+    counted = Counted()
+    write_shards(counted.source, folder, per_shard=4)
+    # The first example is what the others are compared with.
+    assert counted.read == [0, 8, 9]
+    assert {name: (folder / name).stat().st_ino for name in kept} == kept
+    assert contents(folder) == contents(packed)
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path: Path, packed: Path) -> None:
+    folder = tmp_path / "again"
+    interrupted(folder)
+    flip(folder / "shard-000001.tar", 700)
+    with open(folder / ".packing", "ab") as journal:
+        journal.write(b'{"number": 2, "sha')  # what is left of a write that was cut off
+    counted = Counted()
+    write_shards(counted.source, folder, per_shard=4)
+    assert counted.read == [0, 4, 5, 6, 7, 8, 9]
+    assert contents(folder) == contents(packed)
+
+
+@pytest.mark.parametrize(
+    ("revision", "arguments"), [("r2", {}), ("r1", {"image_format": "npy"}), ("r1", {"size": 4})]
+)
+def test_nothing_is_kept_of_another_source_or_recipe(
+    tmp_path: Path, revision: str, arguments: dict[str, Any]
+) -> None:
+    folder = tmp_path / "again"
+    interrupted(folder)
+    counted = Counted(revision=revision)
+    write_shards(counted.source, folder, per_shard=4, **arguments)
+    assert sorted(set(counted.read)) == list(range(10))
+    write_shards(source(), tmp_path / "fresh", per_shard=4, **arguments)
+    assert contents(folder) == contents(tmp_path / "fresh")

@@ -34,7 +34,7 @@ def refused(name: str | Path) -> str:
 def test_digits() -> None:
     source = open_source("digits")
     examples = list(source.examples)
-    assert source.length == len(examples) == 1797
+    assert len(source.examples) == len(examples) == 1797
     assert source.classes == tuple("0123456789")
     assert examples[0].image.shape == (8, 8, 1)
     assert {v for e in examples for v in np.unique(e.image)} == {
@@ -52,7 +52,7 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     examples = list(source.examples)
     assert source.classes == ("cat", "dog")
-    assert source.length == 2
+    assert len(source.examples) == 2
     assert [(e.key, e.label) for e in examples] == [("cat/x/a.v2", 0), ("dog/b", 1)]
     assert all(np.array_equal(e.image, image) for e in examples)
 
@@ -206,7 +206,7 @@ def test_hugging_face_data_set_on_disk(tmp_path: Path) -> None:
     for name in (f"hf:{tmp_path}/plain", f"hf:{tmp_path}/splits:test"):
         source = open_source(name)
         examples = list(source.examples)
-        assert source.length == 3
+        assert len(source.examples) == 3
         assert source.classes == ("cat", "dog")
         assert [e.label for e in examples] == [1, 0, 1]
         assert np.array_equal(np.stack([e.image for e in examples]), images)

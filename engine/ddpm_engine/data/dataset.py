@@ -76,7 +76,7 @@ class ShardDataset(Dataset[Sample]):
     moves, and is named in the faults of the sample that came instead.
 
     Args:
-        shards: an open set, or the folder of one.
+        shards: an open set, or the folder or URL of one.
         seed: of the order and of substitutes.
         size: cut and resize images to so many pixels a side; None takes them as they are.
         channels: convert images to 1 (grey) or 3 (RGB); None takes them as they are.
@@ -96,7 +96,7 @@ class ShardDataset(Dataset[Sample]):
         window_shards: int = 16,
     ) -> None:
         self.shards = shards if isinstance(shards, ShardSet) else open_shards(shards)
-        manifest, folder = self.shards.manifest, self.shards.directory
+        manifest, folder = self.shards.manifest, self.shards.storage
         if size is not None and size < 1:
             raise UserError(f"image size must be at least 1, not {size}")
         if channels not in (None, 1, 3):
@@ -113,7 +113,13 @@ class ShardDataset(Dataset[Sample]):
         self.order = Order([shard.samples for shard in manifest.shards], seed, window_shards)
         self._size = size
         self._starts = np.cumsum([0] + [shard.samples for shard in manifest.shards])
-        self._reader = ShardReader(self.shards)
+        # One file more than a window has, for substitutes.
+        self._reader = ShardReader(self.shards, window_shards + 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data: the fingerprint of its manifest."""
+        return self.shards.manifest.fingerprint
 
     def __len__(self) -> int:
         """Samples of one epoch; positions go on beyond it."""
@@ -160,7 +166,7 @@ class ShardDataset(Dataset[Sample]):
             )
         raise UserError(
             f"{MAX_SUBSTITUTES} samples in a row cannot be read for position {position}; the last: "
-            f"{faults[-1]}. Run 'make_shards.py verify {self.shards.directory}'"
+            f"{faults[-1]}. Run 'make_shards.py verify {self.shards.storage}'"
         )
 
 

@@ -9,7 +9,8 @@ Every array is uint8 `[height, width, channels]` with 1 (grey) or 3 (RGB) channe
 from __future__ import annotations
 
 import io
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -50,7 +51,7 @@ def probe(payload: bytes, extension: str) -> tuple[int, int, int]:
         DecodeError: unknown extension, unreadable header, or a side over `MAX_SIDE`.
     """
     if extension == "npy":
-        return _npy_shape(io.BytesIO(payload), len(payload))
+        return _npy_header(payload).shape
     image = _open(payload, extension)
     try:
         transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSING_ORIENTATIONS
@@ -206,14 +207,38 @@ def _from_pillow(image: Image.Image) -> Pixels:
     return array if array.ndim == 3 else array[:, :, None]
 
 
-def _npy_shape(stream: io.BytesIO, length: int) -> tuple[int, int, int]:
-    """Check an npy header against the bytes that follow; leaves the stream at the first of them."""
+class _NpyHeader(NamedTuple):
+    start: int
+    """Where the array's bytes begin."""
+    shape: tuple[int, int, int]
+    order: Literal["C", "F"]
+
+
+def _npy_header(payload: bytes) -> _NpyHeader:
+    """Check an npy header against the bytes that follow."""
+    # Magic, version and the length of the rest, in 2 bytes or since version 2.0 in 4.
+    fixed = 10 if payload[6:7] == b"\x01" else 12
+    header = _parse_npy_header(payload[: fixed + int.from_bytes(payload[8:fixed], "little")])
+    height, width, channels = header.shape
+    _check_sides(height, width)
+    if len(payload) - header.start != height * width * channels:
+        raise DecodeError(
+            f"npy array of shape {list(header.shape)} needs {height * width * channels} bytes, "
+            f"{len(payload) - header.start} follow"
+        )
+    return header
+
+
+@lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> _NpyHeader:
+    """Parse it. Cached: that takes longer than copying a small image, and sets have few headers."""
+    stream = io.BytesIO(header)
     try:
         version = npy.read_magic(stream)
         read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[
             version
         ]
-        shape, _, dtype = read_header(stream)
+        shape, columns_first, dtype = read_header(stream)
     except Exception as error:
         raise DecodeError(f"not an npy array ({error})") from error
     if dtype != np.uint8:
@@ -222,19 +247,10 @@ def _npy_shape(stream: io.BytesIO, length: int) -> tuple[int, int, int]:
         shape = (*shape, 1)
     if len(shape) != 3 or shape[2] not in (1, 3):
         raise DecodeError(f"npy array of shape {list(shape)}: must be [H, W], [H, W, 1 or 3]")
-    height, width, channels = shape
-    _check_sides(height, width)
-    if length - stream.tell() != height * width * channels:
-        raise DecodeError(
-            f"npy array of shape {list(shape)} needs {height * width * channels} bytes, "
-            f"{length - stream.tell()} follow"
-        )
-    return height, width, channels
+    return _NpyHeader(stream.tell(), shape, "F" if columns_first else "C")
 
 
 def _decode_npy(payload: bytes) -> Pixels:
-    stream = io.BytesIO(payload)
-    shape = _npy_shape(stream, len(payload))
-    stream.seek(0)
-    array: Pixels = npy.read_array(stream, allow_pickle=False)
-    return np.ascontiguousarray(array).reshape(shape)
+    start, shape, order = _npy_header(payload)
+    pixels = np.frombuffer(payload, np.uint8, offset=start).reshape(shape, order=order)
+    return np.array(pixels, order="C")

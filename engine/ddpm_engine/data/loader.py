@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
+from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ddpm_engine.data.dataset import Sample, ShardDataset, collate
+from ddpm_engine.data.dataset import Batch, Sample, collate
 from ddpm_engine.data.order import rank_positions
+from ddpm_engine.data.stream import ShardStream, number_batches
 from ddpm_engine.errors import UserError
 
 
@@ -51,13 +53,17 @@ class BatchPositions(Sampler[list[int]]):
                 "choose a global batch divisible by processes × accumulation"
             )
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples of each list."""
+        return self.global_batch // self.world // self.accumulation
+
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
         while self.end_step is None or step < self.end_step:
             positions = rank_positions(step, self.global_batch, self.rank, self.world)
-            part = len(positions) // self.accumulation
-            for first in range(0, len(positions), part):
-                yield list(positions[first : first + part])
+            for first in range(0, len(positions), self.micro_batch):
+                yield list(positions[first : first + self.micro_batch])
             step += 1
 
     def __len__(self) -> int:
@@ -71,8 +77,31 @@ class BatchPositions(Sampler[list[int]]):
         return max(0, self.end_step - self.start_step) * self.accumulation
 
 
+def make_batches(
+    dataset: Dataset[Sample],
+    positions: BatchPositions,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of a rank, from a set, a mix or a stream.
+
+    Args:
+        dataset: what to read: by position, or a `ShardStream`.
+        positions: of each batch.
+        workers: processes; 0 reads in this one.
+        pin_memory: copy batches to page-locked memory.
+
+    Raises:
+        UserError: `workers` is negative; while iterating, data that cannot be read.
+    """
+    if isinstance(dataset, ShardStream):
+        streamed = _loader(dataset, workers, pin_memory, batch_size=positions.micro_batch)
+        return number_batches(streamed, positions)
+    return iter(make_loader(dataset, positions, workers, pin_memory=pin_memory))
+
+
 def make_loader(
-    dataset: ShardDataset,
+    dataset: Dataset[Sample],
     batches: Iterable[list[int]],
     workers: int = 0,
     prefetch: int = 4,
@@ -98,22 +127,32 @@ def make_loader(
     Raises:
         UserError: `workers` is negative.
     """
+    return _loader(dataset, workers, pin_memory, prefetch, batch_sampler=batches)
+
+
+def _loader(
+    dataset: Dataset[Sample],
+    workers: int,
+    pin_memory: bool,
+    prefetch: int = 4,
+    **batching: Any,
+) -> DataLoader[Sample]:
     if workers < 0:
         raise UserError(f"workers must be 0 or more, not {workers}")
     if workers == 0:
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory)
+        return DataLoader(dataset, collate_fn=collate, pin_memory=pin_memory, **batching)
     # Python ends daemonic children at exit by SIGTERM and waits for them: that one must be obeyed.
     exiting = multiprocessing.Event()
     atexit.register(exiting.set)
     return DataLoader(
         dataset,
-        batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=prefetch,
         persistent_workers=True,
         pin_memory=pin_memory,
         worker_init_fn=partial(_ignore_signals, exiting),
+        **batching,
     )
 
 

@@ -11,20 +11,40 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from ddpm_engine.data.cache import ShardCache, default_cache_directory
+from ddpm_engine.data.fetch import is_http
+from ddpm_engine.data.images import MAX_SIDE
+from ddpm_engine.data.storage import Folder, Remote, Storage
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import atomic_write, sha256_of
+from ddpm_engine.files import atomic_write
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+DEFAULT_CACHE_BYTES = 64 << 30
+
+MAX_KEY = 255
+"""Bytes of a key in an index, where it only names the sample; longer ones lose their start."""
+MAX_OPEN_INDEXES = 64
+"""Indexes kept in memory by each process: as many as files are kept open."""
+MAX_INDEX_HEADER = 1 << 12
+
+_FILE_NAME = re.compile(r"[^/\\\0]+\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Index = NDArray[np.void]
 
@@ -89,7 +109,7 @@ class Manifest:
         """Size of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of all shard hashes in order: 64 hexadecimal digits."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
@@ -110,81 +130,157 @@ class Manifest:
             file.write(text.encode() + b"\n")
 
 
-@dataclass(frozen=True)
-class ShardSet:
-    """A set of shards on disk: its folder, manifest and indexes, checked against each other."""
+class Indexes(Sequence[Index]):
+    """The indexes of a set, read and checked when they are looked at; the last few are kept.
 
-    directory: Path
-    """Where the shards are."""
-    manifest: Manifest
-    """What the folder holds."""
-    indexes: tuple[Index, ...]
-    """Of each shard, rows of `index_dtype`."""
+    Args:
+        storage: where they are.
+        manifest: what they must be.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self._storage = storage
+        self._manifest = manifest
+        self._open: OrderedDict[int, Index] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._manifest.shards)
+
+    @overload
+    def __getitem__(self, number: int) -> Index: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Index]: ...
+    def __getitem__(self, number: int | slice) -> Index | list[Index]:
+        """Rows of `index_dtype` of one shard, or of some.
+
+        Raises:
+            UserError: an index cannot be read, or is not what the manifest describes.
+        """
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        number = range(len(self))[number]
+        if number in self._open:
+            self._open.move_to_end(number)
+        else:
+            if len(self._open) >= MAX_OPEN_INDEXES:
+                self._open.popitem(last=False)
+            self._open[number] = _read_index(self._storage, self._manifest, number)
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_storage": self._storage, "_manifest": self._manifest, "_open": OrderedDict()}
+
+
+class ShardSet:
+    """An open set of shards.
+
+    Args:
+        storage: where its files are.
+        manifest: what it holds.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.manifest = manifest
+        self.indexes = Indexes(storage, manifest)
 
     @property
     def highest_label(self) -> int | None:
-        """The greatest label that occurs; None for a set without labels."""
-        highest = max((int(index["label"].max(initial=-1)) for index in self.indexes), default=-1)
-        return None if highest < 0 else highest
+        """The greatest label that may occur; None for a set without labels."""
+        return None if self.manifest.classes is None else len(self.manifest.classes) - 1
 
 
-def open_shards(directory: str | os.PathLike[str]) -> ShardSet:
-    """Open a finished set: read its manifest and indexes, and compare them with the files.
+def open_shards(
+    location: str | os.PathLike[str], cache: ShardCache | None = None, check: bool = True
+) -> ShardSet:
+    """Open a finished set.
 
-    Sizes of shards are checked, their content is not: `verify` reads every byte.
+    The manifest is read; indexes are read, and compared with it, when they are first used. The
+    content of shards is compared with the indexes as it is read; `verify` reads every byte.
+
+    Args:
+        location: a folder, or an http(s) URL of one.
+        cache: where files of a URL are kept; None: in `default_cache_directory`, up to 64 GiB.
+        check: compare the sizes of a folder's files with the manifest. Of the processes of a run
+            one is enough.
 
     Raises:
-        UserError: no finished set there, or a file that is missing, of another size, or altered;
-            the message names the file and the remedy.
+        UserError: no finished set there, or a file that is missing or of another size; the message
+            names the file and the remedy.
     """
-    folder = Path(directory)
+    if isinstance(location, str) and is_http(location):
+        cache = cache or ShardCache(default_cache_directory(), DEFAULT_CACHE_BYTES)
+        remote = Remote(location, cache)
+        return ShardSet(remote, _manifest_of(remote))
+    folder = Path(location)
     manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        path = folder / shard.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(
-                f"shard {path} of {folder / MANIFEST_NAME} cannot be read ({error.strerror}); "
-                "restore it, or pack the set again"
-            ) from error
-        if size != shard.bytes:
-            raise UserError(
-                f"shard {path} has {size} bytes, its manifest says {shard.bytes}: restore it, or "
-                f"delete {MANIFEST_NAME} and run 'make_shards.py index {folder}' if it was replaced"
-            )
-    indexes = tuple(read_index(folder, shard) for shard in manifest.shards)
-    shards = ShardSet(folder, manifest, indexes)
-    highest = shards.highest_label
-    if highest is not None and highest >= len(manifest.classes or ()):
-        raise _damaged(folder / MANIFEST_NAME, f"it names no class {highest}")
-    return shards
+    for shard in manifest.shards if check else ():
+        _check_files(folder, shard)
+    return ShardSet(Folder(folder), manifest)
+
+
+def _check_files(folder: Path, shard: Shard) -> None:
+    path, index_path = folder / shard.name, folder / shard.index_name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"shard {path} of {folder / MANIFEST_NAME} cannot be read ({error.strerror}); "
+            "restore it, or pack the set again"
+        ) from error
+    if size != shard.bytes:
+        raise UserError(
+            f"shard {path} has {size} bytes, its manifest says {shard.bytes}: restore it, or "
+            f"delete {MANIFEST_NAME} and run 'make_shards.py index {folder}' if it was replaced"
+        )
+    if not index_path.exists():
+        raise UserError(
+            f"index {index_path} cannot be read (it is missing); delete {MANIFEST_NAME} and run "
+            f"'make_shards.py index {folder}'"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a set's manifest without looking at its shards.
+    """Read a folder's manifest without looking at its shards.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise UserError(f"no folder of shards at {folder}; make one with 'make_shards.py SOURCE'")
-    if not path.exists():
+    if not (folder / MANIFEST_NAME).exists():
         raise UserError(
             f"{folder} has no {MANIFEST_NAME}: index shards made elsewhere with "
             f"'make_shards.py index {folder}', or pack an unfinished set again"
         )
+    return _manifest_of(Folder(folder))
+
+
+def _manifest_of(storage: Storage) -> Manifest:
+    path = f"{storage}/{MANIFEST_NAME}"
     try:
-        content = json.loads(path.read_bytes())
-        version = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = storage.manifest(MANIFEST_NAME)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """Read a manifest's bytes, which may come from anyone.
+
+    Raises:
+        UserError: naming `path`: they are not a manifest of this engine.
+    """
+    try:
+        values = json.loads(content)
+        version = values["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version!r}; this engine reads {FORMAT_VERSION}")
     try:
-        manifest = _parse_manifest(content)
-        agreed = content["fingerprint"], content["samples"]
+        manifest = _parse(values)
+        agreed = values["fingerprint"], values["samples"]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if agreed != (manifest.fingerprint, manifest.samples):
@@ -192,56 +288,93 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _damaged(path: Path, reason: str) -> UserError:
+def _damaged(path: str, reason: str) -> UserError:
+    folder = path.removesuffix(MANIFEST_NAME).rstrip("/")
     return UserError(
-        f"{path} is damaged ({reason}); delete it and run 'make_shards.py index {path.parent}'"
+        f"{path} is damaged ({reason}); delete it and run 'make_shards.py index {folder}'"
     )
 
 
-def _parse_manifest(content: dict[str, Any]) -> Manifest:
-    shards = tuple(Shard(**shard) for shard in content["shards"])
+def _parse(values: dict[str, Any]) -> Manifest:
+    shards = tuple(Shard(**shard) for shard in values["shards"])
     for shard in shards:
         # The manifest came with the data: it must not point outside the folder.
-        if Path(shard.name).name != shard.name:
-            raise ValueError(f"shard name {shard.name!r} is not a file name")
-        if not (isinstance(shard.samples, int) and isinstance(shard.bytes, int)):
-            raise ValueError(f"shard {shard.name} has no counts")
-    classes = content["classes"]
+        if not isinstance(shard.name, str) or not _FILE_NAME.fullmatch(shard.name):
+            raise ValueError(f"shard name {shard.name!r} is not the name of a .tar file")
+        for count in (shard.samples, shard.bytes):
+            if type(count) is not int or not 0 <= count < 1 << 48:
+                raise ValueError(f"shard {shard.name} has no counts")
+        for digest in (shard.sha256, shard.index_sha256):
+            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+                raise ValueError(f"shard {shard.name} has no hashes")
+    if len({shard.name for shard in shards}) < len(shards):
+        raise ValueError("a shard is listed twice")
+    classes = values["classes"]
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    ):
+        raise ValueError("classes are not a list of names")
     for name in ("height", "width", "channels"):
-        if not isinstance(content[name], int | None):
-            raise ValueError(f"{name} is {content[name]!r}")
+        side = values[name]
+        if side is not None and (type(side) is not int or not 1 <= side <= MAX_SIDE):
+            raise ValueError(f"{name} is {side!r}")
     return Manifest(
         shards=shards,
-        height=content["height"],
-        width=content["width"],
-        channels=content["channels"],
+        height=values["height"],
+        width=values["width"],
+        channels=values["channels"],
         classes=None if classes is None else tuple(classes),
     )
 
 
-def read_index(folder: Path, shard: Shard) -> Index:
-    """Read one shard's index: rows of `index_dtype`.
+def _read_index(storage: Storage, manifest: Manifest, number: int) -> Index:
+    """One shard's index, checked.
 
     Raises:
-        UserError: it is missing, or not what the manifest describes.
+        UserError: it cannot be had, or is not what the manifest describes.
     """
-    path = folder / shard.index_name
-    remedy = f"delete {MANIFEST_NAME} and run 'make_shards.py index {folder}'"
+    shard = manifest.shards[number]
+    path = f"{storage}/{shard.index_name}"
+    remedy = f"delete {MANIFEST_NAME} and run 'make_shards.py index {storage}'"
+    at_most = MAX_INDEX_HEADER + shard.samples * index_dtype(MAX_KEY).itemsize
     try:
-        if sha256_of(path) != shard.index_sha256:
-            raise UserError(f"index {path} is not the one its manifest describes; {remedy}")
-        index = np.load(path, allow_pickle=False)
+        descriptor = storage.open(shard.index_name, shard.index_sha256, at_most)
+        with open(descriptor, "rb") as file:
+            content = file.read(at_most + 1)
     except OSError as error:
         raise UserError(f"index {path} cannot be read ({error.strerror}); {remedy}") from error
-    # The hash is right, but it came with the data: the rows are checked too.
-    names = getattr(index, "dtype", np.dtype(np.uint8)).names or ()
-    if "key" not in names or index.dtype != index_dtype(index.dtype["key"].itemsize):
-        raise UserError(f"index {path} has other rows than this engine's; {remedy}")
-    if index.shape != (shard.samples,):
-        raise UserError(f"index {path} has {len(index)} rows for {shard.samples} samples; {remedy}")
+    if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+        raise UserError(f"index {path} is not the one its manifest describes; {remedy}")
+    try:
+        return parse_index(content, shard, len(manifest.classes or ()))
+    except ValueError as error:
+        raise UserError(f"index {path} {error}; {remedy}") from error
+
+
+def parse_index(content: bytes, shard: Shard, classes: int) -> Index:
+    """Read an index's bytes, which may come from anyone: rows of `index_dtype`.
+
+    Raises:
+        ValueError: they are not an index of this shard; the message continues the file's name.
+    """
+    stream = io.BytesIO(content)
+    try:
+        npy.read_magic(stream)
+        shape, _, dtype = npy.read_array_header_1_0(stream)
+    except Exception as error:  # the header is evaluated as a literal, which fails in many ways
+        raise ValueError(f"is not an npy file ({error})") from error
+    names = dtype.names or ()
+    if "key" not in names or dtype != index_dtype(dtype["key"].itemsize):
+        raise ValueError("has other rows than this engine's")
+    if shape != (shard.samples,) or len(content) - stream.tell() != shard.samples * dtype.itemsize:
+        raise ValueError(f"has {list(shape)} rows for {shard.samples} samples")
+    index = np.frombuffer(content, dtype, offset=stream.tell())
     # Subtracted, not added: the sum of two unsigned numbers could wrap.
     if np.any(index["offset"] > shard.bytes) or np.any(
         index["size"] > shard.bytes - index["offset"]
     ):
-        raise UserError(f"index {path} points outside its shard; {remedy}")
+        raise ValueError("points outside its shard")
+    labels = index["label"]
+    if len(labels) and not -1 <= labels.min() <= labels.max() < max(classes, 0):
+        raise ValueError(f"has labels up to {labels.max()}, the manifest names {classes} classes")
     return index

@@ -3,12 +3,13 @@
 A position counts samples from the beginning of training, over all epochs and all ranks. Each epoch
 is a permutation of the whole set: shards are permuted, the permuted shards are grouped into windows
 of a few, and samples are permuted within their window, so that a reader meets a few shards at a
-time. Positions map to windows by prefix sums. Nothing is stored: to resume is to know the position.
+time. Positions map to windows, and places in a window to shards, by prefix sums; the permutation
+within a window is computed for one place at a time (see `Permutation`). So a look-up costs the same
+in sets of any size and by any number of ranks, and nothing is stored: to resume is to know the
+position.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,56 @@ from ddpm_kernels.philox import Stream, random_words
 
 Indices = NDArray[np.int64]
 
+_ROUNDS = 6
+
+
+class Permutation:
+    """A random permutation of [0, count), evaluated where it is asked for.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the smallest set of 4^k numbers that holds
+    them; its round function is the finalizer of MurmurHash3 under keys from Philox. Where it leads
+    out of [0, count) it is applied again, which comes back after fewer than 4 times on average
+    (Black & Rogaway 2002, cycle walking).
+
+    Args:
+        count: from 1 to 2⁶².
+        seed: any int64.
+        identity: which of the seed's permutations.
+        epoch: likewise.
+        stream: what the permutation is for.
+    """
+
+    def __init__(self, count: int, seed: int, identity: int, epoch: int, stream: Stream) -> None:
+        self._count = np.uint64(count)
+        half = max(1, (int(count - 1).bit_length() + 1) // 2)
+        self._half = np.uint64(half)
+        self._mask = np.uint64((1 << half) - 1)
+        words = random_words(seed, torch.tensor([identity]), 2 * _ROUNDS, epoch, stream)[0]
+        pairs = words.numpy().astype(np.uint64).reshape(_ROUNDS, 2)
+        self._keys = list(pairs[:, 0] << np.uint64(32) | pairs[:, 1])
+
+    def __call__(self, places: Indices) -> Indices:
+        """Where each place goes: int64 `[N]` to int64 `[N]`."""
+        values = self._feistel(places.astype(np.uint64))
+        outside = np.flatnonzero(values >= self._count)
+        while outside.size:
+            values[outside] = self._feistel(values[outside])
+            outside = outside[values[outside] >= self._count]
+        return values.astype(np.int64)
+
+    def _feistel(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._half, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+        return left << self._half | right
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The 64-bit finalizer of MurmurHash3; products wrap."""
+    words = (words ^ words >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
+    words = (words ^ words >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
+    return words ^ words >> np.uint64(33)
+
 
 class Order:
     """The map from positions to sample indices.
@@ -26,8 +77,10 @@ class Order:
     Samples are counted through the shards in their own order: sample i of shard s has index
     `sum(shard_sizes[:s]) + i`.
 
+    It keeps a few numbers for each shard, of the epoch that was looked at last.
+
     Args:
-        shard_sizes: samples of each shard; empty shards are allowed, an empty set is not.
+        shard_sizes: samples of each shard, `[S]`; empty shards are allowed, an empty set is not.
         seed: any int64.
         window_shards: shards mixed with each other. More mixes better and touches more files.
 
@@ -35,18 +88,18 @@ class Order:
         UserError: no samples, a negative size, or `window_shards` below 1.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, window_shards: int = 16) -> None:
+    def __init__(self, shard_sizes: ArrayLike, seed: int, window_shards: int = 16) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         if self._sizes.sum() < 1 or self._sizes.min() < 0:
-            raise UserError(f"cannot order shards of sizes {list(shard_sizes)}: no samples")
+            raise UserError(f"cannot order shards of sizes {self._sizes}: no samples")
         if window_shards < 1:
             raise UserError(f"window_shards must be at least 1, not {window_shards}")
         self.seed = seed
         self.window_shards = window_shards
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
-        # The last epoch's shard permutation and the last window's samples, to be used again.
+        # The last epoch's shard permutation and the last window's, to be used again.
         self._epoch: tuple[int, Indices, Indices] | None = None
-        self._window: tuple[int, int, Indices] | None = None
+        self._window: tuple[int, int, Permutation] | None = None
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -59,7 +112,8 @@ class Order:
     def samples_at(self, positions: ArrayLike) -> Indices:
         """Indices of the samples at many positions: int64 `[N]` to int64 `[N]`.
 
-        Costs one pass over each window touched, whatever the epoch.
+        Costs a pass over the shards for every epoch touched that is not the last one's, a few
+        hashes for every window touched, and a few operations for every position.
 
         Raises:
             ValueError: a negative position.
@@ -70,40 +124,35 @@ class Order:
         samples = np.empty_like(wanted)
         epochs, within = np.divmod(wanted, len(self))
         for epoch in np.unique(epochs):
-            shards, window_starts = self._shards_of(int(epoch))
-            windows = np.searchsorted(window_starts, within, side="right") - 1
+            shards, before = self._shards_of(int(epoch))
+            windows = np.searchsorted(before[:: self.window_shards], within, side="right") - 1
             for window in np.unique(windows[epochs == epoch]):
                 chosen = (epochs == epoch) & (windows == window)
-                content = self._samples_of(int(epoch), int(window), shards)
-                samples[chosen] = content[within[chosen] - window_starts[window]]
+                first = int(window) * self.window_shards
+                last = min(first + self.window_shards, len(shards))
+                start, end = before[first], before[last]
+                permutation = self._permutation_of(int(epoch), int(window), int(end - start))
+                places = permutation(within[chosen] - start) + start
+                slots = np.searchsorted(before[first:last], places, side="right") - 1 + first
+                samples[chosen] = self._starts[shards[slots]] + places - before[slots]
         return samples
 
     def _shards_of(self, epoch: int) -> tuple[Indices, Indices]:
-        """An epoch's shard permutation, and the offset at which each of its windows starts."""
+        """An epoch's shard permutation `[S]`, and the samples before each of them `[S + 1]`."""
         if self._epoch is None or self._epoch[0] != epoch:
-            everything = np.arange(len(self._sizes), dtype=np.int64)
-            shards = everything[_shuffle(self.seed, everything, epoch, Stream.SHARD_ORDER)]
-            before = np.concatenate([[0], np.cumsum(self._sizes[shards])[:-1]])
-            self._epoch = (epoch, shards, before[:: self.window_shards])
+            everything = torch.arange(len(self._sizes))
+            words = random_words(self.seed, everything, 2, epoch, Stream.SHARD_ORDER).numpy()
+            keys = words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1].astype(np.uint64)
+            # Stable, so that a tie (one in 2⁶⁴ a pair) is the same permutation everywhere.
+            shards = np.argsort(keys, kind="stable")
+            self._epoch = (epoch, shards, np.concatenate([[0], np.cumsum(self._sizes[shards])]))
         return self._epoch[1:]
 
-    def _samples_of(self, epoch: int, window: int, shards: Indices) -> Indices:
+    def _permutation_of(self, epoch: int, window: int, count: int) -> Permutation:
         if self._window is None or self._window[:2] != (epoch, window):
-            first = window * self.window_shards
-            members = shards[first : first + self.window_shards]
-            samples = np.concatenate(
-                [np.arange(self._starts[s], self._starts[s] + self._sizes[s]) for s in members]
-            )
-            samples = samples[_shuffle(self.seed, samples, epoch, Stream.SAMPLE_ORDER)]
-            self._window = (epoch, window, samples)
+            permutation = Permutation(count, self.seed, window, epoch, Stream.SAMPLE_ORDER)
+            self._window = (epoch, window, permutation)
         return self._window[2]
-
-
-def _shuffle(seed: int, ids: Indices, epoch: int, stream: Stream) -> Indices:
-    """Permutation that sorts `ids` by 64 random bits each."""
-    words = random_words(seed, torch.from_numpy(ids), 2, epoch, stream).numpy().astype(np.uint64)
-    # Stable, so that a tie (one in 2⁶⁴ a pair) is the same permutation everywhere.
-    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddpm_engine.data.images import DecodeError, Pixels, decode
 from ddpm_engine.data.manifest import ShardSet
+from ddpm_engine.errors import UserError
 
 MAX_OPEN_SHARDS = 64
 """Files kept open at a time, well below the usual limit of 1024 a process."""
@@ -41,20 +42,28 @@ class ShardReader:
     Files are opened when they are first needed and closed when others displace them. A reader can
     be pickled or inherited by a forked worker: `pread` has no shared position, and descriptors
     stay behind in a pickle.
+
+    Args:
+        shards: an open set.
+        max_open: files kept open at a time; a downloaded file that is open stays in the cache.
     """
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, max_open: int = MAX_OPEN_SHARDS) -> None:
         self._shards = shards
+        self._max_open = max_open
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def image(self, shard: int, row: int, channels: int | None = None) -> Pixels:
         """Decode the image of one index row: uint8 `[H, W, C]`.
 
         Raises:
-            DamagedSample: the shard cannot be read or ends early, the checksum differs, or the
-                bytes are not an image that may be decoded.
+            DamagedSample: the shard or its index cannot be read, the shard ends early, the checksum
+                differs, or the bytes are not an image that may be decoded.
         """
-        entry = self._shards.indexes[shard][row]
+        try:
+            entry = self._shards.indexes[shard][row]
+        except UserError as error:
+            raise DamagedSample(str(error)) from error
         size = int(entry["size"])
         try:
             payload = os.pread(self._open(shard), size, int(entry["offset"]))
@@ -72,7 +81,10 @@ class ShardReader:
 
     def fault(self, shard: int, row: int, reason: str) -> Fault:
         """Describe what is wrong with one index row."""
-        key = self._shards.indexes[shard][row]["key"].decode("utf-8", "replace")
+        try:
+            key = self._shards.indexes[shard][row]["key"].decode("utf-8", "replace")
+        except UserError:
+            key = None
         return Fault(self._shards.manifest.shards[shard].name, key, reason)
 
     def close(self) -> None:
@@ -84,10 +96,12 @@ class ShardReader:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
         else:
-            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+            if len(self._descriptors) >= min(self._max_open, MAX_OPEN_SHARDS):
                 self._close(next(iter(self._descriptors)))
-            path = self._shards.directory / self._shards.manifest.shards[shard].name
-            self._descriptors[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            wanted = self._shards.manifest.shards[shard]
+            self._descriptors[shard] = self._shards.storage.open(
+                wanted.name, wanted.sha256, wanted.bytes
+            )
         return self._descriptors[shard]
 
     def _close(self, shard: int) -> None:
@@ -95,7 +109,7 @@ class ShardReader:
             os.close(self._descriptors.pop(shard))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shards": self._shards, "_descriptors": OrderedDict()}
+        return vars(self) | {"_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()

@@ -1,44 +1,38 @@
 """Making sets of shards: packing a source, and indexing shards made elsewhere.
 
-A set is finished when its manifest is written, which happens last. Until then the marker `.packing`
-stands in the folder: it tells the leftovers of an interrupted run, which the next run may replace,
-from shards that somebody else put there, which it must not touch. It is locked while a run writes.
+A set is finished when its manifest is written, which happens last.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import itertools
+import dataclasses
+import hashlib
 import json
 import os
 import re
-import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
+import webdataset
 from webdataset import TarWriter
-from webdataset.tariterators import base_plus_ext
 
+from ddpm_engine.data.claim import MARKER_NAME, Journal, claim, naming
+from ddpm_engine.data.forked import map_forked
 from ddpm_engine.data.images import EXTENSIONS, DecodeError, encode, fit, probe, with_channels
-from ddpm_engine.data.manifest import MANIFEST_NAME, Index, Manifest, Shard, index_dtype
+from ddpm_engine.data.manifest import MANIFEST_NAME, MAX_KEY, Index, Manifest, Shard, index_dtype
 from ddpm_engine.data.sources import Example, Source, open_source
+from ddpm_engine.data.tar import MAX_CLASSES, scan_tar
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import atomic_write, fsync_directory, sha256_of
+from ddpm_engine.files import atomic_write, sha256_of
 
-MARKER_NAME = ".packing"
-MAX_CLASSES = 1 << 16
-MAX_LABEL = 1 << 20
-"""Bytes of a `cls` or `json` member."""
-MAX_PAYLOAD = 1 << 28
-"""Bytes of one encoded image; the largest npy within the bound on sides is smaller."""
-
-_OURS = re.compile(r"(shard-\d{6,}(\.tar|\.index\.npy)|manifest\.json)(\.tmp)?|\.packing", re.ASCII)
-_LABEL_NAMES = ("label", "cls", "class")
+_CHUNK = 4096
 
 
 def write_shards(
@@ -48,20 +42,25 @@ def write_shards(
     channels: int | None = None,
     per_shard: int = 10_000,
     image_format: str = "png",
+    processes: int = 1,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Manifest:
     """Pack a source into shards, indexes and a manifest.
 
-    The same source and arguments give the same bytes. A sample's key is its number, followed by
-    what the source calls it where that says more. Every file appears complete or not at all; a run
-    that was interrupted is simply run again.
+    The same source and arguments give the same bytes, whatever the number of processes. A sample's
+    key is its number, followed by what the source calls it where that says more. Every file appears
+    complete or not at all. A run that was interrupted is simply run again: shards that it finished
+    are kept if their hashes are right and the source is still of the same revision.
 
     Args:
-        source: what to pack; consumed.
+        source: what to pack.
         out: folder to make; it may exist if it is empty or holds an unfinished run.
         size: cut and resize to so many pixels a side (see `fit`); None requires equal sizes.
         channels: convert to 1 (grey) or 3 (RGB); None requires that all images agree.
         per_shard: images of each shard but the last.
         image_format: png, webp and npy are lossless; jpg is smaller.
+        processes: forked for the work; 1 does it in this one.
+        progress: called with the number of images of every shard that is finished.
 
     Raises:
         UserError: an argument out of range, an empty source, images that differ, labels that are
@@ -75,39 +74,40 @@ def write_shards(
         raise UserError(f"a shard holds at least 1 image, not {per_shard}")
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
-    folder = Path(out)
-    examples = _uniform(source, size, channels)
-    first = next(examples, None)
-    if first is None:
+    if not len(source.examples):
         raise UserError(f"source {source.name} holds no images")
-    numbered = enumerate(itertools.chain([first], examples))
-    with _packing(folder):
-        scans: list[_Scan] = []
-        for head in numbered:
-            path = folder / f"shard-{len(scans):06d}.tar"
-            group = itertools.chain([head], itertools.islice(numbered, per_shard - 1))
-            with _naming(path):
-                _write_tar(path, group, image_format)
-                scans.append(_index(path))
-        height, width, depth = first.image.shape
+    folder = Path(out)
+    packing = _Packing(source, folder, size, channels, per_shard, image_format)
+    with claim(folder, packing.recipe(), _files_of) as journal:
+        scans = _pack_all(packing, journal, processes, progress)
+        height, width, depth = packing.first.image.shape
         manifest = Manifest(
             shards=tuple(scan.shard for scan in scans),
             height=height,
             width=width,
             channels=depth,
-            classes=_class_names([scan.index for scan in scans], source.classes, source.name),
+            classes=_class_names(scans, source.classes, source.name),
         )
-        with _naming(folder / MANIFEST_NAME):
+        with naming(folder / MANIFEST_NAME):
             manifest.write(folder)
     return manifest
 
 
-def index_shards(directory: str | os.PathLike[str]) -> Manifest:
+def index_shards(
+    directory: str | os.PathLike[str],
+    processes: int = 1,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Manifest:
     """Index WebDataset shards made elsewhere: one scan of every `*.tar` in a folder.
 
     A sample is an image with one of the known extensions (the first of `EXTENSIONS` where there are
     several) and a label if there is a `cls` (an integer) or a `json` with an integer `label`, `cls`
     or `class`. Captions (`txt`) and all other members are left alone, and never decoded.
+
+    Args:
+        directory: where the shards are.
+        processes: forked for the work; 1 does it in this one.
+        progress: called with the number of images of every shard that is finished.
 
     Raises:
         UserError: no shards, a finished set, a damaged tar (named with the offset), a sample
@@ -127,9 +127,10 @@ def index_shards(directory: str | os.PathLike[str]) -> Manifest:
     if not paths:
         raise UserError(f"{folder} holds no .tar files to index")
     scans = []
-    for path in paths:
-        with _naming(path):
-            scans.append(_index(path))
+    for scan in map_forked(_index, paths, processes):
+        scans.append(scan)
+        progress(scan.shard.samples)
+    scans.sort(key=lambda scan: scan.shard.name)
     if not any(scan.shard.samples for scan in scans):
         raise UserError(f"the shards in {folder} hold no samples")
     shapes = frozenset[tuple[int, int, int]]().union(*(scan.shapes for scan in scans))
@@ -142,9 +143,9 @@ def index_shards(directory: str | os.PathLike[str]) -> Manifest:
         height=height,
         width=width,
         channels=depth,
-        classes=_class_names([scan.index for scan in scans], None, str(folder)),
+        classes=_class_names(scans, None, str(folder)),
     )
-    with _naming(folder / MANIFEST_NAME):
+    with naming(folder / MANIFEST_NAME):
         manifest.write(folder)
     return manifest
 
@@ -164,54 +165,161 @@ def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | N
 # Packing
 
 
-def _uniform(source: Source, size: int | None, channels: int | None) -> Iterator[Example]:
-    """The source's examples, converted as asked, all of the first one's shape and labelling."""
-    first: Example | None = None
-    for example in source.examples:
-        image = example.image if channels is None else with_channels(example.image, channels)
-        example = example._replace(image=image if size is None else fit(image, size))
-        if first is None:
-            first = example
-        _check_alike(first, example, source)
-        yield example
+@dataclass(frozen=True)
+class _Scan:
+    """What one scan of a shard finds."""
+
+    shard: Shard
+    highest_label: int
+    """-1: no labels."""
+    unlabelled: str | None
+    """Key of the first sample without a label."""
+    shapes: frozenset[tuple[int, int, int]] = frozenset()
+    """Heights, widths and channels that occur; not recorded of shards that were packed here."""
 
 
-def _check_alike(first: Example, example: Example, source: Source) -> None:
-    (height, width, depth), (h, w, d) = first.image.shape, example.image.shape
-    if (h, w) != (height, width):
-        raise UserError(
-            f"images of {source.name} differ in size: {first.key!r} is {height}×{width}, "
-            f"{example.key!r} is {h}×{w}; give --size to cut and resize all of them"
-        )
-    if d != depth:
-        raise UserError(
-            f"images of {source.name} differ in channels: {first.key!r} has {depth}, "
-            f"{example.key!r} has {d}; give --channels 1 (grey) or --channels 3 (RGB)"
-        )
-    if (example.label is None) != (first.label is None):
-        raise UserError(
-            f"of {source.name}, only one of {first.key!r} and {example.key!r} has a label: "
-            "label all images or none"
-        )
-    limit = MAX_CLASSES if source.classes is None else len(source.classes)
-    if example.label is not None and not 0 <= example.label < limit:
-        raise UserError(
-            f"label {example.label} of {example.key!r} in {source.name} is not within 0 to "
-            f"{limit - 1}"
-        )
+class _Packing:
+    """Everything that decides about the bytes of a set."""
+
+    def __init__(
+        self,
+        source: Source,
+        folder: Path,
+        size: int | None,
+        channels: int | None,
+        per_shard: int,
+        image_format: str,
+    ) -> None:
+        self.source = source
+        self.folder = folder
+        self._size = size
+        self._channels = channels
+        self._per_shard = per_shard
+        self._format = image_format
+        self.first = self._converted(0)
+        self._check_alike(self.first)
+
+    def __len__(self) -> int:
+        """Shards of the set."""
+        return -(-len(self.source.examples) // self._per_shard)
+
+    def recipe(self) -> str | None:
+        """Hash of everything here; None where the source does not know its revision."""
+        if self.source.revision is None:
+            return None
+        everything = (
+            self.source.name, self.source.revision, len(self.source.examples), self._size,
+            self._channels, self._per_shard, self._format,
+            np.__version__, PIL.__version__, webdataset.__version__,
+        )  # fmt: skip
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+    def make(self, number: int) -> _Scan:
+        """Write one shard and its index."""
+        path = self.folder / f"shard-{number:06d}.tar"
+        end = min((number + 1) * self._per_shard, len(self.source.examples))
+        with naming(path):
+            self._write_tar(path, range(number * self._per_shard, end))
+            return _index(path)
+
+    def _write_tar(self, path: Path, numbers: Iterable[int]) -> None:
+        # No encoder: TarWriter's own would pickle some extensions. mtime 0: the same bytes always.
+        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            for number in numbers:
+                example = self._converted(number)
+                self._check_alike(example)
+                members = {
+                    "__key__": _member_key(number, example.key),
+                    self._format: encode(example.image, self._format),
+                }
+                if example.label is not None:
+                    members["cls"] = str(example.label).encode("ascii")
+                tar.write(members)
+
+    def _converted(self, number: int) -> Example:
+        example = self.source.examples[number]
+        image = example.image
+        if self._channels is not None:
+            image = with_channels(image, self._channels)
+        return example._replace(image=image if self._size is None else fit(image, self._size))
+
+    def _check_alike(self, example: Example) -> None:
+        """All examples have the first one's shape and labelling."""
+        first, source = self.first, self.source
+        (height, width, depth), (h, w, d) = first.image.shape, example.image.shape
+        if (h, w) != (height, width):
+            raise UserError(
+                f"images of {source.name} differ in size: {first.key!r} is {height}×{width}, "
+                f"{example.key!r} is {h}×{w}; give --size to cut and resize all of them"
+            )
+        if d != depth:
+            raise UserError(
+                f"images of {source.name} differ in channels: {first.key!r} has {depth}, "
+                f"{example.key!r} has {d}; give --channels 1 (grey) or --channels 3 (RGB)"
+            )
+        if (example.label is None) != (first.label is None):
+            raise UserError(
+                f"of {source.name}, only one of {first.key!r} and {example.key!r} has a label: "
+                "label all images or none"
+            )
+        limit = MAX_CLASSES if source.classes is None else len(source.classes)
+        if example.label is not None and not 0 <= example.label < limit:
+            raise UserError(
+                f"label {example.label} of {example.key!r} in {source.name} is not within 0 to "
+                f"{limit - 1}"
+            )
 
 
-def _write_tar(path: Path, numbered: Iterable[tuple[int, Example]], image_format: str) -> None:
-    # No encoder: TarWriter's own would pickle some extensions. mtime 0: the same bytes every time.
-    with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for number, example in numbered:
-            members = {
-                "__key__": _member_key(number, example.key),
-                image_format: encode(example.image, image_format),
-            }
-            if example.label is not None:
-                members["cls"] = str(example.label).encode("ascii")
-            tar.write(members)
+def _pack_all(
+    packing: _Packing, journal: Journal, processes: int, progress: Callable[[int], object]
+) -> list[_Scan]:
+    """Every shard of the set, in order: those in the journal if they are sound, else made."""
+    recorded = {entry["number"]: _recorded(entry) for entry in journal.finished}
+    scans: dict[int, _Scan] = {}
+    make = partial(_keep_or_make, packing, recorded)
+    with closing(map_forked(make, range(len(packing)), processes)) as made:
+        for number, scan in made:
+            scans[number] = scan
+            if recorded.get(number) != scan:
+                with naming(packing.folder / MARKER_NAME):
+                    journal.record(_entry(number, scan))
+            progress(scan.shard.samples)
+    return [scans[number] for number in range(len(packing))]
+
+
+def _keep_or_make(packing: _Packing, recorded: dict[int, _Scan], number: int) -> tuple[int, _Scan]:
+    scan = recorded.get(number)
+    if scan is not None and _is_intact(packing.folder, scan.shard):
+        return number, scan
+    return number, replace(packing.make(number), shapes=frozenset())
+
+
+def _is_intact(folder: Path, shard: Shard) -> bool:
+    try:
+        return (
+            sha256_of(folder / shard.name) == shard.sha256
+            and sha256_of(folder / shard.index_name) == shard.index_sha256
+        )
+    except OSError:
+        return False
+
+
+def _entry(number: int, scan: _Scan) -> dict[str, Any]:
+    return {
+        "number": number,
+        "shard": dataclasses.asdict(scan.shard),
+        "highest_label": scan.highest_label,
+        "unlabelled": scan.unlabelled,
+    }
+
+
+def _recorded(entry: dict[str, Any]) -> _Scan:
+    return _Scan(Shard(**entry["shard"]), entry["highest_label"], entry["unlabelled"])
+
+
+def _files_of(entry: dict[str, Any]) -> set[str]:
+    shard = Shard(**entry["shard"])
+    return {shard.name, shard.index_name}
 
 
 def _member_key(number: int, name: str) -> str:
@@ -220,192 +328,39 @@ def _member_key(number: int, name: str) -> str:
     return key if name == key else f"{key}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[-60:]}"
 
 
-@contextmanager
-def _packing(folder: Path) -> Iterator[None]:
-    """Claim the output folder for one run, clear what an interrupted one left, mark it finished."""
-    marker = folder / MARKER_NAME
-    with _naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _leftovers(folder)
-        lock = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        _lock(lock, folder)
-        with _naming(folder):
-            # Looked at again: whoever held the lock may have finished meanwhile.
-            for name in _leftovers(folder):
-                (folder / name).unlink()
-            fsync_directory(folder)
-            fsync_directory(folder.resolve().parent)
-        yield
-        with _naming(folder):
-            marker.unlink()
-            fsync_directory(folder)
-    finally:
-        os.close(lock)
-
-
-def _leftovers(folder: Path) -> set[str]:
-    """Files that an interrupted run left in an output folder.
-
-    Raises:
-        UserError: it holds anything else.
-    """
-    present = {entry.name for entry in folder.iterdir()}
-    if MANIFEST_NAME in present:
-        raise UserError(f"{folder} holds a finished set; choose another folder, or delete it")
-    foreign = sorted(name for name in present if not _OURS.fullmatch(name))
-    if present and (foreign or MARKER_NAME not in present):
-        raise UserError(
-            f"{folder} is not empty (it holds {(foreign or sorted(present))[0]}): "
-            "choose a new or an empty folder"
-        )
-    return present - {MARKER_NAME}
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another process is packing into {folder}: wait for it") from error
-    except OSError:
-        # Some network file systems have no locks; the marker still protects foreign files.
-        return
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Say which file the operating system refused to read or write, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free space or raise the limit, then run again" if full else "check the path"
-        raise UserError(f"cannot use {path}: {error.strerror or error}; {remedy}") from error
-
-
 # Indexing
-
-
-@dataclass(frozen=True)
-class TarSample:
-    """Where the members of one sample are."""
-
-    key: str
-    """WebDataset key: the path up to the first dot."""
-    extension: str
-    """Of the image."""
-    image: tarfile.TarInfo
-    """The image's member."""
-    label: int
-    """-1: none."""
-    damage: str | None = None
-    """Why the label, which is -1 then, cannot be read."""
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What one scan of a shard finds."""
-
-    shard: Shard
-    index: Index
-    shapes: frozenset[tuple[int, int, int]]
-
-
-def scan_tar(path: Path) -> Iterator[TarSample]:
-    """Find the samples of a shard, in order.
-
-    Raises:
-        UserError: the tar is damaged, compressed or cut short, which the message names with the
-            offset; or a sample has no image.
-    """
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = ((*_split(member.name), member) for member in tar if member.isreg())
-            known = ((key, ext, member) for key, ext, member in members if key)
-            for key, group in itertools.groupby(known, key=lambda entry: entry[0]):
-                yield _sample(path, tar, key, {ext: member for _, ext, member in group})
-            _check_end(path, tar.offset)
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{path} is not a whole, uncompressed tar file ({error}): restore it, or decompress it"
-        ) from error
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset takes them; no key for metadata and nameless files."""
-    key, extension = base_plus_ext(name)
-    if not key or not extension or name.startswith("__"):
-        return "", ""
-    return key, extension.lower()
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """tarfile takes a damaged header for the end of the archive: the real end is zeros."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        empty = True
-        while piece := file.read(1 << 20):
-            if piece.strip(b"\0"):
-                raise UserError(
-                    f"{path} has a damaged header at or after byte {offset}: restore this shard"
-                )
-            empty = False
-    if empty:
-        raise UserError(
-            f"{path} ends at byte {offset} without an end of archive: it is cut short; restore it"
-        )
-
-
-def _sample(
-    path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]
-) -> TarSample:
-    extension = next((known for known in EXTENSIONS if known in members), None)
-    if extension is None:
-        raise UserError(
-            f"sample {key!r} of {path} has no image, only {', '.join(sorted(members))}; "
-            f"known are {', '.join(EXTENSIONS)}"
-        )
-    image = members[extension]
-    if image.issparse() or image.size > MAX_PAYLOAD:
-        raise UserError(f"image of sample {key!r} in {path} is sparse or over {MAX_PAYLOAD} bytes")
-    try:
-        return TarSample(key, extension, image, _label(tar, members))
-    except (ValueError, RecursionError) as error:
-        return TarSample(key, extension, image, -1, f"unreadable label ({error})")
-
-
-def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> int:
-    """Label of a sample, or -1.
-
-    Raises:
-        ValueError: there is one and it is not an integer within bounds.
-    """
-    label = None
-    if "cls" in members:
-        label = int(_read(tar, members["cls"]))
-    elif "json" in members:
-        content = json.loads(_read(tar, members["json"]))
-        if isinstance(content, dict):
-            label = next((content[name] for name in _LABEL_NAMES if name in content), None)
-    if label is None:
-        return -1
-    if type(label) is not int or not 0 <= label < MAX_CLASSES:
-        raise ValueError(f"label {label!r} is not an integer within 0 to {MAX_CLASSES - 1}")
-    return label
-
-
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_LABEL:
-        raise ValueError(f"{member.name} has {member.size} bytes")
-    file = tar.extractfile(member)
-    assert file is not None, "only regular members are kept"
-    return file.read()
 
 
 def _index(path: Path) -> _Scan:
     """Scan a shard, write its index beside it, and describe both."""
-    rows = []
+    with naming(path):
+        index, shapes = _rows(path)
+        shard = Shard(path.name, len(index), path.stat().st_size, sha256_of(path), index_sha256="")
+        index_path = path.with_name(shard.index_name)
+        with atomic_write(index_path) as index_file:
+            np.save(index_file, index, allow_pickle=False)
+        shard = replace(shard, index_sha256=sha256_of(index_path))
+    without = np.flatnonzero(index["label"] < 0)
+    return _Scan(
+        shard,
+        int(index["label"].max(initial=-1)),
+        index["key"][without[0]].decode("utf-8", "replace") if len(without) else None,
+        shapes,
+    )
+
+
+def _rows(path: Path) -> tuple[Index, frozenset[tuple[int, int, int]]]:
+    """Index of a shard, and the shapes of its images."""
+    chunks: list[Index] = []
+    rows: list[tuple[bytes, int, int, int, bytes, int]] = []
     shapes: set[tuple[int, int, int]] = set()
+
+    def pack_rows() -> None:
+        # Python's objects take ten times the room of the rows.
+        widest = max((len(row[0]) for row in rows), default=0)
+        chunks.append(np.array(rows, dtype=index_dtype(widest)))
+        rows.clear()
+
     with open(path, "rb") as file:
         for sample in scan_tar(path):
             if sample.damage:
@@ -415,30 +370,26 @@ def _index(path: Path) -> _Scan:
             # Undecodable images stay in the index, where reading replaces and reports them.
             with suppress(DecodeError):
                 shapes.add(probe(payload, sample.extension))
-            key = sample.key.encode("utf-8", "surrogateescape")
+            key = sample.key.encode("utf-8", "surrogateescape")[-MAX_KEY:]
             place = sample.image.offset_data, sample.image.size, zlib.crc32(payload)
             rows.append((key, *place, sample.extension.encode("ascii"), sample.label))
-    index = np.array(rows, dtype=index_dtype(max((len(row[0]) for row in rows), default=0)))
-    name = path.name
-    shard = Shard(name, len(rows), path.stat().st_size, sha256_of(path), index_sha256="")
-    index_path = path.with_name(shard.index_name)
-    with atomic_write(index_path) as index_file:
-        np.save(index_file, index, allow_pickle=False)
-    return _Scan(replace(shard, index_sha256=sha256_of(index_path)), index, frozenset(shapes))
+            if len(rows) == _CHUNK:
+                pack_rows()
+    pack_rows()
+    dtype = index_dtype(max(chunk.dtype["key"].itemsize for chunk in chunks))
+    return np.concatenate([chunk.astype(dtype) for chunk in chunks]), frozenset(shapes)
 
 
 def _class_names(
-    indexes: Sequence[Index], known: tuple[str, ...] | None, source: str
+    scans: Sequence[_Scan], known: tuple[str, ...] | None, source: str
 ) -> tuple[str, ...] | None:
     """Names of the classes; numbers where the source has no names; None without labels."""
-    labels = np.concatenate([index["label"] for index in indexes])
-    if np.all(labels < 0):
+    highest = max(scan.highest_label for scan in scans)
+    if highest < 0:
         return None
-    if np.any(labels < 0):
-        number = int(np.flatnonzero(labels < 0)[0])
-        keys = itertools.chain.from_iterable(index["key"] for index in indexes)
-        key = next(itertools.islice(keys, number, None)).decode("utf-8", "replace")
+    key = next((scan.unlabelled for scan in scans if scan.unlabelled is not None), None)
+    if key is not None:
         raise UserError(
             f"of {source}, sample {key!r} has no label while others do: label all or none"
         )
-    return known or tuple(str(label) for label in range(int(labels.max()) + 1))
+    return known or tuple(str(label) for label in range(highest + 1))

@@ -7,15 +7,16 @@ add one, write a function that returns a `Source` and give it a line in `open_so
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,18 +46,44 @@ class Example(NamedTuple):
     """Class from 0, or None."""
 
 
+class LazyExamples(Sequence[Example]):
+    """Examples that are loaded when they are looked at, each time anew.
+
+    Args:
+        places: what `load` is called with, in order.
+        load: from a place to its example.
+    """
+
+    def __init__(self, places: range, load: Callable[[int], Example]) -> None:
+        self._places = places
+        self._load = load
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> LazyExamples: ...
+    def __getitem__(self, place: int | slice) -> Example | LazyExamples:
+        if isinstance(place, slice):
+            return LazyExamples(self._places[place], self._load)
+        return self._load(self._places[place])
+
+
 @dataclass(frozen=True)
 class Source:
     """Images to be packed."""
 
     name: str
     """What the user called it."""
-    examples: Iterable[Example]
-    """The images in order; may be consumed only once."""
-    length: int | None = None
-    """How many there are, where that is known beforehand."""
+    examples: Sequence[Example]
+    """The images in order, each reachable without the ones before it."""
     classes: tuple[str, ...] | None = None
     """Names of the labels 0, 1, ..., where the source knows them."""
+    revision: str | None = None
+    """Equal for equal images: an interrupted run goes on only from the revision that it began with.
+    None: not known."""
 
 
 def open_source(name: str) -> Source:
@@ -98,27 +125,39 @@ def _array_source(
     name: str,
     images: NDArray[np.uint8],
     labels: Sequence[int] | NDArray[Any] | None,
-    classes: tuple[str, ...] | None = None,
+    classes: tuple[str, ...] | None,
+    revision: str,
 ) -> Source:
     """A source over uint8 `[N, H, W, C]` and integers `[N]`."""
 
-    def examples() -> Iterator[Example]:
-        for number, image in enumerate(images):
-            label = None if labels is None else int(labels[number])
-            yield Example(f"{number:08d}", image, label)
+    def load(number: int) -> Example:
+        label = None if labels is None else int(labels[number])
+        return Example(f"{number:08d}", images[number], label)
 
-    return Source(name, examples(), len(images), classes)
+    return Source(name, LazyExamples(range(len(images)), load), classes, revision)
+
+
+def _revision(files: Iterable[Path]) -> str:
+    """Hash of files' names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in files:
+        with _reading(file):
+            status = file.stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 # Scikit-learn's digits
 
 
 def _digits() -> Source:
+    import sklearn
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return _array_source("digits", images, digits.target, tuple(map(str, digits.target_names)))
+    names = tuple(map(str, digits.target_names))
+    return _array_source("digits", images, digits.target, names, sklearn.__version__)
 
 
 # Folders of images
@@ -146,18 +185,17 @@ def _folder(root: Path) -> Source:
                 "with a leading dot, or convert it"
             )
 
-    def examples() -> Iterator[Example]:
-        for file, label in labelled:
-            try:
-                image = decode(file.read_bytes(), _extension(file))
-            except (DecodeError, OSError) as error:
-                raise UserError(
-                    f"cannot read image {file}: {error}; repair or remove it"
-                ) from error
-            yield Example(file.relative_to(root).with_suffix("").as_posix(), image, label)
+    def load(number: int) -> Example:
+        file, label = labelled[number]
+        try:
+            image = decode(file.read_bytes(), _extension(file))
+        except (DecodeError, OSError) as error:
+            raise UserError(f"cannot read image {file}: {error}; repair or remove it") from error
+        return Example(file.relative_to(root).with_suffix("").as_posix(), image, label)
 
+    examples = LazyExamples(range(len(labelled)), load)
     classes = tuple(folder.name for folder in folders) or None
-    return Source(str(root), examples(), len(labelled), classes)
+    return Source(str(root), examples, classes, _revision(file for file, _ in labelled))
 
 
 def _visible_files(folder: Path) -> list[Path]:
@@ -206,7 +244,7 @@ def _npz(path: Path) -> Source:
                 f"{path}: {labels_name} is {labels.dtype} {list(labels.shape)}; "
                 f"it must be integers [{len(images)}], one for each image"
             )
-    return _array_source(str(path), images, labels)
+    return _array_source(str(path), images, labels, None, _revision([path]))
 
 
 # CIFAR-10 and CIFAR-100, binary version
@@ -235,7 +273,7 @@ def _cifar_files(name: str, files: list[Path]) -> Source:
             parts[file.name] = file.read_bytes()
     names_file = files[0].parent / _cifar_names(files[0].name)
     names = names_file.read_bytes() if names_file.is_file() else None
-    return _cifar(name, parts, names)
+    return _cifar(name, parts, names, _revision(files))
 
 
 def _cifar_archive(path: Path) -> Source:
@@ -255,7 +293,8 @@ def _cifar_archive(path: Path) -> Source:
     if not parts:
         raise UserError(f"{path} holds no data_batch_*.bin or train.bin: give {KINDS}")
     parts = dict(sorted(parts.items()))
-    return _cifar(str(path), parts, names.get(_cifar_names(next(iter(parts)))))
+    class_names = names.get(_cifar_names(next(iter(parts))))
+    return _cifar(str(path), parts, class_names, _revision([path]))
 
 
 def _is_cifar100(file_name: str) -> bool:
@@ -266,7 +305,7 @@ def _cifar_names(file_name: str) -> str:
     return "fine_label_names.txt" if _is_cifar100(file_name) else "batches.meta.txt"
 
 
-def _cifar(name: str, parts: dict[str, bytes], names: bytes | None) -> Source:
+def _cifar(name: str, parts: dict[str, bytes], names: bytes | None, revision: str) -> Source:
     """Records of label bytes (CIFAR-100: coarse, then fine) and planes of red, green, blue."""
     images, labels = [], []
     for file_name, content in parts.items():
@@ -280,7 +319,7 @@ def _cifar(name: str, parts: dict[str, bytes], names: bytes | None) -> Source:
         labels.append(records[:, head - 1])
         images.append(records[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     classes = tuple(names.decode("utf-8", "replace").split()) if names else None
-    return _array_source(name, np.concatenate(images), np.concatenate(labels), classes)
+    return _array_source(name, np.concatenate(images), np.concatenate(labels), classes, revision)
 
 
 # IDX (MNIST and its relatives)
@@ -295,7 +334,8 @@ def _idx(path: Path) -> Source:
             f"{labels_path} has {len(labels)} labels for the {len(images)} images of {path}: "
             "give matching files, or move the labels away"
         )
-    return _array_source(str(path), images, labels)
+    files = [path] if labels_path is None else [path, labels_path]
+    return _array_source(str(path), images, labels, None, _revision(files))
 
 
 def _idx_labels(path: Path) -> Path | None:
@@ -364,19 +404,18 @@ def _hugging_face(name: str) -> Source:
     table = table.select_columns([image] if label is None else [image, label])
     table = table.cast_column(image, datasets.Image(decode=False))
 
-    def examples() -> Iterator[Example]:
-        for number, row in enumerate(table):
-            key = f"{number:08d}"
-            try:
-                payload = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
-                pixels = decode(payload, extension_of(payload))
-            except (DecodeError, OSError, TypeError) as error:
-                raise UserError(f"cannot read image {number} of {name}: {error}") from error
-            # Hidden labels of a test split are None or -1.
-            known = label is not None and row[label] is not None and row[label] >= 0
-            yield Example(key, pixels, int(row[label]) if known else None)
+    def load(number: int) -> Example:
+        row = table[number]
+        try:
+            payload = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
+            pixels = decode(payload, extension_of(payload))
+        except (DecodeError, OSError, TypeError) as error:
+            raise UserError(f"cannot read image {number} of {name}: {error}") from error
+        # Hidden labels of a test split are None or -1.
+        known = label is not None and row[label] is not None and row[label] >= 0
+        return Example(f"{number:08d}", pixels, int(row[label]) if known else None)
 
-    return Source(name, examples(), len(table), classes)
+    return Source(name, LazyExamples(range(len(table)), load), classes, table._fingerprint)
 
 
 def _hugging_face_label(

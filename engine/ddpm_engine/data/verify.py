@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_engine.data.manifest import Index, Shard, ShardSet, index_dtype, read_index, read_manifest
+from ddpm_engine.data.manifest import Index, Shard, ShardSet, index_dtype, read_manifest
 from ddpm_engine.data.reader import DamagedSample, Fault, ShardReader
-from ddpm_engine.data.shards import scan_tar
+from ddpm_engine.data.storage import Folder
+from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import sha256_of
 
@@ -35,18 +36,16 @@ def verify(
     folder = Path(directory)
     manifest = read_manifest(folder)
     faults: list[Fault] = []
-    indexes: list[Index] = []
-    for shard in manifest.shards:
-        try:
-            indexes.append(read_index(folder, shard))
-        except UserError as error:
-            faults.append(Fault(shard.name, None, str(error)))
-            indexes.append(np.empty(0, index_dtype(1)))
-    shards = ShardSet(folder, manifest, tuple(indexes))
+    shards = ShardSet(Folder(folder), manifest)
     reader = ShardReader(shards)
     for number, shard in enumerate(progress(manifest.shards)):
-        faults += _shard_faults(shards, number, shard)
-        for row in range(len(indexes[number])) if (folder / shard.name).exists() else ():
+        try:
+            index = shards.indexes[number]
+        except UserError as error:
+            faults.append(Fault(shard.name, None, str(error)))
+            index = np.empty(0, index_dtype(1))
+        faults += _shard_faults(folder / shard.name, shard, index)
+        for row in range(len(index)) if (folder / shard.name).exists() else ():
             try:
                 reader.image(number, row)
             except DamagedSample as damage:
@@ -55,9 +54,8 @@ def verify(
     return faults
 
 
-def _shard_faults(shards: ShardSet, number: int, shard: Shard) -> list[Fault]:
+def _shard_faults(path: Path, shard: Shard, index: Index) -> list[Fault]:
     """The file as a whole and, where it was altered, its structure and labels."""
-    path = shards.directory / shard.name
     try:
         size, digest = path.stat().st_size, sha256_of(path)
     except OSError as error:
@@ -67,7 +65,6 @@ def _shard_faults(shards: ShardSet, number: int, shard: Shard) -> list[Fault]:
     faults = [Fault(shard.name, None, "the file's SHA-256 differs from the manifest")]
     if size != shard.bytes:
         faults.append(Fault(shard.name, None, f"{size} bytes, the manifest says {shard.bytes}"))
-    index = shards.indexes[number]
     labels = dict(zip(index["offset"].tolist(), index["label"].tolist(), strict=True))
     try:
         for sample in scan_tar(path):

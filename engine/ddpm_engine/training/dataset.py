@@ -2,40 +2,116 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from ddpm_engine.config import RunConfig
-from ddpm_engine.data import Manifest, ShardDataset, open_shards, prepare_shards
+from ddpm_engine.config import DataConfig, RunConfig, is_location
+from ddpm_engine.data import (
+    MixedDataset,
+    ShardCache,
+    ShardDataset,
+    ShardSet,
+    ShardStream,
+    default_cache_directory,
+    is_stream,
+    open_shards,
+    prepare_shards,
+)
 from ddpm_engine.errors import UserError
 
+logger = logging.getLogger(__name__)
 
-def open_dataset(config: RunConfig, accelerator: Accelerator) -> ShardDataset:
-    """Open a run's shards, which the main process makes first if they are missing.
+RunDataset = ShardDataset | MixedDataset | ShardStream
+
+
+def open_dataset(config: RunConfig, accelerator: Accelerator) -> RunDataset:
+    """Open a run's data, which the main process makes first if it is missing.
 
     Raises:
         UserError: no shards there, or images or labels that do not fit the network.
     """
-    data, model = config.data, config.model
+    data = config.data
     with accelerator.main_process_first():
         if data.source is not None and accelerator.is_main_process:
-            prepare_shards(data.path, data.source, model.sample_size)
-    shards = open_shards(data.path)
-    _check_images(config, shards.manifest)
-    if model.num_class_embeds is not None:
-        _check_labels(data.path, shards.highest_label, model.num_class_embeds)
-    return ShardDataset(
-        shards,
-        config.training.seed,
-        size=model.sample_size,
-        channels=model.in_channels,
-        window_shards=data.window_shards,
+            if isinstance(data.path, str):
+                raise UserError(
+                    f"--data.source {data.source} cannot be packed into {data.path}: give a folder"
+                )
+            prepare_shards(data.path, data.source, config.model.sample_size)
+    return dataset_of(config, check=accelerator.is_main_process)
+
+
+def dataset_of(config: RunConfig, check: bool = True) -> RunDataset:
+    """A run's data, as its configuration describes it.
+
+    Args:
+        config: the run.
+        check: as `open_shards` takes it.
+
+    Raises:
+        UserError: as `open_dataset`.
+    """
+    data, model = config.data, config.model
+    locations: list[str | Path] = [data.path, *data.mix_with]
+    if is_stream(str(data.path)):
+        return _stream(config)
+    for location in locations:
+        if is_stream(str(location)):
+            raise UserError(f"{location} is streamed, which cannot be mixed with other sets")
+    cache = _cache(data, locations)
+    sets = [open_shards(location, cache, check) for location in locations]
+    for shards in sets:
+        _check_images(config, shards)
+        if model.num_class_embeds is not None:
+            _check_labels(shards, model.num_class_embeds)
+            _check_classes(sets[0], shards)
+    datasets = [
+        ShardDataset(
+            shards,
+            config.training.seed,
+            size=model.sample_size,
+            channels=model.in_channels,
+            window_shards=data.window_shards,
+        )
+        for shards in sets
+    ]
+    return datasets[0] if len(datasets) == 1 else MixedDataset(datasets, data.weights)
+
+
+def _cache(data: DataConfig, locations: list[str | Path]) -> ShardCache | None:
+    """Made only for a run that reads from elsewhere."""
+    if not any(is_location(str(location)) for location in locations):
+        return None
+    return ShardCache(data.cache or default_cache_directory(), int(data.cache_gb * 1e9))
+
+
+def _stream(config: RunConfig) -> ShardStream:
+    data, model = config.data, config.model
+    if data.mix_with:
+        raise UserError(f"{data.path} is streamed, which cannot be mixed with other sets")
+    classes = model.num_class_embeds
+    stream = ShardStream(
+        str(data.path),
+        model.sample_size,
+        model.in_channels,
+        None if classes is None else classes - 1,
+        data.allow_pipe,
     )
+    logger.warning(
+        "streaming %d shards of %s, drawn with replacement: there are no epochs; a resumed run "
+        "sees other samples than one that was never stopped; images are cut and resized to %d "
+        "pixels; damage that an image format does not notice is not noticed. Shards with an index "
+        "(make_shards.py index) promise all of that",
+        len(stream.urls), stream.pattern, model.sample_size,
+    )  # fmt: skip
+    return stream
 
 
-def _check_images(config: RunConfig, stored: Manifest) -> None:
+def _check_images(config: RunConfig, shards: ShardSet) -> None:
     """Refuse to resize without a word: images of one size must have the network's."""
+    stored = shards.manifest
     for flag, has, wants in [
         ("model.sample-size", stored.height, config.model.sample_size),
         ("model.sample-size", stored.width, config.model.sample_size),
@@ -43,13 +119,26 @@ def _check_images(config: RunConfig, stored: Manifest) -> None:
     ]:
         if has is not None and has != wants:
             raise UserError(
-                f"images in {config.data.path} are {stored.height}×{stored.width} with "
+                f"images in {shards.storage} are {stored.height}×{stored.width} with "
                 f"{stored.channels} channels but --{flag} is {wants}; set it to {has}, or make "
                 "the shards anew with launch/make_shards.py --size"
             )
 
 
-def _check_labels(path: Path, highest_label: int | None, embeddings: int) -> None:
+def _check_classes(first: ShardSet, other: ShardSet) -> None:
+    """A class is the same in all sets of a mix: one list of names begins with the other."""
+    ours, theirs = first.manifest.classes or (), other.manifest.classes or ()
+    for number, (one, two) in enumerate(zip(ours, theirs, strict=False)):
+        if one != two:
+            raise UserError(
+                f"class {number} is {one!r} in {first.storage} and {two!r} in {other.storage}; "
+                "sets that are mixed for a class-conditional model must agree: pack them anew with "
+                "the same class folders"
+            )
+
+
+def _check_labels(shards: ShardSet, embeddings: int) -> None:
+    path, highest_label = shards.storage, shards.highest_label
     if highest_label is None:
         raise UserError(
             f"--model.num-class-embeds is {embeddings} but samples in {path} have no labels; make "

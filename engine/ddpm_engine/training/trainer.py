@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ddpm_engine.config import RunConfig, to_dict
-from ddpm_engine.data import Batch, BatchPositions, Fault, make_loader
+from ddpm_engine.data import Batch, BatchPositions, Fault, make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write
 from ddpm_engine.objective import SimpleObjective
@@ -64,7 +64,7 @@ class Trainer:
         model = UNet(config.model)
         self.dataset = open_dataset(config, self.accelerator)
         with self.accelerator.main_process_first():
-            claim_run_directory(config, self.dataset.shards.manifest.fingerprint)
+            claim_run_directory(config, self.dataset.fingerprint)
 
         model.to(device)
         self.ema = EMA(model, config.training.ema_decay)
@@ -243,13 +243,11 @@ class Trainer:
             start_step=self.step,
             end_step=self.config.training.steps,
         )
-        return iter(
-            make_loader(
-                self.dataset,
-                positions,
-                self.config.data.workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+        return make_batches(
+            self.dataset,
+            positions,
+            self.config.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
@@ -274,7 +272,7 @@ class Trainer:
             "config": to_dict(self.config),
             "samples_seen": self.step * self.config.training.batch_size,
             "seed": self.config.training.seed,
-            "data": self.dataset.shards.manifest.fingerprint,
+            "data": self.dataset.fingerprint,
             "window": self._window.state(),
             "bad_steps": self._bad_steps,
             "loss_scale": None if scaler is None else scaler.state_dict(),

@@ -1,0 +1,82 @@
+"""A function called in several processes, which end with the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from ddpm_engine.errors import UserError
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+_function: Callable[[Any], Any] | None = None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def map_forked(
+    function: Callable[[Argument], Result], arguments: Sequence[Argument], processes: int
+) -> Generator[Result, None, None]:
+    """Call a function for every argument in forked processes; results come as they are finished.
+
+    The function and what it refers to are inherited, not pickled, so that memory is shared; its
+    arguments and results are pickled. With one process, or one argument, it is called right here.
+    The processes end at once when the caller fails, stops listening or is killed.
+
+    Raises:
+        UserError: `processes` below 1, or one of them was killed.
+        Exception: whatever the function raises.
+    """
+    if processes < 1:
+        raise UserError(f"--processes is {processes}; it must be at least 1")
+    processes = min(processes, len(arguments))
+    if processes <= 1:
+        yield from map(function, arguments)
+        return
+    context = multiprocessing.get_context("fork")
+    ended, alive = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(processes, context, _start, (function, ended, alive))
+    try:
+        futures = [executor.submit(_call, argument) for argument in arguments]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process was killed, perhaps for want of memory; run again with fewer --processes"
+        ) from error
+    finally:
+        alive.close()
+        executor.shutdown(cancel_futures=True)
+        ended.close()
+
+
+def _start(function: Callable[[Any], Any], ended: Connection, alive: Connection) -> None:
+    global _function
+    _function = function
+    # The caller, who gets an interrupt too, decides what becomes of the work.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    alive.close()
+    threading.Thread(target=_end_with_caller, args=(ended,), daemon=True).start()
+
+
+def _end_with_caller(ended: Connection) -> None:
+    ended.poll(None)  # until nobody holds the other end: it was closed, or its process is gone
+    os._exit(1)
+
+
+def _call(argument: Any) -> Any:
+    assert _function is not None, "set when the process started"
+    return _function(argument)

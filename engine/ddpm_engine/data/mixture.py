@@ -1,0 +1,122 @@
+"""Several sets at fixed proportions: a pure function from a position to a set and its position."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch.utils.data import Dataset
+
+from ddpm_engine.data.dataset import Sample, ShardDataset
+from ddpm_engine.data.order import Indices
+from ddpm_engine.errors import UserError
+
+MAX_BLOCK = 1 << 16
+
+
+class Mixture:
+    """Which set is at a position, and which of its own positions.
+
+    Positions come in blocks as long as the sum of the weights, divided by what divides all of them.
+    Every block holds exactly as many positions of each set as its weight says, evenly spread: the
+    i-th of w is as near as it can be to (i + ½)/w of the block. Each set's own positions follow
+    each other without gaps, so every set is walked through in its own order, epoch after epoch.
+
+    Args:
+        weights: at least 1 each.
+
+    Raises:
+        UserError: no weights, a weight below 1, or blocks longer than `MAX_BLOCK`.
+    """
+
+    def __init__(self, weights: Sequence[int]) -> None:
+        if not weights or min(weights) < 1:
+            raise UserError(f"--data.weights are {list(weights)}; each must be at least 1")
+        shared = math.gcd(*weights)
+        self._weights = np.array([weight // shared for weight in weights], dtype=np.int64)
+        if self._weights.sum() > MAX_BLOCK:
+            raise UserError(
+                f"--data.weights {list(weights)} make blocks of {self._weights.sum()} samples; "
+                f"choose rounder ones, whose sum is at most {MAX_BLOCK}"
+            )
+        places = sorted(
+            (Fraction(2 * i + 1, 2 * int(weight)), number, i)
+            for number, weight in enumerate(self._weights)
+            for i in range(weight)
+        )
+        self._sets = np.array([number for _, number, _ in places], dtype=np.int64)
+        self._ranks = np.array([i for _, _, i in places], dtype=np.int64)
+
+    def at(self, positions: ArrayLike) -> tuple[Indices, Indices]:
+        """Sets, and positions in them, of some positions: int64 `[N]` to two int64 `[N]`."""
+        blocks, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self._sets))
+        sets = self._sets[offsets]
+        return sets, blocks * self._weights[sets] + self._ranks[offsets]
+
+    @property
+    def weights(self) -> list[int]:
+        """In lowest terms."""
+        return [int(weight) for weight in self._weights]
+
+
+class MixedDataset(Dataset[Sample]):
+    """Samples of several sets by position in the order of training (see `Mixture`).
+
+    A damaged sample is replaced by another of its set.
+
+    Args:
+        sets: of images of one shape.
+        weights: of each set.
+
+    Raises:
+        UserError: as `Mixture`, or the sets' images differ in shape.
+    """
+
+    def __init__(self, sets: Sequence[ShardDataset], weights: Sequence[int]) -> None:
+        if len(sets) != len(weights):
+            raise UserError(f"{len(weights)} weights for {len(sets)} sets: give one for each")
+        for other in sets[1:]:
+            if other.shape != sets[0].shape:
+                raise UserError(
+                    f"images in {other.shards.storage} are {list(other.shape)} (channels, height, "
+                    f"width), those in {sets[0].shards.storage} {list(sets[0].shape)}: choose one "
+                    "size and number of channels"
+                )
+        self.sets = list(sets)
+        self.shape = sets[0].shape
+        self._mixture = Mixture(weights)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data: a hash of the sets' fingerprints and their weights, in order."""
+        parts = [one.fingerprint for one in self.sets], self._mixture.weights
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Samples of all sets; positions go on beyond it."""
+        return sum(map(len, self.sets))
+
+    def __getitem__(self, position: int) -> Sample:
+        """As `ShardDataset`."""
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Sample]:
+        """As `ShardDataset`."""
+        numbers, inner = self._mixture.at(positions)
+        samples: dict[int, Sample] = {}
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            for place, sample in zip(
+                places.tolist(), self.sets[number].__getitems__(inner[places].tolist()), strict=True
+            ):
+                storage = self.sets[number].shards.storage
+                # Shards of different sets may have one name.
+                faults = tuple(replace(f, shard=f"{storage}/{f.shard}") for f in sample.faults)
+                samples[place] = replace(sample, position=int(positions[place]), faults=faults)
+        return [samples[place] for place in range(len(positions))]

@@ -1,0 +1,231 @@
+"""Shards that cannot be indexed, read as they come: WebDataset's pipeline, resampled.
+
+Shards are drawn with replacement, by every worker of every rank for itself, and samples are mixed
+in a buffer. What this promises is less than an index does: no epochs, no exact resume (a run that
+goes on draws other shards), and no notice of a flipped bit that the image format lets pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import subprocess
+import tarfile
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import IO, Any, Protocol
+
+import torch
+import webdataset
+from braceexpand import braceexpand
+from torch.utils.data import IterableDataset
+from webdataset.tariterators import group_by_keys
+
+from ddpm_engine.data.dataset import Batch, Sample
+from ddpm_engine.data.fetch import Body, FetchError, is_http, retried
+from ddpm_engine.data.images import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.data.reader import Fault
+from ddpm_engine.data.tar import (
+    MAX_LABEL,
+    MAX_PAYLOAD,
+    MEMBERS,
+    label_of,
+    members_of,
+    open_tar,
+)
+from ddpm_engine.errors import UserError
+
+BUFFER = 1000
+"""Decoded samples that each worker mixes."""
+MAX_FAULTS_IN_A_ROW = 64
+MAX_SHARDS = 1_000_000
+
+
+class _Readable(Protocol):
+    def read(self, size: int) -> bytes: ...
+
+
+def is_stream(location: str) -> bool:
+    """Whether a location names shards themselves, rather than a folder with a manifest."""
+    return location.startswith("pipe:") or urllib.parse.urlsplit(location).path.endswith(".tar")
+
+
+class ShardStream(IterableDataset[Sample]):
+    """Samples of streamed shards, endlessly; every iterator draws for itself.
+
+    Positions are not the samples' own: see `number_batches`.
+
+    Args:
+        pattern: URLs or paths of shards, with braces, such as `https://host/shard-{000..009}.tar`;
+            or `pipe:` and a command for a shell.
+        size: cut and resize images to so many pixels a side.
+        channels: convert images to 1 (grey) or 3 (RGB).
+        classes: labels must be below it, and samples must have them; None: labels are left out.
+        allow_pipe: whether commands may be run.
+
+    Raises:
+        UserError: a pattern that names nothing, or a scheme that is not read.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        size: int,
+        channels: int,
+        classes: int | None = None,
+        allow_pipe: bool = False,
+    ) -> None:
+        self.pattern = pattern
+        self.shape = (channels, size, size)
+        self._size = size
+        self._channels = channels
+        self._classes = classes
+        try:
+            self.urls = list(itertools.islice(braceexpand(pattern), MAX_SHARDS + 1))
+        except ValueError as error:
+            raise UserError(f"--data.path {pattern} has braces that do not match") from error
+        if len(self.urls) > MAX_SHARDS:
+            raise UserError(f"--data.path {pattern} names more than {MAX_SHARDS} shards")
+        for url in self.urls:
+            if url.startswith("pipe:"):
+                if not allow_pipe:
+                    raise UserError(
+                        f"--data.path {url} would run a command in a shell: if you trust it, say "
+                        "--data.allow-pipe"
+                    )
+            elif "://" in url and not is_http(url):
+                raise UserError(
+                    f"--data.path {url}: only paths, http:// and https:// are streamed; for other "
+                    "stores give a command, 'pipe:COMMAND', with --data.allow-pipe"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data as well as it can: a hash of the pattern without query strings."""
+        return hashlib.sha256(f"stream\0{self.pattern.partition('?')[0]}".encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Draw for ever.
+
+        Raises:
+            UserError: `MAX_FAULTS_IN_A_ROW` faults without a sample between them.
+        """
+        faults: list[Fault] = []
+        # Not seeded: with a seed, a run that goes on would begin the stream again.
+        shards = webdataset.ResampledShards(self.urls, deterministic=False)
+        decoded = self._decoded((entry["url"] for entry in shards), faults)
+        pipeline = webdataset.filters.shuffle(BUFFER, initial=BUFFER // 10)
+        for sample in pipeline(decoded):
+            yield replace(sample, faults=tuple(faults))
+            faults.clear()
+
+    def _decoded(self, urls: Iterable[str], faults: list[Fault]) -> Iterator[Sample]:
+        """Decode before mixing: images of one size bound the buffer."""
+        in_a_row = 0
+        for url in urls:
+            for found in self._samples(url):
+                if isinstance(found, Sample):
+                    in_a_row = 0
+                    yield found
+                    continue
+                faults.append(found)
+                in_a_row += 1
+                if in_a_row == MAX_FAULTS_IN_A_ROW:
+                    raise UserError(
+                        f"{in_a_row} samples or shards in a row of {self.pattern} cannot be read; "
+                        f"the last: {found}"
+                    )
+
+    def _samples(self, url: str) -> Iterator[Sample | Fault]:
+        """Samples of a shard; what is wrong with one, or with the rest of it, as a `Fault`."""
+        count = 0
+        try:
+            with _opened(url) as stream:
+                for group in group_by_keys(_members(stream, url)):
+                    count += 1
+                    yield self._sample(group)
+        except (OSError, tarfile.TarError, ValueError) as error:
+            yield Fault(url, None, str(error))
+        else:
+            if not count:
+                yield Fault(url, None, "it holds no images")
+
+    def _sample(self, group: dict[str, Any]) -> Sample | Fault:
+        extension = next((known for known in EXTENSIONS if known in group), None)
+        try:
+            if extension is None:
+                raise DecodeError(f"no image ({', '.join(EXTENSIONS)})")
+            image = fit(decode(group[extension], extension, self._channels), self._size)
+            label = -1
+            if self._classes is not None:
+                label = label_of(group)
+                if not 0 <= label < self._classes:
+                    raise ValueError(f"label {label} is not within 0 to {self._classes - 1}")
+        except ValueError as error:
+            return Fault(group["__url__"], group["__key__"], str(error))
+        return Sample(image, label, position=-1)
+
+
+def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> Iterator[Batch]:
+    """Give streamed samples the positions of the places that they take.
+
+    Noise and timesteps then follow from the step and the place in the batch, as in any run.
+    """
+    for places, batch in zip(positions, batches, strict=False):
+        yield replace(batch, positions=torch.tensor(places))
+
+
+def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
+    """Members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
+    with open_tar(_Buffered(stream), "r|") as tar:
+        for key, extension, member in members_of(tar):
+            if extension not in MEMBERS:
+                continue
+            bound = MAX_LABEL if extension in ("cls", "json") else MAX_PAYLOAD
+            if member.size > bound:
+                raise ValueError(f"{member.name} has {member.size} bytes, more than {bound}")
+            file = tar.extractfile(member)
+            assert file is not None, "only regular members are kept"
+            yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": url}
+        # tarfile takes a damaged header for the end of the archive: the real end is zeros.
+        while piece := tar.fileobj.read(1 << 20):
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(f"a damaged header before byte {tar.offset}")
+
+
+class _Buffered:
+    """What tarfile asks of a stream: as many bytes as it wants, fewer only at the end."""
+
+    def __init__(self, stream: _Readable) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        content = bytearray()
+        while len(content) < size and (piece := self._stream.read(size - len(content))):
+            content += piece
+        return bytes(content)
+
+
+def _opened(url: str) -> AbstractContextManager[_Readable]:
+    if url.startswith("pipe:"):
+        return _pipe(url.removeprefix("pipe:"))
+    if is_http(url):
+        return retried(lambda: Body(url))
+    return open(url, "rb")
+
+
+@contextmanager
+def _pipe(command: str) -> Iterator[IO[bytes]]:
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+            while process.stdout.read(1 << 20):  # what follows the end of the archive
+                pass
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise FetchError(f"pipe:{command}", f"it ended with status {process.returncode}")

@@ -1,0 +1,218 @@
+"""What a WebDataset shard holds, found without trusting it.
+
+Tars come from anywhere. Nothing is extracted: members are read in place, and a name is only a key,
+so that links, absolute names and `../` mean nothing. Headers, labels and images are bounded in
+size, and what has been passed is forgotten, so that memory does not grow with the members.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from webdataset.tariterators import base_plus_ext
+
+from ddpm_engine.data.images import EXTENSIONS
+from ddpm_engine.errors import UserError
+
+MAX_CLASSES = 1 << 16
+MAX_HEADER = 1 << 20
+"""Bytes of a member's extended header: its long name and attributes."""
+MAX_LABEL = 1 << 20
+"""Bytes of a `cls` or `json` member."""
+MAX_PAYLOAD = 1 << 28
+"""Bytes of one encoded image; the largest npy within the bound on sides is smaller."""
+
+MEMBERS = (*EXTENSIONS, "cls", "json")
+"""Extensions that are looked at; all others are left alone."""
+
+_LABEL_NAMES = ("label", "cls", "class")
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+# What tarfile raises at numbers that are none, and at headers nested without end.
+_MALFORMED = (ValueError, OverflowError, RecursionError)
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """Where the members of one sample are."""
+
+    key: str
+    """WebDataset key: the path up to the first dot."""
+    extension: str
+    """Of the image."""
+    image: tarfile.TarInfo
+    """The image's member."""
+    label: int
+    """-1: none."""
+    damage: str | None = None
+    """Why the label, which is -1 then, cannot be read."""
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Refuses headers that would be read into memory whole, whatever size they claim."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        # The hook that tarfile leaves to subclasses.
+        if self.size < 0:
+            raise tarfile.ReadError(f"a member of {self.size} bytes")
+        if self.type in _EXTENDED and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse member")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        # The map of a sparse member may be as long as the file.
+        raise tarfile.ReadError("a sparse member")
+
+
+def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
+    """Open an uncompressed tar with bounded headers: a path, or a stream to be read forwards.
+
+    Raises:
+        tarfile.TarError: its first header is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        if mode == "r|":
+            return tarfile.open(fileobj=source, mode="r|", tarinfo=BoundedTarInfo)
+        return tarfile.open(source, "r:", tarinfo=BoundedTarInfo)
+    except _MALFORMED as error:
+        raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
+
+
+def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, lower-case extension and header of each regular member, in order.
+
+    Args:
+        tar: from `open_tar`.
+
+    Raises:
+        tarfile.TarError: the tar is damaged.
+    """
+    try:
+        end = 0
+        while (member := tar.next()) is not None:
+            if tar.offset <= end:
+                raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it")
+            end = tar.offset
+            tar.members = []  # type: ignore[attr-defined]
+            if member.isreg() and not member.name.startswith("__"):
+                key, extension = base_plus_ext(member.name)
+                if key and extension:
+                    yield key, extension.lower(), member
+    except _MALFORMED as error:
+        raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
+
+
+def scan_tar(path: Path) -> Iterator[TarSample]:
+    """Find the samples of a shard, in order.
+
+    Raises:
+        UserError: the tar is damaged, compressed or cut short, which the message names with the
+            offset; or a sample has no image, or a member twice.
+    """
+    try:
+        with open_tar(path, "r:") as tar:
+            for key, group in itertools.groupby(members_of(tar), key=lambda entry: entry[0]):
+                yield _sample(path, tar, key, group)
+            _check_end(path, tar.offset)
+    except tarfile.TarError as error:
+        raise UserError(
+            f"{path} is not a whole, uncompressed tar file ({error}): restore it, or decompress it"
+        ) from error
+
+
+def label_of(members: dict[str, bytes]) -> int:
+    """Label of a sample, or -1.
+
+    Args:
+        members: content of its `cls` or `json`, if it has them.
+
+    Raises:
+        ValueError: there is one and it is not an integer within bounds.
+    """
+    label = None
+    if "cls" in members:
+        label = int(members["cls"])
+    elif "json" in members:
+        try:
+            content = json.loads(members["json"])
+        except RecursionError as error:
+            raise ValueError("JSON nested too deeply") from error
+        if isinstance(content, dict):
+            label = next((content[name] for name in _LABEL_NAMES if name in content), None)
+    if label is None:
+        return -1
+    if type(label) is not int or not 0 <= label < MAX_CLASSES:
+        raise ValueError(f"label {label!r} is not an integer within 0 to {MAX_CLASSES - 1}")
+    return label
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """tarfile takes a damaged header for the end of the archive: the real end is zeros."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        empty = True
+        while piece := file.read(1 << 20):
+            if piece.strip(b"\0"):
+                raise UserError(
+                    f"{path} has a damaged header at or after byte {offset}: restore this shard"
+                )
+            empty = False
+    if empty:
+        raise UserError(
+            f"{path} ends at byte {offset} without an end of archive: it is cut short; restore it"
+        )
+
+
+def _sample(
+    path: Path,
+    tar: tarfile.TarFile,
+    key: str,
+    group: Iterator[tuple[str, str, tarfile.TarInfo]],
+) -> TarSample:
+    known: dict[str, tarfile.TarInfo] = {}
+    others: set[str] = set()
+    for _, extension, member in group:
+        if extension in known:
+            raise UserError(
+                f"sample {key!r} of {path} has two members {extension!r}, the second at byte "
+                f"{member.offset}: pack this shard again under names that differ"
+            )
+        if extension in MEMBERS:
+            known[extension] = member
+        elif len(others) < 5:
+            others.add(extension[:20])
+    found = next((extension for extension in EXTENSIONS if extension in known), None)
+    if found is None:
+        raise UserError(
+            f"sample {key!r} of {path} has no image, only {', '.join(sorted({*known, *others}))}; "
+            f"known are {', '.join(EXTENSIONS)}"
+        )
+    image = known[found]
+    if image.issparse() or image.size > MAX_PAYLOAD:
+        raise UserError(f"image of sample {key!r} in {path} is sparse or over {MAX_PAYLOAD} bytes")
+    try:
+        labels: dict[str, bytes] = {
+            name: _read(tar, known[name]) for name in ("cls", "json") if name in known
+        }
+        return TarSample(key, found, image, label_of(labels))
+    except ValueError as error:
+        return TarSample(key, found, image, -1, f"unreadable label ({error})")
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_LABEL:
+        raise ValueError(f"{member.name} has {member.size} bytes")
+    file = tar.extractfile(member)
+    assert file is not None, "only regular members are kept"
+    return file.read()

@@ -1,0 +1,117 @@
+"""Small sets, a network small enough to train on them at once, and a server on the loopback."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig, UNetConfig
+from ddpm_engine.data import Example, Source, fetch, write_shards
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+
+
+class Server:
+    """Serves a folder, and misbehaves as it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        self.faults: dict[str, list[str]] = {}
+        """For a path, what goes wrong with the next requests: 503, cut, flip."""
+        handler = partial(Handler, directory=str(folder))
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http.owner = self  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Server = self.server.owner  # type: ignore[attr-defined]
+        server.requests.append(self.path)
+        faults = server.faults.get(self.path)
+        fault = faults.pop(0) if faults else None
+        if fault is None:
+            super().do_GET()
+        elif fault.isdecimal():
+            self.send_error(int(fault))
+        else:
+            content = (server.folder / self.path.lstrip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            half = len(content) // 2
+            if fault == "flip":
+                self.wfile.write(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+            else:
+                self.wfile.write(content[:half])
+                self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    started = Server(folder)
+    yield started
+    started.close()
+
+
+def pack(
+    folder: Path,
+    first: int = 0,
+    count: int = 20,
+    per_shard: int = 8,
+    classes: tuple[str, ...] | None = None,
+) -> Path:
+    """Images `first` and on of `PIXELS`, labelled by number unless classes are given."""
+    examples = [
+        Example(f"{i:08d}", PIXELS[i], i % len(classes) if classes else i)
+        for i in range(first, first + count)
+    ]
+    write_shards(Source("memory", examples, classes), folder, per_shard=per_shard)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return RunConfig(
+        out=tmp_path / "run",
+        data=DataConfig(workers=0),
+        model=UNetConfig(
+            sample_size=8,
+            block_out_channels=(4, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        training=TrainingConfig(steps=4, batch_size=4),
+        log=LogConfig(every=1, checkpoint_every=2, sample_every=0, tracker="none"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the process; forget them between tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,354 @@
+"""Shards, indexes and manifests made by somebody who means harm, or by chance.
+
+Nothing of them is executed or written elsewhere, memory stays bounded, and every error is a
+`UserError`. Hypothesis looks for the rest: a second in the quick tests, minutes in the slow ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import tracemalloc
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tests.data.conftest import PIXELS, pack
+
+from ddpm_engine.data import ShardDataset, encode, index_shards, open_shards, verify
+from ddpm_engine.data.manifest import Shard, index_dtype, parse_index, parse_manifest
+from ddpm_engine.data.tar import MAX_HEADER, scan_tar
+from ddpm_engine.errors import UserError
+
+PNG = encode(PIXELS[0], "png")
+BLOCK = 512
+
+FEW = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+MANY = settings(FEW, max_examples=5_000)
+
+
+class Bomb:
+    """Unpickling it leaves a trace."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def png_of_size(side: int) -> bytes:
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + PNG[24:29]
+    return PNG[:12] + header + zlib.crc32(header).to_bytes(4, "big") + PNG[33:]
+
+
+def member(name: str, payload: bytes = b"", **fields: Any) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(payload)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, payload
+
+
+def write(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> None:
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        for info, payload in members:
+            tar.addfile(info, io.BytesIO(payload))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty set in a folder which is all that a shard could reach by `../`."""
+    made = tmp_path / "outer" / "set"
+    made.mkdir(parents=True)
+    monkeypatch.chdir(made)
+    return made
+
+
+def everything(folder: Path) -> set[str]:
+    root = folder.parent.parent
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def test_names_links_and_code_do_nothing(folder: Path) -> None:
+    bomb = pickle.dumps(Bomb())
+    absolute = str(folder.parent / "absolute.png")
+    write(
+        folder / "a.tar",
+        member("../escaped.png", PNG),
+        member(absolute, PNG),
+        member("link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        member("hard.png", type=tarfile.LNKTYPE, linkname="../escaped.png"),
+        member("device.png", type=tarfile.CHRTYPE),
+        member("ok.png", PNG),
+        member("ok.pyd", bomb),
+        member("ok.pickle", bomb),
+        member("ok.pth", bomb),
+    )
+    index_shards(folder)
+    assert verify(folder) == []
+    dataset = ShardDataset(folder, seed=0)
+    assert [dataset[p].faults for p in range(3)] == [()] * 3
+    assert len(dataset) == 3
+    assert everything(folder) == {
+        "outer", "outer/set", "outer/set/a.tar", "outer/set/a.index.npy", "outer/set/manifest.json",
+    }  # fmt: skip
+
+
+def test_images_that_cannot_be_decoded_are_replaced_and_named(folder: Path) -> None:
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([Bomb()], dtype=object), allow_pickle=True)
+    bad = {"big": png_of_size(30_000), "wide": png_of_size(8193), "empty": b"", "cut": PNG[:40]}
+    write(
+        folder / "a.tar",
+        *(member(f"{name}.png", payload) for name, payload in bad.items()),
+        member("array.npy", pickled.getvalue()),
+        member("ok.png", PNG),
+    )
+    index_shards(folder)
+    dataset = ShardDataset(folder, seed=0)
+    tracemalloc.start()
+    samples = [dataset[p] for p in range(6)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
+    assert all(np.array_equal(sample.image, PIXELS[0]) for sample in samples)
+    assert {f.key for s in samples for f in s.faults} == {*bad, "array"}
+    assert not (folder / "executed").exists()
+
+
+def test_names_that_are_not_utf8_are_kept_and_shown(folder: Path) -> None:
+    write(folder / "a.tar", member("caf\udce9.png", PNG), member("b.png", PNG))
+    index_shards(folder)
+    assert open_shards(folder).indexes[0]["key"].tolist() == [b"caf\xe9", b"b"]
+    assert verify(folder) == []
+
+
+def test_a_member_twice_is_refused(folder: Path) -> None:
+    write(folder / "a.tar", member("a.png", PNG), member("a.png", PNG))
+    with pytest.raises(UserError, match=r"'a' of .*a\.tar has two members 'png'.*byte \d+"):
+        index_shards(folder)
+
+
+def test_long_names_are_cut_in_the_index(folder: Path) -> None:
+    write(folder / "a.tar", member("x" * 5000 + "-end.png", PNG))
+    index_shards(folder)
+    (key,) = open_shards(folder).indexes[0]["key"].tolist()
+    assert (len(key), key[-4:]) == (255, b"-end")
+
+
+def header(size: int, kind: bytes) -> bytes:
+    info = tarfile.TarInfo("x")
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE],
+)
+def test_headers_of_any_claimed_size_are_not_read_into_memory(folder: Path, kind: bytes) -> None:
+    path = folder / "a.tar"
+    path.write_bytes(header(300_000_000, kind))
+    os.truncate(path, 400_000_000)  # sparse: it takes no room
+    tracemalloc.start()
+    with pytest.raises(UserError, match="extended header of 300000000 bytes"):
+        index_shards(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * MAX_HEADER
+
+
+def test_headers_within_headers_end_with_an_error(folder: Path) -> None:
+    path = folder / "a.tar"
+    path.write_bytes((header(1, tarfile.GNUTYPE_LONGNAME) + bytes(BLOCK)) * 5000)
+    with pytest.raises(UserError, match=r"a\.tar is not a whole"):
+        index_shards(folder)
+
+
+def test_a_member_that_ends_before_it_begins_is_refused(folder: Path) -> None:
+    info = tarfile.TarInfo("a.png")
+    info.pax_headers = {"size": "-2048"}
+    content = info.tobuf(tarfile.PAX_FORMAT)
+    (folder / "a.tar").write_bytes(content + bytes(2 * BLOCK))
+    with pytest.raises(UserError, match=r"a\.tar"):
+        index_shards(folder)
+
+
+def many_members(path: Path, count: int) -> None:
+    block = bytearray(tarfile.TarInfo("00000000.png").tobuf(tarfile.USTAR_FORMAT))
+    with open(path, "wb") as file:
+        for number in range(count):
+            block[:8] = b"%08d" % number
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+            file.write(block)
+        file.write(bytes(2 * BLOCK))
+
+
+@pytest.mark.parametrize("count", [10_000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_tiny_members_are_forgotten_as_they_pass(folder: Path, count: int) -> None:
+    many_members(folder / "a.tar", count)
+    tracemalloc.start()
+    assert sum(1 for _ in scan_tar(folder / "a.tar")) == count
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # tarfile alone keeps about a kilobyte of each.
+    assert peak < 5e6
+    index_shards(folder)
+    assert open_shards(folder).manifest.samples == count
+
+
+# What hypothesis finds
+
+
+WHOLE = io.BytesIO()
+with tarfile.open(fileobj=WHOLE, mode="w", format=tarfile.PAX_FORMAT) as whole:
+    for one in ("a", "b", "é" * 60):
+        for name, payload in ((f"{one}.png", PNG), (f"{one}.cls", b"1")):
+            whole.addfile(member(name, payload)[0], io.BytesIO(payload))
+TAR = WHOLE.getvalue()
+
+edits = st.lists(st.tuples(st.integers(0, len(TAR) - 1), st.integers(0, 255)), max_size=6)
+tars = st.one_of(
+    st.binary(max_size=3000),
+    st.tuples(edits, st.integers(0, len(TAR))).map(lambda drawn: _edited(TAR, *drawn)),
+)
+
+
+def _edited(content: bytes, changes: list[tuple[int, int]], length: int) -> bytes:
+    edited = bytearray(content)
+    for place, value in changes:
+        edited[place] = value
+    return bytes(edited[:length])
+
+
+def scans_or_refuses(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "fuzz.tar"
+    path.write_bytes(content)
+    samples = []
+    with suppress(UserError):
+        samples = list(scan_tar(path))
+    assert all(0 <= s.image.offset_data <= len(content) for s in samples)
+
+
+@FEW
+@example(TAR)
+@given(tars)
+def test_any_bytes_are_a_tar_or_refused(tmp_path: Path, content: bytes) -> None:
+    scans_or_refuses(tmp_path, content)
+
+
+@pytest.mark.slow
+@MANY
+@given(tars)
+def test_any_bytes_are_a_tar_or_refused_thoroughly(tmp_path: Path, content: bytes) -> None:
+    scans_or_refuses(tmp_path, content)
+
+
+SHARD = Shard("0.tar", 3, 10_000, "0" * 64, "0" * 64)
+ROWS = np.zeros(3, index_dtype(4))
+STREAM = io.BytesIO()
+np.save(STREAM, ROWS)
+INDEX = STREAM.getvalue()
+
+index_edits = st.lists(st.tuples(st.integers(0, len(INDEX) - 1), st.integers(0, 255)), max_size=6)
+indexes = st.one_of(
+    st.binary(max_size=300),
+    st.tuples(index_edits, st.integers(0, len(INDEX))).map(lambda d: _edited(INDEX, *d)),
+    index_edits.map(lambda changes: _edited(INDEX, changes, len(INDEX))),
+)
+
+
+def reads_or_refuses(content: bytes) -> None:
+    try:
+        rows = parse_index(content, SHARD, classes=2)
+    except ValueError:
+        return
+    assert rows.dtype == index_dtype(rows.dtype["key"].itemsize)
+    assert len(rows) == 3
+    ends = rows["offset"].astype(object) + rows["size"].astype(object)
+    assert all(end <= SHARD.bytes for end in ends)
+    assert set(rows["label"]) <= {-1, 0, 1}
+
+
+@FEW
+@example(INDEX)
+@given(indexes)
+def test_any_bytes_are_an_index_or_refused(content: bytes) -> None:
+    reads_or_refuses(content)
+
+
+@pytest.mark.slow
+@MANY
+@given(indexes)
+def test_any_bytes_are_an_index_or_refused_thoroughly(content: bytes) -> None:
+    reads_or_refuses(content)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+shards = st.fixed_dictionaries(
+    {
+        "name": st.one_of(st.just("a.tar"), values),
+        "samples": st.one_of(st.just(1), values),
+        "bytes": st.one_of(st.just(1), values),
+        "sha256": st.one_of(st.just("0" * 64), values),
+        "index_sha256": st.one_of(st.just("0" * 64), values),
+    }
+)
+manifests = st.one_of(
+    st.binary(max_size=200),
+    values.map(lambda value: json.dumps(value).encode()),
+    st.fixed_dictionaries(
+        {
+            "format": st.one_of(st.just(1), values),
+            "fingerprint": values,
+            "samples": values,
+            "shards": st.one_of(st.lists(st.one_of(shards, values), max_size=2), values),
+            "height": st.one_of(st.just(8), values),
+            "width": st.just(8),
+            "channels": st.just(3),
+            "classes": st.one_of(st.none(), values),
+        }
+    ).map(lambda value: json.dumps(value).encode()),
+)
+
+
+def parses_or_refuses(content: bytes) -> None:
+    with suppress(UserError):
+        manifest = parse_manifest(content, "there/manifest.json")
+        assert all("/" not in shard.name for shard in manifest.shards)
+
+
+@FEW
+@example(b"[" * 100_000)
+@example(b'{"format": 1, "shards": [{"name": "..\\u0000/a.tar"}]}')
+@given(manifests)
+def test_any_bytes_are_a_manifest_or_refused(content: bytes) -> None:
+    parses_or_refuses(content)
+
+
+@pytest.mark.slow
+@MANY
+@given(manifests)
+def test_any_bytes_are_a_manifest_or_refused_thoroughly(content: bytes) -> None:
+    parses_or_refuses(content)
+
+
+@pytest.mark.parametrize("name", ["../a.tar", "/a.tar", "a\\b.tar", "a\0.tar", ".tar/..", "a.txt"])
+def test_a_manifest_points_to_nothing_outside_its_folder(tmp_path: Path, name: str) -> None:
+    content = json.loads((pack(tmp_path / "set") / "manifest.json").read_text())
+    content["shards"][0]["name"] = name
+    with pytest.raises(UserError, match=r"is not the name of a \.tar file"):
+        parse_manifest(json.dumps(content).encode(), "manifest.json")

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from dataclasses import replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.data.conftest import PIXELS, Server, pack
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data import ShardCache, ShardDataset, fetch, open_shards
+from ddpm_engine.data.fetch import ATTEMPTS, FetchError
+from ddpm_engine.errors import UserError
+from ddpm_engine.training import Trainer
+
+LIMIT = 10**8
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    return ShardCache(tmp_path / "cache", LIMIT)
+
+
+def cached(cache: ShardCache) -> list[str]:
+    return sorted(path.name for path in (cache.directory / "files").iterdir())
+
+
+def serve(server: Server, name: str, content: bytes) -> tuple[str, str]:
+    (server.folder / name).write_bytes(content)
+    return f"{server.url}/{name}", hashlib.sha256(content).hexdigest()
+
+
+def test_a_remote_set_reads_as_a_local_one(server: Server, cache: ShardCache) -> None:
+    folder = pack(server.folder / "set")
+    local = ShardDataset(folder, seed=5)
+    remote = ShardDataset(open_shards(f"{server.url}/set/", cache), seed=5)
+    assert server.requests == ["/set/manifest.json"]
+    for position in range(20):
+        ours, theirs = remote[position], local[position]
+        assert ours.label == theirs.label
+        assert np.array_equal(ours.image, theirs.image)
+    assert remote.fingerprint == local.fingerprint
+    # Each file was fetched once, and another reader fetches none.
+    assert len(server.requests) == len(set(server.requests)) == 7
+    again = ShardDataset(open_shards(f"{server.url}/set", cache), seed=6)
+    assert sorted(again[p].label for p in range(20)) == list(range(20))
+    assert len(server.requests) == 8
+
+
+def test_a_run_trains_on_a_url(config: RunConfig, server: Server, tmp_path: Path) -> None:
+    pack(server.folder / "set")
+    data = replace(config.data, path=f"{server.url}/set", cache=tmp_path / "cache")
+    Trainer(replace(config, data=data)).fit()
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(config.out)
+    # The folder itself gives the same run, to the bit.
+    Trainer(replace(config, data=replace(data, path=server.folder / "set"))).fit()
+    same = (config.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [json.loads(s)["loss"] for s in same]
+
+
+@pytest.mark.parametrize("fault", ["503", "429", "cut", "flip"])
+def test_what_passes_is_tried_again(server: Server, cache: ShardCache, fault: str) -> None:
+    url, digest = serve(server, "a", b"content" * 1000)
+    server.faults["/a"] = [fault] * (ATTEMPTS - 1)
+    descriptor = cache.open(url, digest, 7000)
+    assert os.read(descriptor, 10_000) == b"content" * 1000
+    os.close(descriptor)
+    assert len(server.requests) == ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("503", "503"), ("cut", "ended after 3500 of 7000"), ("flip", "SHA-256 is .* manifest says")],
+)
+def test_what_stays_wrong_is_never_used(
+    server: Server, cache: ShardCache, fault: str, message: str
+) -> None:
+    url, digest = serve(server, "a", b"content" * 1000)
+    server.faults["/a"] = [fault] * 100
+    with pytest.raises(FetchError, match=message):
+        cache.open(url, digest, 7000)
+    assert len(server.requests) == ATTEMPTS
+    assert cached(cache) == []
+
+
+def test_what_is_not_there_is_asked_for_once(server: Server, cache: ShardCache) -> None:
+    with pytest.raises(FetchError, match=r"/nowhere: 404"):
+        cache.open(f"{server.url}/nowhere", "0" * 64, 100)
+    assert len(server.requests) == 1
+
+
+def test_a_body_without_end_is_cut_off(server: Server, cache: ShardCache) -> None:
+    url, digest = serve(server, "a", bytes(5000))
+    with pytest.raises(FetchError, match="more than 4000 bytes"):
+        cache.open(url, digest, 4000)
+    assert cached(cache) == []
+    with pytest.raises(FetchError, match="more than 100"):
+        fetch.fetch(url, 100)
+
+
+def test_local_files_are_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    with pytest.raises(FetchError, match="only http"):
+        fetch.fetch(f"file://{tmp_path}/secret", 100)
+
+
+def test_a_new_version_is_not_mistaken_for_the_old(server: Server, cache: ShardCache) -> None:
+    for content in (b"old" * 100, b"new" * 100):
+        url, digest = serve(server, "a", content)
+        descriptor = cache.open(url, digest, 300)
+        assert os.read(descriptor, 1000) == content
+        os.close(descriptor)
+
+
+def test_the_longest_unused_goes_first_and_nothing_in_use(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3500)
+    files = {name: serve(server, name, name.encode() * 1000) for name in "abcd"}
+    held = cache.open(*files["a"], 1000)
+    for name in "bcb":
+        os.close(cache.open(*files[name], 1000))
+    times = {path.name: path for path in (cache.directory / "files").iterdir()}
+    for age, name in enumerate("abc"):  # a is the oldest, but held
+        key = next(key for key in times if key.endswith(files[name][1]))
+        os.utime(times[key], ns=(0, age + 1))
+    os.close(cache.open(*files["d"], 1000))
+    kept = {name for name in "abcd" if any(key.endswith(files[name][1]) for key in cached(cache))}
+    assert kept == {"a", "c", "d"}
+    assert os.pread(held, 1000, 0) == b"a" * 1000
+    os.close(held)
+    with pytest.raises(UserError, match=r"--data\.cache-gb"):
+        cache.open(*files["b"], 4000)
+
+
+def test_a_cache_that_is_all_in_use_is_exceeded_with_a_warning(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = ShardCache(tmp_path / "cache", 1500)
+    one, two = (cache.open(*serve(server, n, n.encode() * 1000), 1000) for n in "ab")
+    assert os.pread(one, 1, 0) + os.pread(two, 1, 0) == b"ab"
+    assert "500 bytes over its limit" in caplog.text
+    os.close(one)
+    os.close(two)
+
+
+def test_the_rest_of_a_killed_download_is_cleared(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 1500)
+    half = cache.directory / "files" / "half.tmp"
+    half.write_bytes(bytes(1000))
+    # Another download that is still alive holds its lock.
+    alive = cache.directory / "files" / "alive.tmp"
+    alive.write_bytes(bytes(10))
+    with open(alive) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.close(cache.open(*serve(server, "a", bytes(1000)), 1000))
+        assert alive.exists()
+    assert not half.exists()
+
+
+def _read_all(url: str, directory: Path, limit: int, results: Queue[object]) -> None:
+    try:
+        dataset = ShardDataset(open_shards(url, ShardCache(directory, limit)), 0, window_shards=1)
+        images = [dataset[p] for p in range(2 * len(dataset))]
+        results.put(all(np.array_equal(s.image, PIXELS[s.label]) for s in images))
+    except BaseException as error:
+        results.put(repr(error))
+
+
+@pytest.mark.parametrize("limit", [LIMIT, 80_000])
+def test_many_readers_share_one_cache(server: Server, tmp_path: Path, limit: int) -> None:
+    pack(server.folder / "set", count=40, per_shard=2)
+    context = multiprocessing.get_context("fork")
+    results: Queue[object] = context.Queue()
+    arguments = (f"{server.url}/set", tmp_path / "cache", limit, results)
+    readers = [context.Process(target=_read_all, args=arguments) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    assert [results.get(timeout=60) for _ in readers] == [True] * 3
+    for reader in readers:
+        reader.join()
+    fetched = [path for path in server.requests if not path.endswith("manifest.json")]
+    if limit == LIMIT:
+        assert len(fetched) == len(set(fetched)) == 40
+    else:  # too small for the set: files went and came back
+        assert len(fetched) > 40
+
+
+def test_a_shard_that_cannot_be_had_is_replaced_and_named(
+    server: Server, cache: ShardCache
+) -> None:
+    folder = pack(server.folder / "set")
+    (folder / "shard-000001.tar").unlink()
+    dataset = ShardDataset(open_shards(f"{server.url}/set", cache), seed=5)
+    samples = [dataset[p] for p in range(20)]
+    faults = {f.shard: f.reason for s in samples for f in s.faults}
+    assert list(faults) == ["shard-000001.tar"]
+    assert "404" in faults["shard-000001.tar"]
+    # It is not asked for again at every sample.
+    assert server.requests.count("/set/shard-000001.tar") == 1
+
+
+def test_a_url_without_a_set_is_named(server: Server) -> None:
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read: .*404"):
+        open_shards(f"{server.url}/nothing")
