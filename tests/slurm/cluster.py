@@ -14,13 +14,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel")
-# The first must resolve: it is where ranks meet.
-NODES = ("localhost", "node2")
+# The first must have a name that resolves: it is where ranks meet.
+NODES = (socket.gethostname(), socket.gethostname() + "-b")
 GPUS = 8
 
 _SLURM_CONF = """\
 ClusterName=tests
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={nodes[0]}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/munge
@@ -41,7 +41,7 @@ GresTypes=gpu
 # The nodes claim to have processors and GPUs that this machine may not have.
 SlurmdParameters=config_overrides
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32 Gres=gpu:{gpus}
-NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 Gres=gpu:{gpus}
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 Gres=gpu:{gpus}
 PartitionName=tests Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
 ReturnToService=2
 SlurmdTimeout=10
@@ -60,6 +60,10 @@ def why_not() -> str | None:
         return f"SLURM is not installed ({', '.join(missing)}); see tests/slurm/install.sh"
     if os.geteuid() != 0:
         return "slurmd starts other users' jobs, so it has to be started by root"
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return f"the name of this machine, {socket.gethostname()}, does not resolve"
     return None
 
 
@@ -82,11 +86,13 @@ class Cluster:
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         (folder / "slurm.conf").write_text(
             _SLURM_CONF.format(
-                folder=folder, host=socket.gethostname(), ports=_free_ports(3), nodes=NODES,
+                folder=folder, ports=_free_ports(3), nodes=NODES,
                 gpus=GPUS,
             )
         )  # fmt: skip
-        (folder / "gres.conf").write_text(f"Name=gpu Count={GPUS}\n")
+        for gpu in range(GPUS):
+            (folder / f"gpu{gpu}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
         (folder / "cgroup.conf").write_text("")
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
