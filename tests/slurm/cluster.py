@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "taskset")
 # The first must have a name that resolves: it is where ranks meet.
 NODES = (socket.gethostname(), socket.gethostname() + "-b")
 GPUS = 8
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 
 _SLURM_CONF = """\
 ClusterName=tests
@@ -40,9 +41,11 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 # The nodes claim to have processors and GPUs that this machine may not have.
 SlurmdParameters=config_overrides
-NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32 Gres=gpu:{gpus}
-NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 Gres=gpu:{gpus}
+NodeName=DEFAULT NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=32 Gres=gpu:{gpus}
+NodeName={nodes[0]} Port={ports[1]}
+NodeName={nodes[1]} Port={ports[2]}
 PartitionName=tests Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
+SchedulerParameters=sched_interval=1
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
@@ -55,7 +58,7 @@ class ClusterError(RuntimeError):
 
 def why_not() -> str | None:
     """Why no cluster can be started here, or None."""
-    missing = [name for name in PROGRAMS if _program(name) is None]
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if missing:
         return f"SLURM is not installed ({', '.join(missing)}); see tests/slurm/install.sh"
     if os.geteuid() != 0:
@@ -80,6 +83,7 @@ class Cluster:
         (folder / "state").mkdir()
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
+            "PATH": _PATH,
             "SLURM_CONF": str(folder / "slurm.conf"),
         }
         self._daemons = ExitStack()
@@ -127,15 +131,17 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon."""
-        self._nodes[node] = self._start("slurmd", "-D", "-N", node)
+        # A core each, so that two ranks do not fight for all of them.
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[NODES.index(node) % len(cores)]
+        self._nodes[node] = self._start(
+            "taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node
+        )
 
     def kill_node(self, node: str) -> None:
-        """Let a node die: its daemon, and all that the daemon has started."""
-        processes = self.processes(node)
+        """Let a node's daemon die; jobs' processes stay, until whoever they talk to has gone."""
         self._nodes[node].kill()
         self._nodes[node].wait()
-        for pid in processes:
-            _kill(pid)
 
     def idle(self) -> int:
         """How many nodes wait for work."""
@@ -186,26 +192,21 @@ class Cluster:
         active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
         wait_for(f"job {job}", lambda: not self.states(job) & active, seconds)
 
-    def processes(self, node: str | None = None) -> list[int]:
-        """Processes of this cluster's jobs, slurmstepds included; of one node, or of both."""
-        wanted = {f"SLURM_CONF={self.folder}/slurm.conf".encode()}
-        if node is not None:
-            wanted.add(f"SLURMD_NODENAME={node}".encode())
+    def processes(self) -> list[int]:
+        """Processes of this cluster's jobs."""
+        ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
         found = []
         for entry in Path("/proc").iterdir():
             with suppress(OSError, ValueError):
-                if wanted <= set((entry / "environ").read_bytes().split(b"\0")) and (
-                    b"SLURM_JOB_ID=" in (entry / "environ").read_bytes()
-                ):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if ours in variables and any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
                     found.append(int(entry.name))
         return found
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-        program = _program(name)
-        assert program is not None
         log = self._daemons.enter_context((self.folder / f"{name}.out").open("ab"))
         daemon = subprocess.Popen(
-            [program, *arguments], env=self.environment, stdout=log, stderr=log,
+            [name, *arguments], env=self.environment, stdout=log, stderr=log,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         self._daemons.callback(_end, daemon)
@@ -226,10 +227,6 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
         if time.monotonic() > deadline:
             raise ClusterError(f"waited {seconds} s for {what}")
         time.sleep(0.2)
-
-
-def _program(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.slurm.cluster import Cluster, why_not
 
 from ddpm_engine.config import (
     DataConfig,
@@ -19,7 +20,6 @@ from ddpm_engine.config import (
     digits,
 )
 from ddpm_engine.data import open_source, write_shards
-from tests.slurm.cluster import Cluster, why_not
 
 ROOT = Path(__file__).parents[2]
 # What these machines lack, by options and variables that the scripts leave to whoever submits.
