@@ -24,6 +24,8 @@ ClusterName=tests
 SlurmctldHost={nodes[0]}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
+# Ranks meet at a port made of the job's id: two of these clusters must not have the same ones.
+FirstJobId={ports[0]}
 AuthType=auth/munge
 # A requeued job waits until its old credentials have expired: two minutes, if this is not said.
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
@@ -41,9 +43,9 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 # The nodes claim to have processors and GPUs that this machine may not have.
 SlurmdParameters=config_overrides
-NodeName=DEFAULT NodeHostname=localhost NodeAddr=127.0.0.1 CPUs=32 Gres=gpu:{gpus}
-NodeName={nodes[0]} Port={ports[1]}
-NodeName={nodes[1]} Port={ports[2]}
+NodeName=DEFAULT CPUs=32 Gres=gpu:{gpus}
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=tests Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
 SchedulerParameters=sched_interval=1
 ReturnToService=2
@@ -114,6 +116,11 @@ class Cluster:
             for node in NODES:
                 self.start_node(node)
             wait_for("the nodes", lambda: self.idle() == len(NODES), seconds=60)
+        except ClusterError as error:
+            self._daemons.close()
+            logs = sorted(self.folder.glob("*.out"))
+            tails = "".join(f"\n{log.name}: {log.read_text()[-2000:]}" for log in logs)
+            raise ClusterError(f"{error}{tails}") from None
         except BaseException:
             self._daemons.close()
             raise
