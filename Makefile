@@ -51,7 +51,8 @@ test: lint  ## ruff, mypy and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/interpreter
 
-test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel for every target, longer sweeps
+test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel for every target, a real SLURM
+	tests/slurm/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 	THOROUGH=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
 	    tests/kernels/interpreter -k 'any_arguments or formula or any_shape'

@@ -1,0 +1,258 @@
+"""A SLURM of our own: one controller and two nodes, all of them on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "taskset")
+# The first must have a name that resolves: it is where ranks meet.
+NODES = (socket.gethostname(), socket.gethostname() + "-b")
+GPUS = 8
+_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
+
+_SLURM_CONF = """\
+ClusterName=tests
+SlurmctldHost={nodes[0]}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+# Ranks meet at a port made of the job's id: two of these clusters must not have the same ones.
+FirstJobId={ports[0]}
+AuthType=auth/munge
+# A requeued job waits until its old credentials have expired: two minutes, if this is not said.
+AuthInfo=socket={folder}/munge.socket,cred_expire=6
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+# The nodes claim to have processors and GPUs that this machine may not have.
+SlurmdParameters=config_overrides
+NodeName=DEFAULT CPUs=32 Gres=gpu:{gpus}
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=tests Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
+SchedulerParameters=sched_interval=1
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=10
+"""
+
+
+class ClusterError(RuntimeError):
+    """SLURM did not do what it was expected to do."""
+
+
+def why_not() -> str | None:
+    """Why no cluster can be started here, or None."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
+    if missing:
+        return f"SLURM is not installed ({', '.join(missing)}); see tests/slurm/install.sh"
+    if os.geteuid() != 0:
+        return "slurmd starts other users' jobs, so it has to be started by root"
+    try:
+        socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return f"the name of this machine, {socket.gethostname()}, does not resolve"
+    return None
+
+
+class Cluster:
+    """Two nodes of 32 processors and 8 GPUs, by their own account.
+
+    Args:
+        folder: empty; its path is short enough for a socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.chmod(0o755)
+        (folder / "state").mkdir()
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
+            "PATH": _PATH,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+        }
+        self._daemons = ExitStack()
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        (folder / "slurm.conf").write_text(
+            _SLURM_CONF.format(
+                folder=folder, ports=_free_ports(3), nodes=NODES,
+                gpus=GPUS,
+            )
+        )  # fmt: skip
+        for gpu in range(GPUS):
+            (folder / f"gpu{gpu}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
+        (folder / "cgroup.conf").write_text("")
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start(
+                "munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
+                f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
+                f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munged.log",
+            )  # fmt: skip
+            wait_for("munged", (self.folder / "munge.socket").exists, seconds=20)
+            self._start("slurmctld", "-D", "-c")
+            for node in NODES:
+                self.start_node(node)
+            wait_for("the nodes", lambda: self.idle() == len(NODES), seconds=60)
+        except ClusterError as error:
+            self._daemons.close()
+            logs = sorted(self.folder.glob("*.out"))
+            tails = "".join(f"\n{log.name}: {log.read_text()[-2000:]}" for log in logs)
+            raise ClusterError(f"{error}{tails}") from None
+        except BaseException:
+            self._daemons.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ClusterError):
+            self.command("scancel", "--user=root", "--signal=KILL", "--full")
+            self.command("scancel", "--user=root")
+            with suppress(ClusterError):
+                wait_for("the jobs to end", lambda: not self.processes(), seconds=30)
+        for pid in self.processes():
+            _kill(pid)
+        self._daemons.close()
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        # A core each, so that two ranks do not fight for all of them.
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[NODES.index(node) % len(cores)]
+        self._nodes[node] = self._start(
+            "taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node
+        )
+
+    def kill_node(self, node: str) -> None:
+        """Let a node's daemon die; jobs' processes stay, until whoever they talk to has gone."""
+        self._nodes[node].kill()
+        self._nodes[node].wait()
+
+    def idle(self) -> int:
+        """How many nodes wait for work."""
+        states = re.findall(r" State=(\S+)", self.command("scontrol", "show", "nodes"))
+        return states.count("IDLE")
+
+    def command(self, *arguments: str | Path) -> str:
+        """What one of SLURM's commands prints.
+
+        Raises:
+            ClusterError: it failed.
+        """
+        done = subprocess.run(
+            list(map(str, arguments)), env=self.environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise ClusterError(f"{arguments}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def submit(
+        self, script: Path, options: Sequence[str], arguments: Sequence[str | Path],
+        environment: dict[str, str], directory: Path,
+    ) -> str:  # fmt: skip
+        """Submit a script from a directory; returns the job's id."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options, str(script), *map(str, arguments)],
+            env={**self.environment, **environment}, cwd=directory, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise ClusterError(done.stderr)
+        return done.stdout.strip()
+
+    def field(self, job: str, name: str) -> str:
+        """One field of what SLURM says of a job, such as `JobState`."""
+        found = re.search(rf"\b{name}=(\S+)", self.command("scontrol", "show", "job", job))
+        if found is None:
+            raise ClusterError(f"job {job} has no {name}")
+        return found[1]
+
+    def states(self, job: str) -> set[str]:
+        """States of a job, or of all tasks of an array."""
+        return set(re.findall(r"\bJobState=(\S+)", self.command("scontrol", "show", "job", job)))
+
+    def wait_until_over(self, job: str, seconds: float) -> None:
+        """Wait until a job, or all tasks of an array, have ended one way or another."""
+        active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
+        wait_for(f"job {job}", lambda: not self.states(job) & active, seconds)
+
+    def processes(self) -> list[int]:
+        """Processes of this cluster's jobs."""
+        ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if ours in variables and any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
+                    found.append(int(entry.name))
+        return found
+
+    def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        log = self._daemons.enter_context((self.folder / f"{name}.out").open("ab"))
+        daemon = subprocess.Popen(
+            [name, *arguments], env=self.environment, stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._daemons.callback(_end, daemon)
+        return daemon
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        ClusterError: it did not in this time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(ClusterError):
+            if condition():
+                return
+        if time.monotonic() > deadline:
+            raise ClusterError(f"waited {seconds} s for {what}")
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,251 @@
+"""Training and sampling on a real SLURM: whatever ends a job, the run goes on as it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from tests.slurm.cluster import NODES, Cluster, wait_for
+from tests.slurm.conftest import ENVIRONMENT, OPTIONS, ROOT
+
+from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.training import CheckpointStore, Trainer
+
+pytestmark = pytest.mark.slow
+
+FOREVER = 1_000_000
+START = 90.0  # seconds that two ranks may need to start, on two busy cores
+LAUNCHED, DIRECT = "train.sbatch", "train_direct.sbatch"
+
+
+class Job:
+    """A training job over two nodes, one rank each."""
+
+    def __init__(self, cluster: Cluster, config: RunConfig, script: str) -> None:
+        self.cluster = cluster
+        self.config = config
+        self.out = config.out
+        self.script = script
+        self.file = self.out.with_name("config.json")
+        self.log = self.out.with_name("job.out")
+        self.id = ""
+
+    def submit(self, steps: int, *options: str) -> None:
+        self.plan(steps)
+        tasks = () if self.script == LAUNCHED else ("--ntasks-per-node=1",)
+        self.id = self.cluster.submit(
+            ROOT / "launch" / "slurm" / self.script,
+            [*OPTIONS, *tasks, f"--output={self.log}", *options],
+            [self.out, "--config", self.file],
+            ENVIRONMENT,
+            ROOT,
+        )
+
+    def plan(self, steps: int) -> None:
+        """How far the next start is to train."""
+        training = replace(self.config.training, steps=steps)
+        self.file.write_text(dump_config(replace(self.config, training=training)))
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(f"step {step}: {self.text()}", lambda: self.rows()[-1:] >= [(step, 0.0)], START)
+
+    def rows(self) -> list[tuple[int, float]]:
+        """Steps and losses logged so far."""
+        with suppress(FileNotFoundError, ValueError):
+            lines = (self.out / "metrics.jsonl").read_text().splitlines()
+            return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+        return []
+
+    def checkpoints(self) -> list[int]:
+        return CheckpointStore(self.out / "checkpoints").steps()
+
+    def text(self) -> str:
+        """All that the job and its ranks have printed."""
+        logs = sorted(self.out.with_name("run-logs").glob("*/rank-*.log"))
+        return "".join(file.read_text() for file in [self.log, *logs] if file.exists())
+
+    def ranks(self) -> list[int]:
+        """Processes that train."""
+        found = []
+        for pid in self.cluster.processes():
+            with suppress(OSError):
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                # Not the launcher, which has more arguments before the script.
+                if b"launch/train.py" in arguments[1:3]:
+                    found.append(pid)
+        return found
+
+    def finish(self) -> None:
+        self.cluster.wait_until_over(self.id, 2 * START)
+        assert self.cluster.field(self.id, "JobState") == "COMPLETED", self.text()
+
+
+@pytest.fixture
+def job(cluster: Cluster, config: RunConfig, request: pytest.FixtureRequest) -> Iterator[Job]:
+    job = Job(cluster, config, getattr(request, "param", LAUNCHED))
+    yield job
+    if job.id:
+        cluster.command("scancel", job.id)
+        wait_for("the job's processes", lambda: not cluster.processes(), 30)
+
+
+def train_alone(config: RunConfig, steps: int) -> list[tuple[int, float]]:
+    """Steps and losses of one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(replace(config, training=replace(config.training, steps=steps))).fit()
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def assert_went_on_from(step: int, job: Job, last: int) -> None:
+    """From a checkpoint on, the job's losses are those of one process that starts from it."""
+    assert f"resuming {job.out} from step {step}\n" in job.text()
+    alone = replace(job.config, out=job.out.with_name("alone"))
+    shutil.copytree(job.out, alone.out, ignore=lambda _, names: _later(names, step))
+    expected = train_alone(alone, last)
+    rows = job.rows()
+    assert [at for at, _ in rows] == list(range(1, last + 1))
+    assert rows[step:] == [(at, pytest.approx(loss, rel=1e-4)) for at, loss in expected[step:]]
+
+
+def _later(names: list[str], step: int) -> list[str]:
+    found = {name: re.fullmatch(r"step-(\d+)", name) for name in names}
+    return [name for name, match in found.items() if match and int(match[1]) > step]
+
+
+@pytest.mark.parametrize("job", [LAUNCHED, DIRECT], indirect=True)
+def test_two_nodes_train_as_one_process_does(job: Job) -> None:
+    job.submit(20)
+    job.finish()
+    alone = train_alone(replace(job.config, out=job.out.with_name("alone")), 20)
+    assert job.rows() == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in alone]
+    assert len(list(job.out.with_name("run-logs").rglob("*.log"))) >= 2
+
+
+@pytest.mark.parametrize("job", [LAUNCHED, DIRECT], indirect=True)
+def test_the_signal_before_the_time_limit(job: Job) -> None:
+    """The run saves, the job starts again by itself, and the run goes on to its end."""
+    job.submit(FOREVER, "--time=60")
+    job.wait_for_step(30)
+    # Within the scripts' five minutes of the end.
+    job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=5")
+    wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1", START)
+    job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    stopped = job.checkpoints()[-1]
+    job.plan(stopped + 10)
+    job.finish()
+    assert f"stopped at step {stopped}: requeueing job {job.id}\n" in job.text()
+    assert_went_on_from(stopped, job, stopped + 10)
+    assert not (job.out / "requeue").exists()
+
+
+@pytest.mark.parametrize("job", [DIRECT], indirect=True)
+def test_requeued_by_an_operator(job: Job) -> None:
+    job.submit(FOREVER)
+    job.wait_for_step(30)
+    job.cluster.command("scontrol", "requeue", job.id)
+    wait_for("its end", lambda: not job.ranks(), START)
+    # SLURM says SIGTERM first, upon which the run saves.
+    stopped = job.checkpoints()[-1]
+    assert stopped % 20
+    job.plan(stopped + 10)
+    job.finish()
+    assert_went_on_from(stopped, job, stopped + 10)
+
+
+@pytest.mark.parametrize("job", [LAUNCHED], indirect=True)
+def test_a_node_dies(job: Job) -> None:
+    """SLURM requeues the job; it waits for the node, and continues from the last checkpoint."""
+    job.submit(FOREVER)
+    job.wait_for_step(30)
+    job.cluster.kill_node(NODES[1])
+    try:
+        wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1", START)
+        wait_for("the end of its processes", lambda: not job.ranks(), START)
+        stopped = job.checkpoints()[-1]
+        job.plan(stopped + 10)
+    finally:
+        job.cluster.start_node(NODES[1])
+    job.finish()
+    assert_went_on_from(stopped, job, stopped + 10)
+
+
+@pytest.mark.parametrize("job", [LAUNCHED, DIRECT], indirect=True)
+def test_a_rank_is_killed(job: Job) -> None:
+    """The job fails at once and says why; submitted again, it continues."""
+    job.submit(FOREVER)
+    job.wait_for_step(30)
+    os.kill(job.ranks()[-1], signal.SIGKILL)
+    job.cluster.wait_until_over(job.id, START)
+    assert job.cluster.field(job.id, "JobState") == "FAILED"
+    said = re.search(
+        r"training failed with status \d+: see .* Submit again to continue (.*)\n", job.text()
+    )
+    assert said is not None
+    assert said[1] == str(job.out)
+    assert re.search("SIGKILL|Killed", job.text())
+    assert job.ranks() == []
+    stopped = job.checkpoints()[-1]
+    job.submit(stopped + 10)
+    job.finish()
+    assert_went_on_from(stopped, job, stopped + 10)
+
+
+# Python runs a module of this name when it starts: it notes who draws which pictures.
+NOTING = """
+import os
+if "NOTES" in os.environ:
+    from ddpm_engine.drawing import PictureSet
+    write = PictureSet.write
+    def noted(self, ids, *rest):
+        with open(os.environ["NOTES"], "a") as notes:
+            notes.write("".join(f"{k}\\n" for k in ids))
+        write(self, ids, *rest)
+    PictureSet.write = noted
+"""
+
+
+def test_the_tasks_of_an_array_draw_each_picture_once(
+    cluster: Cluster, config: RunConfig, tmp_path: Path
+) -> None:
+    train_alone(config, 1)
+    (tmp_path / "sitecustomize.py").write_text(NOTING)
+    notes, out = tmp_path / "notes", tmp_path / "drawn"
+    array = cluster.submit(
+        ROOT / "launch" / "slurm" / "sample.sbatch",
+        [*OPTIONS, "--array=0-1", f"--output={tmp_path}/task-%a.out"],
+        [
+            "--checkpoint",
+            config.out,
+            "--out",
+            out,
+            "--count",
+            "24",
+            "--batch-size",
+            "2",
+            "--sampler",
+            "ddim",
+            "--steps",
+            "100",
+        ],
+        {
+            **ENVIRONMENT,
+            "NOTES": str(notes),
+            "PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}",
+        },
+        ROOT,
+    )
+    cluster.wait_until_over(array, START)
+    said = "".join((tmp_path / f"task-{task}.out").read_text() for task in (0, 1))
+    assert cluster.states(array) == {"COMPLETED"}, said
+    assert sorted(map(int, notes.read_text().split())) == list(range(24))
+    assert len(list(out.glob("*.png"))) == 24 + 1  # and the grid
