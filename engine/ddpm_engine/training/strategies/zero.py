@@ -309,6 +309,10 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"the launcher asks for DeepSpeed, which cannot be imported ({error}); install it by "
             "pip install 'ddpm-engine[deepspeed]', or launch with launch/accelerate/fsdp2.yaml"
         ) from None
+    if device.type == "cpu":
+        # It would compile shared-memory collectives, for minutes, and whoever interrupts that leaves
+        # a lock that the next start waits for; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The process group exists; this makes DeepSpeed use it.
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     return deepspeed
