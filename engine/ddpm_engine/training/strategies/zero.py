@@ -310,8 +310,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             "pip install 'ddpm-engine[deepspeed]', or launch with launch/accelerate/fsdp2.yaml"
         ) from None
     if device.type == "cpu":
-        # It would compile shared-memory collectives, for minutes, and whoever interrupts that leaves
-        # a lock that the next start waits for; gloo does without.
+        # It would compile shared-memory collectives for a minute or two, and who interrupts that
+        # leaves a lock that the next start waits for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The process group exists; this makes DeepSpeed use it.
     deepspeed.init_distributed(dist_backend=dist.get_backend())
