@@ -33,6 +33,7 @@ class Job:
     config: RunConfig
     environment: dict[str, str] = field(default_factory=dict)
     float64: bool = False
+    poisoned: int | None = None
 
 
 def launch(jobs: list[Job], processes: int, timeout: float = 180) -> list[str]:
@@ -42,21 +43,16 @@ def launch(jobs: list[Job], processes: int, timeout: float = 180) -> list[str]:
     return outputs
 
 
-def start(
-    jobs: list[Job], processes: int, timeout: float = 180, environment: dict[str, str] | None = None
-) -> tuple[list[str], list[int]]:
+def start(jobs: list[Job], processes: int, timeout: float = 180) -> tuple[list[str], list[int]]:
     """Start the ranks as torchrun does, without its own process; outputs and exit statuses."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
         listed = []
         for index, job in enumerate(jobs):
             file = Path(folder) / f"{index}.json"
             file.write_text(dump_config(job.config))
-            listed.append(
-                {"config": str(file), "environment": job.environment, "float64": job.float64}
-            )
+            # A port for each, since every run ends with its process group.
+            environment = job.environment | {"MASTER_PORT": str(_free_port())}
+            listed.append({**vars(job), "config": str(file), "environment": environment})
         ranks = []
         for rank in range(processes):
             log = open(Path(folder) / f"rank{rank}", "w+")  # noqa: SIM115
@@ -66,7 +62,7 @@ def start(
                     subprocess.Popen(
                         [sys.executable, str(Path(__file__).with_name("worker.py")),
                          json.dumps(listed)],
-                        env=_environment(rank, processes, port) | (environment or {}),
+                        env=_environment(rank, processes),
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     ),
@@ -94,7 +90,13 @@ def start(
         return outputs, [process.returncode for _, process in ranks]
 
 
-def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment(rank: int, processes: int) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
     own = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     if processes == 1:
@@ -105,7 +107,6 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
 
 
@@ -119,4 +120,4 @@ def losses(out: Path) -> list[float]:
 def difference(ours: list[float], theirs: list[float]) -> float:
     """The largest relative difference of two loss curves."""
     assert len(ours) == len(theirs)
-    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    return max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(ours, theirs, strict=True))

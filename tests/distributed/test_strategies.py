@@ -173,6 +173,29 @@ def png(path: Path) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param(FSDP, id="fsdp2"),
+        pytest.param(zero("zero2"), id="zero2", marks=needs_deepspeed),
+        pytest.param(zero("zero3"), id="zero3", marks=needs_deepspeed),
+    ],
+)
+def test_a_bad_step_of_one_process_is_skipped_by_all(
+    environment: dict[str, str], config: RunConfig
+) -> None:
+    one, run = at(config, "one", steps=6), at(config, "run", steps=6)
+    bad = 3 * run.training.batch_size - 1  # the last of step 3: only the last process meets it
+    launch([Job(one, poisoned=bad)], 1)
+    outputs = launch([Job(run, environment, poisoned=bad)], 2)
+    assert "step 3 is skipped" in outputs[0]
+    assert losses(one.out)[2] == losses(run.out)[2] == 0
+    assert difference(losses(run.out), losses(one.out)) <= 1e-5
+    assert_same_weights(run.out, one.out, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "chain",
     [
         pytest.param([({}, 2), ({}, 1), ({}, 3), ({}, 2)], id="ddp"),

@@ -127,7 +127,6 @@ class Replicated(TorchStrategy):
             self._parallel = DistributedDataParallel(
                 model,
                 device_ids=devices,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
         super().__init__(
