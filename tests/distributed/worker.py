@@ -1,8 +1,8 @@
 """One rank of a launch: trains the runs that the JSON in argv[1] lists, one after the other.
 
 Each is `{"config": FILE, "environment": {…}, "float64": bool, "poisoned": POSITION or null}`; the
-environment is what a launcher would have left besides the rank; the loss at the poisoned position is no
-number. All in one process, because starting one takes longer than a run.
+environment is what a launcher would have left besides the rank, and the loss of the sample at that
+position is not a number. All in one process, because starting one takes longer than a run.
 """
 
 from __future__ import annotations
