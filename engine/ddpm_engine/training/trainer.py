@@ -57,7 +57,9 @@ class Trainer:
         model = UNet(config.model)
         self.dataset = open_dataset(config, self.accelerator)
         with self.accelerator.main_process_first():
-            claim_run_directory(config, self.dataset.shards.manifest.fingerprint)
+            # By one process: two that write one file at a time take it from each other.
+            if self.accelerator.is_main_process:
+                claim_run_directory(config, self.dataset.shards.manifest.fingerprint)
 
         model.to(device)
         if config.training.activation_checkpointing:
