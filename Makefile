@@ -31,6 +31,12 @@ $(VENV)/installed-test: setup.py constraints.txt
 	$(call install,[test])
 	@touch $(VENV)/installed
 
+# DeepSpeed, for the tests of ZeRO; in its own step, since it is large and few need it.
+$(VENV)/installed-cluster: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[test,deepspeed]'
+	@touch $@
+
 install: $(VENV)/installed  ## make .venv with the engine in it
 
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
@@ -51,7 +57,7 @@ test: lint  ## ruff, mypy and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/kernels/interpreter
 
-test-cluster: $(VENV)/installed-test  ## the slow suites: every kernel for every target, a real SLURM
+test-cluster: $(VENV)/installed-cluster  ## the slow suites: every kernel for every target, faults, a real SLURM
 	tests/slurm/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
 	THOROUGH=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \

@@ -27,7 +27,7 @@ setup(
         "webdataset>=1.0",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.18", "transformers>=4.50"],
+        "deepspeed": ["deepspeed>=0.19"],
         "xformers": ["xformers>=0.0.33"],
         "huggingface": ["datasets>=3.0"],
         "peers": ["diffusers>=0.34"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
@@ -11,10 +9,11 @@ from accelerate.utils import ProjectConfiguration
 from ddpm_engine.config import RunConfig
 from ddpm_engine.cpu import check_precision, use_all_cores
 from ddpm_engine.errors import UserError
+from ddpm_engine.training.strategies.request import Request, without_plug_ins
 
 
-def start_accelerator(config: RunConfig) -> Accelerator:
-    """Start Accelerate for a run.
+def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
+    """Start Accelerate for a run: processes, device, precision; not what the strategy does.
 
     Raises:
         UserError: a precision that this machine cannot serve, or processes that do not see each
@@ -27,18 +26,18 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         if not (precision == "bf16" and config.training.allow_slow_bf16):
             insist = ", or insist with --training.allow-slow-bf16"
             check_precision(precision, "--training.precision", insist)
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=config.training.accumulation,
-        log_with=None if config.log.tracker == "none" else config.log.tracker,
-        project_config=ProjectConfiguration(str(config.out), str(config.out)),
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
+    with without_plug_ins():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            log_with=None if config.log.tracker == "none" else config.log.tracker,
+            project_config=ProjectConfiguration(str(config.out), str(config.out)),
+        )
+    if request.processes != accelerator.num_processes:
         raise UserError(
-            f"the launcher started {asked} processes but this one sees "
-            f"{accelerator.num_processes}: they would train independently. On CPUs, launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+            f"the launcher started {request.processes} processes but this one sees "
+            f"{accelerator.num_processes}: they would train independently. Launch with accelerate "
+            "launch --config_file launch/accelerate/ddp.yaml --num_processes N, on CPUs with "
+            "ACCELERATE_USE_CPU=true before it"
         )
     return accelerator

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data import Batch, BatchPositions, Fault, make_batches
@@ -24,12 +17,11 @@ from ddpm_engine.objective import SimpleObjective
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
 from ddpm_engine.training.dataset import open_dataset
-from ddpm_engine.training.ema import EMA
 from ddpm_engine.training.metrics import MetricsLog
-from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.preview import draw_preview
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
+from ddpm_engine.training.strategies import read_request, start_strategy
 from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.unet import UNet
 from ddpm_kernels import Stream
@@ -57,22 +49,23 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         config.validate()
         self.config = config
-        self.accelerator = start_accelerator(config)
+        request = read_request(config.training)
+        self.accelerator = start_accelerator(config, request)
         device = self.accelerator.device
 
         torch.manual_seed(config.training.seed)
         model = UNet(config.model)
         self.dataset = open_dataset(config, self.accelerator)
         with self.accelerator.main_process_first():
-            claim_run_directory(config, self.dataset.fingerprint)
+            # By one process: two that write one file at a time take it from each other.
+            if self.accelerator.is_main_process:
+                claim_run_directory(config, self.dataset.fingerprint)
 
         model.to(device)
-        self.ema = EMA(model, config.training.ema_decay)
         if config.training.activation_checkpointing:
             model.enable_activation_checkpointing()
         if config.training.compile:
             model.compile_regions()
-        optimizer = make_optimizer(model, config.optimizer)
         self.schedule = config.diffusion.build_schedule()
         self.objective = SimpleObjective(
             self.schedule,
@@ -87,7 +80,11 @@ class Trainer:
             # What the first process of a node compiles, the others find in the cache.
             with self.accelerator.local_main_process_first():
                 warm_up(model, self.objective, self.accelerator, config)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.strategy = start_strategy(model.train(), request, config, self.accelerator)
+        logger.info(
+            "%s: %d process(es), first on %s, precision %s",
+            self.strategy.name, self.accelerator.num_processes, device, config.training.precision,
+        )  # fmt: skip
         self.checkpoints = CheckpointStore(
             config.out / "checkpoints", config.log.keep_checkpoints, config.log.keep_every
         )
@@ -118,7 +115,6 @@ class Trainer:
             active=self.accelerator.is_main_process,
         )
         self._start_tracker()
-        self.model.train()
         try:
             with stop_on_signals() as stop:
                 stopped = self._loop(metrics, stop)
@@ -149,7 +145,8 @@ class Trainer:
             if self.step % log.checkpoint_every == 0 or last or stopping:
                 self._save()
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
-                draw_preview(self.ema.model, self.schedule, config, self.step, self.accelerator)
+                with self.strategy.averaged() as model:
+                    draw_preview(model, self.schedule, config, self.step, self.accelerator)
             if stopping:
                 return True
         return False
@@ -157,37 +154,31 @@ class Trainer:
     def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """Take one optimizer step; returns whether any rank was asked to stop."""
         training = self.config.training
-        learning_rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         # Dropout is the network's only randomness of its own; seeding it leaves no state to save.
         torch.manual_seed(self._dropout_seed())
 
-        loss = torch.zeros((), device=self.accelerator.device)
-        for _ in range(training.accumulation):
+        losses = []
+        for piece in range(1, training.accumulation + 1):
             waited = time.perf_counter()
             batch = next(batches)
             self._window.waiting += time.perf_counter() - waited
             self._note_faults(batch.faults)
-            with self.accelerator.accumulate(self.model):
-                micro_loss = self.objective(self.model, batch).mean()
-                self.accelerator.backward(micro_loss)
-            loss += micro_loss.detach() / training.accumulation
-        norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.optimizer.clip_norm
-        )
+            losses.append(
+                self.strategy.accumulate(
+                    lambda network, batch=batch: self.objective(network, batch).mean(),  # type: ignore[misc]
+                    last=piece == training.accumulation,
+                )
+            )
+        norm_value = self.strategy.step(self._learning_rate(self.step))
+        loss = torch.stack(losses).mean()
         asked = torch.tensor(float(bool(stop)), device=loss.device)
         mean_loss, asked_share = self.accelerator.reduce(
             torch.stack([loss, asked]), reduction="mean"
         ).tolist()
         # Gradients are the same on every rank by now, so all of them decide alike.
-        norm_value = float(norm)
-        finite = norm_value - norm_value == 0
-        if finite or self.accelerator.scaler is not None:  # the loss scaler skips by itself
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        finite = math.isfinite(norm_value)
         if finite:
-            self.ema.update(self.accelerator.unwrap_model(self.model), self.step)
+            self.strategy.update_ema(self.step)
             self._window.add(mean_loss, norm_value)
             self._bad_steps = 0
         else:
@@ -224,10 +215,10 @@ class Trainer:
                 "Check them with launch/make_shards.py verify"
             )
 
-    def _learning_rate(self) -> float:
-        """Linear warm-up, from the step alone."""
+    def _learning_rate(self, step: int) -> float:
+        """Linear warm-up, from the step alone: how many were done before."""
         optimizer = self.config.optimizer
-        return optimizer.learning_rate * min(1.0, (self.step + 1) / max(optimizer.warmup_steps, 1))
+        return optimizer.learning_rate * min(1.0, (step + 1) / max(optimizer.warmup_steps, 1))
 
     def _dropout_seed(self) -> int:
         rank = torch.tensor([self.accelerator.process_index])
@@ -250,22 +241,6 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _parts(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the training state, by part and name."""
-        return {
-            "model": _tensors(get_model_state_dict(self.accelerator.unwrap_model(self.model))),
-            "ema": _tensors(get_model_state_dict(self.ema.model)),
-            "optimizer": _tensors(self._optimizer_state()),
-        }
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        # Flat names, so that tensors can be stored one by one and resharded.
-        return get_optimizer_state_dict(
-            self.accelerator.unwrap_model(self.model),
-            self.optimizer.optimizer,
-            options=StateDictOptions(flatten_optimizer_state_dict=True),
-        )
-
     def _save(self) -> None:
         scaler = self.accelerator.scaler
         state = {
@@ -279,7 +254,7 @@ class Trainer:
         }
         started = time.perf_counter()
         try:
-            self.checkpoints.save(self.step, self._parts(), state)
+            self.checkpoints.save(self.step, self.strategy.state(), state)
         except OSError as error:
             self._failed_checkpoints += 1
             logger.error(
@@ -305,17 +280,10 @@ class Trainer:
         logger.info("resuming %s from step %d", self.config.out, self.step)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        load_part(checkpoint.path, "model", _tensors(get_model_state_dict(model)))
-        load_part(checkpoint.path, "ema", _tensors(get_model_state_dict(self.ema.model)))
-        optimizer_state = self._optimizer_state()
-        load_part(checkpoint.path, "optimizer", _tensors(optimizer_state))
-        set_optimizer_state_dict(
-            model,
-            self.optimizer.optimizer,
-            optimizer_state,
-            options=StateDictOptions(flatten_optimizer_state_dict=True),
-        )
+        state = self.strategy.state()
+        for name, part in state.items():
+            load_part(checkpoint.path, name, part)
+        self.strategy.load(state)
         if self.accelerator.scaler is not None and checkpoint.state["loss_scale"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["loss_scale"])
         self.step = checkpoint.step
@@ -336,7 +304,7 @@ class Trainer:
         values = {
             "loss": window.loss / max(window.steps, 1),
             "grad_norm": window.grad_norm / max(window.steps, 1),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate(self.step - 1),
             "samples_seen": self.step * batch_size,
             "skipped_steps": window.skipped,
             "bad_samples": len(self._faults),
@@ -378,7 +346,3 @@ class _Window:
 
     def state(self) -> dict[str, float]:
         return dict(vars(self))
-
-
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

@@ -184,9 +184,9 @@ class UpLevel(Level):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        """Consume one skip connection a layer from the end of `skips`."""
-        for index in range(len(self.resnets)):
-            x = self.run(self.layer, index, embedding, x, skips.pop())
+        """Take one skip connection a layer, the last of `skips` first; there are as many."""
+        for index, skip in enumerate(reversed(skips)):
+            x = self.run(self.layer, index, embedding, x, skip)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x

@@ -254,7 +254,10 @@ class UNet(nn.Module):
         if features is None:
             features = self.mid_block(skips[-1], embedding)
             for level in self.up_blocks[:-1]:
-                features = level(features, skips, embedding)
+                # Each gets its own: what wraps modules to shard them copies lists of arguments.
+                used = self.config.layers_per_block + 1
+                features = level(features, skips[-used:], embedding)
+                del skips[-used:]
         h = self.up_blocks[-1](features, skips, embedding)
         prediction = self.conv_out(self.conv_norm_out(h))
         return (prediction, features) if return_features else prediction

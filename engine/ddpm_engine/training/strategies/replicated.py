@@ -1,0 +1,149 @@
+"""Every process has all of the state: a single process, or torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.training.ema import EMA
+from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.training.strategies.precision import autocast_forward
+from ddpm_engine.training.strategies.strategy import Network, State
+from ddpm_engine.unet import UNet
+
+# Flat names, so that tensors can be stored one by one and resharded.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class TorchStrategy:
+    """A torch optimizer over a network's own parameters, which may be DTensors.
+
+    Args:
+        name: for the log.
+        network: what to call: the model, or a wrapper of it.
+        model: the model itself.
+        ema: its average, spread like it.
+        config: of the run.
+        accelerator: for the loss scale.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        model: UNet,
+        ema: EMA[UNet],
+        config: RunConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.name = name
+        self.network = network
+        self.model = model
+        self.ema = ema
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self._pieces = config.training.accumulation
+        self._clip_norm = config.optimizer.clip_norm
+        self._scaler = accelerator.scaler
+
+    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+        """See `Strategy`."""
+        loss = loss_of(self.network)
+        mean = loss / self._pieces
+        (mean if self._scaler is None else self._scaler.scale(mean)).backward()
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Strategy`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if self._scaler is not None:
+            self._scaler.step(self.optimizer)  # skips by itself, and lowers the scale
+            self._scaler.update()
+        elif math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def update_ema(self, updates: int) -> None:
+        """See `Strategy`."""
+        self.ema.update(self.model, updates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """See `Strategy`."""
+        yield self.ema.model
+
+    def state(self) -> State:
+        """See `Strategy`; the tensors are those in use."""
+        return {
+            "model": _tensors(get_model_state_dict(self.model)),
+            "ema": _tensors(get_model_state_dict(self.ema.model)),
+            "optimizer": _tensors(self._optimizer_state()),
+        }
+
+    def load(self, state: State) -> None:
+        """See `Strategy`; weights and average are in place already."""
+        optimizer_state = {**self._optimizer_state(), **state["optimizer"]}
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=_FLAT)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
+
+
+class Replicated(TorchStrategy):
+    """All state on each process; of several, gradients are averaged by DDP.
+
+    Args:
+        model: on its device, the same on every rank.
+        config: of the run.
+        accelerator: started, with any number of processes.
+    """
+
+    def __init__(self, model: UNet, config: RunConfig, accelerator: Accelerator) -> None:
+        ema = EMA(model, config.training.ema_decay)
+        autocast_forward(model, config.training.precision, accelerator.device)
+        self._parallel = None
+        if accelerator.num_processes > 1:
+            devices = None if accelerator.device.type == "cpu" else [accelerator.device]
+            self._parallel = DistributedDataParallel(
+                model,
+                device_ids=devices,
+                gradient_as_bucket_view=True,
+            )
+        super().__init__(
+            "single process" if self._parallel is None else "DDP",
+            self._parallel or model,
+            model,
+            ema,
+            config,
+            accelerator,
+        )
+
+    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+        """See `Strategy`; gradients are exchanged with the last piece."""
+        waits = self._parallel is not None and not last
+        with self._parallel.no_sync() if waits and self._parallel else nullcontext():
+            return super().accumulate(loss_of, last)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}

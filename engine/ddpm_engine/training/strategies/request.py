@@ -1,0 +1,139 @@
+"""What the launcher was asked for, read from the environment that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.config import TrainingConfig
+from ddpm_engine.errors import UserError
+
+_PLUG_INS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+_FILES = "launch/accelerate/"
+# In what order launchers say how many processes they started; the last two without torchrun.
+_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# A file of DeepSpeed's may not say what the run's configuration says, or the engine decides.
+_OURS = {
+    "train_batch_size": "--training.batch-size",
+    "train_micro_batch_size_per_gpu": "--training.batch-size and --training.accumulation",
+    "gradient_accumulation_steps": "--training.accumulation",
+    "gradient_clipping": "--optimizer.clip-norm",
+    "optimizer": "--optimizer.…",
+    "scheduler": "--optimizer.warmup-steps",
+    "fp16": "--training.precision",
+    "bf16": "--training.precision",
+    "torch_autocast": "--training.precision",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A strategy that a launcher's file or environment asks for."""
+
+    processes: int
+    """How many it started."""
+    fsdp: bool = False
+    """FSDP2."""
+    reshard_after_forward: bool = True
+    """Of FSDP2."""
+    deepspeed: dict[str, Any] | None = None
+    """The content of DeepSpeed's file, or None: no DeepSpeed."""
+
+
+def read_request(training: TrainingConfig) -> Request:
+    """Read what `accelerate launch`, torchrun or srun left in the environment.
+
+    Raises:
+        UserError: it asks for something that this engine does not do, or that contradicts the run's
+            configuration, where Accelerate would do something else without a word.
+    """
+    environment = os.environ
+    sizes = [environment[name] for name in _WORLD_SIZES if name in environment]
+    processes = int(sizes[0]) if sizes else 1
+    _check_agreement(environment, training)
+    for flag in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if _is_set(environment, flag):
+            raise UserError(
+                f"the launcher sets {flag}, which this engine does not do; use a file of {_FILES}"
+            )
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return Request(processes, deepspeed=_read_deepspeed_config(environment))
+    if not _is_set(environment, "ACCELERATE_USE_FSDP"):
+        return Request(processes)
+    if environment.get("FSDP_VERSION", "2") != "2":
+        raise UserError(
+            f"the launcher asks for FSDP version {environment['FSDP_VERSION']}; this engine does "
+            f"version 2: set fsdp_version: 2, or use {_FILES}fsdp2.yaml"
+        )
+    for flag, instead in [
+        ("FSDP_OFFLOAD_PARAMS", f"use {_FILES}zero3_offload.yaml"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "use --training.activation-checkpointing"),
+    ]:
+        if _is_set(environment, flag):
+            raise UserError(f"the launcher sets {flag}, which this engine does not do; {instead}")
+    # Version 1 had words for it; what is not "false" frees weights after the forward pass.
+    reshard = environment.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    return Request(processes, fsdp=True, reshard_after_forward=reshard)
+
+
+@contextmanager
+def without_plug_ins() -> Iterator[None]:
+    """Hide the request from Accelerate: on CPUs its plug-ins do DDP, or nothing, without a word."""
+    hidden = {name: os.environ.pop(name) for name in _PLUG_INS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _check_agreement(environment: Mapping[str, str], training: TrainingConfig) -> None:
+    """A launcher's file may repeat what the run's configuration says, not contradict it."""
+    for name, default, flag, ours in [
+        ("ACCELERATE_MIXED_PRECISION", "no", "precision", training.precision),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "accumulation", training.accumulation),
+    ]:
+        theirs = environment.get(name, default)
+        if theirs not in (default, str(ours)):
+            raise UserError(
+                f"the launcher asks for {name}={theirs} but --training.{flag} is {ours}; set "
+                f"--training.{flag} {theirs}, or leave it out of the launcher's file"
+            )
+
+
+def _read_deepspeed_config(environment: Mapping[str, str]) -> dict[str, Any]:
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if path is None:
+        raise UserError(
+            "the launcher asks for DeepSpeed without a file that says how: set "
+            f"deepspeed_config_file, as {_FILES}zero2.yaml does"
+        )
+    try:
+        config = json.loads(Path(path).read_text())
+        zero = config.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed's configuration cannot be read: {error}; paths in a launcher's file count "
+            "from the folder that the launcher is started in"
+        ) from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a configuration of DeepSpeed: {error}") from None
+    if stage not in (1, 2, 3):
+        raise UserError(f"zero_optimization.stage is {stage} in {path}; it must be 1, 2 or 3")
+    for key in sorted(_OURS.keys() & config.keys()):
+        raise UserError(f"{path} sets {key}; leave it out, {_OURS[key]} says it")
+    for key in ("offload_optimizer", "offload_param"):
+        where = zero.get(key, {}).get("device", "none")
+        if where not in ("none", "cpu"):
+            raise UserError(f"zero_optimization.{key}.device is {where} in {path}; use cpu or none")
+    settings: dict[str, Any] = config
+    return settings
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")

@@ -1,0 +1,71 @@
+"""What the trainer asks of a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ddpm_engine.unet import UNet
+
+Network = Callable[..., Tensor]
+"""`network(x_t, timesteps[, labels])` → prediction, `[B, C, H, W]`."""
+State = Mapping[str, Mapping[str, Any]]
+"""Tensors and DTensors by part (`model`, `ema`, `optimizer`) and name, the same in all strategies.
+
+Names are those of `UNet.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
+`state.NAME.exp_avg_sq` and `state.NAME.step`.
+"""
+
+
+class Strategy(Protocol):
+    """How the weights, their average and the optimizer are spread over the processes.
+
+    Every method is called by all ranks together.
+    """
+
+    name: str
+    """What is in force, in words for the log."""
+
+    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+        """Add one piece of a step to the gradients.
+
+        Args:
+            loss_of: computes the mean loss of this rank's piece with the network that it is given.
+            last: whether the piece completes the step.
+
+        Returns:
+            That loss, detached, 0-dim.
+        """
+        ...
+
+    def step(self, learning_rate: float) -> float:
+        """Average the gradients over pieces and ranks, clip them, step, and forget them.
+
+        Returns:
+            Their global norm before clipping, the same on all ranks. If it is not finite, the
+            weights have not been changed.
+        """
+        ...
+
+    def update_ema(self, updates: int) -> None:
+        """Move the average of the weights towards them; see `EMA.update`."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[UNet]:
+        """The network with the averaged weights, to be called by all ranks equally often."""
+        ...
+
+    def state(self) -> State:
+        """The training state, in float32 unless the network is wider.
+
+        What is sharded is given as DTensors, so that no rank holds a whole copy. Optimizer state
+        that does not exist yet is zero.
+        """
+        ...
+
+    def load(self, state: State) -> None:
+        """Take on a training state: what `state()` gave, with other values in its tensors."""
+        ...

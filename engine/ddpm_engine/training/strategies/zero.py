@@ -1,0 +1,318 @@
+"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), weights and average too (3) sharded.
+
+DeepSpeed trains; what it holds goes in and out one tensor at a time, as DTensors of the usual names
+and shapes, so that its checkpoints are those of any other strategy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import Parameter
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.training.ema import EMA, move_towards
+from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.training.strategies.fsdp import shard_network
+from ddpm_engine.training.strategies.precision import autocast_forward
+from ddpm_engine.training.strategies.strategy import Network, State
+from ddpm_engine.unet import UNet
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Zero:
+    """What ZeRO-1, 2 and 3 share.
+
+    Weights stay float32 and the precision is that of autocast, as in other strategies: a rank's
+    share of weights, gradients and moments takes 16 bytes a parameter, as much as half-precision
+    weights with a float32 copy would.
+
+    Args:
+        model: on its device, the same on every rank.
+        config: of the run.
+        accelerator: started, without DeepSpeed's plug-in.
+        mesh: over all processes, of one dimension.
+        deepspeed_config: the content of a file as in `launch/deepspeed/`.
+
+    Raises:
+        UserError: DeepSpeed cannot be imported, or the precision is fp16.
+    """
+
+    def __init__(
+        self,
+        model: UNet,
+        config: RunConfig,
+        accelerator: Accelerator,
+        mesh: DeviceMesh,
+        deepspeed_config: dict[str, Any],
+    ) -> None:
+        training, self._device = config.training, accelerator.device
+        if training.precision == "fp16":
+            raise UserError(
+                "--training.precision is fp16, whose loss scale is not kept under DeepSpeed; use "
+                "bf16 or no, or launch with launch/accelerate/ddp.yaml or fsdp2.yaml"
+            )
+        deepspeed = _import_deepspeed(self._device)
+        stage = deepspeed_config["zero_optimization"]["stage"]
+        # It flattens weights, and all ranks must mean the same by that.
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        autocast_forward(model, training.precision, self._device)
+        optimizer = make_optimizer(model, config.optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # ZeRO-3 takes a step on zero gradients to allocate its state
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config={
+                **deepspeed_config,
+                "train_micro_batch_size_per_gpu": training.batch_size
+                // (accelerator.num_processes * training.accumulation),
+                "gradient_accumulation_steps": training.accumulation,
+                "gradient_clipping": config.optimizer.clip_norm,
+                "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on CPUs
+            },
+        )
+        if self._engine.zero_optimization_stage() != stage:
+            raise RuntimeError(
+                f"ZeRO-{stage} was asked for, but DeepSpeed runs stage "
+                f"{self._engine.zero_optimization_stage()}"
+            )
+        self.name = f"DeepSpeed ZeRO-{stage}"
+        self.model = model
+        self._mesh = mesh
+        self._decay = training.ema_decay
+        self._begin_optimizer_state()
+
+    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+        """See `Strategy`."""
+        loss = loss_of(self._engine)
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()  # counts the piece
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> float:
+        """See `Strategy`."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()  # skips by itself if a gradient is not finite
+        return (
+            float("inf")
+            if self._engine.optimizer.overflow
+            else float(self._engine.get_global_grad_norm())
+        )
+
+    def state(self) -> State:
+        """See `Strategy`; moments, and what else is sharded, are copies."""
+        step = next(iter(self._flat_states()))["step"]
+        optimizer: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            for moment in _MOMENTS:
+                optimizer[f"state.{name}.{moment}"] = self._moment(parameter, moment)
+            optimizer[f"state.{name}.step"] = step.clone()
+        return {"model": self._weights(), "ema": self._averages(), "optimizer": optimizer}
+
+    def load(self, state: State) -> None:
+        """See `Strategy`."""
+        optimizer = state["optimizer"]
+        for name, parameter in self.model.named_parameters():
+            self._set_weight(parameter, state["model"][name])
+            for moment in _MOMENTS:
+                self._set_moment(parameter, moment, optimizer[f"state.{name}.{moment}"])
+        for flat in self._flat_states():
+            flat["step"].copy_(optimizer[f"state.{name}.step"])
+        self._set_averages(state["ema"])
+
+    def _flat_states(self) -> Iterator[dict[str, Tensor]]:
+        """The state of torch's AdamW, which sees this rank's partitions as flat parameters."""
+        states: dict[Any, dict[str, Tensor]] = self._engine.optimizer.optimizer.state
+        yield from states.values()
+
+    def _begin_optimizer_state(self) -> None:
+        """Make the optimizer's state now, all zero, so that a checkpoint can be loaded into it."""
+        adam = self._engine.optimizer.optimizer
+        for group in adam.param_groups:
+            for flat in group["params"]:
+                state = adam.state[flat]
+                for moment in _MOMENTS:
+                    state.setdefault(moment, torch.zeros_like(flat))
+                state["step"] = torch.zeros((), device=flat.device)
+
+    def _sharded(self, whole: Tensor) -> DTensor:
+        """This rank's rows of a tensor that all ranks hold."""
+        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None)
+
+    def _weights(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _averages(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _moment(self, parameter: Parameter, moment: str) -> DTensor:
+        raise NotImplementedError
+
+    def _set_weight(self, parameter: Parameter, value: Tensor) -> None:
+        raise NotImplementedError
+
+    def _set_averages(self, values: Any) -> None:
+        raise NotImplementedError
+
+    def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
+        raise NotImplementedError
+
+
+class Zero12(Zero):
+    """ZeRO-1 and ZeRO-2: every rank has all weights, and so all of their average."""
+
+    def __init__(self, model: UNet, *arguments: Any) -> None:
+        self._ema = EMA(model, 0.0)
+        super().__init__(model, *arguments)
+        self._ema.decay = self._decay
+
+    def update_ema(self, updates: int) -> None:
+        """See `Strategy`."""
+        self._ema.update(self.model, updates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """See `Strategy`."""
+        yield self._ema.model
+
+    def _begin_optimizer_state(self) -> None:
+        super()._begin_optimizer_state()
+        # DeepSpeed looks where in the flat state each parameter is after its first step only.
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+    def _averages(self) -> dict[str, Tensor]:
+        return dict(self._ema.model.named_parameters())
+
+    def _moment(self, parameter: Parameter, moment: str) -> DTensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return self._sharded(safe_get_full_optimizer_state(parameter, moment))
+
+    def _set_weight(self, parameter: Parameter, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        # The weights were loaded in place; DeepSpeed keeps another copy for the optimizer.
+        safe_set_full_fp32_param(parameter, value)
+
+    def _set_averages(self, values: Any) -> None:
+        """They were loaded in place."""
+
+    def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.full_tensor(), moment)
+
+
+class Zero3(Zero):
+    """ZeRO-3: each rank has a flat piece of every weight, and averages that piece."""
+
+    def __init__(self, model: UNet, *arguments: Any) -> None:
+        super().__init__(model, *arguments)
+        self._average = [piece.clone() for piece in self._pieces()]
+
+    def update_ema(self, updates: int) -> None:
+        """See `Strategy`."""
+        move_towards(self._average, self._pieces(), self._decay, updates)
+
+    @contextmanager
+    def averaged(self) -> Iterator[UNet]:
+        """See `Strategy`; a network is made for the time of use, sharded by FSDP2."""
+        network = UNet(self.model.config).to(self._device).eval().requires_grad_(False)
+        shard_network(network, self._mesh)
+        for ours, value in zip(network.parameters(), self._averages().values(), strict=True):
+            ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
+        yield network
+
+    def _pieces(self) -> list[Tensor]:
+        """This rank's flat piece of every weight, all of one length, the last ones padded."""
+        return [p.ds_tensor.data for p in self.model.parameters()]  # type: ignore[attr-defined]
+
+    def _whole(self, piece: Tensor, parameter: Parameter) -> Tensor:
+        """Put all ranks' pieces of something shaped like a parameter together."""
+        piece = piece.to(self._device).contiguous()
+        flat = piece.new_empty(len(piece) * dist.get_world_size())
+        dist.all_gather_into_tensor(flat, piece)
+        shape = parameter.ds_shape  # type: ignore[attr-defined]
+        return flat[: shape.numel()].view(shape)
+
+    def _piece(self, value: DTensor, parameter: Parameter) -> Tensor:
+        """Cut this rank's piece from such a thing."""
+        length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        flat = value.full_tensor().flatten()
+        flat = torch.nn.functional.pad(flat, (0, length * dist.get_world_size() - len(flat)))
+        return flat[length * dist.get_rank() :][:length]
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            name: self._sharded(self._whole(p.ds_tensor.data, p))  # type: ignore[attr-defined]
+            for name, p in self.model.named_parameters()
+        }
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {
+            name: self._sharded(self._whole(piece, p))
+            for (name, p), piece in zip(self.model.named_parameters(), self._average, strict=True)
+        }
+
+    def _moment(self, parameter: Parameter, moment: str) -> DTensor:
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        return self._sharded(
+            self._whole(safe_get_local_optimizer_state(parameter, moment), parameter)
+        )
+
+    def _set_weight(self, parameter: Parameter, value: Any) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        piece = self._piece(value, parameter)
+        parameter.ds_tensor.data.copy_(piece)  # type: ignore[attr-defined]
+        safe_set_local_fp32_param(parameter, piece)
+        if parameter.data.shape == parameter.ds_shape:  # type: ignore[attr-defined]
+            parameter.data.copy_(value.full_tensor())  # small ones stay gathered
+
+    def _set_averages(self, values: Any) -> None:
+        for (name, parameter), piece in zip(
+            self.model.named_parameters(), self._average, strict=True
+        ):
+            piece.copy_(self._piece(values[name], parameter))
+
+    def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
+        from deepspeed.utils import safe_set_local_optimizer_state
+
+        safe_set_local_optimizer_state(parameter, self._piece(value, parameter), moment)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for itself, and at other things
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"the launcher asks for DeepSpeed, which cannot be imported ({error}); install it by "
+            "pip install 'ddpm-engine[deepspeed]', or launch with launch/accelerate/fsdp2.yaml"
+        ) from None
+    if device.type == "cpu":
+        # It would compile shared-memory collectives for a minute or two, and who interrupts that
+        # leaves a lock that the next start waits for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The process group exists; this makes DeepSpeed use it.
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    return deepspeed

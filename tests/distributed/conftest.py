@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from ddpm_engine.config import (
+    DataConfig,
+    LogConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    UNetConfig,
+)
+from ddpm_engine.data import open_source, write_shards
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the process; forget them between tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred digits of 16×16 in three shards."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    source = open_source("digits")
+    source = replace(source, examples=islice(source.examples, 100), length=100)
+    write_shards(source, folder, size=16, per_shard=40)
+    return folder
+
+
+@pytest.fixture
+def config(shards: Path, tmp_path: Path) -> RunConfig:
+    """A run with flips and dropped labels that 1, 2, 3 and 4 processes can share."""
+    return RunConfig(
+        out=tmp_path / "run",
+        data=DataConfig(path=shards, workers=0, horizontal_flip=True),
+        model=UNetConfig(
+            sample_size=16,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(4, 8),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=2,
+            num_class_embeds=11,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5, clip_norm=0.5),
+        training=TrainingConfig(steps=50, batch_size=24, ema_decay=0.9, label_dropout=0.3),
+        log=LogConfig(every=1, checkpoint_every=1000, sample_every=0, tracker="none"),
+    )

@@ -1,0 +1,123 @@
+"""Launching runs on several processes, and reading what they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ddpm_engine.config import RunConfig, dump_config
+
+ROOT = Path(__file__).parents[2]
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def zero(name: str) -> dict[str, str]:
+    """What `accelerate launch --config_file launch/accelerate/zeroN.yaml` leaves."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "launch" / "deepspeed" / f"{name}.json"),
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, and how it is to be trained."""
+
+    config: RunConfig
+    environment: dict[str, str] = field(default_factory=dict)
+    float64: bool = False
+    poisoned: int | None = None
+
+
+def launch(jobs: list[Job], processes: int, timeout: float = 180) -> list[str]:
+    """Train runs on so many processes; returns each rank's output. All must succeed."""
+    outputs, statuses = start(jobs, processes, timeout)
+    assert statuses == [0] * processes, "\n".join(outputs)
+    return outputs
+
+
+def start(jobs: list[Job], processes: int, timeout: float = 180) -> tuple[list[str], list[int]]:
+    """Start the ranks as torchrun does, without its own process; outputs and exit statuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = []
+        for index, job in enumerate(jobs):
+            file = Path(folder) / f"{index}.json"
+            file.write_text(dump_config(job.config))
+            # A port for each, since every run ends with its process group.
+            environment = job.environment | {"MASTER_PORT": str(_free_port())}
+            listed.append({**vars(job), "config": str(file), "environment": environment})
+        ranks = []
+        for rank in range(processes):
+            log = open(Path(folder) / f"rank{rank}", "w+")  # noqa: SIM115
+            ranks.append(
+                (
+                    log,
+                    subprocess.Popen(
+                        [sys.executable, str(Path(__file__).with_name("worker.py")),
+                         json.dumps(listed)],
+                        env=_environment(rank, processes),
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    ),
+                )
+            )  # fmt: skip
+        deadline = time.monotonic() + timeout
+        try:
+            # One that fails leaves the others waiting for it.
+            while any(process.poll() is None for _, process in ranks):
+                if time.monotonic() > deadline or any(process.poll() for _, process in ranks):
+                    break
+                time.sleep(0.05)
+        finally:
+            grace = time.monotonic() + 2
+            while any(process.poll() is None for _, process in ranks):
+                if time.monotonic() > grace:
+                    for _, process in ranks:
+                        process.kill()
+                time.sleep(0.05)
+        outputs = []
+        for log, _ in ranks:
+            log.seek(0)
+            outputs.append(log.read())
+            log.close()
+        return outputs, [process.returncode for _, process in ranks]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment(rank: int, processes: int) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
+    own = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    if processes == 1:
+        return own
+    return own | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of each step."""
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """The largest relative difference of two loss curves."""
+    assert len(ours) == len(theirs)
+    return max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(ours, theirs, strict=True))
