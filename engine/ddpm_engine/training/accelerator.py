@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.cpu import check_precision, use_all_cores
@@ -33,6 +34,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_steps=config.training.accumulation,
         log_with=None if config.log.tracker == "none" else config.log.tracker,
         project_config=ProjectConfiguration(str(config.out), str(config.out)),
+        # Long, for making data and compiling; once training runs, `Watch` is there.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:

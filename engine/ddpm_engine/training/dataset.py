@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data import Manifest, ShardDataset, open_shards, prepare_shards
 from ddpm_engine.errors import UserError
+from ddpm_engine.training.ranks import agreed
 
 
 def open_dataset(config: RunConfig, accelerator: Accelerator) -> ShardDataset:
@@ -18,7 +19,7 @@ def open_dataset(config: RunConfig, accelerator: Accelerator) -> ShardDataset:
         UserError: no shards there, or images or labels that do not fit the network.
     """
     data, model = config.data, config.model
-    with accelerator.main_process_first():
+    with agreed(UserError):
         if data.source is not None and accelerator.is_main_process:
             prepare_shards(data.path, data.source, model.sample_size)
     shards = open_shards(data.path)
