@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -176,9 +176,12 @@ class CheckpointStore:
         os.replace(path, doomed)
         shutil.rmtree(doomed)
 
+    def leftovers(self) -> list[Path]:
+        """What saves and deletions that were interrupted have left, or are about to finish."""
+        return sorted(self.directory.glob("step-*.tmp"))
+
     def _remove_leftovers(self) -> None:
-        """Of saves and deletions that were interrupted."""
-        for leftover in self.directory.glob("step-*.tmp"):
+        for leftover in self.leftovers():
             shutil.rmtree(leftover)
 
 
@@ -190,9 +193,20 @@ def verify(path: Path) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint and no problems, or None and everything that is wrong with it.
     """
+    return _check(path, _damage)
+
+
+def glance(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `verify`, but of the files look only whether they are there and how large they are."""
+    return _check(path, _misfits)
+
+
+def _check(
+    path: Path, look: Callable[[Path, dict[str, Any]], list[str]]
+) -> tuple[Checkpoint | None, list[str]]:
     try:
         manifest = _read_manifest(path)
-        problems = _damage(path, manifest["files"])
+        problems = look(path, manifest["files"])
     except OSError as error:
         return None, [f"it cannot be read ({error})"]
     except (_BadManifest, ValueError) as error:  # ValueError: a name with a zero byte
@@ -229,17 +243,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damage(path: Path, files: dict[str, Any]) -> list[str]:
-    """How the files of a checkpoint differ from what its manifest says."""
+def _misfits(path: Path, files: dict[str, Any]) -> list[str]:
+    """Where the files of a checkpoint are not those of its manifest, as far as names and sizes."""
     problems = [
-        f"{file.relative_to(path).as_posix()} is not in its manifest"
-        for file in sorted(path.glob("*/*.safetensors"))
-        if file.relative_to(path).as_posix() not in files
+        f"{name} is not in its manifest"
+        for name in (f.relative_to(path).as_posix() for f in sorted(path.glob("*/*.safetensors")))
+        if name not in files
     ]
     inside = path.resolve()
     for name, expected in files.items():
         file = path / name
-        # A part and a file in it: no way up, no way out through a link.
+        # A part and a file in it: no way up, and no way out through a link.
         if PurePosixPath(name).suffix != ".safetensors" or file.resolve().parent.parent != inside:
             problems.append(f"{name!r} is not the name of a file of a checkpoint")
         elif not isinstance(expected, dict):
@@ -248,9 +262,16 @@ def _damage(path: Path, files: dict[str, Any]) -> list[str]:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != expected.get("bytes"):
             problems.append(f"{name} has {file.stat().st_size} bytes, not {expected.get('bytes')}")
-        elif sha256_of(file) != expected.get("sha256"):
-            problems.append(f"{name} does not match its hash")
     return problems
+
+
+def _damage(path: Path, files: dict[str, Any]) -> list[str]:
+    """How the files of a checkpoint differ from what its manifest says, to the last byte."""
+    return _misfits(path, files) or [
+        f"{name} does not match its hash"
+        for name, expected in files.items()
+        if sha256_of(path / name) != expected.get("sha256")
+    ]
 
 
 def load_part(path: Path, name: str, target: Part) -> None:

@@ -27,6 +27,7 @@ BEAT_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """What a rank is given to end by itself once another has failed."""
 _FAILURE = "failure"
+_STORE_IS_GONE = "rank 0, or the launcher that keeps the group's store, no longer answers"
 _RANKS_SHOWN = 8
 
 
@@ -93,10 +94,10 @@ class Watch:
             return _publish(store, own)
 
         cause = _ask(find_cause)
+        if self._rank > 0 and cause in (own, _STORE_IS_GONE):  # the scripts print what ends rank 0
+            logger.error("rank %d ends: %s", self._rank, cause)
         if cause != own and not isinstance(error, UserError):
             raise UserError(f"{cause}; this rank ends with it") from error
-        if cause == own and self._rank > 0:  # the scripts print what ends rank 0
-            logger.error(own)
 
     def _beat(self) -> None:
         """Give signs of life, and look for a failure elsewhere, every second."""
@@ -109,8 +110,8 @@ class Watch:
                 if store.check([_FAILURE]):
                     self._failure = store.get(_FAILURE).decode()
                     return
-        except RuntimeError as error:  # torch's network errors
-            self._failure = f"the process that keeps the group's store is gone ({error})"
+        except RuntimeError:  # torch's network errors
+            self._failure = _STORE_IS_GONE
 
     def _guard(self) -> None:
         """End this process if its main thread does not do so when it should."""
@@ -179,7 +180,7 @@ def _ask(question: Callable[[dist.Store], str]) -> str:
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(GRACE_SECONDS)
-    return answer[0] if answer else "the process that keeps the group's store does not answer"
+    return answer[0] if answer else _STORE_IS_GONE
 
 
 def _name(ranks: Iterable[int]) -> str:
