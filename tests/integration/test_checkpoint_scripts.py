@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,11 +24,20 @@ from ddpm_engine.training.run_directory import lock_run_directory
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Filled by the first test that asks for a trained run."""
+    return tmp_path_factory.mktemp("made") / "run"
+
+
 @pytest.fixture
-def trained(config: RunConfig) -> Path:
+def trained(config: RunConfig, made: Path) -> Path:
     """A run with checkpoints of the steps 2, 4, 6, 8, 10."""
-    log = replace(config.log, checkpoint_every=2, keep_checkpoints=9)
-    Trainer(replace(config, training=replace(config.training, steps=10), log=log)).fit()
+    if not made.exists():
+        log = replace(config.log, checkpoint_every=2, keep_checkpoints=9)
+        training = replace(config.training, steps=10)
+        Trainer(replace(config, out=made, training=training, log=log)).fit()
+    shutil.copytree(made, config.out)
     return config.out
 
 
