@@ -70,7 +70,7 @@ def tiny(shards: Path) -> RunConfig:
             dropout=0.1,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-        training=TrainingConfig(steps=12, batch_size=4, ema_decay=0.9, timeout_seconds=4),
+        training=TrainingConfig(steps=12, batch_size=4, ema_decay=0.9, timeout_seconds=60),
         log=LogConfig(every=1, checkpoint_every=3, sample_every=0, tracker="none"),
     )
 

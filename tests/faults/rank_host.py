@@ -19,9 +19,11 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +121,26 @@ def not_a_number(_config: RunConfig, position: int, value: float) -> None:
     SimpleObjective.__call__ = objective  # type: ignore[method-assign]
 
 
+def after_saves(action: Callable[[], object]) -> Callable[[], None]:
+    """Act when no checkpoint of this rank is in flight."""
+
+    def wait_and_act() -> None:
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join()
+        action()
+
+    return wait_and_act
+
+
 def no_large_files(_config: RunConfig, first: int, last: int) -> None:
     """Let no file grow beyond 16 KiB between two steps."""
-    unlimited = resource.RLIM_INFINITY
-    at_step(first, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, unlimited)))
-    at_step(last, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited)))
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    at_step(first, after_saves(lambda: limit(16384)))
+    at_step(last, after_saves(lambda: limit(resource.RLIM_INFINITY)))
 
 
 def full_disk(config: RunConfig, first: int, last: int) -> None:
@@ -133,15 +150,13 @@ def full_disk(config: RunConfig, first: int, last: int) -> None:
     def fill() -> None:
         descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
         for size in (1 << 16, 1):
-            try:
+            with suppress(OSError):
                 while True:
                     os.write(descriptor, bytes(size))
-            except OSError:
-                continue
         os.close(descriptor)
 
-    at_step(first, fill)
-    at_step(last, ballast.unlink)
+    at_step(first, after_saves(fill))
+    at_step(last, after_saves(ballast.unlink))
 
 
 def run_rank(job: dict[str, Any], rank: int, port: int) -> None:

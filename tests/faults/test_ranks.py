@@ -51,7 +51,8 @@ def test_the_rank_that_keeps_the_store_is_killed(config: RunConfig, launch: Laun
     [(1, "rank 1 does not answer; rank 0 is computing step 8"), (0, "rank 0, or")],
 )
 def test_a_hung_rank_is_named(hung: int, words: str, config: RunConfig, launch: Launch) -> None:
-    ended = launch(config, (hung, "signal_at_step", signal.SIGSTOP, 7))
+    hasty = replace(config, training=replace(config.training, timeout_seconds=4))
+    ended = launch(hasty, (hung, "signal_at_step", signal.SIGSTOP, 7))
     assert ended.status[1 - hung] == 1, ended.output
     assert ended.ended_by_launcher == [hung]  # stopped, it cannot end by itself
     assert "no progress for 4 s (--training.timeout-seconds): " + words in ended.output[1 - hung]

@@ -397,7 +397,10 @@ class Trainer:
             "checkpoint_write_seconds": window.checkpoint_write_seconds,
         }
         metrics.record(self.step, values, window.seconds / steps)
-        self.accelerator.log(values, step=self.step)
+        try:
+            self.accelerator.log(values, step=self.step)
+        except OSError as error:
+            logger.error("the tracker cannot write: %s. Training goes on", error)
         self._window = _Window()
 
 
