@@ -141,7 +141,7 @@ class DataConfig:
     workers: int = 2
     """Decoding processes of each rank; the order of samples does not depend on it."""
     max_bad_samples: int = 100
-    """Stop once a rank has replaced more unreadable samples than this."""
+    """Stop once a run, over all ranks, has replaced more unreadable samples than this."""
 
     def __post_init__(self) -> None:
         # A URL is no path: two slashes would become one.
@@ -193,6 +193,8 @@ class TrainingConfig:
     """Recompute blocks in the backward pass instead of keeping their activations."""
     max_bad_steps: int = 10
     """Stop after this many non-finite gradients in a row; each is skipped."""
+    timeout_seconds: int = 300
+    """After the first step, end a run whose ranks wait for one of them for longer than this."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ class RunConfig:
             ("training.batch-size", self.training.batch_size, 1),
             ("training.accumulation", self.training.accumulation, 1),
             ("training.max-bad-steps", self.training.max_bad_steps, 1),
+            ("training.timeout-seconds", self.training.timeout_seconds, 1),
             ("optimizer.warmup-steps", self.optimizer.warmup_steps, 0),
             ("data.workers", self.data.workers, 0),
             ("data.window-shards", self.data.window_shards, 1),

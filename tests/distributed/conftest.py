@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred digits of 16×16 in three shards."""
     folder = tmp_path_factory.mktemp("data") / "shards"
     source = open_source("digits")
-    source = replace(source, examples=islice(source.examples, 100), length=100)
+    source = replace(source, examples=source.examples[:100])
     write_shards(source, folder, size=16, per_shard=40)
     return folder
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.cpu import check_precision, use_all_cores
@@ -32,6 +34,8 @@ def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
             mixed_precision=precision,
             log_with=None if config.log.tracker == "none" else config.log.tracker,
             project_config=ProjectConfiguration(str(config.out), str(config.out)),
+            # Long, for making data and compiling; once training runs, `Watch` is there.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         )
     if request.processes != accelerator.num_processes:
         raise UserError(

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
@@ -37,9 +38,14 @@ from torch.distributed.checkpoint import (
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write, fsync_directory, sha256_of
+from ddpm_engine.training.ranks import agreed, is_main
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_MANIFEST_BYTES = 16 << 20
+"""A manifest lists some files; one larger than this is not read."""
 _NAME = re.compile(r"step-(\d+)")
 
 Part = Mapping[str, Tensor]
@@ -64,12 +70,20 @@ class CheckpointStore:
         directory: holds one folder a checkpoint.
         keep: how many of the newest to keep, at least two.
         keep_every: those at multiples of this many steps are kept for good.
+        group: of all ranks, for talking while saving; None: the default group.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 2,
+        keep_every: int | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.directory = directory
         self.keep = max(keep, 2)
         self.keep_every = keep_every
+        self._group = group
 
     def steps(self) -> list[int]:
         """Steps of all complete-looking checkpoints, oldest first."""
@@ -97,26 +111,31 @@ class CheckpointStore:
         final = self.path(step)
         temporary = final.with_name(final.name + ".tmp")
         try:
-            with _agreed():
-                if _is_main():
-                    shutil.rmtree(temporary, ignore_errors=True)
+            with agreed(OSError, self._group):
+                if is_main():
+                    self._remove_leftovers()  # first: they may be what fills the disk
                     for name in parts:
                         (temporary / name).mkdir(parents=True)
-            with _agreed():
+            with agreed(OSError, self._group):
                 for name, tensors in parts.items():
-                    _write_part(temporary / name, tensors)
-            with _agreed():
-                if _is_main():
+                    _write_part(temporary / name, tensors, self._group)
+            with agreed(OSError, self._group):
+                if is_main():
                     _write_manifest(temporary, step, state)
                     if final.exists():  # a damaged one that was rejected when loading
-                        shutil.rmtree(final)
+                        self.remove(step)
                     os.replace(temporary, final)
                     fsync_directory(self.directory)
-                    self._prune(newest=step)
         except OSError:
-            if _is_main():
+            if is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        if is_main():
+            try:
+                for old in self.superfluous(newest=step):
+                    self.remove(old)
+            except OSError as error:
+                logger.warning("could not remove an old checkpoint: %s", error)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that verifies, and why each newer one did not.
@@ -124,7 +143,7 @@ class CheckpointStore:
         Rank 0 decides and tells the others.
         """
         answer: list[Any] = [None, []]
-        if _is_main():
+        if is_main():
             for step in reversed(self.steps()):
                 checkpoint, problems = verify(self.path(step))
                 if checkpoint is not None:
@@ -135,56 +154,140 @@ class CheckpointStore:
             dist.broadcast_object_list(answer)
         return answer[0], answer[1]
 
-    def _prune(self, newest: int) -> None:
-        """Remove what is neither among the newest nor at a multiple of `keep_every`."""
-        for leftover in self.directory.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
+    def superfluous(self, newest: int) -> list[int]:
+        """Steps that are neither among the newest nor at a multiple of `keep_every`.
+
+        Args:
+            newest: a step that is kept whatever there is beyond it, and from which to count.
+        """
         steps = [step for step in self.steps() if step <= newest]
-        for step in steps[: -self.keep]:
-            if not self.keep_every or step % self.keep_every:
-                shutil.rmtree(self.path(step))
+        return [
+            step for step in steps[: -self.keep] if not self.keep_every or step % self.keep_every
+        ]
+
+    def remove(self, step: int) -> None:
+        """Delete a checkpoint; one that is half deleted no longer goes by its name.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        path = self.path(step)
+        doomed = path.with_name(path.name + ".old.tmp")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+    def leftovers(self) -> list[Path]:
+        """What saves and deletions that were interrupted have left, or are about to finish."""
+        return sorted(self.directory.glob("step-*.tmp"))
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.leftovers():
+            shutil.rmtree(leftover)
 
 
 def verify(path: Path) -> tuple[Checkpoint | None, list[str]]:
     """Check a checkpoint's manifest and every file it lists, reading all of them.
 
+    Nothing outside `path` is read, whatever the manifest and the files claim.
+
     Returns:
         The checkpoint and no problems, or None and everything that is wrong with it.
     """
+    return _check(path, _damage)
+
+
+def glance(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `verify`, but of the files look only whether they are there and how large they are."""
+    return _check(path, _misfits)
+
+
+def _check(
+    path: Path, look: Callable[[Path, dict[str, Any]], list[str]]
+) -> tuple[Checkpoint | None, list[str]]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        claimed = manifest.pop("hash")
-        state, step, files = manifest["state"], manifest["step"], manifest["files"]
-    except FileNotFoundError:
-        return None, ["it has no manifest, so it was never finished"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return None, [f"its manifest cannot be read ({type(error).__name__}: {error})"]
-    if manifest.get("format") != FORMAT:
-        return None, [f"its format is {manifest.get('format')}; this version reads {FORMAT}"]
-    if claimed != _hash(manifest):
-        return None, ["its manifest does not match its own hash"]
-    problems = []
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}")
-        elif sha256_of(file) != expected["sha256"]:
-            problems.append(f"{name} does not match its hash")
+        manifest = _read_manifest(path)
+        problems = look(path, manifest["files"])
+    except OSError as error:
+        return None, [f"it cannot be read ({error})"]
+    except (_BadManifest, ValueError) as error:  # ValueError: a name with a zero byte
+        return None, [str(error)]
     if problems:
         return None, problems
-    return Checkpoint(path, step, state, claimed), []
+    return Checkpoint(path, manifest["step"], manifest["state"], _hash(manifest)), []
+
+
+class _BadManifest(Exception):
+    """A manifest that describes no checkpoint; the message says why."""
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest without its hash: `step`, `state` and `files` are there and of their types."""
+    file = path / MANIFEST
+    if file.is_symlink() or not file.is_file():
+        raise _BadManifest("it has no manifest, so it was never finished")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise _BadManifest(f"its manifest has {file.stat().st_size} bytes, which none has")
+    try:
+        manifest = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise _BadManifest(f"its manifest cannot be read ({error})") from None
+    if not isinstance(manifest, dict):
+        raise _BadManifest("its manifest is not an object")
+    if manifest.get("format") != FORMAT:
+        raise _BadManifest(f"its format is {manifest.get('format')}; this version reads {FORMAT}")
+    if manifest.pop("hash", None) != _hash(manifest):
+        raise _BadManifest("its manifest does not match its own hash")
+    for name, kind in {"step": int, "state": dict, "files": dict}.items():
+        if type(manifest.get(name)) is not kind:
+            raise _BadManifest(f"its manifest has no {name} of type {kind.__name__}")
+    return manifest
+
+
+def _misfits(path: Path, files: dict[str, Any]) -> list[str]:
+    """Where the files of a checkpoint are not those of its manifest, as far as names and sizes."""
+    problems = [
+        f"{name} is not in its manifest"
+        for name in (f.relative_to(path).as_posix() for f in sorted(path.glob("*/*.safetensors")))
+        if name not in files
+    ]
+    inside = path.resolve()
+    for name, expected in files.items():
+        file = path / name
+        # A part and a file in it: no way up, and no way out through a link.
+        if PurePosixPath(name).suffix != ".safetensors" or file.resolve().parent.parent != inside:
+            problems.append(f"{name!r} is not the name of a file of a checkpoint")
+        elif not isinstance(expected, dict):
+            problems.append(f"{name} has no size and hash in its manifest")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != expected.get("bytes"):
+            problems.append(f"{name} has {file.stat().st_size} bytes, not {expected.get('bytes')}")
+    return problems
+
+
+def _damage(path: Path, files: dict[str, Any]) -> list[str]:
+    """How the files of a checkpoint differ from what its manifest says, to the last byte."""
+    return _misfits(path, files) or [
+        f"{name} does not match its hash"
+        for name, expected in files.items()
+        if sha256_of(path / name) != expected.get("sha256")
+    ]
 
 
 def load_part(path: Path, name: str, target: Part) -> None:
     """Fill the tensors of `target`, in place, from one part of a verified checkpoint.
 
     Raises:
-        UserError: the part has not exactly these names and shapes.
+        UserError: the part has not exactly these names and shapes, or is not there at all, or its
+            files are not what safetensors files of a checkpoint are.
     """
+    if not (path / name).is_dir():
+        raise UserError(f"{path} holds no part {name!r}")
     reader = HuggingFaceStorageReader(str(path / name))
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+    except (SafetensorError, ValueError, LookupError, TypeError, OSError) as error:
+        raise _unreadable(path / name, error) from error
     differences = [f"{key} is missing" for key in target.keys() - stored.keys()]
     differences += [f"{key} is not wanted" for key in stored.keys() - target.keys()]
     differences += [
@@ -198,17 +301,27 @@ def load_part(path: Path, name: str, target: Part) -> None:
             f"{path / name} holds another architecture ({len(differences)} tensors differ):\n"
             f"       {shown}\n       use the configuration that it was trained with"
         )
-    with _quiet():
-        dcp.load(dict(target), storage_reader=reader)
+    try:
+        with _quiet():
+            dcp.load(dict(target), storage_reader=reader)
+    except (CheckpointException, SafetensorError, ValueError, RuntimeError) as error:
+        raise _unreadable(path / name, error) from error
 
 
-def _write_part(path: Path, tensors: Part) -> None:
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path} cannot be read, though its hashes agree ({type(error).__name__}: {error}); it was "
+        "not written by this engine: choose another checkpoint"
+    )
+
+
+def _write_part(path: Path, tensors: Part, group: dist.ProcessGroup | None) -> None:
     # safetensors takes only contiguous tensors; channels-last weights are copied.
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     try:
         with _quiet():
-            dcp.save(contiguous, storage_writer=writer)
+            dcp.save(contiguous, storage_writer=writer, process_group=group)
     except (CheckpointException, SafetensorError) as error:
         # torch wraps what each rank met; to the caller a full disk is an OSError either way.
         raise OSError(f"writing {path} failed: {error}") from error
@@ -231,27 +344,6 @@ def _write_manifest(path: Path, step: int, state: Mapping[str, Any]) -> None:
 
 def _hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-@contextmanager
-def _agreed() -> Iterator[None]:
-    """If the block fails with an OSError on any rank, raise one on every rank."""
-    failure: OSError | None = None
-    try:
-        yield
-    except OSError as error:
-        failure = error
-    if dist.is_initialized():
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if failure is None else str(failure))
-        if failure is None and any(messages):
-            failure = OSError("; ".join(message for message in messages if message))
-    if failure is not None:
-        raise failure
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ddpm_engine.data import (
     prepare_shards,
 )
 from ddpm_engine.errors import UserError
+from ddpm_engine.training.ranks import agreed
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def open_dataset(config: RunConfig, accelerator: Accelerator) -> RunDataset:
         UserError: no shards there, or images or labels that do not fit the network.
     """
     data = config.data
-    with accelerator.main_process_first():
+    with agreed(UserError):
         if data.source is not None and accelerator.is_main_process:
             if isinstance(data.path, str):
                 raise UserError(

@@ -32,13 +32,15 @@ class MetricsLog:
         self.total = total
         self.active = active
         self._bar: tqdm | None = None
+        self._waiting = ""
         if not active:
             return
         if path.exists():
             rows = [row for row in path.read_text().splitlines() if _step(row) <= start]
             with atomic_write(path) as file:
                 file.write("".join(row + "\n" for row in rows).encode())
-        self._file = path.open("a")
+        # Unbuffered, so that it is known what has been written when the disk is full.
+        self._file = path.open("ab", buffering=0)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
@@ -48,11 +50,11 @@ class MetricsLog:
             self._bar.update()
 
     def record(self, step: int, values: dict[str, float], seconds_a_step: float) -> None:
-        """Write one row, and show it."""
+        """Write one row, and show it; rows that find no room are kept and written with the next."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"step": step, **values, "time": time.time()}) + "\n"
+        self._write()
         shown = (
             f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.0f} images/s  "
@@ -63,6 +65,14 @@ class MetricsLog:
         else:
             left = timedelta(seconds=round((self.total - step) * seconds_a_step))
             logger.info("step %d/%d  %s  eta %s", step, self.total, shown, left)
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting.encode())
+                self._waiting = self._waiting[written:]  # JSON is ASCII
+        except OSError as error:
+            logger.error("%s cannot be written: %s. Training goes on", self.path, error)
 
     def close(self) -> None:
         """End the bar and the file."""

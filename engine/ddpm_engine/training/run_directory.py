@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
+import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
 from ddpm_engine.errors import UserError
@@ -15,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _DATA = "data.json"
+_LOCK = "lock"
 
 # What makes a run that run. Everything else may change between one stop and the next start.
 _IDENTITY = (
@@ -25,16 +30,21 @@ _IDENTITY = (
 _NOT_IDENTITY = ("model.attention",)
 
 
-def claim_run_directory(config: RunConfig, fingerprint: str) -> None:
+def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
     """Make the directory and record the configuration there, or check that both are this run's.
+
+    Call it in one process of the run.
 
     Args:
         config: the run.
         fingerprint: of its data.
 
+    Returns:
+        The directory's lock (`lock_run_directory`).
+
     Raises:
         UserError: the directory belongs to another run, or to something that is no run at all, or
-            cannot be written.
+            cannot be written, or another process is training there.
     """
     out = config.out
     try:
@@ -46,6 +56,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> None:
                 f"--out {out} exists and is not a run directory; choose another, or empty it"
             )
         out.mkdir(parents=True, exist_ok=True)
+        lock = lock_run_directory(out)
         with atomic_write(out / CONFIG) as file:
             file.write(dump_config(config).encode())
         if not (out / _DATA).exists():
@@ -53,11 +64,44 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> None:
                 file.write(json.dumps({"fingerprint": fingerprint}).encode())
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from None
+    return lock
+
+
+def lock_run_directory(out: Path) -> BinaryIO:
+    """Keep other processes from changing a run while this one does.
+
+    Returns:
+        A file that holds the lock until it is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; the message says which.
+        OSError: the lock's file cannot be written.
+    """
+    file = open(out / _LOCK, "a+b")  # noqa: SIM115
+    try:
+        # Not flock: workers that a fork leaves behind would go on holding it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s cannot be locked (%s): let only one process train there", out, error)
+            return file
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
+        file.close()
+        raise UserError(
+            f"{out} is in use by {holder or 'another process'}; wait until it has ended, or stop it"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    file.flush()
+    return file
 
 
 def _holds_something(out: Path) -> bool:
     """Whether a folder has anything in it but what an interrupted first start left."""
-    return any(not entry.name.endswith(TEMPORARY_SUFFIX) for entry in out.iterdir())
+    return any(
+        not entry.name.endswith(TEMPORARY_SUFFIX) and entry.name != _LOCK for entry in out.iterdir()
+    )
 
 
 def _check_same_run(before: RunConfig, now: RunConfig) -> None:

@@ -8,21 +8,25 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from ddpm_engine.config import RunConfig, to_dict
-from ddpm_engine.data import Batch, BatchPositions, Fault, make_batches
+from ddpm_engine.data import Batch, BatchPositions, make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write
 from ddpm_engine.objective import SimpleObjective
 from ddpm_engine.training.accelerator import start_accelerator
+from ddpm_engine.training.background_save import BackgroundSaver
 from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
 from ddpm_engine.training.dataset import open_dataset
 from ddpm_engine.training.metrics import MetricsLog
 from ddpm_engine.training.preview import draw_preview
+from ddpm_engine.training.ranks import agreed
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
 from ddpm_engine.training.strategies import read_request, start_strategy
 from ddpm_engine.training.warm_up import warm_up
+from ddpm_engine.training.watch import Watch
 from ddpm_engine.unet import UNet
 from ddpm_kernels import Stream
 from ddpm_kernels.philox import random_words
@@ -56,10 +60,10 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         model = UNet(config.model)
         self.dataset = open_dataset(config, self.accelerator)
-        with self.accelerator.main_process_first():
+        with agreed(UserError):
             # By one process: two that write one file at a time take it from each other.
             if self.accelerator.is_main_process:
-                claim_run_directory(config, self.dataset.fingerprint)
+                self._lock = claim_run_directory(config, self.dataset.fingerprint)
 
         model.to(device)
         if config.training.activation_checkpointing:
@@ -86,13 +90,18 @@ class Trainer:
             self.strategy.name, self.accelerator.num_processes, device, config.training.precision,
         )  # fmt: skip
         self.checkpoints = CheckpointStore(
-            config.out / "checkpoints", config.log.keep_checkpoints, config.log.keep_every
+            config.out / "checkpoints",
+            config.log.keep_checkpoints,
+            config.log.keep_every,
+            dist.new_group(backend="gloo") if dist.is_initialized() else None,
         )
+        self._saver = BackgroundSaver(self.checkpoints)
+        self._watch = Watch(config.training.timeout_seconds)
         self.step = 0
         self._window = _Window()
         self._bad_steps = 0
         self._failed_checkpoints = 0
-        self._faults: list[Fault] = []
+        self._bad_samples = 0
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
@@ -116,11 +125,14 @@ class Trainer:
         )
         self._start_tracker()
         try:
-            with stop_on_signals() as stop:
+            with stop_on_signals() as stop, self._watch:
                 stopped = self._loop(metrics, stop)
         finally:
             metrics.close()
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        # Not after an error: there, a rank that has left would be waited for.
+        self.accelerator.state.destroy_process_group()
         if stopped:
             if self.accelerator.is_main_process:
                 with atomic_write(marker) as file:
@@ -132,9 +144,16 @@ class Trainer:
         config = self.config
         training, log = config.training, config.log
         batches = self._batches()
+        first = self.step
         while self.step < training.steps:
             started = time.perf_counter()
-            stopping = self._train_step(batches, stop)
+            # The first step compiles, and reads data that may have to be fetched from afar.
+            try:
+                stopping = self._train_step(batches, stop, limited=self.step > first)
+            except UserError:
+                self._note_saved(wait=True)  # the run ends, but not half-way through a save
+                raise
+            self._note_saved()
             self._window.seconds += time.perf_counter() - started
             self.step += 1
             metrics.advance()
@@ -143,26 +162,32 @@ class Trainer:
             if self.step % log.every == 0 or last:
                 self._report(metrics)
             if self.step % log.checkpoint_every == 0 or last or stopping:
-                self._save()
+                self._save(wait=last or stopping)
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
+                self._watch.doing("drawing pictures", limited=False)
                 with self.strategy.averaged() as model:
                     draw_preview(model, self.schedule, config, self.step, self.accelerator)
             if stopping:
                 return True
         return False
 
-    def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+    def _train_step(self, batches: Iterator[Batch], stop: StopRequest, limited: bool) -> bool:
         """Take one optimizer step; returns whether any rank was asked to stop."""
         training = self.config.training
         # Dropout is the network's only randomness of its own; seeding it leaves no state to save.
         torch.manual_seed(self._dropout_seed())
 
         losses = []
+        replaced = 0
         for piece in range(1, training.accumulation + 1):
             waited = time.perf_counter()
+            self._watch.doing(f"reading data for step {self.step + 1}", limited)
             batch = next(batches)
+            self._watch.doing(f"computing step {self.step + 1}", limited)
             self._window.waiting += time.perf_counter() - waited
-            self._note_faults(batch.faults)
+            for fault in batch.faults:
+                logger.warning("replaced an unreadable sample: %s", fault)
+            replaced += len(batch.faults)
             losses.append(
                 self.strategy.accumulate(
                     lambda network, batch=batch: self.objective(network, batch).mean(),  # type: ignore[misc]
@@ -171,10 +196,12 @@ class Trainer:
             )
         norm_value = self.strategy.step(self._learning_rate(self.step))
         loss = torch.stack(losses).mean()
-        asked = torch.tensor(float(bool(stop)), device=loss.device)
-        mean_loss, asked_share = self.accelerator.reduce(
-            torch.stack([loss, asked]), reduction="mean"
+        own = torch.tensor([float(bool(stop)), replaced], device=loss.device)
+        loss_sum, asked, replaced = self.accelerator.reduce(
+            torch.cat([loss[None], own]), reduction="sum"
         ).tolist()
+        self._note_faults(int(replaced))
+        mean_loss = loss_sum / self.accelerator.num_processes
         # Gradients are the same on every rank by now, so all of them decide alike.
         finite = math.isfinite(norm_value)
         if finite:
@@ -183,7 +210,7 @@ class Trainer:
             self._bad_steps = 0
         else:
             self._note_bad_step(mean_loss, norm_value)
-        return asked_share > 0
+        return asked > 0
 
     def _note_bad_step(self, loss: float, norm: float) -> None:
         self._bad_steps += 1
@@ -203,16 +230,15 @@ class Trainer:
                 f"({self.config.training.precision})"
             )
 
-    def _note_faults(self, faults: list[Fault]) -> None:
-        for fault in faults:
-            logger.warning("replaced an unreadable sample: %s", fault)
-        self._faults += faults
+    def _note_faults(self, replaced: int) -> None:
+        """Count the samples that all ranks replaced in a step."""
+        self._bad_samples += replaced
         allowed = self.config.data.max_bad_samples
-        if len(self._faults) > allowed:
+        if self._bad_samples > allowed:
             raise UserError(
-                f"{len(self._faults)} samples of {self.config.data.path} were unreadable, more "
-                f"than --data.max-bad-samples {allowed}; the last is {self._faults[-1]}. "
-                "Check them with launch/make_shards.py verify"
+                f"{self._bad_samples} samples of {self.config.data.path} were unreadable (each is "
+                f"named above), more than --data.max-bad-samples {allowed}. Check them with "
+                f"'launch/make_shards.py verify {self.config.data.path}'"
             )
 
     def _learning_rate(self, step: int) -> float:
@@ -241,7 +267,8 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
-    def _save(self) -> None:
+    def _save(self, wait: bool) -> None:
+        """Begin to save; `wait` until it is done."""
         scaler = self.accelerator.scaler
         state = {
             "config": to_dict(self.config),
@@ -250,20 +277,30 @@ class Trainer:
             "data": self.dataset.fingerprint,
             "window": self._window.state(),
             "bad_steps": self._bad_steps,
+            "bad_samples": self._bad_samples,
             "loss_scale": None if scaler is None else scaler.state_dict(),
         }
         started = time.perf_counter()
-        try:
-            self.checkpoints.save(self.step, self.strategy.state(), state)
-        except OSError as error:
+        self._watch.doing(f"saving step {self.step}", limited=False)
+        self._note_saved(wait=True)
+        self._saver.start(self.step, self.strategy.state(), state)
+        if wait:
+            self._note_saved(wait=True)
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
+
+    def _note_saved(self, wait: bool = False) -> None:
+        """Report the checkpoint that was in flight, if it is done."""
+        saved = self._saver.finished(wait)
+        if saved is None:
+            return
+        self._window.checkpoint_write_seconds += saved.seconds
+        if saved.error is not None:
             self._failed_checkpoints += 1
             logger.error(
                 "checkpoint of step %d failed (failure %d of this run): %s. Training goes on; "
                 "older checkpoints are untouched",
-                self.step, self._failed_checkpoints, error,
+                saved.step, self._failed_checkpoints, saved.error,
             )  # fmt: skip
-            return
-        self._window.checkpoint_seconds += time.perf_counter() - started
 
     def _resume(self) -> None:
         checkpoint, rejected = self.checkpoints.newest()
@@ -280,15 +317,23 @@ class Trainer:
         logger.info("resuming %s from step %d", self.config.out, self.step)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        state = self.strategy.state()
-        for name, part in state.items():
+        parts = self.strategy.state()
+        for name, part in parts.items():
             load_part(checkpoint.path, name, part)
-        self.strategy.load(state)
-        if self.accelerator.scaler is not None and checkpoint.state["loss_scale"] is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.state["loss_scale"])
+        self.strategy.load(parts)
+        state = checkpoint.state
+        try:
+            if self.accelerator.scaler is not None and state["loss_scale"] is not None:
+                self.accelerator.scaler.load_state_dict(state["loss_scale"])
+            self._window = _Window(**state["window"])
+            self._bad_steps = int(state["bad_steps"])
+            self._bad_samples = int(state["bad_samples"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{checkpoint.path} holds a state that this version did not write "
+                f"({type(error).__name__}: {error}); choose another --out to start again"
+            ) from error
         self.step = checkpoint.step
-        self._window = _Window(**checkpoint.state["window"])
-        self._bad_steps = checkpoint.state["bad_steps"]
 
     def _start_tracker(self) -> None:
         if self.config.log.tracker == "none":
@@ -307,14 +352,18 @@ class Trainer:
             "learning_rate": self._learning_rate(self.step - 1),
             "samples_seen": self.step * batch_size,
             "skipped_steps": window.skipped,
-            "bad_samples": len(self._faults),
+            "bad_samples": self._bad_samples,
             "failed_checkpoints": self._failed_checkpoints,
             "images_per_second": steps * batch_size / max(window.seconds, 1e-9),
             "data_wait_percent": 100 * window.waiting / max(window.seconds, 1e-9),
-            "checkpoint_seconds": window.checkpoint_seconds,
+            "checkpoint_stall_seconds": window.checkpoint_stall_seconds,
+            "checkpoint_write_seconds": window.checkpoint_write_seconds,
         }
         metrics.record(self.step, values, window.seconds / steps)
-        self.accelerator.log(values, step=self.step)
+        try:
+            self.accelerator.log(values, step=self.step)
+        except OSError as error:
+            logger.error("the tracker cannot write: %s. Training goes on", error)
         self._window = _Window()
 
 
@@ -329,7 +378,8 @@ class _Window:
         grad_norm: float = 0.0,
         seconds: float = 0.0,
         waiting: float = 0.0,
-        checkpoint_seconds: float = 0.0,
+        checkpoint_stall_seconds: float = 0.0,
+        checkpoint_write_seconds: float = 0.0,
     ) -> None:
         self.steps = steps
         self.skipped = skipped
@@ -337,7 +387,8 @@ class _Window:
         self.grad_norm = grad_norm
         self.seconds = seconds
         self.waiting = waiting
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_stall_seconds = checkpoint_stall_seconds
+        self.checkpoint_write_seconds = checkpoint_write_seconds
 
     def add(self, loss: float, grad_norm: float) -> None:
         self.steps += 1

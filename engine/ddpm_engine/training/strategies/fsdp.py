@@ -15,6 +15,12 @@ from ddpm_engine.training.strategies.replicated import TorchStrategy
 from ddpm_engine.unet import UNet
 
 
+def make_contiguous(model: UNet) -> None:
+    """Lay out weights as their shapes say, whatever the device likes best."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+
+
 def shard_network(
     model: UNet, mesh: DeviceMesh, precision: str = "no", reshard_after_forward: bool = True
 ) -> None:
@@ -27,8 +33,7 @@ def shard_network(
         reshard_after_forward: free a block's weights between forward and backward pass; else they
             stay for the backward pass, which costs their memory and saves gathering them again.
     """
-    # fully_shard takes contiguous weights only; activations stay channels-last.
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    make_contiguous(model)  # fully_shard takes no others; activations are laid out as ever
     policy = MixedPrecisionPolicy()
     if precision in DTYPES:
         policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32)

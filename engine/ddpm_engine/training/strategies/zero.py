@@ -23,7 +23,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.ema import EMA, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
-from ddpm_engine.training.strategies.fsdp import shard_network
+from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
 from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import Network, State
 from ddpm_engine.unet import UNet
@@ -66,7 +66,7 @@ class Zero:
         deepspeed = _import_deepspeed(self._device)
         stage = deepspeed_config["zero_optimization"]["stage"]
         # It flattens weights, and all ranks must mean the same by that.
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        make_contiguous(model)
         autocast_forward(model, training.precision, self._device)
         optimizer = make_optimizer(model, config.optimizer)
         for group in optimizer.param_groups:

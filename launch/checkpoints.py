@@ -1,0 +1,148 @@
+"""Look after the checkpoints of a run.
+
+    checkpoints.py list RUN
+    checkpoints.py verify RUN
+    checkpoints.py prune RUN [--keep N] [--keep-every M] [--delete]
+    checkpoints.py average RUN --out DIR [--steps A B ...] [--shares X Y ...] [--weights ema|model]
+
+Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.training import CheckpointStore
+from ddpm_engine.training.average import average_checkpoints
+from ddpm_engine.training.checkpoint import glance, verify
+from ddpm_engine.training.run_directory import lock_run_directory
+
+
+def list_checkpoints(run: tyro.conf.Positional[Path]) -> int:
+    """List a run's checkpoints: step, size, samples seen, and whether all files are there.
+
+    Args:
+        run: a run directory.
+    """
+    store = _store(run)
+    print(f"{'step':>10}  {'MB':>10}  {'samples seen':>14}  state")
+    for step in store.steps():
+        path = store.path(step)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        checkpoint, problems = glance(path)
+        seen = "?" if checkpoint is None else str(checkpoint.state.get("samples_seen", "?"))
+        print(f"{step:>10}  {size / 1e6:>10.1f}  {seen:>14}  {'; '.join(problems) or 'complete'}")
+    for leftover in store.leftovers():
+        print(f"{leftover.name}: unfinished; the next save of the run removes it")
+    return 0
+
+
+def verify_checkpoints(run: tyro.conf.Positional[Path]) -> int:
+    """Read every byte of a run's checkpoints and name every problem.
+
+    Args:
+        run: a run directory.
+    """
+    store, damaged = _store(run), 0
+    for step in store.steps():
+        checkpoint, problems = verify(store.path(step))
+        damaged += checkpoint is None
+        print(f"{store.path(step)}: {'; '.join(problems) or 'sound'}", flush=True)
+    return 1 if damaged else 0
+
+
+def prune(
+    run: tyro.conf.Positional[Path],
+    keep: int = 2,
+    keep_every: int | None = None,
+    delete: bool = False,
+) -> int:
+    """Show which old checkpoints would be deleted, and with --delete delete them.
+
+    The newest sound one always stays. Refused while the run is training.
+
+    Args:
+        run: a run directory.
+        keep: how many of the newest to keep, at least two.
+        keep_every: keep those at multiples of this many steps as well.
+        delete: delete them.
+    """
+    if keep < 2 or (keep_every is not None and keep_every < 1):
+        raise UserError(
+            f"--keep is {keep} and --keep-every {keep_every}; keep at least 2, every 1 or more"
+        )
+    store = _store(run, keep, keep_every)
+    try:
+        with lock_run_directory(run):
+            sound, rejected = store.newest()
+            if sound is None:
+                raise UserError(f"no checkpoint in {run} is sound, so none is deleted")
+            for reason in rejected:
+                print(f"cannot be used: {reason}")
+            for step in store.superfluous(newest=sound.step):
+                if delete:
+                    store.remove(step)
+                print(f"{'deleted' if delete else 'would delete'} {store.path(step)}", flush=True)
+    except OSError as error:
+        raise UserError(f"{run} cannot be changed: {error}") from None
+    if not delete:
+        print("nothing is deleted without --delete")
+    return 0
+
+
+def average(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    steps: tuple[int, ...] | None = None,
+    shares: tuple[float, ...] | None = None,
+    weights: Literal["ema", "model"] = "ema",
+) -> int:
+    """Average the weights of a run's checkpoints into a folder that sample.py takes.
+
+    Args:
+        run: a run directory.
+        out: folder to make.
+        steps: of the checkpoints, as 1000 2000; None: all.
+        shares: of each of them in the mean, as 1 2; None: equal.
+        weights: average the averaged weights, or those of the steps themselves.
+    """
+    store = _store(run)
+    chosen = store.steps() if steps is None else steps
+    checkpoints = []
+    for step in chosen:
+        checkpoint, problems = verify(store.path(step))
+        if checkpoint is None:
+            raise UserError(f"{store.path(step)} cannot be used: {'; '.join(problems)}")
+        checkpoints.append(checkpoint)
+    path = average_checkpoints(checkpoints, out, shares, weights)
+    print(f"{path} is the mean of steps {', '.join(map(str, chosen))}")
+    return 0
+
+
+def _store(run: Path, keep: int = 2, keep_every: int | None = None) -> CheckpointStore:
+    store = CheckpointStore(run / "checkpoints", keep, keep_every)
+    if not store.directory.is_dir():
+        raise UserError(f"{run} is not a run directory: it has no checkpoints folder")
+    return store
+
+
+def main() -> None:
+    """Run the command named by the first argument."""
+    commands: dict[str, Callable[..., int]] = {
+        "list": list_checkpoints,
+        "verify": verify_checkpoints,
+        "prune": prune,
+        "average": average,
+    }
+    with exit_on_user_error():
+        sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""A launcher for tests: runs trainings of several ranks in forks of a process that has torch.
+
+Reads one JSON job a line from standard input, and answers each with one line:
+
+    {"config": PATH, "world": 2, "logs": FOLDER, "faults": [[rank, name, arguments], ...]}
+    {"status": [0, -9], "ended_by_launcher": [1]}
+
+Like torchrun it kills what is left some time after a rank has failed. Faults are the functions of
+this file that take them: they are injected into a rank from outside, before it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from ddpm_engine.config import RunConfig, load_config
+from ddpm_engine.data import Batch
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.training import Trainer
+
+PATIENCE_SECONDS = 14.0
+"""Between the failure of a rank and the end of the others by force."""
+
+
+def at_every_event(action: Callable[[], None]) -> None:
+    """Act before every step, and before whatever makes a checkpoint durable."""
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            action()
+            return function(*arguments, **named)
+
+        return call
+
+    for holder, name in [
+        (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (dcp, "save"), (Trainer, "_train_step"),
+    ]:  # fmt: skip
+        setattr(holder, name, watched(getattr(holder, name)))
+
+
+def at_step(step: int, action: Callable[[], None]) -> None:
+    """Act once `step` steps are done, before the next."""
+    original = Trainer._train_step
+
+    def train_step(self: Trainer, *arguments: Any, **named: Any) -> bool:
+        if self.step == step:
+            action()
+        return original(self, *arguments, **named)
+
+    Trainer._train_step = train_step  # type: ignore[method-assign]
+
+
+def signal_at_event(_config: RunConfig, number: int, event: int) -> None:
+    """Send this rank a signal at its n-th event."""
+    seen = 0
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == event:
+            os.kill(os.getpid(), number)
+
+    at_every_event(count)
+
+
+def count_events(_config: RunConfig, path: str) -> None:
+    """Keep the number of events so far in a file."""
+    seen = 0
+
+    def count() -> None:
+        nonlocal seen
+        seen += 1
+        Path(path).write_text(str(seen))
+
+    at_every_event(count)
+
+
+def signal_at_step(_config: RunConfig, number: int, step: int) -> None:
+    """Send this rank a signal between two steps."""
+    at_step(step, lambda: os.kill(os.getpid(), number))
+
+
+def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:
+    """Raise a UserError, or another error, between two steps."""
+
+    def fail() -> None:
+        if kind == "UserError":
+            raise UserError("the dog ate the data")
+        raise RuntimeError("a defect")
+
+    at_step(step, fail)
+
+
+def not_a_number(_config: RunConfig, position: int, value: float) -> None:
+    """Let the loss of the sample at one position be inf or nan."""
+    original = SimpleObjective.__call__
+
+    def objective(self: SimpleObjective, model: Any, batch: Batch) -> Tensor:
+        loss = original(self, model, batch)
+        return torch.where(batch.positions == position, loss * value, loss)
+
+    SimpleObjective.__call__ = objective  # type: ignore[method-assign]
+
+
+def after_saves(action: Callable[[], object]) -> Callable[[], None]:
+    """Act when no checkpoint of this rank is in flight."""
+
+    def wait_and_act() -> None:
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join()
+        action()
+
+    return wait_and_act
+
+
+def no_large_files(_config: RunConfig, first: int, last: int) -> None:
+    """Let no file grow beyond 16 KiB between two steps."""
+
+    def limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    at_step(first, after_saves(lambda: limit(16384)))
+    at_step(last, after_saves(lambda: limit(resource.RLIM_INFINITY)))
+
+
+def full_disk(config: RunConfig, first: int, last: int) -> None:
+    """Fill the file system of the run with a file of somebody else's between two steps."""
+    ballast = config.out.with_name("ballast")
+
+    def fill() -> None:
+        descriptor = os.open(ballast, os.O_CREAT | os.O_WRONLY)
+        for size in (1 << 16, 1):
+            with suppress(OSError):
+                while True:
+                    os.write(descriptor, bytes(size))
+        os.close(descriptor)
+
+    at_step(first, after_saves(fill))
+    at_step(last, after_saves(ballast.unlink))
+
+
+def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
+    """Train as one rank; never returns."""
+    log = os.open(Path(job["logs"]) / f"rank-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    status = 1
+    try:
+        world = job["world"]
+        if world > 1:
+            os.environ |= {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port),
+            }  # fmt: skip
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
+        config = load_config(Path(job["config"]))
+        for faulty, name, arguments in job["faults"]:
+            if faulty == rank:
+                globals()[name](config, *arguments)
+        with exit_on_user_error():
+            Trainer(config).fit()
+        status = 0
+    except SystemExit as leaving:
+        status = int(leaving.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def launch(job: dict[str, Any]) -> dict[str, Any]:
+    """Run all ranks to their end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks: dict[int, int] = {}
+    for rank in range(job["world"]):
+        ranks[rank] = os.fork()
+        if ranks[rank] == 0:
+            run_rank(job, rank, port)
+    status: dict[int, int] = {}
+    ended_by_launcher: list[int] = []
+    deadline = float("inf")
+    while len(status) < len(ranks):
+        for rank in ranks.keys() - status.keys():
+            pid, code = os.waitpid(ranks[rank], os.WNOHANG)
+            if pid:
+                status[rank] = os.waitstatus_to_exitcode(code)
+                if status[rank] and deadline == float("inf"):
+                    deadline = time.monotonic() + PATIENCE_SECONDS
+        if time.monotonic() > deadline and not ended_by_launcher:
+            ended_by_launcher = sorted(ranks.keys() - status.keys())
+            for rank in ended_by_launcher:
+                os.kill(ranks[rank], signal.SIGKILL)
+        time.sleep(0.02)
+    return {"status": [status[rank] for rank in ranks], "ended_by_launcher": ended_by_launcher}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(launch(json.loads(line))), flush=True)
