@@ -366,7 +366,7 @@ def test_equal_quality_goes_on_where_it_was(
     # The standard; then each sampler, which is good enough at once, and with cached features.
     assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4]
     assert [len(point["distances"]) for point in found["points"]] == [2] * 9
-    assert found["reference"]["distance"] == found["points"][0]["distances"][0]
+    assert found["reference"]["distance"] == found["points"][0]["distance"]
     assert found["reference"]["speed_up"] == 1
     assert all(line for line in equal_quality.table(found))
 
