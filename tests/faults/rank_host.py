@@ -116,7 +116,7 @@ def not_a_number(_config: RunConfig, position: int, value: float) -> None:
 
     def objective(self: SimpleObjective, model: Any, batch: Batch) -> Tensor:
         loss = original(self, model, batch)
-        return torch.where(batch.positions == position, loss * value, loss)
+        return loss * torch.where(batch.positions == position, value, 1.0)
 
     SimpleObjective.__call__ = objective  # type: ignore[method-assign]
 

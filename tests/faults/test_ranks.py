@@ -68,8 +68,9 @@ def test_an_error_on_one_rank_ends_all(
     assert all(status > 0 for status in ended.status), ended.output
     assert ended.ended_by_launcher == []
     said = "the dog ate the data" if kind == "UserError" else "a defect"
-    assert f"rank {rank} failed: {said}" in ended.output[1]
     assert said in ended.output[0]
+    # Rank 0 may be gone, and what it wrote into the store with it, before rank 1 has read it.
+    assert re.search(f"rank {rank} failed: {said}|rank 0, or the launcher", ended.output[1])
     assert ("Traceback" in ended.output[0]) == (kind != "UserError")
 
 
