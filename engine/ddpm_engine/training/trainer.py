@@ -107,6 +107,7 @@ class Trainer:
             marker.unlink(missing_ok=True)
         if self.step >= training.steps:
             logger.info("%s is already trained to step %d", self.config.out, self.step)
+            self.strategy.close()
             return
         metrics = MetricsLog(
             self.config.out / "metrics.jsonl",
@@ -120,6 +121,7 @@ class Trainer:
                 stopped = self._loop(metrics, stop)
         finally:
             metrics.close()
+            self.strategy.close()
             self.accelerator.end_training()
         if stopped:
             if self.accelerator.is_main_process:

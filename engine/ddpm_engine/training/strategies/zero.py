@@ -134,6 +134,9 @@ class Zero:
             flat["step"].copy_(optimizer[f"state.{name}.step"])
         self._set_averages(state["ema"])
 
+    def close(self) -> None:
+        """See `Strategy`."""
+
     def _flat_states(self) -> Iterator[dict[str, Tensor]]:
         """The state of torch's AdamW, which sees this rank's partitions as flat parameters."""
         states: dict[Any, dict[str, Tensor]] = self._engine.optimizer.optimizer.state
@@ -302,6 +305,7 @@ class Zero3(Zero):
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for itself, and at other things
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, of a process alone too
     try:
         import deepspeed
     except ImportError as error:
