@@ -145,12 +145,16 @@ class Zero:
     def _begin_optimizer_state(self) -> None:
         """Make the optimizer's state now, all zero, so that a checkpoint can be loaded into it."""
         adam = self._engine.optimizer.optimizer
-        for group in adam.param_groups:
-            for flat in group["params"]:
-                state = adam.state[flat]
-                for moment in _MOMENTS:
-                    state.setdefault(moment, torch.zeros_like(flat))
-                state["step"] = torch.zeros((), device=flat.device)
+        for flat in self._flat_parameters():
+            state = adam.state[flat]
+            for moment in _MOMENTS:
+                state.setdefault(moment, torch.zeros_like(flat))
+            state["step"] = torch.zeros((), device=flat.device)
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """This rank's partitions, as torch's AdamW sees them."""
+        groups = self._engine.optimizer.optimizer.param_groups
+        return [flat for group in groups for flat in group["params"]]
 
     def _sharded(self, whole: Tensor) -> DTensor:
         """This rank's rows of a tensor that all ranks hold."""
@@ -242,6 +246,10 @@ class Zero3(Zero):
         for ours, value in zip(network.parameters(), self._averages().values(), strict=True):
             ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
         yield network
+
+    def _flat_parameters(self) -> list[Tensor]:
+        # AdamW is given them during its step only.
+        return list(self._engine.optimizer.fp32_partitioned_groups_flat)
 
     def _pieces(self) -> list[Tensor]:
         """This rank's flat piece of every weight, all of one length, the last ones padded."""
