@@ -71,5 +71,5 @@ class Strategy(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of the process group; nothing but `state` may be called afterwards."""
+        """Let go of the process group; a sharded state is gone then."""
         ...

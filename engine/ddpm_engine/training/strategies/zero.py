@@ -6,6 +6,7 @@ and shapes, so that its checkpoints are those of any other strategy.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,10 @@ class Zero:
 
     def close(self) -> None:
         """See `Strategy`."""
+        # As in `Replicated`: gloo's threads must not meet the end of the interpreter.
+        self._engine.destroy()
+        self._engine = None
+        gc.collect()
 
     def _flat_states(self) -> Iterator[dict[str, Tensor]]:
         """The state of torch's AdamW, which sees this rank's partitions as flat parameters."""
