@@ -116,6 +116,7 @@ class Trainer:
             marker.unlink(missing_ok=True)
         if self.step >= training.steps:
             logger.info("%s is already trained to step %d", self.config.out, self.step)
+            self.strategy.close()
             return
         metrics = MetricsLog(
             self.config.out / "metrics.jsonl",
@@ -132,6 +133,7 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         # Not after an error: there, a rank that has left would be waited for.
+        self.strategy.close()
         self.accelerator.state.destroy_process_group()
         if stopped:
             if self.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,6 +88,9 @@ class TorchStrategy:
         """See `Strategy`."""
         self.ema.update(self.model, updates)
 
+    def close(self) -> None:
+        """See `Strategy`."""
+
     @contextmanager
     def averaged(self) -> Iterator[UNet]:
         """See `Strategy`."""
@@ -143,6 +147,13 @@ class Replicated(TorchStrategy):
         waits = self._parallel is not None and not last
         with self._parallel.no_sync() if waits and self._parallel else nullcontext():
             return super().accumulate(loss_of, last)
+
+    def close(self) -> None:
+        """See `Strategy`."""
+        # DDP holds the process group, in cycles. Left to the end of the interpreter, gloo's threads
+        # would wait there for a lock that nobody returns, and the process with them.
+        self._parallel, self.network = None, self.model
+        gc.collect()
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -69,3 +69,7 @@ class Strategy(Protocol):
     def load(self, state: State) -> None:
         """Take on a training state: what `state()` gave, with other values in its tensors."""
         ...
+
+    def close(self) -> None:
+        """Let go of the process group; a sharded state is gone then."""
+        ...

@@ -6,6 +6,7 @@ and shapes, so that its checkpoints are those of any other strategy.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,13 @@ class Zero:
             flat["step"].copy_(optimizer[f"state.{name}.step"])
         self._set_averages(state["ema"])
 
+    def close(self) -> None:
+        """See `Strategy`."""
+        # As in `Replicated`: gloo's threads must not meet the end of the interpreter.
+        self._engine.destroy()
+        self._engine = None
+        gc.collect()
+
     def _flat_states(self) -> Iterator[dict[str, Tensor]]:
         """The state of torch's AdamW, which sees this rank's partitions as flat parameters."""
         states: dict[Any, dict[str, Tensor]] = self._engine.optimizer.optimizer.state
@@ -142,12 +150,16 @@ class Zero:
     def _begin_optimizer_state(self) -> None:
         """Make the optimizer's state now, all zero, so that a checkpoint can be loaded into it."""
         adam = self._engine.optimizer.optimizer
-        for group in adam.param_groups:
-            for flat in group["params"]:
-                state = adam.state[flat]
-                for moment in _MOMENTS:
-                    state.setdefault(moment, torch.zeros_like(flat))
-                state["step"] = torch.zeros((), device=flat.device)
+        for flat in self._flat_parameters():
+            state = adam.state[flat]
+            for moment in _MOMENTS:
+                state.setdefault(moment, torch.zeros_like(flat))
+            state["step"] = torch.zeros((), device=flat.device)
+
+    def _flat_parameters(self) -> list[Tensor]:
+        """This rank's partitions, as torch's AdamW sees them."""
+        groups = self._engine.optimizer.optimizer.param_groups
+        return [flat for group in groups for flat in group["params"]]
 
     def _sharded(self, whole: Tensor) -> DTensor:
         """This rank's rows of a tensor that all ranks hold."""
@@ -240,6 +252,10 @@ class Zero3(Zero):
             ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
         yield network
 
+    def _flat_parameters(self) -> list[Tensor]:
+        # AdamW is given them during its step only.
+        return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+
     def _pieces(self) -> list[Tensor]:
         """This rank's flat piece of every weight, all of one length, the last ones padded."""
         return [p.ds_tensor.data for p in self.model.parameters()]  # type: ignore[attr-defined]
@@ -302,6 +318,7 @@ class Zero3(Zero):
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for itself, and at other things
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, of a process alone too
     try:
         import deepspeed
     except ImportError as error:
