@@ -359,14 +359,15 @@ def test_equal_quality_goes_on_where_it_was(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = equal_quality.Settings(
-        samples=150, seeds=2, steps=(2, 4), tolerance=1e9, batch=75, rounds=1
+        samples=150, seeds=1, spread=2, steps=(2, 4), tolerance=1e9, batch=75, rounds=1
     )
     found = equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
     assert found["enough"] == dict.fromkeys(equal_quality.SAMPLERS, 2)
     # The standard; then each sampler, which is good enough at once, and with cached features.
     assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4]
     assert [len(point["distances"]) for point in found["points"]] == [2] * 9
-    assert found["reference"]["distance"] == found["points"][0]["distance"]
+    assert all(point["distance"] == point["distances"][0] for point in found["points"])
+    assert found["reference"]["distances"] == found["points"][0]["distances"]
     assert found["reference"]["speed_up"] == 1
     assert all(line for line in equal_quality.table(found))
 
