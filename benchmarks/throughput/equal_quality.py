@@ -293,7 +293,8 @@ def table(found: dict[str, Any]) -> list[str]:
     return [
         f"Equal quality: Fréchet distance, mean of the first {settings['seeds']} seeds, at most "
         f"{settings['tolerance']:.0%} above {reference['distance']:.3f}, which ddpm has on all "
-        f"{reference['steps']} timesteps; {settings['samples']} pictures a seed, {found['subject']}",
+        f"{reference['steps']} timesteps; {settings['samples']} pictures a seed; "
+        f"{found['subject']}",
         f"{machine['command']}; {machine['date']}; {machine['device']}, load average "
         f"{machine['load_average']}, commit {machine['commit'][:12]}",
         *aligned(["method", "steps", "distance of each seed", "images/s", "×ref"], rows),
