@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread a worker: on few cores that is faster than workers that compete for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 RUN := runs/digits
 PICTURES := $(RUN)/pictures
 
@@ -52,15 +54,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a worker: on few cores that is faster than workers that compete for them.
 test: lint  ## ruff, mypy and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/kernels/interpreter
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
 
-test-cluster: $(VENV)/installed-cluster  ## the slow suites: every kernel for every target, faults, a real SLURM
+test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, faults, a real SLURM
 	tests/slurm/install.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow
-	THOROUGH=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+	$(PYTEST) -m slow
+	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) \
 	    tests/kernels/interpreter -k 'any_arguments or formula or any_shape'
 
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
