@@ -26,6 +26,8 @@ import tyro
 from benchmarks.throughput import equal_quality as quality
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.measuring import Measured, measure
+from benchmarks.throughput.profile import shares_by_operation
+from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import plot_bars, plot_quality, table, write_json
 from benchmarks.throughput.sampling import Job, SamplerName
 from benchmarks.throughput.subject import subject_of
@@ -58,6 +60,8 @@ class Options:
     """Write everything here."""
     plot: Path | None = None
     """Write a plot here."""
+    profile: bool = False
+    """Show which operations of the network take the time (on a CPU)."""
     equal_quality: bool = False
     """Find the steps that each sampler needs, and write benchmarks/results/equal_quality.json."""
     thoroughness: quality.Settings = field(default_factory=quality.Settings)
@@ -82,6 +86,8 @@ def compare_speed(options: Options) -> Measured:
     print(f"{title}; {machine['device']}, {machine['threads']} threads")
     print(f"load average {machine['load_average']} → {machine['load_average_after']}\n")
     print("\n".join(table(measured)))
+    if options.profile:
+        print("\n" + "\n".join(profile_table(shares_by_operation(subject, job.batch))))
     earlier = quality.committed()
     if earlier is not None:
         print("\nMeasured earlier, not now:\n" + "\n".join(quality.table(earlier)))

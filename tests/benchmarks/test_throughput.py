@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
 from benchmarks.throughput.frechet import frechet_distance
+from benchmarks.throughput.profile import shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
@@ -306,9 +308,10 @@ def test_sample_throughput_from_the_command_line(tmp_path: Path) -> None:
     file, plot = tmp_path / "found.json", tmp_path / "found.png"
     output = run(
         "sample_throughput.py", "--batch", "1", "--steps", "4", "--rounds", "2", "--samplers",
-        "ddpm", "--json", file, "--plot", plot,
+        "ddpm", "--profile", "--json", file, "--plot", plot,
     )  # fmt: skip
     assert "ddpm: reference" in output
+    assert re.search(r"^aten::\S*conv.* \d+\.\d%$", output, re.MULTILINE)
     found = json.loads(file.read_text())
     assert {"commit", "torch", "load_average", "command", "threads"} <= found["machine"].keys()
     rows = found["measured"]["rows"]
@@ -316,6 +319,13 @@ def test_sample_throughput_from_the_command_line(tmp_path: Path) -> None:
     assert all(row["images_per_second"]["median"] > 0 for row in rows)
     assert rows[0]["speed_up"] == {"median": 1, "lower": 1, "upper": 1}
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_profile_shares_out_all_of_the_time(subject: Subject) -> None:
+    shares = list(shares_by_operation(subject, 1).values())
+    assert sum(shares) == pytest.approx(1)
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) > 20
 
 
 def test_train_throughput_from_the_command_line(tmp_path: Path) -> None:
