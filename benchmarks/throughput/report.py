@@ -139,24 +139,32 @@ def plot_quality(path: Path, title: str, points: list[dict[str, Any]]) -> None:
     Args:
         path: of the picture.
         title: above it.
-        points: each with name, steps, images_per_second and distance; one name is one line.
+        points: each with name, steps, images_per_second and distance; one name is one line. What
+            follows a comma in a name is a variant: of the same colour, with open marks.
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 5))
     colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
     names = list(dict.fromkeys(point["name"] for point in points))
-    for name, colour in zip(names, colours * len(names), strict=False):
+    families = list(dict.fromkeys(name.partition(",")[0] for name in names))
+    for name in names:
+        family, _, variant = name.partition(",")
+        colour = colours[families.index(family) % len(colours)]
         line = sorted(
             (point for point in points if point["name"] == name), key=lambda p: p["steps"]
         )
         speeds = [point["images_per_second"] for point in line]
-        axes.plot(speeds, [point["distance"] for point in line], "o-", label=name, color=colour)
+        axes.plot(
+            speeds, [point["distance"] for point in line], "o-", label=name, color=colour,
+            markerfacecolor="white" if variant else colour,
+        )  # fmt: skip
         for point, speed in zip(line, speeds, strict=True):
             axes.annotate(
                 str(point["steps"]), (speed, point["distance"]),
                 textcoords="offset points", xytext=(4, 4), fontsize=8,
             )  # fmt: skip
     axes.set_xscale("log")
+    axes.set_yscale("log")
     axes.set_xlabel("images/s; beside each point its steps")
     axes.set_ylabel("Fréchet distance to the real digits")
     axes.set_title(title)
