@@ -56,8 +56,10 @@ def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
 
 def test_from_two_processes_to_one(config: RunConfig) -> None:
     run, whole = at(config, "run"), at(config, "whole", steps=16)
-    outputs = launch([Job(at(run, "run", steps=8))], 2)
+    half = Job(at(run, "run", steps=8))
+    outputs = launch([half, half], 2)
     assert "DDP: 2 process(es)" in outputs[0]
+    assert "already trained to step 8" in outputs[0]
     (output,) = launch([Job(whole), Job(at(run, "run", steps=16))], 1)
     assert "resuming" in output
     assert "from step 8" in output

@@ -116,7 +116,7 @@ class Trainer:
             marker.unlink(missing_ok=True)
         if self.step >= training.steps:
             logger.info("%s is already trained to step %d", self.config.out, self.step)
-            self.strategy.close()
+            self._leave()
             return
         metrics = MetricsLog(
             self.config.out / "metrics.jsonl",
@@ -132,14 +132,17 @@ class Trainer:
             metrics.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        # Not after an error: there, a rank that has left would be waited for.
-        self.strategy.close()
-        self.accelerator.state.destroy_process_group()
+        self._leave()
         if stopped:
             if self.accelerator.is_main_process:
                 with atomic_write(marker) as file:
                     file.write(f"stopped at step {self.step}\n".encode())
             logger.info("stopped at step %d; run the same command to go on", self.step)
+
+    def _leave(self) -> None:
+        """Leave the other ranks; not after an error, when those that had left would be awaited."""
+        self.strategy.close()
+        self.accelerator.state.destroy_process_group()
 
     def _loop(self, metrics: MetricsLog, stop: StopRequest) -> bool:
         """Train on; returns whether it was asked to stop before the last step."""
