@@ -64,6 +64,7 @@ class Stream(IntEnum):
     RESAMPLING_NOISE = 11
     OFFSET_NOISE = 12
     LIKELIHOOD_NOISE = 13
+    TRAINING_SIGMA = 14
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.schedule import NoiseSchedule
 
@@ -35,4 +36,12 @@ def build_objective(
         null_class,
         config.training.label_dropout,
     )
+    if config.diffusion.prediction == "edm":
+        return EdmObjective(
+            schedule.sigma_data,
+            conditions,
+            device,
+            p_mean=config.objective.p_mean,
+            p_std=config.objective.p_std,
+        )
     return DenoisingObjective(schedule, config.diffusion.prediction, conditions, device)
