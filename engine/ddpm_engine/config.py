@@ -335,12 +335,7 @@ class RunConfig:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
         found += self._edm_problems()
-        channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
-        if learned and self.model.out_channels != 2 * channels:
-            found.append(
-                "--sampling.variance is learned_range, which needs a network that predicts its "
-                f"variance: --model.out-channels {2 * channels}, not {self.model.out_channels}"
-            )
+        found += self._objective_problems()
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
@@ -357,11 +352,6 @@ class RunConfig:
                     f"--sampling.sampler is {self.sampling.sampler}, whose spacing needs a finite "
                     "sigma; with --diffusion.zero-terminal-snr take another"
                 )
-        if self.model.in_channels != self.model.out_channels:
-            found.append(
-                f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "
-                f"{self.model.in_channels}; they must be equal"
-            )
         for flag, steps in [
             ("sampling.steps", self.sampling.steps),
             ("log.sample-steps", self.log.sample_steps),
@@ -371,6 +361,54 @@ class RunConfig:
                     f"--{flag} is {steps}; there are only --diffusion.timesteps "
                     f"{self.diffusion.timesteps} to visit"
                 )
+        return found
+
+    def _objective_problems(self) -> list[str]:
+        objective, channels = self.objective, self.model.in_channels
+        found = []
+        for flag, positive in [
+            ("min-snr-gamma", objective.min_snr_gamma),
+            ("p2-k", objective.p2_k),
+            ("logit-std", objective.logit_std),
+        ]:
+            if not positive > 0:
+                found.append(f"--objective.{flag} is {positive}; it must be positive")
+        for flag, value in [
+            ("p2-gamma", objective.p2_gamma),
+            ("offset-noise", objective.offset_noise),
+        ]:
+            if not value >= 0:
+                found.append(f"--objective.{flag} is {value}; it must not be negative")
+        learned = objective.learned_variance
+        outputs = 2 * channels if learned else channels
+        if self.model.out_channels != outputs:
+            found.append(
+                f"--model.out-channels is {self.model.out_channels}; with --model.in-channels "
+                f"{channels} and {'' if learned else 'no '}--objective.learned-variance it must be "
+                f"{outputs}"
+            )
+        if self.sampling.variance == "learned_range" and not learned:
+            found.append(
+                "--sampling.variance is learned_range, but without --objective.learned-variance "
+                f"(and --model.out-channels {2 * channels}) the network learns none"
+            )
+        if learned and objective.weighting == "vlb":
+            found.append(
+                "--objective.weighting vlb is the bound of a fixed variance; with "
+                "--objective.learned-variance, which adds the bound's own term, take another"
+            )
+        if objective.offset_noise and (learned or objective.weighting == "vlb"):
+            given = "--objective.learned-variance" if learned else "--objective.weighting vlb"
+            found.append(
+                f"--objective.offset-noise is {objective.offset_noise}, but the bound that {given} "
+                "asks for is that of independent noise"
+            )
+        if self.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+            found.append(
+                f"--objective.weighting is {objective.weighting}, which gives no weight to the "
+                "last timestep with --diffusion.zero-terminal-snr, where sampling begins; take "
+                "simple or vlb"
+            )
         return found
 
     def _edm_problems(self) -> list[str]:
