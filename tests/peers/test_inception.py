@@ -1,4 +1,4 @@
-"""The Inception network against torch-fidelity's, where that can be installed (it is by no extra)."""
+"""The Inception network against torch-fidelity's, where somebody has installed that."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ from ddpm_engine.evaluation.compare import (
 from ddpm_engine.evaluation.feature_set import FeatureSet
 from ddpm_engine.evaluation.features import FeatureNetwork
 from ddpm_engine.evaluation.images import RULE, DrawnPictures, PictureFolder, RealImages
-from ddpm_engine.evaluation.order import evenly_spaced
 from ddpm_engine.evaluation.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,6 @@ def compare_with_real(
     out: Path,
     cache: Path,
     *,
-    reference_count: int | None = None,
     division: Division = Division(),  # noqa: B008
     device: torch.device | str = "cpu",
     show: bool = False,
@@ -141,7 +139,6 @@ def compare_with_real(
         metrics: as `measure` takes them.
         out: folder of the evaluation.
         cache: folder of features of real images.
-        reference_count: take only so many of the real images, evenly spaced.
         division: of the work among processes.
         device: where distances between features are computed.
         show: whether to show progress.
@@ -152,9 +149,7 @@ def compare_with_real(
     Raises:
         UserError: too few pictures or real images, no room, or images that cannot be had.
     """
-    total = len(real)
-    wanted = min(total, reference_count or total)
-    real_ids = evenly_spaced(total, wanted).tolist()
+    real_ids = range(len(real))
     width = network.features
     of_real = reference_features(cache, real, network)
     of_drawn = FeatureSet(
@@ -194,7 +189,7 @@ def compare_with_real(
         )  # fmt: skip
         if isinstance(subject.images, DrawnPictures):
             subject.images.pictures.finish(subject.ids)
-        return write_report(out, _asked(subject, real, real_ids, network), measured)
+        return write_report(out, _asked(subject, real, network), measured)
 
 
 def _fill(
@@ -222,9 +217,7 @@ def _fill(
     return complete
 
 
-def _asked(
-    subject: Subject, real: RealImages, real_ids: Sequence[int], network: FeatureNetwork
-) -> dict[str, Any]:
+def _asked(subject: Subject, real: RealImages, network: FeatureNetwork) -> dict[str, Any]:
     return {
         "pictures": {
             "count": len(subject.ids),
@@ -235,8 +228,8 @@ def _asked(
         "reference": {
             "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
-            "count": len(real_ids),
-            "of": len(real),
+            "count": len(real),
+            "of": real.total,
             "rule": RULE,
         },
         "features": {"name": network.name, "hash": network.hash, "resize": network.resize},

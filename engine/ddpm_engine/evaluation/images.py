@@ -31,6 +31,7 @@ from ddpm_engine.drawing import Drawing, PictureSet
 from ddpm_engine.drawing.numbered_set import MANIFEST
 from ddpm_engine.drawing.picture_files import ids_in, picture_files
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.order import evenly_spaced
 from ddpm_engine.files import sha256_of
 
 RULE = (
@@ -106,15 +107,25 @@ class RealImages:
     Args:
         shards: an open set.
         shape: (H, W, C), H = W.
+        count: only so many, evenly spaced, are ids 0 … count − 1; None: all of them.
     """
 
-    def __init__(self, shards: ShardSet, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, shards: ShardSet, shape: tuple[int, int, int], count: int | None = None
+    ) -> None:
         self.shards, self.shape = shards, shape
+        self.total = shards.manifest.samples
+        """How many the set has."""
+        self._picked = evenly_spaced(self.total, min(self.total, count or self.total))
         self._starts = np.cumsum([0] + [shard.samples for shard in shards.manifest.shards])
         self._reader = ShardReader(shards)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._picked)
+
+    def place_in_set(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Which samples of the set these are: int64 `[N]`."""
+        return self._picked[np.asarray(ids, dtype=np.int64)]
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
         """See `Images`. A damaged sample is an error: leaving it out would change the measure."""
@@ -127,8 +138,9 @@ class RealImages:
         return None if label < 0 else label
 
     def _place(self, sample_id: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self._starts[shard])
+        sample = int(self._picked[sample_id])
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
 
     def _read(self, sample_id: int) -> NDArray[np.uint8]:
         shard, row = self._place(sample_id)
@@ -241,8 +253,15 @@ def _images(folder: Path) -> _Held:
     return {k: (path, load) for k, path in enumerate(paths)}
 
 
-def open_reference(location: str, shape: tuple[int, int, int]) -> RealImages:
-    """Open the real images, to be brought to a shape (H, W, C).
+def open_reference(
+    location: str, shape: tuple[int, int, int], count: int | None = None
+) -> RealImages:
+    """Open the real images.
+
+    Args:
+        location: a folder of shards, or its URL.
+        shape: (H, W, C) that they are brought to.
+        count: as `RealImages` takes it.
 
     Raises:
         UserError: no finished set of shards there, or pictures that are not square.
@@ -251,4 +270,4 @@ def open_reference(location: str, shape: tuple[int, int, int]) -> RealImages:
         raise UserError(
             f"pictures are {shape[0]}×{shape[1]} pixels; images are compared as squares"
         )
-    return RealImages(open_shards(location), shape)
+    return RealImages(open_shards(location), shape, count)
