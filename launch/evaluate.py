@@ -62,7 +62,7 @@ class DrawingOptions:
     spacing: Spacing | None = None
     """Which timesteps are visited; default: the run's."""
     variance: Variance | None = None
-    """Variance of ddpm; default: the run's."""
+    """Variance of ddpm, and of nll; default: the run's."""
     eta: float | None = None
     """Share of fresh noise in ddim, 0 to 1; default: the run's."""
     class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
@@ -266,6 +266,7 @@ def bound(options: Options, pretrained: Pretrained, division: Division) -> Path 
         options.drawing.weights if pretrained.checkpoint else None,
         real,
         folder_of(options, pretrained),
+        variance=options.drawing.variance,
         seed=options.drawing.seed,
         batch_size=options.drawing.batch_size,
         division=division,

@@ -68,17 +68,19 @@ def test_frechet_distance_of_normals_with_a_known_one() -> None:
 def test_frechet_distance_is_that_of_scipys_matrix_root(rank: int) -> None:
     # Of rank 5: fewer pictures than features.
     rng = np.random.default_rng(1)
-    sides = []
-    for seed in (1, 2):
-        loads = np.random.default_rng(seed).normal(size=(16, rank))
-        sides.append(Moments(100, rng.normal(size=16), loads @ loads.T))
-    a, b = sides
+    one, other = rng.normal(size=(16, rank)), rng.normal(size=(16, rank))
+    a = Moments(100, rng.normal(size=16), one @ one.T)
+    b = Moments(100, rng.normal(size=16), other @ other.T)
     # Covariances that do not commute, and the formula written out.
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
     apart = a.mean - b.mean
     expected = apart @ apart + np.trace(a.covariance + b.covariance - 2 * np.real(root))
     tolerance = 1e-10 if rank == 16 else 1e-5  # scipy's own error, of a singular matrix
     assert frechet_distance(a, b) == pytest.approx(expected, rel=tolerance)
+    # The nuclear norm of what both have in common, which is exact at any rank.
+    shared = np.linalg.norm(one.T @ other, "nuc")
+    exact = apart @ apart + (one**2).sum() + (other**2).sum() - 2 * shared
+    assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-12)
 
 
 def test_frechet_distance_refuses_different_networks() -> None:

@@ -23,6 +23,7 @@ from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.files import atomic_write
 from ddpm_engine.likelihood import bits_per_dim
 from ddpm_engine.pretrained import Pretrained
+from ddpm_engine.samplers.ddpm import Variance
 
 _REPORT = 1 << 48
 
@@ -33,6 +34,7 @@ def likelihood_of_real(
     real: RealImages,
     out: Path,
     *,
+    variance: Variance | None = None,
     seed: int = 0,
     batch_size: int = 64,
     division: Division = Division(),  # noqa: B008
@@ -48,6 +50,7 @@ def likelihood_of_real(
         weights: which of a run's, `ema` or `model`; None for another library's model.
         real: the images, of the network's shape.
         out: folder of the evaluation, made if missing.
+        variance: of the reverse steps; None: that which the run samples with.
         seed: of the noise.
         batch_size: images at a time, and what a process that is killed loses.
         division: of the work among processes.
@@ -59,7 +62,8 @@ def likelihood_of_real(
     Raises:
         UserError: images that cannot be had, or no room.
     """
-    asked = _asked(pretrained, weights, real, seed)
+    variance = variance or pretrained.config.sampling.variance
+    asked = _asked(pretrained, weights, variance, real, seed)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     folder = out / f"nll-{digest[:8]}"
     found = FeatureSet(folder, asked)
@@ -85,7 +89,7 @@ def likelihood_of_real(
                 torch.from_numpy(real.place_in_set(some)).to(device),
                 seed=seed,
                 prediction=pretrained.config.diffusion.prediction,
-                variance=pretrained.config.sampling.variance,
+                variance=variance,
                 labels=_labels(pretrained, real, some, device),
                 clip=pretrained.clip,
             )
@@ -130,7 +134,7 @@ def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _asked(
-    pretrained: Pretrained, weights: str | None, real: RealImages, seed: int
+    pretrained: Pretrained, weights: str | None, variance: Variance, real: RealImages, seed: int
 ) -> dict[str, Any]:
     config = pretrained.config
     return {
@@ -140,7 +144,7 @@ def _asked(
             "weights": weights,
             "ema_decay": config.training.ema_decay if weights == "ema" else None,
             "prediction": config.diffusion.prediction,
-            "variance": config.sampling.variance,
+            "variance": variance,
             "timesteps": pretrained.schedule.timesteps,
             "clip": pretrained.clip,
         },

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ddpm_engine.data import open_shards
 from ddpm_engine.drawing import Drawing, PictureSet
 from ddpm_engine.drawing.progress import Progress
 from ddpm_engine.errors import UserError
@@ -29,7 +30,13 @@ from ddpm_engine.evaluation.compare import (
 )
 from ddpm_engine.evaluation.feature_set import FeatureSet
 from ddpm_engine.evaluation.features import FeatureNetwork
-from ddpm_engine.evaluation.images import RULE, DrawnPictures, PictureFolder, RealImages
+from ddpm_engine.evaluation.images import (
+    RULE,
+    DrawnPictures,
+    PictureFolder,
+    RealImages,
+    is_shard_set,
+)
 from ddpm_engine.evaluation.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -53,7 +60,7 @@ class Steps:
 class Subject:
     """The pictures that are evaluated."""
 
-    images: DrawnPictures | PictureFolder
+    images: DrawnPictures | PictureFolder | RealImages
     ids: Sequence[int]
     about: Mapping[str, Any]
     """JSON values: everything that determines them, besides the ids."""
@@ -106,16 +113,36 @@ def drawn_subject(
 
 
 def folder_subject(folder: Path, count: int | None = None) -> Subject:
-    """Pictures of a folder, or the first so many of them.
+    """Pictures that are there: of a folder, or a finished set of shards, or the first so many.
+
+    Args:
+        folder: as `PictureFolder` takes it, or of shards whose images have one size.
+        count: how many; None: all.
 
     Raises:
-        UserError: no pictures there, or fewer.
+        UserError: no pictures there, fewer, or of different sizes.
     """
+    if is_shard_set(folder):
+        return _shards_subject(folder, count)
     images = PictureFolder(folder)
     if count is not None and len(images.ids) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images.ids)}")
     about = {"samples": str(folder), "sha256": images.fingerprint, **(images.about or {})}
     return Subject(images, images.ids[:count], about, Steps())
+
+
+def _shards_subject(folder: Path, count: int | None) -> Subject:
+    shards = open_shards(folder)
+    stored = shards.manifest
+    if stored.height is None or stored.width is None or stored.channels is None:
+        raise UserError(
+            f"images in --samples {folder} differ in size or channels; make shards of one size"
+        )
+    images = RealImages(shards, (stored.height, stored.width, stored.channels))
+    if count is not None and len(images) < count:
+        raise UserError(f"--count is {count}, but --samples {folder} holds {len(images)}")
+    about = {"samples": str(folder), "fingerprint": stored.fingerprint}
+    return Subject(images, range(len(images))[:count], about, Steps())
 
 
 def compare_with_real(

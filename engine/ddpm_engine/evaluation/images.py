@@ -171,9 +171,8 @@ class PictureFolder:
         self.folder = folder
         self.about = _manifest(folder)
         """What the manifest says of the pictures; None without one."""
-        self._held = (
-            _numbered(folder, self.about["format"]) if self.about is not None else _images(folder)
-        )
+        format = (self.about or {}).get("format")
+        self._held = _images(folder) if format is None else _numbered(folder, format)
         if not self._held:
             raise UserError(f"--samples {folder} holds no pictures ({', '.join(EXTENSIONS)})")
         self.ids = sorted(self._held)
@@ -229,12 +228,17 @@ Load = Callable[[Path], dict[int, NDArray[np.uint8]]]
 _Held = dict[int, tuple[Path, Load]]
 
 
+def is_shard_set(folder: Path) -> bool:
+    """Whether a folder has the manifest of a set of shards; pictures have one of another kind."""
+    return "shards" in (_manifest(folder) or {})
+
+
 def _manifest(folder: Path) -> dict[str, object] | None:
     try:
         about = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
-    return about if isinstance(about, dict) and isinstance(about.get("format"), str) else None
+    return about if isinstance(about, dict) else None
 
 
 def _numbered(folder: Path, format: object) -> _Held:
