@@ -62,6 +62,7 @@ class Stream(IntEnum):
     DROPOUT = 9
     KNOWN_NOISE = 10
     RESAMPLING_NOISE = 11
+    EVALUATION_ORDER = 24
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
