@@ -12,9 +12,9 @@ from torch import Tensor
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.figures.strips import moving_strip, strip
 from ddpm_engine.evaluation.pictures import to_uint8
+from ddpm_engine.pretrained import Pretrained
 from ddpm_engine.samplers import CoefficientTable, SamplingStep, sampling_steps
 from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
 from ddpm_kernels import q_sample
 
 COLUMNS = 11
@@ -66,32 +66,30 @@ def forward_figure(
 
 
 def watch(
-    model: UNet,
+    trained: Pretrained,
     table: CoefficientTable,
     seed: int,
     sample_ids: Tensor,
     labels: Tensor | None,
     moments: int,
-    clip: bool = True,
 ) -> list[SamplingStep]:
     """Run the reverse process and keep what it looked like at a few moments, even in time.
 
     Args:
-        model: the network.
+        trained: the network.
         table: the sampler.
         seed: of all noise.
         sample_ids: int64 `[B]`.
         labels: int64 `[B]`, or None.
         moments: how many to keep, the first and the last step among them.
-        clip: clip each estimate of x_0 to [-1, 1].
     """
     last = table.evaluations - 1
     kept = set(np.linspace(0, last, min(moments, last + 1)).round().astype(int).tolist())
     return [
         SamplingStep(step.index, step.timestep, step.x.clone(), step.x0.clone())
         for step in sampling_steps(
-            model, table, model.sample_shape, seed=seed, sample_ids=sample_ids, labels=labels,
-            clip=clip,
+            trained.model, table, trained.model.sample_shape, seed=seed, sample_ids=sample_ids,
+            labels=labels, clip=trained.clip,
         )
         if step.index in kept
     ]  # fmt: skip

@@ -75,3 +75,37 @@ def quality_figure(
         axis.minorticks_off()
         axis.grid()
         axis.legend()
+
+
+def bound_figure(terms: np.ndarray, path: Path) -> None:
+    """Plot the terms of the variational bound over t, and their sum up to t.
+
+    Args:
+        terms: `[N, T + 1]` in bits per dimension, as `bits_per_dim` returns them.
+        path: of the PNG.
+    """
+    count, last = terms.shape[0], terms.shape[1] - 1
+    mean = terms.mean(0)
+    t = np.arange(last) + 1
+    total = terms.sum(1)
+    error = total.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+    with saved(path, 9, 3.6, 1, 2) as (figure, axes):
+        left, right = axes[0]
+        lower, upper = np.quantile(terms[:, 1:last], (0.1, 0.9), axis=0)
+        left.fill_between(t[1:], lower, upper, color=COLOURS[0], alpha=0.25, linewidth=0)
+        left.plot(t[1:], mean[1:last], color=COLOURS[0], label="$L_{t-1}$, denoising")
+        left.plot([1], mean[:1], MARKS[1], color=COLOURS[1], label="$L_0$, decoder")
+        left.plot([last], mean[last:], MARKS[2], color=COLOURS[2], label="$L_T$, prior")
+        left.set(
+            xscale="log", yscale="log", xlabel="t", ylabel="bits/dim", title="terms of the bound"
+        )
+        right.plot(t, mean[:last].cumsum(), color=COLOURS[0])
+        right.axhline(total.mean(), color="#777777", linestyle="--")
+        right.set(xscale="log", ylim=(0, None), xlabel="t", title="their sum up to t")
+        for axis in axes[0]:
+            axis.grid()
+        left.legend()
+        figure.suptitle(
+            f"{total.mean():.2f} ± {error:.2f} bits/dim on {count} images (standard error); "
+            "band: 10 to 90% of them"
+        )
