@@ -44,7 +44,7 @@ install: $(VENV)/installed  ## make .venv with the engine in it
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
 	$(BIN)/accelerate launch launch/train.py
 	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples
-	$(BIN)/python launch/pictures.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
+	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
 	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"

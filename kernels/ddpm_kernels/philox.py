@@ -65,6 +65,7 @@ class Stream(IntEnum):
     OFFSET_NOISE = 12
     LIKELIHOOD_NOISE = 13
     TRAINING_SIGMA = 14
+    EVALUATION_ORDER = 24
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
