@@ -9,7 +9,7 @@ RUN := runs/digits
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster gpu lint clean
+.PHONY: help install demo objectives test test-cluster gpu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
 gpu:  ## check and measure the kernels on this machine's GPU
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour
+	$(BIN)/python benchmarks/objectives.py $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

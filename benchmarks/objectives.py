@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ class Options:
 
 def folder(options: Options, name: str, seed: int) -> Path:
     """Of one run; a longer one is another."""
-    plain = "".join(letter if letter.isalnum() else "-" for letter in name)
+    plain = re.sub(r"\W+", "-", name.replace("ε", "eps"))
     return options.out / f"{plain}-{options.budget.steps}-{seed}"
 
 
