@@ -23,18 +23,19 @@ class ReferenceImages:
     Args:
         path: of the file or folder; png, jpg, webp or npy.
         shape: (C, H, W) of the network.
+        flag: that named them, for messages.
 
     Raises:
         UserError: nothing there, or no images.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], flag: str = "--images") -> None:
         if not path.exists():
-            raise UserError(f"there is no --images {path}; give an image file or a folder of them")
+            raise UserError(f"there is no {flag} {path}; give an image file or a folder of them")
         candidates = sorted(path.iterdir()) if path.is_dir() else [path]
         self.files = [file for file in candidates if _extension(file) in EXTENSIONS]
         if not self.files:
-            raise UserError(f"--images {path} holds no images ({', '.join(EXTENSIONS)})")
+            raise UserError(f"{flag} {path} holds no images ({', '.join(EXTENSIONS)})")
         self.shape = shape
 
     def of(self, ids: Sequence[int]) -> Tensor:

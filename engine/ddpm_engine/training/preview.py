@@ -38,6 +38,7 @@ def draw_preview(
             sample_ids=ids,
             seed=config.training.seed,
             prediction=config.diffusion.prediction,
+            clip=config.diffusion.clip,
             labels=None if model.null_class is None else ids % model.null_class,
             capture=False,  # a graph would outlast the memory that training wants back
             **asdict(sampling),
