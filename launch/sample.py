@@ -67,9 +67,11 @@ class ClassOptions:
     """What a class-conditional model draws."""
 
     class_label: int | None = None
-    """Class of every picture; default: no class."""
-    class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all")] = None
-    """Class of picture 0, 1, 2, ..., and again from the first; all: every class in turn."""
+    """Class of every picture; default: see --class-labels."""
+    class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
+    """Class of picture 0, 1, 2, ..., and again from the first. all: every class in turn, the
+    default of a class-conditional network; none: no class, the default with --images and
+    --interpolate, which say by themselves what to draw."""
     guidance_scale: float | None = None
     """Go so far towards the class; 1 is no guidance."""
     guidance_rescale: float | None = None
@@ -187,8 +189,6 @@ def check_flags(options: Options, sampler: str) -> None:
     for flag in flags:
         if sampler not in _ONLY_WITH.get(flag, (sampler,)) or sampler in _NOT_WITH.get(flag, ()):
             raise UserError(f"--{flag} does nothing with the sampler {sampler}; leave it out")
-    if "guidance-scale" in flags and not flags.keys() & {"class-label", "class-labels"}:
-        raise UserError("--guidance-scale needs --class-label or --class-labels; give one of them")
     if "per-shard" in flags and options.machine.format == "png":
         raise UserError("--per-shard needs --format tar, tar-npy or npz; give one of them")
     for flag, value in [
@@ -224,16 +224,20 @@ def parse_ids(options: Options) -> list[int]:
     return sorted(ids)
 
 
-def parse_classes(options: ClassOptions, pretrained: Pretrained) -> tuple[int, ...] | None:
-    """The classes to go through."""
-    if options.class_label is not None:
-        return (options.class_label,)
-    if options.class_labels == "all":
-        null = pretrained.model.null_class
-        if not null:
+def parse_classes(options: Options, null_class: int | None) -> tuple[int, ...] | None:
+    """The classes to go through, or None for no class."""
+    asked, image = options.classes, options.image
+    if asked.class_label is not None:
+        return (asked.class_label,)
+    labels = asked.class_labels
+    if labels is None:
+        from_noise_alone = image.images is None and image.interpolate is None
+        labels = "all" if null_class and from_noise_alone else "none"
+    if labels == "all":
+        if not null_class:
             raise UserError("--class-labels is all, but this network was trained without classes")
-        return tuple(range(null))
-    return None if options.class_labels is None else numbers("class-labels", options.class_labels)
+        return tuple(range(null_class))
+    return None if labels == "none" else numbers("class-labels", labels)
 
 
 def parse_guidance(options: ClassOptions) -> Guidance | None:
@@ -276,7 +280,7 @@ def recipe(options: Options, pretrained: Pretrained) -> Recipe:
         seed=options.seed,
         sampling=sampling,
         timesteps=timesteps,
-        classes=parse_classes(options.classes, pretrained),
+        classes=parse_classes(options, pretrained.model.null_class),
         guidance=parse_guidance(options.classes),
         threshold=solver.threshold,
         images=None if image.images is None else ReferenceImages(image.images, shape),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -444,6 +444,13 @@ def digits() -> RunConfig:
     )
 
 
+def digits_classes() -> RunConfig:
+    """The digits with their classes, and the null class, for classifier-free guidance."""
+    base = digits()
+    model = replace(base.model, num_class_embeds=11)
+    return replace(base, out=Path("runs/digits-classes"), model=model)
+
+
 def cifar10() -> RunConfig:
     """CIFAR-10 as Ho et al. 2020: 35.7M parameters, 800k steps."""
     return RunConfig(
@@ -486,5 +493,6 @@ def lsun256() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    preset.__name__: preset for preset in (digits, cifar10, celebahq256, lsun256)
+    preset.__name__.replace("_", "-"): preset
+    for preset in (digits, digits_classes, cifar10, celebahq256, lsun256)
 }

@@ -2,7 +2,7 @@
 
 from ddpm_engine.drawing.fill import fill
 from ddpm_engine.drawing.picture_files import Format
-from ddpm_engine.drawing.picture_set import PictureSet
+from ddpm_engine.drawing.picture_set import PictureSet, StoredPictures, open_pictures
 from ddpm_engine.drawing.recipe import Drawing, Recipe
 from ddpm_engine.drawing.references import ReferenceImages, read_mask
 
@@ -12,6 +12,8 @@ __all__ = [
     "PictureSet",
     "Recipe",
     "ReferenceImages",
+    "StoredPictures",
     "fill",
+    "open_pictures",
     "read_mask",
 ]

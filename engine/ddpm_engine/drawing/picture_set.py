@@ -26,18 +26,80 @@ from ddpm_engine.drawing.picture_files import (
     picture_files,
 )
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import grid, save_png
+from ddpm_engine.evaluation.pictures import class_grid, grid, save_png
 from ddpm_engine.files import TEMPORARY_SUFFIX, write_once
 
 MANIFEST = "manifest.json"
 _GRID_LIMIT = 256
+_SHORTEST_ROW = 4
 _EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
 _PRESENCE = 1 << 60  # a byte beyond every id, which all who fill the set lock together
 
 
-class PictureSet:
-    """Pictures drawn with the same settings, in one folder.
+class StoredPictures:
+    """Pictures that lie in a folder, read by their ids.
+
+    Args:
+        directory: of the pictures.
+        settings: what its manifest says.
+
+    Raises:
+        UserError: a format that nobody writes.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self.settings = settings
+        self.files = picture_files(directory, settings["format"])
+
+    def ids(self) -> set[int]:
+        """Which pictures are there."""
+        return {k for name in self._names() for k in ids_in(name) or ()}
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Some of the pictures that are there: uint8 `[N, H, W, C]`.
+
+        Raises:
+            KeyError: one is not there.
+        """
+        wanted, found = set(ids), dict[int, np.ndarray]()
+        for name in sorted(self._names()):
+            if wanted.intersection(ids_in(name) or ()):
+                pictures = self.files.read(self.files.folder / name)
+                found.update((k, pictures[k]) for k in wanted.intersection(pictures))
+        return np.stack([found[k] for k in ids])
+
+    def label_of(self, sample_id: int) -> int | None:
+        """The class that a picture was asked to be of, if of any."""
+        classes: Sequence[int] | None = self.settings.get("classes")
+        return classes[sample_id % len(classes)] if classes else None
+
+    def _names(self) -> Collection[str]:
+        try:
+            return os.listdir(self.files.folder)
+        except FileNotFoundError:
+            return ()
+
+
+def open_pictures(directory: Path) -> StoredPictures:
+    """Pictures that `PictureSet` wrote, finished or not; nothing is changed.
+
+    Raises:
+        UserError: there is no manifest, or it is none.
+    """
+    manifest = directory / MANIFEST
+    try:
+        return StoredPictures(directory, _parsed(manifest, manifest.read_bytes()))
+    except OSError as error:
+        raise UserError(
+            f"{directory} holds no pictures of launch/sample.py: {manifest.name} cannot be read "
+            f"({error.strerror})"
+        ) from None
+
+
+class PictureSet(StoredPictures):
+    """Pictures drawn with the same settings, in one folder, which may become more.
 
     Args:
         directory: made if missing. If it holds pictures of the same settings, more are added.
@@ -51,10 +113,8 @@ class PictureSet:
     def __init__(
         self, directory: Path, settings: Mapping[str, Any], format: Format = "png"
     ) -> None:
-        self.directory = directory
         # Through JSON and back, so that it compares with what the file says.
-        self.settings = json.loads(json.dumps({**settings, "format": format}))
-        self.files = picture_files(directory, format)
+        super().__init__(directory, json.loads(json.dumps({**settings, "format": format})))
         manifest = directory / MANIFEST
         if directory.exists() and not directory.is_dir():
             raise UserError(f"--out {directory} is a file; choose a folder")
@@ -80,10 +140,6 @@ class PictureSet:
     def sharded(self) -> bool:
         """Whether one file holds many pictures."""
         return self.files.folder != self.directory
-
-    def ids(self) -> set[int]:
-        """Which pictures are there."""
-        return {k for name in self._names() for k in ids_in(name) or ()}
 
     @contextmanager
     def claim(self, ids: Sequence[int]) -> Iterator[bool]:
@@ -113,27 +169,21 @@ class PictureSet:
         with self._writing():
             self.files.write(ids, images, labels or [None] * len(ids), self.settings["seed"])
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Some of the pictures that are there: uint8 `[N, H, W, C]`.
-
-        Raises:
-            KeyError: one is not there.
-        """
-        wanted, found = set(ids), dict[int, np.ndarray]()
-        for name in sorted(self._names()):
-            if wanted.intersection(ids_in(name) or ()):
-                pictures = self.files.read(self.files.folder / name)
-                found.update((k, pictures[k]) for k in wanted.intersection(pictures))
-        return np.stack([found[k] for k in ids])
-
     def write_grid(self, ids: Sequence[int]) -> None:
         """Show the first of these pictures in one; for one process at a time.
+
+        If they are of several classes there is a row for each, unless rows would be short.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
+        shown = ids[:_GRID_LIMIT]
+        labels = [label for k in shown if (label := self.label_of(k)) is not None]
+        rows = len(set(labels))
         with self._writing():
-            save_png(grid(self.read(ids[:_GRID_LIMIT])), self.grid)
+            pictures = self.read(shown)
+            by_class = 1 < rows <= len(shown) / _SHORTEST_ROW
+            save_png(class_grid(pictures, labels) if by_class else grid(pictures), self.grid)
 
     def leave(self) -> bool:
         """Stop counting as one who fills the set; True: nobody else does, and nobody else is told.
@@ -142,12 +192,6 @@ class PictureSet:
         """
         self._try_lock(fcntl.LOCK_UN)
         return self._try_lock(_EXCLUSIVE) is not False
-
-    def _names(self) -> Collection[str]:
-        try:
-            return os.listdir(self.files.folder)
-        except FileNotFoundError:
-            return ()
 
     @contextmanager
     def _locked(self, start: int, length: int) -> Iterator[bool]:
@@ -199,14 +243,7 @@ class PictureSet:
             )
 
     def _refuse_other_settings(self, content: bytes) -> None:
-        manifest = self.directory / MANIFEST
-        try:
-            before = json.loads(content)
-            before["format"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{manifest} is not a manifest of pictures; choose another --out"
-            ) from None
+        before = _parsed(self.directory / MANIFEST, content)
         different = [
             f"{name} was {before.get(name)} and is now {self.settings.get(name)}"
             for name in {**self.settings, **before}
@@ -217,6 +254,17 @@ class PictureSet:
                 f"--out {self.directory} holds pictures drawn otherwise ({'; '.join(different)}); "
                 "choose another"
             )
+
+
+def _parsed(manifest: Path, content: bytes) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(content)
+        settings["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{manifest} is not a manifest of pictures; choose another folder"
+        ) from None
+    return settings
 
 
 def units(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:

@@ -189,7 +189,10 @@ class Drawing:
         null, classes = self.model.null_class, self.recipe.classes
         if classes is None:
             if self.recipe.guidance is not None:
-                raise UserError("guidance needs classes: give --class-label or --class-labels")
+                why = "the pictures are of no class; give --class-label or --class-labels"
+                if null is None:
+                    why = "this network was trained without classes; leave it out"
+                raise UserError(f"--guidance-scale leads towards a class, but {why}")
             return
         if null is None:
             raise UserError(
