@@ -14,7 +14,8 @@ from benchmarks.throughput.subject import SEED, Subject
 from torch import Tensor, nn
 
 from ddpm_engine.data import Batch
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
+from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.training import EMA
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
@@ -56,7 +57,9 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
     if compiled:
         model.compile_regions()
     optimizer = make_optimizer(model, config.optimizer)
-    objective = SimpleObjective(subject.schedule, config.diffusion.prediction, SEED, subject.device)
+    objective = DenoisingObjective(
+        subject.schedule, config.diffusion.prediction, Conditions(SEED), subject.device
+    )
     steps = 0
 
     def step() -> tuple[Tensor, Tensor]:

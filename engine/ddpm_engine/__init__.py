@@ -2,7 +2,7 @@
 
 | to do this                      | look in                                             |
 |---------------------------------|-----------------------------------------------------|
-| the diffusion process           | `schedule`, `process`, `prediction`, `objective`    |
+| the diffusion process           | `schedule`, `process`, `prediction`, `objectives`   |
 | draw pictures                   | `samplers.sample`, `pretrained.load_pretrained`     |
 | the network                     | `unet.UNet`                                         |
 | pack and read images            | `data`                                              |

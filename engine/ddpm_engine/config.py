@@ -111,6 +111,30 @@ class DiffusionConfig:
         return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
 
 
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What training minimises."""
+
+    weighting: Literal["simple", "vlb", "min-snr", "p2"] = "simple"
+    """Weight of each timestep's squared error; simple: all alike."""
+    min_snr_gamma: float = 5.0
+    """min-snr: the signal-to-noise ratio beyond which timesteps weigh no more."""
+    p2_gamma: float = 1.0
+    """p2: how strongly timesteps of little noise are weighed down."""
+    p2_k: float = 1.0
+    """p2: the signal-to-noise ratio from which on they are."""
+    learned_variance: bool = False
+    """Learn the variance of each step too, from the bound: the hybrid objective."""
+    timestep_sampling: Literal["uniform", "logit-normal", "importance"] = "uniform"
+    """How often each timestep is trained; importance: by how much its loss varies."""
+    logit_mean: float = 0.0
+    """logit-normal: mean of log(t / (T − t))."""
+    logit_std: float = 1.0
+    """logit-normal: standard deviation of it."""
+    offset_noise: float = 0.0
+    """Standard deviation of noise added to each channel as a whole."""
+
+
 def is_location(path: str) -> bool:
     """Whether a string is a URL, or a command for a pipe, rather than a path."""
     return "://" in path or path.startswith("pipe:")
@@ -244,6 +268,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

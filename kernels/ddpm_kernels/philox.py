@@ -62,6 +62,8 @@ class Stream(IntEnum):
     DROPOUT = 9
     KNOWN_NOISE = 10
     RESAMPLING_NOISE = 11
+    OFFSET_NOISE = 12
+    LIKELIHOOD_NOISE = 13
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

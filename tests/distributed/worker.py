@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from ddpm_engine.config import UNetConfig, load_config
 from ddpm_engine.data import Batch
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
 from ddpm_engine.training import Trainer, trainer
 from ddpm_engine.unet import UNet
 
@@ -31,11 +30,15 @@ def float64_network(config: UNetConfig) -> UNet:
     return UNet(config).double()
 
 
-def poisoned(objective: SimpleObjective, position: int) -> Callable[[Any, Batch], Tensor]:
-    def loss(network: Any, batch: Batch) -> Tensor:
-        return objective(network, batch) * (math.nan if position in batch.positions else 1)
+def poison(objective: DenoisingObjective, position: int) -> None:
+    """Let the loss of the sample at one position be no number."""
 
-    return loss
+    class Poisoned(DenoisingObjective):
+        def __call__(self, model: Any, batch: Batch) -> Tensor:
+            loss = super().__call__(model, batch)
+            return loss * (math.nan if position in batch.positions else 1)
+
+    objective.__class__ = Poisoned
 
 
 def main() -> None:
@@ -46,11 +49,12 @@ def main() -> None:
         trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
         with exit_on_user_error():
             run = Trainer(load_config(Path(job["config"])))
+            assert isinstance(run.objective, DenoisingObjective)
             if job["float64"]:
                 run.objective._signal = run.schedule.sqrt_alpha_bar
                 run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
             if job["poisoned"] is not None:
-                run.objective = poisoned(run.objective, job["poisoned"])  # type: ignore[assignment]
+                poison(run.objective, job["poisoned"])
             run.fit()
         for name in job["environment"]:
             del os.environ[name]

@@ -5,6 +5,7 @@
         model/*.safetensors               the weights
         ema/*.safetensors                 their moving average
         optimizer/*.safetensors           moments and step counts
+        objective/*.safetensors           what the objective has learnt, if it learns anything
 
 Everything is written into `step-….tmp` beside it, fsynced and renamed. Tensors go through
 torch.distributed.checkpoint, every rank its own part, and load on any number of ranks; they are

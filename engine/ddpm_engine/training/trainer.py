@@ -14,7 +14,7 @@ from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data import Batch, BatchPositions, make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import Objective, build_objective
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.background_save import BackgroundSaver
 from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
@@ -25,6 +25,7 @@ from ddpm_engine.training.ranks import agreed
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
 from ddpm_engine.training.strategies import read_request, start_strategy
+from ddpm_engine.training.strategies.strategy import State
 from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.training.watch import Watch
 from ddpm_engine.unet import UNet
@@ -40,8 +41,8 @@ REQUEUE_MARKER = "requeue"
 class Trainer:
     """One training run on this process's share of the hardware.
 
-    The state is the weights, their average, the optimizer, the loss scale and the number of steps
-    done; data order and all noise follow from the seed and the step.
+    The state is the weights, their average, the optimizer, the loss scale, what the objective has
+    learnt and the number of steps done; data order and all noise follow from the seed and the step.
 
     Args:
         config: the run. Its directory is made, or continued if it holds the same run.
@@ -71,15 +72,7 @@ class Trainer:
         if config.training.compile:
             model.compile_regions()
         self.schedule = config.diffusion.build_schedule()
-        self.objective = SimpleObjective(
-            self.schedule,
-            config.diffusion.prediction,
-            config.training.seed,
-            device,
-            horizontal_flip=config.data.horizontal_flip,
-            null_class=model.null_class,
-            label_dropout=config.training.label_dropout,
-        )
+        self.objective: Objective = build_objective(config, self.schedule, device, model.null_class)
         if device.type != "cpu" and self.accelerator.num_processes > 1:
             # What the first process of a node compiles, the others find in the cache.
             with self.accelerator.local_main_process_first():
@@ -209,6 +202,7 @@ class Trainer:
         mean_loss = loss_sum / self.accelerator.num_processes
         # Gradients are the same on every rank by now, so all of them decide alike.
         finite = math.isfinite(norm_value)
+        self.objective.end_step(self.accelerator.gather if finite else None)
         if finite:
             self.strategy.update_ema(self.step)
             self._window.add(mean_loss, norm_value)
@@ -272,6 +266,11 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
+    def _parts(self) -> State:
+        """All tensors of the run's state, by part of a checkpoint."""
+        learnt = self.objective.state()
+        return {**self.strategy.state(), **({"objective": learnt} if learnt else {})}
+
     def _save(self, wait: bool) -> None:
         """Begin to save; `wait` until it is done."""
         scaler = self.accelerator.scaler
@@ -288,7 +287,7 @@ class Trainer:
         started = time.perf_counter()
         self._watch.doing(f"saving step {self.step}", limited=False)
         self._note_saved(wait=True)
-        self._saver.start(self.step, self.strategy.state(), state)
+        self._saver.start(self.step, self._parts(), state)
         if wait:
             self._note_saved(wait=True)
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
@@ -322,10 +321,11 @@ class Trainer:
         logger.info("resuming %s from step %d", self.config.out, self.step)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        parts = self.strategy.state()
+        parts = self._parts()
         for name, part in parts.items():
             load_part(checkpoint.path, name, part)
         self.strategy.load(parts)
+        self.objective.load(parts.get("objective", {}))
         state = checkpoint.state
         try:
             if self.accelerator.scaler is not None and state["loss_scale"] is not None:

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ddpm_engine.objectives.objective import Network
 from ddpm_engine.unet import UNet
 
-Network = Callable[..., Tensor]
-"""`network(x_t, timesteps[, labels])` → prediction, `[B, C, H, W]`."""
 State = Mapping[str, Mapping[str, Any]]
 """Tensors and DTensors by part (`model`, `ema`, `optimizer`) and name, the same in all strategies.
 

@@ -11,7 +11,9 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_engine.data import Batch
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
+from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.prediction import Prediction
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 
@@ -20,9 +22,10 @@ SHAPE = (2, 5, 6)
 MANY = torch.arange(100_000)
 
 
-def objective(**options: Any) -> SimpleObjective:
-    given = {"schedule": SCHEDULE, "prediction": "eps", "seed": 3, **options}
-    return SimpleObjective(**given)
+def objective(
+    prediction: Prediction = "eps", seed: int = 3, **conditions: Any
+) -> DenoisingObjective:
+    return DenoisingObjective(SCHEDULE, prediction, Conditions(seed, **conditions))
 
 
 def batch(positions: Tensor, labelled: bool = False) -> Batch:
@@ -49,7 +52,7 @@ def model(x: Tensor, timesteps: Tensor, *labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("conditional", [True, False])
 def test_loss_depends_on_the_position_and_not_on_its_batch(
-    prediction: str, conditional: bool
+    prediction: Prediction, conditional: bool
 ) -> None:
     options: dict[str, Any] = {"null_class": 10, "label_dropout": 0.3} if conditional else {}
     loss_of = objective(prediction=prediction, horizontal_flip=True, **options)
@@ -70,7 +73,7 @@ def test_loss_depends_on_the_position_and_not_on_its_batch(
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_network_sees_the_forward_process_and_its_truth_has_no_loss(
-    prediction: str, flip: bool
+    prediction: Prediction, flip: bool
 ) -> None:
     loss_of = objective(prediction=prediction, horizontal_flip=flip)
     positions = torch.arange(8)
