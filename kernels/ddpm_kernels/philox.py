@@ -64,6 +64,8 @@ class Stream(IntEnum):
     RESAMPLING_NOISE = 11
     OFFSET_NOISE = 12
     LIKELIHOOD_NOISE = 13
+    AUGMENTATION_LEVEL = 14
+    AUGMENTATION_NOISE = 15
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

@@ -4,10 +4,11 @@ from ddpm_engine.drawing.fill import fill
 from ddpm_engine.drawing.picture_files import Format
 from ddpm_engine.drawing.picture_set import PictureSet, StoredPictures, open_pictures
 from ddpm_engine.drawing.recipe import Drawing, Recipe
-from ddpm_engine.drawing.references import ReferenceImages, read_mask
+from ddpm_engine.drawing.references import DrawnImages, ReferenceImages, read_mask, small_images
 
 __all__ = [
     "Drawing",
+    "DrawnImages",
     "Format",
     "PictureSet",
     "Recipe",
@@ -16,4 +17,5 @@ __all__ = [
     "fill",
     "open_pictures",
     "read_mask",
+    "small_images",
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ddpm_engine.low_resolution import Augmentation
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.objective import Objective
@@ -34,5 +35,8 @@ def build_objective(
         config.data.horizontal_flip,
         null_class,
         config.training.label_dropout,
+        config.model.low_resolution,
+        None if config.model.low_resolution is None else Augmentation(device),
+        config.training.augmentation_levels,
     )
     return DenoisingObjective(schedule, config.diffusion.prediction, conditions, device)

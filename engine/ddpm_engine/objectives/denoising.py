@@ -69,9 +69,9 @@ class DenoisingObjective(Objective):
         images, positions = self._here(batch.images), self._here(batch.positions)
         timesteps = self._here(draws.timesteps)
         flip = None if draws.flip is None else self._here(draws.flip)
-        conditioning = () if draws.labels is None else (self._here(draws.labels),)
+        told = self.conditions.told(images, batch.positions, draws.labels, draws.flip)
         x_t = q_sample(images, timesteps, self._signal, self._sigma, self._seed, positions, flip)
-        prediction = model(x_t, timesteps, *conditioning)
+        prediction = model(x_t, timesteps, *told)
         return denoising_loss(
             prediction, images, timesteps, self._signal, self._sigma, self._seed, positions,
             flip=flip, target=self.prediction,
