@@ -66,6 +66,7 @@ class Stream(IntEnum):
     LIKELIHOOD_NOISE = 13
     AUGMENTATION_LEVEL = 14
     AUGMENTATION_NOISE = 15
+    EVALUATION_ORDER = 24
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
-from benchmarks.throughput.frechet import frechet_distance
 from benchmarks.throughput.profile import shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
@@ -208,22 +207,6 @@ def test_interleaving_turns_around() -> None:
     figures = interleaved(3, {"a": lambda: work("a"), "b": lambda: work("b")})
     assert "".join(calls) == "abbaab"
     assert figures == {"a": [1, 4, 5], "b": [2, 3, 6]}
-
-
-def test_frechet_distance_of_known_normals() -> None:
-    generator = np.random.default_rng(0)
-    a = generator.normal(size=(4000, 3))
-    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False))).T
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    # Of the deviations 1 and (2, 1, 3), means apart by (1, 0, 2): 5 + 1 + 0 + 4.
-    b = a * [2, 1, 3] + [1, 0, 2]
-    assert frechet_distance(a, b) == pytest.approx(10)
-    # Covariances that do not commute; the formula written out.
-    mixed = a @ generator.normal(size=(3, 3))
-    c, d = np.cov(b, rowvar=False), np.cov(mixed, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
-    mean = b.mean(0) - mixed.mean(0)
-    assert frechet_distance(b, mixed) == pytest.approx(mean @ mean + np.trace(c + d) - 2 * root)
 
 
 # --- Counts

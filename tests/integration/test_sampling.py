@@ -30,7 +30,7 @@ from ddpm_engine.config import (
 )
 from ddpm_engine.data import ShardDataset, index_shards
 from ddpm_engine.drawing import PictureSet
-from ddpm_engine.drawing.picture_set import units
+from ddpm_engine.drawing.numbered_set import units
 from ddpm_engine.errors import UserError
 from ddpm_engine.training import Trainer
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.images import EXTENSIONS, DecodeError, decode, fit
-from ddpm_engine.drawing.picture_set import MANIFEST, open_pictures
+from ddpm_engine.drawing.numbered_set import MANIFEST
+from ddpm_engine.drawing.stored_pictures import open_pictures
 from ddpm_engine.errors import UserError
 
 
