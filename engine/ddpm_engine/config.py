@@ -78,8 +78,8 @@ class UNetConfig:
 class DiffusionConfig:
     """The diffusion process and what the network predicts."""
 
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
-    """Shape of the noise schedule."""
+    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
+    """Shape of the noise schedule; edm: log sigma rises linearly."""
     timesteps: int = 1000
     """T, the length of the chain."""
     beta_start: float = 1e-4
@@ -88,8 +88,15 @@ class DiffusionConfig:
     """Last beta of the linear schedule."""
     betas: tuple[float, ...] | None = None
     """The betas themselves, one for each timestep, if no shape describes them."""
+    sigma_min: float = 0.002
+    """First noise level sigma of the edm schedule, where sampling ends."""
+    sigma_max: float = 80.0
+    """Last noise level of the edm schedule, where sampling begins."""
+    sigma_data: float = 0.5
+    """Deviation of the images' values that edm prediction is made for."""
     prediction: Prediction = "eps"
-    """What the network predicts: the noise, the clean image or the velocity."""
+    """What the network predicts: the noise, the clean image or the velocity; edm: a mixture of
+    image and noise, at any noise level (Karras et al. 2022), with the edm schedule."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
 
@@ -110,9 +117,18 @@ class DiffusionConfig:
             schedule = NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
         elif self.schedule == "cosine":
             schedule = NoiseSchedule.cosine(self.timesteps)
+        elif self.schedule == "edm":
+            schedule = NoiseSchedule.edm(
+                self.timesteps, self.sigma_min, self.sigma_max, self.sigma_data
+            )
         else:
             schedule = NoiseSchedule.sigmoid(self.timesteps)
         return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
+
+    @property
+    def clip(self) -> bool:
+        """Whether samplers clip estimates of x_0 to [-1, 1]; EDM's do not."""
+        return self.prediction != "edm"
 
 
 @dataclass(frozen=True)
@@ -137,6 +153,10 @@ class ObjectiveConfig:
     """logit-normal: standard deviation of it."""
     offset_noise: float = 0.0
     """Standard deviation of noise added to each channel as a whole."""
+    p_mean: float = -1.2
+    """edm prediction: mean of the log of the noise levels sigma that are trained."""
+    p_std: float = 1.2
+    """edm prediction: standard deviation of it."""
 
 
 def is_location(path: str) -> bool:
@@ -326,12 +346,8 @@ class RunConfig:
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
-        channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
-        if learned and self.model.out_channels != 2 * channels:
-            found.append(
-                "--sampling.variance is learned_range, which needs a network that predicts its "
-                f"variance: --model.out-channels {2 * channels}, not {self.model.out_channels}"
-            )
+        found += self._edm_problems()
+        found += self._objective_problems()
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
@@ -348,11 +364,6 @@ class RunConfig:
                     f"--sampling.sampler is {self.sampling.sampler}, whose spacing needs a finite "
                     "sigma; with --diffusion.zero-terminal-snr take another"
                 )
-        if self.model.in_channels != self.model.out_channels:
-            found.append(
-                f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "
-                f"{self.model.in_channels}; they must be equal"
-            )
         for flag, steps in [
             ("sampling.steps", self.sampling.steps),
             ("log.sample-steps", self.log.sample_steps),
@@ -361,6 +372,103 @@ class RunConfig:
                 found.append(
                     f"--{flag} is {steps}; there are only --diffusion.timesteps "
                     f"{self.diffusion.timesteps} to visit"
+                )
+        return found
+
+    def _objective_problems(self) -> list[str]:
+        objective, channels = self.objective, self.model.in_channels
+        found = []
+        for flag, positive in [
+            ("min-snr-gamma", objective.min_snr_gamma),
+            ("p2-k", objective.p2_k),
+            ("logit-std", objective.logit_std),
+        ]:
+            if not positive > 0:
+                found.append(f"--objective.{flag} is {positive}; it must be positive")
+        for flag, value in [
+            ("p2-gamma", objective.p2_gamma),
+            ("offset-noise", objective.offset_noise),
+        ]:
+            if not value >= 0:
+                found.append(f"--objective.{flag} is {value}; it must not be negative")
+        learned = objective.learned_variance
+        outputs = 2 * channels if learned else channels
+        if self.model.out_channels != outputs:
+            found.append(
+                f"--model.out-channels is {self.model.out_channels}; with --model.in-channels "
+                f"{channels} and {'' if learned else 'no '}--objective.learned-variance it must be "
+                f"{outputs}"
+            )
+        if self.sampling.variance == "learned_range" and not learned:
+            found.append(
+                "--sampling.variance is learned_range, but without --objective.learned-variance "
+                f"(and --model.out-channels {2 * channels}) the network learns none"
+            )
+        if learned and objective.weighting == "vlb":
+            found.append(
+                "--objective.weighting vlb is the bound of a fixed variance; with "
+                "--objective.learned-variance, which adds the bound's own term, take another"
+            )
+        if objective.offset_noise and (learned or objective.weighting == "vlb"):
+            given = "--objective.learned-variance" if learned else "--objective.weighting vlb"
+            found.append(
+                f"--objective.offset-noise is {objective.offset_noise}, but the bound that {given} "
+                "asks for is that of independent noise"
+            )
+        if self.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+            found.append(
+                f"--objective.weighting is {objective.weighting}, which gives no weight to the "
+                "last timestep with --diffusion.zero-terminal-snr, where sampling begins; take "
+                "simple or vlb"
+            )
+        return found
+
+    def _edm_problems(self) -> list[str]:
+        diffusion, objective = self.diffusion, self.objective
+        plain = ObjectiveConfig()
+        found = []
+        if diffusion.schedule == "edm" and not 0 < diffusion.sigma_min < diffusion.sigma_max:
+            found.append(
+                f"--diffusion.sigma-min is {diffusion.sigma_min} and --diffusion.sigma-max "
+                f"{diffusion.sigma_max}; the first must be positive, the second larger"
+            )
+        if diffusion.schedule == "edm" and diffusion.timesteps < 2:
+            found.append(
+                f"--diffusion.timesteps is {diffusion.timesteps}; --diffusion.schedule edm needs "
+                "at least 2"
+            )
+        if not diffusion.sigma_data > 0:
+            found.append(f"--diffusion.sigma-data is {diffusion.sigma_data}; it must be positive")
+        if not objective.p_std > 0:
+            found.append(f"--objective.p-std is {objective.p_std}; it must be positive")
+        if diffusion.prediction != "edm":
+            for name in ("p_mean", "p_std"):
+                if getattr(objective, name) != getattr(plain, name):
+                    found.append(
+                        f"--objective.{name.replace('_', '-')} does nothing unless "
+                        "--diffusion.prediction is edm"
+                    )
+            return found
+        if diffusion.schedule != "edm" or diffusion.betas is not None:
+            found.append(
+                "--diffusion.prediction is edm, whose samplers need noise levels that are even in "
+                "log sigma: --diffusion.schedule edm, without betas"
+            )
+        if diffusion.zero_terminal_snr:
+            found.append(
+                "--diffusion.prediction is edm, which is told the log of sigma; it cannot be "
+                "infinite, as with --diffusion.zero-terminal-snr"
+            )
+        if self.sampling.variance == "learned_range":
+            found.append(
+                "--sampling.variance is learned_range, but --diffusion.prediction edm predicts no "
+                "variance"
+            )
+        for name, value in asdict(objective).items():
+            if name not in ("p_mean", "p_std") and value != getattr(plain, name):
+                found.append(
+                    f"--objective.{name.replace('_', '-')} is {value}, but --diffusion.prediction "
+                    "edm has its own weighting and noise levels (p-mean, p-std); leave it out"
                 )
         return found
 
@@ -495,12 +603,56 @@ def digits_upscale() -> RunConfig:
     return replace(base, out=Path("runs/digits-upscale"), model=model)
 
 
+def digits_edm() -> RunConfig:
+    """The digits, trained and sampled as EDM does."""
+    preset = digits()
+    return replace(
+        preset,
+        out=Path("runs/digits-edm"),
+        diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
+        sampling=SamplingConfig(sampler="heun", steps=18),
+        log=replace(preset.log, sample_steps=18),
+    )
+
+
 def cifar10() -> RunConfig:
     """CIFAR-10 as Ho et al. 2020: 35.7M parameters, 800k steps."""
     return RunConfig(
         out=Path("runs/cifar10"),
         data=DataConfig(path=Path("data/cifar10"), horizontal_flip=True),
         model=UNetConfig(dropout=0.1),
+    )
+
+
+def cifar10_edm() -> RunConfig:
+    """CIFAR-10 without classes as Karras et al. 2022: 200 million images in batches of 512.
+
+    Width, depth, attention at 16×16, dropout, learning rate, warm-up, half-life of the average
+    (500k images) and sampling are those of their configuration for DDPM++. Different from it:
+    images are mirrored and not augmented otherwise, where theirs are transformed geometrically with
+    probability 0.12 and the network is told how; residual sums are not divided by sqrt(2); images
+    are halved and doubled between residual blocks, not in them; on the way up all blocks of the
+    16×16 level attend, not the last alone; initial weights are torch's; gradients are clipped; the
+    average's warm-up is this engine's.
+    """
+    batch = 512
+    return RunConfig(
+        out=Path("runs/cifar10-edm"),
+        data=DataConfig(path=Path("data/cifar10"), horizontal_flip=True),
+        model=UNetConfig(
+            block_out_channels=(256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=4,
+            dropout=0.13,
+        ),
+        diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10_000_000 // batch),
+        training=TrainingConfig(
+            steps=200_000_000 // batch, batch_size=batch, ema_decay=0.5 ** (batch / 500_000)
+        ),
+        sampling=SamplingConfig(sampler="heun", steps=18),
+        log=LogConfig(sample_steps=18),
     )
 
 
@@ -538,5 +690,14 @@ def lsun256() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, digits_classes, digits_upscale, cifar10, celebahq256, lsun256)
+    for preset in (
+        digits,
+        digits_classes,
+        digits_upscale,
+        digits_edm,
+        cifar10,
+        cifar10_edm,
+        celebahq256,
+        lsun256,
+    )
 }

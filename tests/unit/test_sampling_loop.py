@@ -401,11 +401,14 @@ class Operations(TorchDispatchMode):
         ),
     ],
 )
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++3m", "unipc", "heun"])
+@pytest.mark.parametrize(
+    ("sampler", "prediction"),
+    [("ddpm", "eps"), ("ddim", "v"), ("dpm++3m", "x0"), ("unipc", "eps"), ("heun", "edm")],
+)
 def test_a_step_is_the_network_and_at_most_two_operations(
-    options: dict[str, Any], expected: dict[str, int], sampler: str
+    options: dict[str, Any], expected: dict[str, int], sampler: str, prediction: Any
 ) -> None:
-    table = build_table(SCHEDULE, sampler, STEPS)
+    table = build_table(SCHEDULE, sampler, STEPS, prediction=prediction)
     operations = Operations()
 
     def model(x: Tensor, t: Tensor, labels: Tensor, *enlarged: Tensor) -> Tensor:

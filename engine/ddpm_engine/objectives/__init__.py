@@ -5,6 +5,7 @@
 | `objective`  | what the trainer asks of an objective                                          |
 | `build`      | the one that a configuration asks for                                          |
 | `denoising`  | the objectives of DDPM and what followed, on a chain of T timesteps            |
+| `edm`        | the objective of EDM, at any noise level                                       |
 | `weighting`  | the weight of each timestep's squared error: a table                           |
 | `timesteps`  | how often each timestep is trained: a table                                    |
 | `conditions` | what chance decides for every objective alike: mirrored images, dropped labels |
@@ -12,6 +13,7 @@
 
 from ddpm_engine.objectives.build import build_objective
 from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.objective import Objective
 
-__all__ = ["DenoisingObjective", "Objective", "build_objective"]
+__all__ = ["DenoisingObjective", "EdmObjective", "Objective", "build_objective"]

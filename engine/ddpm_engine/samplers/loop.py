@@ -30,9 +30,9 @@ class SamplingStep:
     index: int
     """0 … S − 1."""
     timestep: float
-    """The timestep that the network was shown."""
+    """The timestep that the step began at."""
     x: Tensor
-    """The state after the step, float32 `[B, C, H, W]`."""
+    """The state after the step, x = a x_0 + s ε, float32 `[B, C, H, W]`."""
     x0: Tensor
     """The estimate of the clean image that the step was made from, float32 `[B, C, H, W]`."""
 
@@ -72,12 +72,14 @@ def sampling_steps(
     enlarged = None
     if low_resolution is not None:
         enlarged = _augmented(low_resolution, shape[-1], augmentation, seed, sample_ids)
-    process.begin(
-        initial_noise(seed, sample_ids, shape), seed, sample_ids, labels, enlarged, augmentation
-    )
+    scale = None if table.scale is None else table.scale.tolist()
+    x = initial_noise(seed, sample_ids, shape)
+    x = x if scale is None else scale[0] * x
+    process.begin(x, seed, sample_ids, labels, enlarged, augmentation)
     for i, timestep in enumerate(table.timesteps.tolist()):
         process.step(i)
-        yield SamplingStep(i, timestep, process.x, process.x0(i))
+        x = process.x if scale is None else process.x / scale[i + 1]
+        yield SamplingStep(i, timestep, x, process.x0(i))
 
 
 @torch.inference_mode()
@@ -314,6 +316,8 @@ class Chain:
             ends = noise_levels(self.schedule, self.table.timesteps)
             a, s = (level[0].item() for level in ends)
             x = a * images.to(device) + s * x
+        if self.table.scale is not None:
+            x = self.table.scale[0].item() * x
         enlarged = None
         if low_resolution is not None:
             enlarged = _augmented(

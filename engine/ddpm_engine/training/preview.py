@@ -52,6 +52,7 @@ def draw_preview(
             sample_ids=ids,
             seed=config.training.seed,
             prediction=config.diffusion.prediction,
+            clip=config.diffusion.clip,
             labels=labels,
             low_resolution=small,
             capture=False,  # a graph would outlast the memory that training wants back
