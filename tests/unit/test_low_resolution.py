@@ -14,7 +14,7 @@ from ddpm_engine.data import Batch
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.network import config_entries
 from ddpm_engine.low_resolution import MAX_LEVEL, Augmentation, enlarge, shrink
-from ddpm_engine.objectives import DenoisingObjective
+from ddpm_engine.objectives import DenoisingObjective, EdmObjective
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.samplers import Guidance, build_table, initial_noise, sample, sampling_steps
 from ddpm_engine.samplers import loop as loop_module
@@ -120,19 +120,24 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
 # --- In training
 
 
+def conditions_of(levels: int, flip: bool = False) -> Conditions:
+    return Conditions(3, flip, 4, 0.2, 4, Augmentation(), levels)
+
+
 def objective(levels: int, flip: bool = False) -> DenoisingObjective:
-    conditions = Conditions(3, flip, 4, 0.2, 4, Augmentation(), levels)
-    return DenoisingObjective(SCHEDULE, "eps", conditions)
+    return DenoisingObjective(SCHEDULE, "eps", conditions_of(levels, flip))
 
 
+@pytest.mark.parametrize("edm", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
-def test_training_shows_the_clean_enlarged_image_at_level_zero(flip: bool) -> None:
+def test_training_shows_the_clean_enlarged_image_at_level_zero(flip: bool, edm: bool) -> None:
     network, images, positions = Watched(), stored(6), torch.arange(6) + 2**33
-    loss_of = objective(1, flip)
+    conditions = conditions_of(1, flip)
+    loss_of = EdmObjective(0.5, conditions) if edm else objective(1, flip)
     loss_of(network, Batch(images, positions % 4, positions))
     ((shown, levels),) = network.shown
     expected = enlarge(shrink(images, 4), 8)
-    mirrored = loss_of.conditions.flip(positions)
+    mirrored = conditions.flip(positions)
     if mirrored is not None:
         assert 0 < int(mirrored.sum()) < 6
         expected = torch.where(mirrored[:, None, None, None], expected.flip(-1), expected)
