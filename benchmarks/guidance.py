@@ -104,12 +104,11 @@ def measure(
     """What is reported at one scale."""
     features, theirs = classifier.features(pictures), classifier.features(real.images)
     right = classifier.classify(pictures) == labels
-    both = (torch.from_numpy(values) for values in (features, theirs))
     return {
         "accuracy": float(right.mean()),
         "accuracy_by_class": [float(right[labels == c].mean()) for c in np.unique(labels)],
         "variety": spread(features, labels) / spread(theirs, real.labels),
-        "recall": precision_recall(*both).recall,
+        "recall": precision_recall(torch.from_numpy(features), torch.from_numpy(theirs)).recall,
         "distance": frechet_distance(moments([features]), moments([theirs])),
     }
 
