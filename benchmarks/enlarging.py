@@ -115,7 +115,8 @@ def main() -> None:
         steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps
         sampling = asdict(pretrained.config.sampling) | {"steps": steps}
         total = len(options.levels) * len(ids) * steps
-        points, rows = [], []
+        points: list[dict[str, Any]] = []
+        rows: list[Tensor] = []
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
             for level in options.levels:
                 pictures = sample(
