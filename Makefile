@@ -44,7 +44,7 @@ install: $(VENV)/installed  ## make .venv with the engine in it
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
 	$(BIN)/accelerate launch launch/train.py --preset digits-classes
 	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
-	    --count 100 --guidance-scale 2
+	    --count 100 --steps 100 --guidance-scale 2
 	$(BIN)/python launch/pictures.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
