@@ -173,7 +173,7 @@ def called(node: ast.AST) -> set[str]:
 
 
 def raising_helpers(module: Path) -> set[str]:
-    """Private functions and methods of a module that raise a `UserError`, themselves or by others."""
+    """Private functions and methods of a module that raise a `UserError`, or call one that does."""
     private = {
         node.name: node
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
