@@ -439,7 +439,11 @@ class RunConfig:
         return found
 
     def validate(self) -> None:
-        """Raise one `UserError` that reports every problem at once."""
+        """Check the values themselves.
+
+        Raises:
+            UserError: reports every problem at once.
+        """
         if found := self.problems():
             raise UserError("\n       ".join(found))
 

@@ -21,8 +21,8 @@ DOCUMENTS = [
 THEORY = ROOT / "docs" / "ddpm.md"
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
-SOURCE = re.compile(r"\b(equations?|algorithms?|sections?|appendix|theorem|figure) [\w.]+|\(\d{4}\)")
-YEAR = re.compile(r"\b(19|20)\d\d\b")
+SOURCE = re.compile(r"\b(equations?|algorithms?|sections?|appendix|tables?) [\w.]+|\(\d{4}\)")
+YEAR = re.compile(r"\b(19|20)\d\d[a-z]?\b")
 
 
 def prose(document: Path) -> str:
@@ -115,7 +115,7 @@ def test_pictures_are_there_and_not_too_large() -> None:
         for _, target in links(document)
         if target.endswith((".png", ".gif"))
     }
-    assert {path for path in pictures.iterdir()} - used == set(), "shown nowhere"
+    assert set(pictures.iterdir()) - used == set(), "shown nowhere"
     for path in used:
         assert path.stat().st_size < 400_000, path
         with Image.open(path) as picture:
@@ -138,5 +138,5 @@ def test_mathematics_and_code_are_closed(document: Path) -> None:
         formulas += parts[1::2]
     for formula in formulas:
         assert formula.count("{") == formula.count("}"), formula
-        assert formula.count(r"\left") == formula.count(r"\right") , formula
+        assert formula.count(r"\left") == formula.count(r"\right"), formula
         assert not re.search(r"[^\x00-\x7f]", formula), formula

@@ -228,8 +228,9 @@ class UNet(nn.Module):
             timesteps: `[B]` or 0-dim, integer or float, on the device of `x`.
             labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
                 class-conditional; `null_class` for an unconditional prediction.
-            features: what enters the last level on the way up, as an evaluation close by returned
-                it. All deeper levels are then left out (Ma, Fang & Wang, "DeepCache", 2024).
+            features: what enters the last level on the way up, `[B, C, H, W]`, as an evaluation
+                close by returned it. All deeper levels are then left out (Ma, Fang & Wang,
+                "DeepCache", 2024).
             return_features: return these features as well.
 
         Returns:
