@@ -45,7 +45,7 @@ demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, sho
 	$(BIN)/accelerate launch launch/train.py --preset digits-classes
 	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
 	    --count 100 --steps 100 --guidance-scale 2
-	$(BIN)/python launch/pictures.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
+	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
 	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"

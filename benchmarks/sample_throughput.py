@@ -34,7 +34,7 @@ from benchmarks.throughput.subject import subject_of
 
 from ddpm_engine.errors import UserError, exit_on_user_error
 
-JOBS = {"digits": Job(16, 50), "cifar10": Job(2, 5), "celebahq256": Job(1, 2)}
+JOBS = {"digits": Job(16, 50), "photos": Job(8, 20), "cifar10": Job(2, 5), "celebahq256": Job(1, 2)}
 """Minutes of two cores at most. Speeds of longer chains are not extrapolated from them."""
 
 
@@ -42,14 +42,14 @@ JOBS = {"digits": Job(16, 50), "cifar10": Job(2, 5), "celebahq256": Job(1, 2)}
 class Options:
     """Images a second of the engine, a textbook loop and diffusers."""
 
-    preset: Literal["digits", "cifar10", "celebahq256"] = "digits"
+    preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
     """Whose network, with random weights."""
     checkpoint: Path | None = None
     """A run directory: its network instead, with its weights."""
     batch: int | None = None
-    """Pictures at once; default: 16, 2 or 1, by preset."""
+    """Pictures at once; default: 16, 8, 2 or 1, by preset."""
     steps: int | None = None
-    """Network evaluations a picture, a divisor of T; default: 50, 5 or 2, by preset."""
+    """Network evaluations a picture, a divisor of T; default: 50, 20, 5 or 2, by preset."""
     samplers: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm++2m")
     """Which samplers."""
     rounds: int = 7

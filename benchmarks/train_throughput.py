@@ -32,14 +32,14 @@ from benchmarks.throughput.watching import peak_tensor_bytes
 
 from ddpm_engine.errors import exit_on_user_error
 
-BATCHES = {"digits": 64, "cifar10": 4, "celebahq256": 1}
+BATCHES = {"digits": 64, "photos": 32, "cifar10": 4, "celebahq256": 1}
 
 
 @dataclass(frozen=True)
 class Options:
     """Images a second of training steps."""
 
-    preset: Literal["digits", "cifar10", "celebahq256"] = "digits"
+    preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
     """Whose network and optimizer."""
     batch: int | None = None
     """Images a step; default: 64 (the preset's), 4 or 1, by preset."""

@@ -30,8 +30,8 @@ class Options:
     """
 
     preset: Literal[
-        "digits", "digits-classes", "digits-upscale", "digits-edm", "cifar10", "cifar10-edm",
-        "celebahq256", "lsun256",
+        "digits", "digits-classes", "digits-upscale", "digits-edm", "photos", "cifar10",
+        "cifar10-edm", "celebahq256", "lsun256",
     ] = "digits"  # fmt: skip
     """Where the defaults come from."""
     config: Path | None = None

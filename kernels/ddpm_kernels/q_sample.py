@@ -272,7 +272,7 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
 
 
 def is_dense(images: Tensor) -> bool:
-    """Whether each sample by itself is contiguous in channels-last order."""
+    """Whether each sample of `[B, C, H, W]` is by itself contiguous in channels-last order."""
     _, channels, height, width = images.shape
     _, stride_c, stride_h, stride_w = images.stride()
     return (

@@ -61,7 +61,7 @@ def sampling_steps(
         sample_ids: int64 `[B]` on the model's device; picture k of a seed is the same picture in
             every batch.
         labels: int64 `[B]` classes, or None.
-        low_resolution: small images that the model enlarges, as in `sample`, or None.
+        low_resolution: `[B, C, side, side]` to be enlarged, as in `sample`, or None.
         augmentation: level of their noise.
         clip: clip each estimate of x_0 to [-1, 1].
     """
@@ -112,7 +112,7 @@ def sample(
     capture: bool | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draw pictures.
+    """Draw pictures (Ho et al. 2020, algorithm 2, and all the samplers that followed it).
 
     Picture k of seed s starts from the same noise, and meets the same noise at every step, whatever
     else is drawn with it: the result does not depend on batch size, order or device count beyond
@@ -121,7 +121,7 @@ def sample(
     Args:
         model: `model(x, timesteps[, labels])`; put it in eval mode first.
         schedule: what the model was trained on.
-        sample_ids: which pictures of the seed to make, int64 in [0, 2⁵⁶).
+        sample_ids: which pictures of the seed to make, int64 `[N]` in [0, 2⁵⁶).
         seed: of all noise.
         sampler: a key of `SAMPLERS`.
         steps: how many of the schedule's timesteps to visit; None: all.
@@ -131,7 +131,7 @@ def sample(
         eta: share of fresh noise in ddim, 0 to 1.
         prediction: what the model predicts.
         shape: (C, H, W); None: `model.sample_shape`.
-        labels: int64 class of each picture, or None.
+        labels: int64 `[N]`, the class of each picture, or None.
         low_resolution: the small picture to enlarge for each, `[len(sample_ids), C, side, side]` in
             [-1, 1], if and only if the model has a `low_resolution` side.
         augmentation: steps of noise that these are given first, 0 to 1000, the same for all; some

@@ -179,12 +179,19 @@ class ReverseProcess:
         return len(self.rows)
 
     def x0(self, index: int) -> Tensor:
-        """The estimate of x_0 that step `index` was made from; overwritten by a later step."""
+        """The estimate of x_0 that step `index` was made from, shaped as `x`.
+
+        It is overwritten by a later step.
+        """
         assert self._history is not None, "made with keep_x0=False"
         return self._history[index % len(self._history)]
 
     def step(self, index: int) -> None:
-        """Take one step: `x` becomes the next state. Neither waits for the device nor allocates."""
+        """Take one step: `x` becomes the next state. Neither waits for the device nor allocates.
+
+        Raises:
+            UserError: a learned variance that the network does not predict.
+        """
         kind = self._kind(index)
         if self._capture is None:
             self._run(kind, self._indices[index], self._timesteps[index])

@@ -39,7 +39,7 @@ REQUEUE_MARKER = "requeue"
 
 
 class Trainer:
-    """One training run on this process's share of the hardware.
+    """One training run on this process's share of the hardware (Ho et al. 2020, algorithm 1).
 
     The state is the weights, their average, the optimizer, the loss scale, what the objective has
     learnt and the number of steps done; data order and all noise follow from the seed and the step.
