@@ -118,7 +118,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhib
 
 
 def show_run(options: Options, checkpoint: Path) -> None:
-    """Draw a run's figures; of those not asked for by name, what this run has no use for is named."""
+    """Draw a run's figures; those that do not apply are named, or refused if asked for."""
     names = chosen_figures(options.only)
     exhibit = exhibit_of(options, checkpoint, load_pretrained(checkpoint, local_device()))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def show_toy(options: Options, toy: Toy) -> None:
     schedule = toy_schedule()
     options.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=STEPS, unit=" steps", disable=None) as bar:
-        model = train_toy(points, schedule, seed=options.seed, on_step=bar.update)
+        model = train_toy(points, schedule, STEPS, options.seed, bar.update)
     still, moving = (options.out / f"{toy}.{kind}" for kind in ("png", "gif"))
     plane_figure(model, schedule, points, place, options.seed, still)
     print(still, flush=True)

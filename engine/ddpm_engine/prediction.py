@@ -21,7 +21,9 @@ PREDICTIONS: tuple[str, ...] = tuple(kind for kind in get_args(Prediction) if ki
 
 
 def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (p, q) such that x_0 = p · x_t + q · output.
+    """Factors (p, q), shaped as `a`, such that x_0 = p · x_t + q · output.
+
+    Ho et al. 2020, equation 15, of ε; Salimans & Ho 2022, appendix D, of v.
 
     Args:
         prediction: what the output is.
@@ -53,7 +55,10 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, a: Tensor, s: Ten
 
 
 def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The output that a network would have to give for this clean image; needs s > 0 unless x0."""
+    """The output that a network would have to give for this clean image; needs s > 0 unless x0.
+
+    Shaped as `x_0`, as is `x_t`; `a`, `s` broadcast against them.
+    """
     p, q = x0_coefficients(prediction, a, s)
     return (x_0 - p * x_t) / q
 
@@ -61,7 +66,7 @@ def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tens
 def convert(
     output: Tensor, source: Prediction, target: Prediction, x_t: Tensor, a: Tensor, s: Tensor
 ) -> Tensor:
-    """Turn an output of one kind into another.
+    """Turn an output of one kind into another, shaped as it.
 
     Args:
         output: `[B, C, H, W]`, of kind `source`.

@@ -19,7 +19,10 @@ from ddpm_engine.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I)."""
+    """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I).
+
+    Ho et al. 2020, equation 2, where other equations are not named.
+    """
 
     betas: Tensor
     """`[T]` float64, each in (0, 1); the last may be 1, after which no signal is left."""
@@ -50,6 +53,9 @@ class NoiseSchedule:
 
         The end points are made for T = 1000 and are taken as given: with far fewer timesteps, raise
         `beta_end`, or images are not yet noise at t = T − 1.
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
         """
         _check_timesteps(timesteps)
         return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
@@ -58,7 +64,11 @@ class NoiseSchedule:
     def cosine(
         cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     ) -> NoiseSchedule:
-        """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
+        """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, equation 17).
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
+        """
         _check_timesteps(timesteps)
         u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2).square()
@@ -73,7 +83,11 @@ class NoiseSchedule:
         tau: float = 1.0,
         max_beta: float = 0.999,
     ) -> NoiseSchedule:
-        """ᾱ falls as a sigmoid from `start` to `end` (Jabri, Fleet & Chen 2022, algorithm 2)."""
+        """ᾱ falls as a sigmoid from `start` to `end` (Jabri, Fleet & Chen 2022, algorithm 2).
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
+        """
         _check_timesteps(timesteps)
         u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))

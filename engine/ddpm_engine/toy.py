@@ -52,7 +52,8 @@ def toy_points(toy: Toy) -> tuple[Tensor, Tensor]:
         place = 1.5 * moon + along  # apart, so that the two have colours of their own
     else:
         raise UserError(f"toy is {toy!r}; it must be one of {', '.join(TOYS)}")
-    points = (points - points.mean(0)) / points.std()
+    points = points - points.mean(0)
+    points = points / points.std()
     place = (place - place.min()) / (place.max() - place.min())
     return torch.from_numpy(points).float()[:, :, None, None], torch.from_numpy(place).float()
 
@@ -71,6 +72,8 @@ class PointNetwork(nn.Module):
     """
 
     sample_shape = (2, 1, 1)
+    time_frequencies: Tensor
+    place_frequencies: Tensor
 
     def __init__(self, timesteps: int, width: int = WIDTH) -> None:
         super().__init__()

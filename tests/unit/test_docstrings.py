@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,15 @@ OPAQUE = re.compile(r"Callable|dict\[|Mapping\[|Iterable\[|Iterator\[")
 SHAPE = re.compile(
     r"""
     `?\[[^\]`]*\]`?              # `[B, C, H, W]`
-    | 0-dim | one-dimensional | scalar | any\ shape | same\ shape | shaped\ (as|like)
-    | broadcast | likewise | as\ given\ to | \b[Aa]s\ (in|for|the|`) | (see|like)\ `
+    | 0-dim | [Aa]ny\ shape | same\ shape | shaped\ (as|like) | broadcast | likewise
+    | [Ee]lementwise | an\ element\b
+    | \b([Ss]ee|[Ww]hat|[Aa]s|as\ in|as\ of|given\ to|arguments\ of)\ `
     """,
     re.VERBOSE,
 )
-"""A shape, or where it is said."""
+"""A shape, or another function that says it."""
+OF_ALL = re.compile(r"\b(All tensors are|Every array is)\b[^.]*`\[")
+"""In the docstring of a module: the shape of everything in it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ def definitions(module: Path) -> Iterator[Public]:
 PUBLIC = [function for module in MODULES for function in definitions(module)]
 
 
+@cache
+def module_docstring(module: Path) -> str:
+    return ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+
+
 def sections(docstring: str) -> dict[str, str]:
     """Text of each section: `Args`, `Returns`, `Raises`; what comes before them is under `""`."""
     found: dict[str, list[str]] = {"": []}
@@ -127,12 +136,17 @@ def is_array(annotation: ast.expr) -> bool:
 
 def unshaped(function: Public) -> list[str]:
     """What a docstring leaves out about the shapes of arrays."""
+    if OF_ALL.search(module_docstring(function.module)):
+        return []
     parts = sections(function.docstring)
     described = entries(parts.get("Args", ""))
     missing = []
     for name in arrays(function.node):
-        # A short docstring may say it in its sentence.
-        text = described.get(name, parts[""] if name not in described else "")
+        text = described.get(name)
+        if text is None:
+            # A docstring may say it in its sentence, or of several arguments together.
+            together = [entry for entry in described.values() if "what follows" in entry]
+            text = "\n".join([parts[""], *together])
         if not SHAPE.search(text):
             missing.append(f"the shape of `{name}`")
     returned = function.node.returns
@@ -173,7 +187,7 @@ def called(node: ast.AST) -> set[str]:
 
 
 def raising_helpers(module: Path) -> set[str]:
-    """Private functions and methods of a module that raise a `UserError`, themselves or by others."""
+    """Private functions and methods of a module that raise a `UserError`, or call one that does."""
     private = {
         node.name: node
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
@@ -191,11 +205,10 @@ def test_everything_public_has_a_docstring(package: Path) -> None:
     for module in (path for path in MODULES if package in path.parents):
         tree = ast.parse(module.read_text(encoding="utf-8"))
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-        missing += [
-            f"{module.relative_to(ROOT)} {getattr(node, 'name', '')}"
-            for node in (tree, *(c for c in classes if not c.name.startswith("_")))
-            if not ast.get_docstring(node)
-        ]
+        public = [node for node in classes if not node.name.startswith("_")]
+        missing += [f"{module} {node.name}" for node in public if not ast.get_docstring(node)]
+        if not ast.get_docstring(tree):
+            missing.append(str(module))
     assert missing == []
 
 

@@ -138,7 +138,10 @@ class KnownPixels:
         self._ids = sample_ids
 
     def put_back(self, x: Tensor, step: int) -> None:
-        """Overwrite the known pixels after a step, and noise x back if it is to be repeated."""
+        """Overwrite the known pixels of x, `[B, C, H, W]`, after a step.
+
+        If the step is to be repeated, x is noised back to where it began.
+        """
         shape = (x.shape[1], x.shape[2], x.shape[3])
         level, following = self._after[step], self._before[step + 1]
         noise = gaussian_noise(self._seed, self._ids, shape, step, Stream.KNOWN_NOISE)

@@ -42,6 +42,8 @@ class CoefficientTable:
 def empty_rows(a: Tensor, s: Tensor, prediction: Prediction, history: int = 0) -> Tensor:
     """Rows with the first two columns filled in and no guidance, everything else zero.
 
+    Float64 `[S, Column.HISTORY + K]`.
+
     Args:
         a: float64 `[S]`, factor of the image in the state that each row starts from.
         s: float64 `[S]`, factor of the noise.

@@ -39,7 +39,7 @@ REQUEUE_MARKER = "requeue"
 
 
 class Trainer:
-    """One training run on this process's share of the hardware.
+    """One training run on this process's share of the hardware (Ho et al. 2020, algorithm 1).
 
     The state is the weights, their average, the optimizer, the loss scale, what the objective has
     learnt and the number of steps done; data order and all noise follow from the seed and the step.
@@ -164,7 +164,9 @@ class Trainer:
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
                 self._watch.doing("drawing pictures", limited=False)
                 with self.strategy.averaged() as model:
-                    draw_preview(model, self.schedule, config, self.step, self.accelerator)
+                    draw_preview(
+                        model, self.schedule, config, self.step, self.accelerator, self.dataset
+                    )
             if stopping:
                 return True
         return False

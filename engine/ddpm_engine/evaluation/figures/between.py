@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_engine.evaluation.figures.strips import strip
 from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.prediction import to_x0
 from ddpm_engine.pretrained import Pretrained
 from ddpm_engine.process import forward
 from ddpm_engine.samplers import initial_noise, interpolated_noise, sample, spaced_timesteps
@@ -66,39 +65,40 @@ def denoising_figure(trained: Pretrained, image: Tensor, seed: int, path: Path) 
         seed: of the noise.
         path: of the PNG.
     """
-    model, schedule = trained.model, trained.schedule
-    prediction = trained.config.diffusion.prediction
+    schedule, device = trained.schedule, device_of(trained.model)
     steps = min(STEPS, schedule.timesteps)
     visited = spaced_timesteps(schedule.timesteps, steps)
-    timesteps = torch.stack([visited[skipped_steps(steps, share)] for share in STRENGTHS])
-    count, device = len(timesteps), device_of(model)
-    timesteps, image = timesteps.to(device), image.to(device)
-    ids = torch.zeros(count, dtype=torch.int64, device=device)
-    images = image.expand(count, -1, -1, -1)
-    # As `sample` noises them.
-    noisy = forward(schedule, images, timesteps, initial_noise(seed, ids, model.sample_shape))
-    labels = no_class(model, count)
-    with torch.inference_mode():
-        output = model(noisy, timesteps, *(() if labels is None else (labels,)))
-    a, s = (
-        table.to(device, torch.float32)[timesteps][:, None, None, None]
-        for table in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
-    )
-    # Behind the prediction there may be one of the variance.
-    estimates = to_x0(prediction, output[:, : len(image)], noisy, a, s)
-    drawn = [
-        sample(
-            model, schedule, sample_ids=ids[:1], seed=seed, sampler="ddim", steps=steps, eta=1.0,
-            prediction=prediction, labels=no_class(model, 1), clip=trained.clip, images=image[None],
-            strength=share,
+    timesteps = [int(visited[skipped_steps(steps, share)]) for share in STRENGTHS]
+    image, ids = image.to(device), torch.zeros(1, dtype=torch.int64, device=device)
+    # As `sample` noises it.
+    noise = initial_noise(seed, ids, trained.model.sample_shape)
+
+    def drawn(strength: float, **options: Any) -> Tensor:
+        return sample(
+            trained.model,
+            schedule,
+            sample_ids=ids,
+            seed=seed,
+            sampler="ddim",
+            prediction=trained.config.diffusion.prediction,
+            labels=no_class(trained.model, 1),
+            clip=trained.clip,
+            images=image[None],
+            strength=strength,
+            **options,
         )
-        for share in STRENGTHS
-    ]  # fmt: skip
-    rows = [("$x_t$", noisy), (r"$\hat{x}_0$", estimates), ("reverse\nprocess", torch.cat(drawn))]
-    original = to_uint8(image[None])
+
+    columns = [[image[None]] * 3]
+    for t, strength in zip(timesteps, STRENGTHS, strict=True):
+        noisy = forward(schedule, image[None], torch.tensor([t], device=device), noise)
+        # DDIM in one step returns the estimate of x_0, whatever the network predicts.
+        estimate = drawn(1.0, timesteps=(t,))
+        columns.append([noisy, estimate, drawn(strength, steps=steps, eta=1.0)])
+    labels = ("$x_t$", r"$\hat{x}_0$", "reverse\nprocess")
+    rows = [to_uint8(torch.cat(row)) for row in zip(*columns, strict=True)]
     strip(
-        [(label, np.concatenate([original, to_uint8(pictures)])) for label, pictures in rows],
-        ["$x_0$", *(f"t={t + 1}" for t in timesteps.tolist())],
+        list(zip(labels, rows, strict=True)),
+        ["$x_0$", *(f"t={t + 1}" for t in timesteps)],
         "denoising a given image",
         path,
     )

@@ -45,6 +45,7 @@ from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.likelihood import bits_per_dim
 from ddpm_engine.pretrained import Pretrained
 from ddpm_engine.samplers import build_table, sample
+from ddpm_engine.samplers.registry import Sampler
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_engine.training.dataset import dataset_of
 
@@ -53,7 +54,7 @@ _ROWS = 3
 """Images that are noised."""
 _FRAMES, _MOVING = 32, 6
 """Moments of the animation, and pictures in it."""
-QUALITY_SAMPLERS = ("ddpm", "ddim", "dpm++2m")
+QUALITY_SAMPLERS: tuple[Sampler, ...] = ("ddpm", "ddim", "dpm++2m")
 QUALITY_STEPS = (5, 10, 20, 40)
 _BATCH = 256
 
@@ -131,7 +132,11 @@ class Exhibit:
 
 
 def real_and_drawn(exhibit: Exhibit) -> list[Path]:
-    """Real images beside drawn ones."""
+    """Real images beside drawn ones.
+
+    Raises:
+        UserError: a folder of samples without pictures.
+    """
     if exhibit.samples is None:
         drawn = exhibit.drawn(_GRID, exhibit.sampling)
     else:
@@ -254,8 +259,14 @@ def quality(exhibit: Exhibit) -> list[Path]:
 
 
 def bound(exhibit: Exhibit) -> list[Path]:
-    """The terms of the variational bound over t."""
+    """The terms of the variational bound over t.
+
+    Raises:
+        Inapplicable: a `UserError`: EDM's networks are not trained on a chain of T steps.
+    """
     trained = exhibit.trained
+    if exhibit.config.diffusion.prediction == "edm":
+        raise Inapplicable("the bound's terms are those of a chain of T steps, which EDM has not")
     images = exhibit.real[: exhibit.bound_images]
     device = device_of(trained.model)
     ids = torch.arange(len(images), device=device)

@@ -19,11 +19,11 @@ from ddpm_kernels import q_sample
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWN = 800
-"""Points of a cloud."""
+_SHOWN, _MOVING = 800, 500
+"""Points of a cloud, and of one that moves."""
 _TRAILS, _TRAIL_STEPS = 12, 25
 """Points whose way is drawn, and the steps that are remembered."""
-_FRAMES = 32
+_FRAMES = 28
 _EXTENT = 3.0
 _ARROWS = 15
 
@@ -87,11 +87,12 @@ def plane_animation(
         model: a trained network.
         schedule: what it was trained on.
         points: the data, float32 `[N, 2, 1, 1]`.
-        place: where along the curve each lies, `[N]`; a drawn point has the colour of where it ends.
+        place: where along the curve each lies, `[N]`: its colour. A drawn point has the colour of
+            where it ends.
         seed: of all noise.
         path: of the GIF.
     """
-    states = reverse_states(model, schedule, seed, _SHOWN)
+    states = reverse_states(model, schedule, seed, _MOVING)
     ends = _place_of(states[-1], points, place)
     frames = []
     for after in np.linspace(0, schedule.timesteps, _FRAMES).round().astype(int).tolist():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,7 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 SCALE = "viridis"
 """For values on a scale: its lightness rises with them."""
 
-_SETTINGS = {
+_SETTINGS: Any = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
