@@ -225,6 +225,9 @@ class TrainingConfig:
     """Of weights, data order and all noise."""
     ema_decay: float = 0.9999
     """Decay of the weight average that is sampled from (it warms up from 0.1)."""
+    ema_profiles: tuple[float, ...] = ()
+    """Lengths of further, power-function averages, as 0.05 0.1; snapshots of them are kept, of
+    which checkpoints.py makes the average of any length after training."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class (class-conditional models)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -269,6 +272,8 @@ class LogConfig:
     """How many of the newest checkpoints to keep, two at least."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    snapshot_every: int = 10_000
+    """Steps between snapshots of the averages of training.ema-profiles; all are kept."""
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0: none."""
     sample_count: int = 64
@@ -309,6 +314,7 @@ class RunConfig:
             ("log.every", self.log.every, 1),
             ("log.checkpoint-every", self.log.checkpoint_every, 1),
             ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
+            ("log.snapshot-every", self.log.snapshot_every, 1),
             ("log.sample-every", self.log.sample_every, 0),
             ("log.sample-count", self.log.sample_count, 1),
             ("log.sample-steps", self.log.sample_steps, 1),
@@ -331,6 +337,14 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        lengths = self.training.ema_profiles
+        longest = 12**-0.5  # that of the plain mean of all steps
+        distinct = len({f"{length:g}" for length in lengths}) == len(lengths)
+        if not distinct or not all(0 < length <= longest for length in lengths):
+            found.append(
+                f"--training.ema-profiles are {lengths}; give different lengths, each above 0 and "
+                f"at most {longest:.4f}, as 0.05 0.1"
+            )
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
