@@ -76,6 +76,7 @@ def main() -> None:
                 spacing=config.sampling.spacing,
                 variance=config.sampling.variance,
                 prediction=config.diffusion.prediction,
+                clip=pretrained.clip,
                 on_step=bar.update,
             )
         confidence = classifier.predict_proba(features(to_uint8(drawn)))

@@ -105,6 +105,18 @@ def test_the_combination_is_the_nearest_and_the_misfit_its_distance(length: floa
         assert distance(nudged) > nearest
 
 
+@pytest.mark.parametrize(
+    ("snapshots", "length", "misfit"),
+    [(32, 0.08, 0.0008), (32, 0.15, 0.0023), (8, 0.08, 0.011), (8, 0.15, 0.033)],
+)
+def test_how_near_snapshots_come(snapshots: int, length: float, misfit: float) -> None:
+    """As docs/edm.md says, for snapshots of the lengths 0.05 and 0.1 at even distances."""
+    times = range(1000, 1000 * snapshots + 1, 1000)
+    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), times)]
+    wanted = Profile(gamma_of(length), 1000 * snapshots)
+    assert combine(known, wanted).misfit == pytest.approx(misfit, rel=0.06)
+
+
 def test_averages_made_afterwards_are_those_tracked_directly() -> None:
     """Along a noisy path to a goal, as training is one, with 32 snapshots.
 
