@@ -554,12 +554,12 @@ def digits() -> RunConfig:
 
 
 def digits_edm() -> RunConfig:
-    """The digits, trained and sampled as EDM does; sigma_data is the deviation of their pixels."""
+    """The digits, trained and sampled as EDM does."""
     preset = digits()
     return replace(
         preset,
         out=Path("runs/digits-edm"),
-        diffusion=DiffusionConfig(schedule="edm", prediction="edm", sigma_data=0.75),
+        diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
         sampling=SamplingConfig(sampler="heun", steps=18),
         log=replace(preset.log, sample_steps=18),
     )
