@@ -21,7 +21,9 @@ from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, los
 from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig, dump_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer
+from ddpm_engine.training import CheckpointStore, Trainer, load_part
+from ddpm_engine.training.checkpoint import SNAPSHOTS
+from ddpm_engine.unet import UNet
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -39,12 +41,19 @@ def at(config: RunConfig, name: str, **training: Any) -> RunConfig:
 
 
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Compare weights and average of the newest checkpoints."""
-    for weights in ("model", "ema"):
+    """Compare weights and averages of the newest checkpoints; snapshots must agree with them."""
+    for weights in ("model", "ema", "ema-0.1"):
         a = load_pretrained(ours, weights=weights).model.state_dict()
         b = load_pretrained(theirs, weights=weights).model.state_dict()
         assert a.keys() == b.keys()
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
+    for run in (ours, theirs):
+        averaged = load_pretrained(run, weights="ema-0.1")
+        kept = UNet(averaged.model.config)
+        newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
+        load_part(newest, "ema-0.1", kept.state_dict())
+        for one, other in zip(kept.parameters(), averaged.model.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
