@@ -112,7 +112,8 @@ def likelihood_of_real(
             bound_figure(rows, folder / "terms.png")
             with atomic_write(folder / "terms.csv") as file:
                 file.write(_table(rows).encode())
-        return write_report(folder, asked, {"nll": summary(rows)})
+        locations = {"data": str(real.shards.storage)}
+        return write_report(folder, asked, {"nll": summary(rows)}, locations)
 
 
 def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
@@ -150,7 +151,6 @@ def _asked(
         },
         "seed": seed,
         "reference": {
-            "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
             "count": len(real),
             "of": real.total,

@@ -68,6 +68,8 @@ class Subject:
     """Hears of each step of drawing and of features."""
     evaluations: int = 0
     """Steps of drawing a picture."""
+    location: str | None = None
+    """Where they were found, if they were."""
 
     @property
     def hash(self) -> str:
@@ -127,8 +129,8 @@ def folder_subject(folder: Path, count: int | None = None) -> Subject:
     images = PictureFolder(folder)
     if count is not None and len(images.ids) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images.ids)}")
-    about = {"samples": str(folder), "sha256": images.fingerprint, **(images.about or {})}
-    return Subject(images, images.ids[:count], about, Steps())
+    about = {"sha256": images.fingerprint, **(images.about or {})}
+    return Subject(images, images.ids[:count], about, Steps(), location=str(folder))
 
 
 def _shards_subject(folder: Path, count: int | None) -> Subject:
@@ -141,8 +143,8 @@ def _shards_subject(folder: Path, count: int | None) -> Subject:
     images = RealImages(shards, (stored.height, stored.width, stored.channels))
     if count is not None and len(images) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images)}")
-    about = {"samples": str(folder), "fingerprint": stored.fingerprint}
-    return Subject(images, range(len(images))[:count], about, Steps())
+    about = {"fingerprint": stored.fingerprint}
+    return Subject(images, range(len(images))[:count], about, Steps(), location=str(folder))
 
 
 def compare_with_real(
@@ -216,7 +218,8 @@ def compare_with_real(
         )  # fmt: skip
         if isinstance(subject.images, DrawnPictures):
             subject.images.pictures.finish(subject.ids)
-        return write_report(out, _asked(subject, real, network), measured)
+        locations = {"samples": subject.location, "data": str(real.shards.storage)}
+        return write_report(out, _asked(subject, real, network), measured, locations)
 
 
 def _fill(
@@ -253,7 +256,6 @@ def _asked(subject: Subject, real: RealImages, network: FeatureNetwork) -> dict[
             **subject.about,
         },
         "reference": {
-            "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
             "count": len(real),
             "of": real.total,
