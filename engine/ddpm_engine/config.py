@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import MAX_LEVEL
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.registry import Sampler
@@ -66,6 +67,9 @@ class UNetConfig:
     """Subtracted from the frequency count in the time embedding's exponent."""
     num_class_embeds: int | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
+    low_resolution: int | None = None
+    """Side of the small image that the network enlarges, a divisor of the sample size; None: it is
+    shown none."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
     """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""
 
@@ -227,6 +231,8 @@ class TrainingConfig:
     """Decay of the weight average that is sampled from (it warms up from 0.1)."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class (class-conditional models)."""
+    augmentation_levels: int = 250
+    """Noise of the small image: drawn from 0 (none) to this − 1 steps (low-resolution models)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the network's arithmetic; no: float32."""
     allow_slow_bf16: bool = False
@@ -301,6 +307,7 @@ class RunConfig:
             ("training.batch-size", self.training.batch_size, 1),
             ("training.accumulation", self.training.accumulation, 1),
             ("training.max-bad-steps", self.training.max_bad_steps, 1),
+            ("training.augmentation-levels", self.training.augmentation_levels, 1),
             ("training.timeout-seconds", self.training.timeout_seconds, 1),
             ("optimizer.warmup-steps", self.optimizer.warmup_steps, 0),
             ("data.workers", self.data.workers, 0),
@@ -331,16 +338,16 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        if self.training.augmentation_levels > MAX_LEVEL + 1:
+            found.append(
+                f"--training.augmentation-levels is {self.training.augmentation_levels}; it must "
+                f"be at most {MAX_LEVEL + 1}, for levels 0 to {MAX_LEVEL}"
+            )
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
         found += self._edm_problems()
-        channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
-        if learned and self.model.out_channels != 2 * channels:
-            found.append(
-                "--sampling.variance is learned_range, which needs a network that predicts its "
-                f"variance: --model.out-channels {2 * channels}, not {self.model.out_channels}"
-            )
+        found += self._objective_problems()
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
@@ -357,11 +364,6 @@ class RunConfig:
                     f"--sampling.sampler is {self.sampling.sampler}, whose spacing needs a finite "
                     "sigma; with --diffusion.zero-terminal-snr take another"
                 )
-        if self.model.in_channels != self.model.out_channels:
-            found.append(
-                f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "
-                f"{self.model.in_channels}; they must be equal"
-            )
         for flag, steps in [
             ("sampling.steps", self.sampling.steps),
             ("log.sample-steps", self.log.sample_steps),
@@ -371,6 +373,54 @@ class RunConfig:
                     f"--{flag} is {steps}; there are only --diffusion.timesteps "
                     f"{self.diffusion.timesteps} to visit"
                 )
+        return found
+
+    def _objective_problems(self) -> list[str]:
+        objective, channels = self.objective, self.model.in_channels
+        found = []
+        for flag, positive in [
+            ("min-snr-gamma", objective.min_snr_gamma),
+            ("p2-k", objective.p2_k),
+            ("logit-std", objective.logit_std),
+        ]:
+            if not positive > 0:
+                found.append(f"--objective.{flag} is {positive}; it must be positive")
+        for flag, value in [
+            ("p2-gamma", objective.p2_gamma),
+            ("offset-noise", objective.offset_noise),
+        ]:
+            if not value >= 0:
+                found.append(f"--objective.{flag} is {value}; it must not be negative")
+        learned = objective.learned_variance
+        outputs = 2 * channels if learned else channels
+        if self.model.out_channels != outputs:
+            found.append(
+                f"--model.out-channels is {self.model.out_channels}; with --model.in-channels "
+                f"{channels} and {'' if learned else 'no '}--objective.learned-variance it must be "
+                f"{outputs}"
+            )
+        if self.sampling.variance == "learned_range" and not learned:
+            found.append(
+                "--sampling.variance is learned_range, but without --objective.learned-variance "
+                f"(and --model.out-channels {2 * channels}) the network learns none"
+            )
+        if learned and objective.weighting == "vlb":
+            found.append(
+                "--objective.weighting vlb is the bound of a fixed variance; with "
+                "--objective.learned-variance, which adds the bound's own term, take another"
+            )
+        if objective.offset_noise and (learned or objective.weighting == "vlb"):
+            given = "--objective.learned-variance" if learned else "--objective.weighting vlb"
+            found.append(
+                f"--objective.offset-noise is {objective.offset_noise}, but the bound that {given} "
+                "asks for is that of independent noise"
+            )
+        if self.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+            found.append(
+                f"--objective.weighting is {objective.weighting}, which gives no weight to the "
+                "last timestep with --diffusion.zero-terminal-snr, where sampling begins; take "
+                "simple or vlb"
+            )
         return found
 
     def _edm_problems(self) -> list[str]:
@@ -559,6 +609,20 @@ def photos() -> RunConfig:
     )
 
 
+def digits_classes() -> RunConfig:
+    """The digits with their classes, and the null class, for classifier-free guidance."""
+    base = digits()
+    model = replace(base.model, num_class_embeds=11)
+    return replace(base, out=Path("runs/digits-classes"), model=model)
+
+
+def digits_upscale() -> RunConfig:
+    """Enlarges digits of 8×8, as scikit-learn has them, to 16×16."""
+    base = digits()
+    model = replace(base.model, low_resolution=8)
+    return replace(base, out=Path("runs/digits-upscale"), model=model)
+
+
 def digits_edm() -> RunConfig:
     """The digits, trained and sampled as EDM does."""
     preset = digits()
@@ -646,5 +710,15 @@ def lsun256() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, digits_edm, photos, cifar10, cifar10_edm, celebahq256, lsun256)
+    for preset in (
+        digits,
+        digits_classes,
+        digits_upscale,
+        digits_edm,
+        photos,
+        cifar10,
+        cifar10_edm,
+        celebahq256,
+        lsun256,
+    )
 }
