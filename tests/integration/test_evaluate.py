@@ -27,11 +27,15 @@ from ddpm_engine.config import (
     TrainingConfig,
     UNetConfig,
 )
-from ddpm_engine.data import encode, open_shards
+from ddpm_engine.data import encode, open_shards, open_source, write_shards
 from ddpm_engine.drawing.picture_files import TarShards
+from ddpm_engine.evaluation.compare import reference_features
 from ddpm_engine.evaluation.digits import digit_classifier
+from ddpm_engine.evaluation.features import feature_network
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.images import RealImages
+from ddpm_engine.evaluation.inception import InceptionNetwork
+from ddpm_engine.files import sha256_of
 from ddpm_engine.likelihood import bits_per_dim
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.training import Trainer
@@ -266,6 +270,49 @@ def test_a_damaged_real_image_stops_it(
     said = capsys.readouterr().err
     assert "checksum differs" in said
     assert "make_shards.py verify" in said
+
+
+def test_real_images_that_another_evaluation_is_at_are_waited_for(
+    trained: Path, shards: Path, cache: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    own = tmp_path / "cache"
+    real = RealImages(open_shards(shards), (8, 8, 1))
+    network = feature_network("digits", 8, cache=cache)
+    claimed, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        # It claims the first piece, and ends a second later without having done anything.
+        with reference_features(own, real, network).claim(range(16)):
+            os.write(tell, b".")
+            time.sleep(1)
+            os._exit(0)
+    os.read(claimed, 1)
+    for kept in cache.glob("digits-*.npz"):
+        shutil.copy(kept, own)
+    evaluate("out", "--checkpoint", trained, *ASKED, "--metrics", "fid", "--cache", own)
+    assert os.waitpid(other, 0)[1] == 0
+    assert reference_features(own, real, network).ids() == set(range(100))
+
+
+def test_colour_pictures_by_inceptions_features(evaluate: Evaluate, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("real", "drawn"):
+        (tmp_path / folder).mkdir()
+        for k in range(4):
+            picture = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            (tmp_path / folder / f"{k}.png").write_bytes(encode(picture, "png"))
+    write_shards(open_source(str(tmp_path / "real")), tmp_path / "shards")
+    torch.manual_seed(0)
+    torch.save(InceptionNetwork().state_dict(), tmp_path / "weights.pth")
+    asked = (
+        "--data", tmp_path / "shards", "--inception-weights", tmp_path / "weights.pth",
+        "--metrics", "precision-recall",
+    )  # fmt: skip
+    found = evaluate("out", "--samples", tmp_path / "drawn", *asked)
+    assert found["features"]["name"] == "inception"
+    assert found["features"]["hash"] == sha256_of(tmp_path / "weights.pth")
+    assert found["metrics"]["precision-recall"]["count"] == 4
+    assert found["pictures"]["shape"] == [12, 12, 3]
 
 
 def test_the_bound_of_real_images(

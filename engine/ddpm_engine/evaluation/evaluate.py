@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end, by any number of processes that never wait for each other.
+"""An evaluation from beginning to end, by any number of processes that divide it among them.
 
 Features of the real images are computed once and kept; pictures are drawn, and their features
 computed, piece by piece; whoever finds that everything is there measures and reports. A process
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from ddpm_engine.evaluation.report import write_report
 logger = logging.getLogger(__name__)
 
 QUANTISATION = "to uint8 by round((x + 1) · 127.5), clipped to 0 … 255, before any feature"
+_PAUSE_SECONDS = 0.5
 _REPORT = 1 << 48  # an id beyond all pictures: claimed by whoever measures
 
 
@@ -200,9 +202,14 @@ def compare_with_real(
         subject.steps, subject.evaluations + 1, show,
     ):  # fmt: skip
         return None
-    # Another evaluation may be at the same real images: what it has claimed is had when it ends.
-    if not fill_real():
-        return None
+    # Whoever is still at the real images, perhaps for another evaluation, does nothing else that is
+    # needed here; what a process has claimed that dies is claimed anew.
+    waiting = False
+    while not fill_real():
+        if not waiting and show:
+            logger.warning("waiting for a process that is at real images in %s", of_real.directory)
+        waiting = True
+        time.sleep(_PAUSE_SECONDS)
     with of_drawn.claim([_REPORT]) as granted:
         if not granted:
             return None
