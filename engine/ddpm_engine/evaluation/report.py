@@ -95,7 +95,8 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (accuracy := metrics.get("accuracy")) is not None:
         cells.append(("class accuracy", f"{accuracy['share']:.2%}"))
     if (bound := metrics.get("nll")) is not None:
-        cells.append(("NLL, bits/dim", f"≤ {bound['bits_per_dim']:.4f}"))
+        error = "" if bound["error"] is None else f" ± {bound['error']:.4f}"
+        cells.append(("NLL, bits/dim", f"≤ {bound['bits_per_dim']:.4f}{error}"))
     return cells
 
 
@@ -103,7 +104,8 @@ def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     cells: list[tuple[str, str]] = []
     pictures = report.get("pictures") or {}
     features, reference = report.get("features"), report.get("reference")
-    model = report.get("model") or pictures
+    bound = report.get("model")
+    model = bound or pictures
     if pictures:
         cells.append(("pictures", f"{pictures['count']:,}"))
     if reference is not None:
@@ -117,6 +119,8 @@ def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         cells.append(("sampler", sampler + (f", guidance {guidance:g}" if guidance else "")))
     if "samples" in report["found_at"]:
         cells.append(("folder", report["found_at"]["samples"]))
+    if bound is not None:
+        cells.append(("variance", f"{bound['variance']}, T = {bound['timesteps']}"))
     if model.get("checkpoint") is not None:
         weights = model.get("weights") or "as published"
         if model.get("ema_decay") is not None and weights == "ema":
