@@ -168,6 +168,8 @@ def extension_of(payload: bytes) -> str:
 def _open(payload: bytes, extension: str) -> Image.Image:
     if extension not in _PILLOW_FORMATS:
         raise DecodeError(f"unknown image format {extension!r}; known: {', '.join(EXTENSIONS)}")
+    if not payload:
+        raise DecodeError("an image of no bytes")
     try:
         image = Image.open(io.BytesIO(payload), formats=[_PILLOW_FORMATS[extension]])
     except Exception as error:

@@ -12,6 +12,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
 from ddpm_engine.samplers import sample
 from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.training.strategies.precision import autocast
 from ddpm_engine.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def draw_preview(
         sampling = replace(sampling, variance="fixed_small")
     share = -(-log.sample_count // ranks)
     ids = torch.arange(share, device=accelerator.device) * ranks + accelerator.process_index
-    with accelerator.autocast():
+    with autocast(config.training.precision, accelerator.device):
         pictures = sample(
             model,
             schedule,

@@ -151,14 +151,14 @@ class Trainer:
         batches = self._batches()
         first = self.step
         while self.step < training.steps:
+            self._wait_for_save(ahead=log.checkpoint_overlap)
             started = time.perf_counter()
             # The first step compiles, and reads data that may have to be fetched from afar.
             try:
                 stopping = self._train_step(batches, stop, limited=self.step > first)
             except UserError:
-                self._note_saved(wait=True)  # the run ends, but not half-way through a save
+                self._wait_for_save()  # the run ends, but not half-way through a save
                 raise
-            self._note_saved()
             self._window.seconds += time.perf_counter() - started
             self.step += 1
             metrics.advance()
@@ -274,7 +274,7 @@ class Trainer:
 
     def _save(self, wait: bool) -> None:
         """Begin to save; `wait` until it is done."""
-        scaler = self.accelerator.scaler
+        loss_scale = self.strategy.loss_scale
         state = {
             "config": to_dict(self.config),
             "samples_seen": self.step * self.config.training.batch_size,
@@ -283,19 +283,27 @@ class Trainer:
             "window": self._window.state(),
             "bad_steps": self._bad_steps,
             "bad_samples": self._bad_samples,
-            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "loss_scale": None if loss_scale is None else loss_scale.state(),
         }
+        self._wait_for_save()
         started = time.perf_counter()
-        self._watch.doing(f"saving step {self.step}", limited=False)
-        self._note_saved(wait=True)
+        self._watch.doing(f"copying the state of step {self.step}", limited=False)
         self._saver.start(self.step, self.strategy.state(), state)
-        if wait:
-            self._note_saved(wait=True)
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
+        if wait:
+            self._wait_for_save()
 
-    def _note_saved(self, wait: bool = False) -> None:
-        """Report the checkpoint that was in flight, if it is done."""
+    def _wait_for_save(self, ahead: int = 0) -> None:
+        """Report the checkpoint in flight if it is done; wait if training is so far ahead of it."""
+        step = self._saver.step
+        if step is None:
+            return
+        wait = self.step - step >= ahead
+        if wait:
+            self._watch.doing(f"saving step {step}", limited=False)
+        started = time.perf_counter()
         saved = self._saver.finished(wait)
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if saved is None:
             return
         self._window.checkpoint_write_seconds += saved.seconds
@@ -328,8 +336,8 @@ class Trainer:
         self.strategy.load(parts)
         state = checkpoint.state
         try:
-            if self.accelerator.scaler is not None and state["loss_scale"] is not None:
-                self.accelerator.scaler.load_state_dict(state["loss_scale"])
+            if self.strategy.loss_scale is not None and state["loss_scale"] is not None:
+                self.strategy.loss_scale.load(state["loss_scale"])
             self._window = _Window(**state["window"])
             self._bad_steps = int(state["bad_steps"])
             self._bad_samples = int(state["bad_samples"])

@@ -25,6 +25,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.training.ema import EMA, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
+from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import Network, State
 from ddpm_engine.unet import UNet
@@ -47,7 +48,7 @@ class Zero:
         deepspeed_config: the content of a file as in `launch/deepspeed/`.
 
     Raises:
-        UserError: DeepSpeed cannot be imported, or the precision is fp16.
+        UserError: DeepSpeed cannot be imported.
     """
 
     def __init__(
@@ -59,11 +60,6 @@ class Zero:
         deepspeed_config: dict[str, Any],
     ) -> None:
         training, self._device = config.training, accelerator.device
-        if training.precision == "fp16":
-            raise UserError(
-                "--training.precision is fp16, whose loss scale is not kept under DeepSpeed; use "
-                "bf16 or no, or launch with launch/accelerate/ddp.yaml or fsdp2.yaml"
-            )
         deepspeed = _import_deepspeed(self._device)
         stage = deepspeed_config["zero_optimization"]["stage"]
         # It flattens weights, and all ranks must mean the same by that.
