@@ -195,7 +195,9 @@ def many_members(path: Path, count: int) -> None:
     blocks[:, :8] = digits
     # The template's own checksum is that of eight zeros.
     sums = int(template[148:154], 8) + digits.sum(1, dtype=int) - 8 * ord("0")
-    blocks[:, 148:154] = np.array([b"%06o" % s for s in sums.tolist()]).view(np.uint8).reshape(-1, 6)
+    blocks[:, 148:154] = (
+        np.array([b"%06o" % s for s in sums.tolist()]).view(np.uint8).reshape(-1, 6)
+    )
     with open(path, "wb") as file:
         blocks.tofile(file)
         file.write(bytes(2 * BLOCK))

@@ -1,8 +1,18 @@
-"""One rank of a launch: trains the runs that the JSON in argv[1] lists, one after the other.
+"""A launcher for tests: trains runs on several ranks, which are forks of a process that has torch.
 
-Each is `{"config": FILE, "environment": {…}, "float64": bool, "poisoned": POSITION or null}`; the
-environment is what a launcher would have left besides the rank, and the loss of the sample at that
-position is not a number. All in one process, because starting one takes longer than a run.
+Importing torch and DeepSpeed takes longer than most runs, so it is done once. Reads one order a
+line from standard input and answers each with the ranks' exit statuses:
+
+    {"jobs": [JOB, …], "environments": [VARIABLES OF RANK 0, …], "folder": LOGS, "timeout": SECONDS}
+    [0, 0]
+
+Each rank trains the jobs one after the other and then ends as a process of its own would. A job is
+
+    {"config": FILE, "environment": {…}, "float64": bool, "poisoned": POSITION or null,
+     "first_scale": NUMBER or null, "trace": FILE or null}
+
+where the environment is what a launcher would have left besides the rank, the loss of the sample at
+the poisoned position is not a number, and what becomes of each sample is written to the trace.
 """
 
 from __future__ import annotations
@@ -11,11 +21,15 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
@@ -23,8 +37,12 @@ from ddpm_engine.config import UNetConfig, load_config
 from ddpm_engine.data import Batch
 from ddpm_engine.errors import exit_on_user_error
 from ddpm_engine.objective import SimpleObjective
-from ddpm_engine.training import Trainer, trainer
+from ddpm_engine.training import Trainer, accelerator, trainer
+from ddpm_engine.training.strategies import loss_scale
 from ddpm_engine.unet import UNet
+
+GRACE_SECONDS = 2.0
+"""Between the failure of a rank and the end of those that wait for it."""
 
 
 def float64_network(config: UNetConfig) -> UNet:
@@ -38,23 +56,96 @@ def poisoned(objective: SimpleObjective, position: int) -> Callable[[Any, Batch]
     return loss
 
 
+def traced(objective: SimpleObjective, file: IO[str]) -> Callable[[Any, Batch], Tensor]:
+    """Write a line a sample: position, checksums of image and noisy image, timestep, label."""
+
+    def loss(network: Any, batch: Batch) -> Tensor:
+        def noting(x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+            for row in zip(batch.positions, batch.images, x_t, timesteps, labels, strict=True):
+                values = [
+                    zlib.crc32(v.contiguous().numpy().tobytes()) if v.dim() else int(v) for v in row
+                ]
+                print(*values, file=file, flush=True)
+            prediction: Tensor = network(x_t, timesteps, labels)
+            return prediction
+
+        return objective(noting, batch)
+
+    return loss
+
+
+def train(job: dict[str, Any]) -> None:
+    """Train one run as one rank."""
+    os.environ.update(job["environment"])
+    trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
+    # Slow, but the arithmetic is there.
+    accelerator.check_precision = lambda *_: None  # type: ignore[assignment]
+    if job["first_scale"] is not None:
+        loss_scale.FIRST_SCALE = job["first_scale"]
+    with exit_on_user_error():
+        run = Trainer(load_config(Path(job["config"])))
+        if job["float64"]:
+            run.objective._signal = run.schedule.sqrt_alpha_bar
+            run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
+        if job["poisoned"] is not None:
+            run.objective = poisoned(run.objective, job["poisoned"])  # type: ignore[assignment]
+        if job["trace"] is not None:
+            file = open(f"{job['trace']}.{os.environ.get('RANK', '0')}", "w")  # noqa: SIM115
+            run.objective = traced(run.objective, file)  # type: ignore[assignment]
+        run.fit()
+    for name in job["environment"]:
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def become_rank(rank: int, order: dict[str, Any]) -> None:
+    """Train all jobs as one rank, in a fork."""
+    log = os.open(Path(order["folder"]) / f"rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(order["environments"][rank])
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
+    for job in order["jobs"]:
+        train(job)
+
+
+def run_ranks(order: dict[str, Any]) -> list[int] | None:
+    """Fork ranks and wait for them; returns their statuses, or None in a rank that has ended."""
+    if any("ACCELERATE_USE_DEEPSPEED" in job["environment"] for job in order["jobs"]):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
+    ranks = []
+    for rank in range(len(order["environments"])):
+        ranks.append(os.fork())
+        if ranks[rank] == 0:
+            become_rank(rank, order)
+            return None
+    statuses: dict[int, int] = {}
+    deadline = time.monotonic() + order["timeout"]
+    while len(statuses) < len(ranks):
+        for pid in set(ranks) - statuses.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+                if statuses[pid]:  # one that fails leaves the others waiting for it
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for pid in set(ranks) - statuses.keys():
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return [statuses[pid] for pid in ranks]
+
+
 def main() -> None:
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
-    for job in json.loads(sys.argv[1]):
-        os.environ.update(job["environment"])
-        trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
-        with exit_on_user_error():
-            run = Trainer(load_config(Path(job["config"])))
-            if job["float64"]:
-                run.objective._signal = run.schedule.sqrt_alpha_bar
-                run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
-            if job["poisoned"] is not None:
-                run.objective = poisoned(run.objective, job["poisoned"])  # type: ignore[assignment]
-            run.fit()
-        for name in job["environment"]:
-            del os.environ[name]
-        AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        statuses = run_ranks(json.loads(line))
+        if statuses is None:
+            return
+        print(json.dumps(statuses), flush=True)
 
 
 if __name__ == "__main__":

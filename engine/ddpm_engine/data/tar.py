@@ -66,7 +66,9 @@ class BoundedTarInfo(tarfile.TarInfo):
         """As tarfile's own, but of a plain file reads only name and size: a third of the time."""
         if len(buf) != _BLOCK or buf[156:157] != tarfile.REGTYPE or not _is_sound(buf):
             return super().frombuf(buf, encoding, errors)
-        name, prefix = (_text(field).decode(encoding, errors) for field in (buf[:100], buf[345:500]))
+        name, prefix = (
+            _text(field).decode(encoding, errors) for field in (buf[:100], buf[345:500])
+        )
         info = cls(f"{prefix}/{name}" if prefix else name)
         info.size = tarfile.nti(buf[124:136])  # type: ignore[attr-defined]
         return info
