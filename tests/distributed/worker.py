@@ -57,16 +57,16 @@ def poisoned(objective: SimpleObjective, position: int) -> Callable[[Any, Batch]
 
 
 def traced(objective: SimpleObjective, file: IO[str]) -> Callable[[Any, Batch], Tensor]:
-    """Write a line a sample: position, checksums of image and noisy image, timestep, label."""
+    """Write a line a sample: position, checksums of image and x_t, timestep, label if any."""
 
     def loss(network: Any, batch: Batch) -> Tensor:
-        def noting(x_t: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-            for row in zip(batch.positions, batch.images, x_t, timesteps, labels, strict=True):
+        def noting(x_t: Tensor, *conditions: Tensor) -> Tensor:
+            for row in zip(batch.positions, batch.images, x_t, *conditions, strict=True):
                 values = [
                     zlib.crc32(v.contiguous().numpy().tobytes()) if v.dim() else int(v) for v in row
                 ]
                 print(*values, file=file, flush=True)
-            prediction: Tensor = network(x_t, timesteps, labels)
+            prediction: Tensor = network(x_t, *conditions)
             return prediction
 
         return objective(noting, batch)

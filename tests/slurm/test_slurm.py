@@ -185,6 +185,29 @@ def test_a_node_dies(job: Job) -> None:
 
 
 @pytest.mark.parametrize("job", [DIRECT], indirect=True)
+def test_a_node_dies_with_its_processes(job: Job) -> None:
+    """The other ranks end long before SLURM misses the node; the script asks who is at fault."""
+    job.cluster.wait_for_nodes(600)
+    try:
+        job.submit(FOREVER)
+        job.wait_for_step(30)
+        job.cluster.lose_node(NODES[1])
+        said = f"does not answer: requeueing job {job.id}\n"
+        wait_for("the requeue", lambda: said in job.text(), 3 * START)
+        wait_for("the end of its processes", lambda: not job.ranks(), START)
+        stopped = job.checkpoints()[-1]
+        job.plan(stopped + 10)
+    finally:
+        job.cluster.start_node(NODES[1])
+        job.cluster.wait_for_nodes(10)
+    job.finish()
+    assert job.cluster.field(job.id, "Restarts") == "1"
+    assert_went_on_from(stopped, job, stopped + 10)
+    (noted,) = job.out.with_name("run-logs").glob("*-node-failures")
+    assert len(noted.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("job", [DIRECT], indirect=True)
 def test_a_rank_is_killed(job: Job) -> None:
     """The job fails at once and says why; submitted again, it continues."""
     job.submit(FOREVER)

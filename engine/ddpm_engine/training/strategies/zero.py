@@ -38,7 +38,8 @@ class Zero:
 
     Weights stay float32 and the precision is that of autocast, as in other strategies: a rank's
     share of weights, gradients and moments takes 16 bytes a parameter, as much as half-precision
-    weights with a float32 copy would.
+    weights with a float32 copy would. The loss scale is the engine's own, which DeepSpeed is told:
+    to it, the scale is a constant.
 
     Args:
         model: on its device, the same on every rank.
@@ -89,10 +90,14 @@ class Zero:
         self.model = model
         self._mesh = mesh
         self._decay = training.ema_decay
+        self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._begin_optimizer_state()
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
         """See `Strategy`."""
+        if self.loss_scale is not None:
+            # DeepSpeed multiplies the loss by it, and divides the gradients when it steps.
+            self._engine.optimizer.loss_scale = self.loss_scale.value
         loss = loss_of(self._engine)
         self._engine.backward(loss)
         if not last:
@@ -104,11 +109,10 @@ class Zero:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()  # skips by itself if a gradient is not finite
-        return (
-            float("inf")
-            if self._engine.optimizer.overflow
-            else float(self._engine.get_global_grad_norm())
-        )
+        overflow: bool = self._engine.optimizer.overflow
+        if self.loss_scale is not None:
+            self.loss_scale.update(finite=not overflow)
+        return float("inf") if overflow else float(self._engine.get_global_grad_norm())
 
     def state(self) -> State:
         """See `Strategy`; moments, and what else is sharded, are copies."""
