@@ -224,11 +224,11 @@ def test_float16(environment: dict[str, str], config: RunConfig) -> None:
     """Overflows are skipped by all ranks, and the scale goes on where a stopped run left it."""
     half = at(config, "half", steps=12, precision="fp16", accumulation=2)
     # A scale at which the first steps overflow, and later a step that only the last rank overflows.
-    wild = {"first_scale": 2.0**23, "poisoned": 9 * half.training.batch_size - 1}
+    wild = Job(half, environment, first_scale=2.0**23, poisoned=9 * half.training.batch_size - 1)
     straight, run = at(half, "straight"), at(half, "run")
-    legs = [Job(at(run, "run", steps=7), environment, **wild), Job(run, environment, **wild)]
-    for job in (Job(half, environment), Job(straight, environment, **wild), *legs):
-        launch([job], 2)  # one at a time: DeepSpeed serves one run of a process
+    launch([Job(half, environment)], 2)
+    for leg in (straight, at(run, "run", steps=7), run):
+        launch([replace(wild, config=leg)], 2)  # apart: DeepSpeed serves one run of a process
     launch([Job(at(half, "single", precision="no"))], 1)
 
     assert skipped(half.out) == []

@@ -79,7 +79,7 @@ def train(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
     # Slow, but the arithmetic is there.
-    accelerator.check_precision = lambda *_: None  # type: ignore[assignment]
+    accelerator.check_precision = lambda *_: None
     if job["first_scale"] is not None:
         loss_scale.FIRST_SCALE = job["first_scale"]
     with exit_on_user_error():

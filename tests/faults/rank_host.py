@@ -109,7 +109,7 @@ def die_while_saving(_config: RunConfig, saved: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, step, *arguments)
 
-    CheckpointStore.save = save  # type: ignore[method-assign]
+    CheckpointStore.save = save  # type: ignore[assignment,method-assign]
 
 
 def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:

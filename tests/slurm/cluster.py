@@ -152,7 +152,7 @@ class Cluster:
 
     def lose_node(self, node: str) -> None:
         """Let a node die with all that runs on it."""
-        lost = [pid for pid in self.processes() if f"SLURMD_NODENAME={node}" in _environment(pid)]
+        lost = [pid for pid in self.processes() if on_node(pid, node)]
         keepers = {int(_status(pid)["PPid"]) for pid in lost}
         self.kill_node(node)
         for pid in [k for k in keepers if _status(k).get("Name") == "slurmstepd"] + lost:
@@ -232,6 +232,11 @@ class Cluster:
         )  # fmt: skip
         self._daemons.callback(_end, daemon)
         return daemon
+
+
+def on_node(pid: int, node: str) -> bool:
+    """Whether a job's process runs on a node."""
+    return f"SLURMD_NODENAME={node}" in _environment(pid)
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
