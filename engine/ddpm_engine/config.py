@@ -274,6 +274,8 @@ class LogConfig:
     """Steps between log lines."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints."""
+    checkpoint_overlap: int = 1
+    """Steps that training may be ahead of a checkpoint being written before it waits for it."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep, two at least."""
     keep_every: int | None = None
@@ -320,6 +322,7 @@ class RunConfig:
             ("data.max-bad-samples", self.data.max_bad_samples, 0),
             ("log.every", self.log.every, 1),
             ("log.checkpoint-every", self.log.checkpoint_every, 1),
+            ("log.checkpoint-overlap", self.log.checkpoint_overlap, 0),
             ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
             ("log.snapshot-every", self.log.snapshot_every, 1),
             ("log.sample-every", self.log.sample_every, 0),

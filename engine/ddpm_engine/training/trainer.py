@@ -149,14 +149,14 @@ class Trainer:
         batches = self._batches()
         first = self.step
         while self.step < training.steps:
+            self._wait_for_saves(ahead=log.checkpoint_overlap)
             started = time.perf_counter()
             # The first step compiles, and reads data that may have to be fetched from afar.
             try:
                 stopping = self._train_step(batches, stop, limited=self.step > first)
             except UserError:
-                self._note_all_saved(wait=True)  # the run ends, but not half-way through a save
+                self._wait_for_saves()  # the run ends, but not half-way through one
                 raise
-            self._note_all_saved()
             self._window.seconds += time.perf_counter() - started
             self.step += 1
             metrics.advance()
@@ -175,7 +175,7 @@ class Trainer:
                         model, self.schedule, config, self.step, self.accelerator, self.dataset
                     )
             if stopping or last:
-                self._note_all_saved(wait=True)
+                self._wait_for_saves()
             if stopping:
                 return True
         return False
@@ -284,7 +284,7 @@ class Trainer:
 
     def _save(self, wait: bool) -> None:
         """Begin to save; `wait` until it is done."""
-        scaler = self.accelerator.scaler
+        loss_scale = self.strategy.loss_scale
         state = {
             "config": to_dict(self.config),
             "samples_seen": self.step * self.config.training.batch_size,
@@ -293,32 +293,46 @@ class Trainer:
             "window": self._window.state(),
             "bad_steps": self._bad_steps,
             "bad_samples": self._bad_samples,
-            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "loss_scale": None if loss_scale is None else loss_scale.state(),
         }
+        self._wait_for_save("checkpoint")
         started = time.perf_counter()
-        self._watch.doing(f"saving step {self.step}", limited=False)
-        self._note_saved("checkpoint", wait=True)
+        self._watch.doing(f"copying the state of step {self.step}", limited=False)
         self._savers["checkpoint"].start(self.step, self._parts(), state)
-        if wait:
-            self._note_saved("checkpoint", wait=True)
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
+        if wait:
+            self._wait_for_save("checkpoint")
 
     def _save_snapshot(self) -> None:
         """Begin to save the power-function averages."""
+        self._wait_for_save("snapshot")
         started = time.perf_counter()
-        self._watch.doing(f"saving a snapshot of step {self.step}", limited=False)
-        self._note_saved("snapshot", wait=True)
+        self._watch.doing(f"copying the averages of step {self.step}", limited=False)
         averages = {n: part for n, part in self.strategy.averages().items() if n != "ema"}
         self._savers["snapshot"].start(self.step, averages, {"config": to_dict(self.config)})
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
 
-    def _note_all_saved(self, wait: bool = False) -> None:
+    def _wait_for_saves(self, ahead: int = 0) -> None:
         for kind in self._savers:
-            self._note_saved(kind, wait)
+            self._wait_for_save(kind, ahead)
 
-    def _note_saved(self, kind: str, wait: bool = False) -> None:
-        """Report the checkpoint or snapshot that was in flight, if it is done."""
-        saved = self._savers[kind].finished(wait)
+    def _wait_for_save(self, kind: str, ahead: int = 0) -> None:
+        """Report the checkpoint or snapshot in flight if it is done.
+
+        Args:
+            kind: of the two.
+            ahead: wait for it if training is so many steps ahead of it.
+        """
+        saver = self._savers[kind]
+        step = saver.step
+        if step is None:
+            return
+        wait = self.step - step >= ahead
+        if wait:
+            self._watch.doing(f"saving the {kind} of step {step}", limited=False)
+        started = time.perf_counter()
+        saved = saver.finished(wait)
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if saved is None:
             return
         self._window.checkpoint_write_seconds += saved.seconds
@@ -352,8 +366,8 @@ class Trainer:
         self.objective.load(parts.get("objective", {}))
         state = checkpoint.state
         try:
-            if self.accelerator.scaler is not None and state["loss_scale"] is not None:
-                self.accelerator.scaler.load_state_dict(state["loss_scale"])
+            if self.strategy.loss_scale is not None and state["loss_scale"] is not None:
+                self.strategy.loss_scale.load(state["loss_scale"])
             self._window = _Window(**state["window"])
             self._bad_steps = int(state["bad_steps"])
             self._bad_samples = int(state["bad_samples"])

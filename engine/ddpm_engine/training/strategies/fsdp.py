@@ -69,4 +69,4 @@ class FullySharded(TorchStrategy):
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             raise RuntimeError(f"FSDP2 was asked for but did not shard {', '.join(whole[:5])}")
-        super().__init__("FSDP2", model, model, emas, config, accelerator)
+        super().__init__("FSDP2", model, model, emas, config)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_engine.config import RunConfig
 from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import Network, State
 from ddpm_engine.unet import UNet
@@ -40,7 +41,6 @@ class TorchStrategy:
         model: the model itself.
         emas: its averages, spread like it.
         config: of the run.
-        accelerator: for the loss scale.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class TorchStrategy:
         model: UNet,
         emas: dict[str, EMA[UNet]],
         config: RunConfig,
-        accelerator: Accelerator,
     ) -> None:
         self.name = name
         self.network = network
@@ -59,28 +58,28 @@ class TorchStrategy:
         self.optimizer = make_optimizer(model, config.optimizer)
         self._pieces = config.training.accumulation
         self._clip_norm = config.optimizer.clip_norm
-        self._scaler = accelerator.scaler
+        self.loss_scale = LossScale() if config.training.precision == "fp16" else None
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
         """See `Strategy`."""
         loss = loss_of(self.network)
         mean = loss / self._pieces
-        (mean if self._scaler is None else self._scaler.scale(mean)).backward()
+        (mean if self.loss_scale is None else mean * self.loss_scale.value).backward()
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
         """See `Strategy`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
+        if self.loss_scale is not None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if self._scaler is not None:
-            self._scaler.step(self.optimizer)  # skips by itself, and lowers the scale
-            self._scaler.update()
-        elif math.isfinite(norm):
+        if math.isfinite(norm):
             self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(math.isfinite(norm))
         self.optimizer.zero_grad()
         return norm
 
@@ -144,7 +143,6 @@ class Replicated(TorchStrategy):
             model,
             emas,
             config,
-            accelerator,
         )
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ddpm_engine.objectives.objective import Network
+from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.unet import UNet
 
 State = Mapping[str, Mapping[str, Any]]
@@ -29,6 +30,8 @@ class Strategy(Protocol):
 
     name: str
     """What is in force, in words for the log."""
+    loss_scale: LossScale | None
+    """Of a run in fp16; a part of the training state."""
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
         """Add one piece of a step to the gradients.

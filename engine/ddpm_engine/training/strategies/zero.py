@@ -25,6 +25,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.training.ema import EMA, decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
+from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import Network, State
 from ddpm_engine.unet import UNet
@@ -37,7 +38,8 @@ class Zero:
 
     Weights stay float32 and the precision is that of autocast, as in other strategies: a rank's
     share of weights, gradients and moments takes 16 bytes a parameter, as much as half-precision
-    weights with a float32 copy would.
+    weights with a float32 copy would. The loss scale is the engine's own, which DeepSpeed is told:
+    to it, the scale is a constant.
 
     Args:
         model: on its device, the same on every rank.
@@ -47,7 +49,7 @@ class Zero:
         deepspeed_config: the content of a file as in `launch/deepspeed/`.
 
     Raises:
-        UserError: DeepSpeed cannot be imported, or the precision is fp16.
+        UserError: DeepSpeed cannot be imported.
     """
 
     def __init__(
@@ -59,11 +61,6 @@ class Zero:
         deepspeed_config: dict[str, Any],
     ) -> None:
         training, self._device = config.training, accelerator.device
-        if training.precision == "fp16":
-            raise UserError(
-                "--training.precision is fp16, whose loss scale is not kept under DeepSpeed; use "
-                "bf16 or no, or launch with launch/accelerate/ddp.yaml or fsdp2.yaml"
-            )
         deepspeed = _import_deepspeed(self._device)
         stage = deepspeed_config["zero_optimization"]["stage"]
         # It flattens weights, and all ranks must mean the same by that.
@@ -92,10 +89,14 @@ class Zero:
         self.name = f"DeepSpeed ZeRO-{stage}"
         self.model = model
         self._mesh = mesh
+        self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._begin_optimizer_state()
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
         """See `Strategy`."""
+        if self.loss_scale is not None:
+            # DeepSpeed multiplies the loss by it, and divides the gradients when it steps.
+            self._engine.optimizer.loss_scale = self.loss_scale.value
         loss = loss_of(self._engine)
         self._engine.backward(loss)
         if not last:
@@ -107,11 +108,10 @@ class Zero:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()  # skips by itself if a gradient is not finite
-        return (
-            float("inf")
-            if self._engine.optimizer.overflow
-            else float(self._engine.get_global_grad_norm())
-        )
+        overflow: bool = self._engine.optimizer.overflow
+        if self.loss_scale is not None:
+            self.loss_scale.update(finite=not overflow)
+        return float("inf") if overflow else float(self._engine.get_global_grad_norm())
 
     def state(self) -> State:
         """See `Strategy`; moments, and what else is sharded, are copies."""
