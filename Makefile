@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread a worker: on few cores that is faster than workers that compete for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-RUN := runs/digits
+RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
@@ -42,12 +42,14 @@ $(VENV)/installed-cluster: $(VENV)/installed-test
 install: $(VENV)/installed  ## make .venv with the engine in it
 
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
-	$(BIN)/accelerate launch launch/train.py
-	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples
+	$(BIN)/accelerate launch launch/train.py --preset digits-classes
+	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
+	    --count 100 --guidance-scale 2
 	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
 	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"
+	@echo "and with $(PICTURES)/samples/grid.png, where each row was asked to be one digit"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

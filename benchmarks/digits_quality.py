@@ -54,6 +54,9 @@ def main() -> None:
 
         steps = options.steps or config.sampling.steps or config.diffusion.timesteps
         total = options.count * steps
+        null = pretrained.model.null_class
+        # Of no class, so that it shows which ones the model prefers.
+        labels = None if null is None else torch.full((options.count,), null, device=device)
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
             drawn = sample(
                 pretrained.model,
@@ -65,6 +68,7 @@ def main() -> None:
                 spacing=config.sampling.spacing,
                 variance=config.sampling.variance,
                 prediction=config.diffusion.prediction,
+                labels=labels,
                 on_step=bar.update,
             )
         confidence = classifier.probabilities(to_uint8(drawn))

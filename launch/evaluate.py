@@ -288,6 +288,11 @@ def main() -> None:
         pretrained = None
         if options.checkpoint is not None:
             pretrained = load_pretrained(options.checkpoint, device, options.drawing.weights)
+            if pretrained.model.low_resolution is not None:
+                raise UserError(
+                    f"--checkpoint {options.checkpoint} enlarges pictures: draw some with "
+                    "launch/sample.py --low-resolution, and give them with --samples"
+                )
         reports = []
         if any(metric in COMPARING for metric in metrics):
             reports.append(compare(options, pretrained, device, division))

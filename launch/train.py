@@ -30,8 +30,9 @@ class Options:
     """
 
     preset: Literal[
-        "digits", "digits-edm", "photos", "cifar10", "cifar10-edm", "celebahq256", "lsun256"
-    ] = "digits"
+        "digits", "digits-classes", "digits-upscale", "digits-edm", "photos", "cifar10",
+        "cifar10-edm", "celebahq256", "lsun256",
+    ] = "digits"  # fmt: skip
     """Where the defaults come from."""
     config: Path | None = None
     """Take the defaults from a run directory or its config.json instead."""

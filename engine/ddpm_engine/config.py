@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import MAX_LEVEL
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.registry import Sampler
@@ -66,6 +67,9 @@ class UNetConfig:
     """Subtracted from the frequency count in the time embedding's exponent."""
     num_class_embeds: int | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
+    low_resolution: int | None = None
+    """Side of the small image that the network enlarges, a divisor of the sample size; None: it is
+    shown none."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
     """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""
 
@@ -227,6 +231,8 @@ class TrainingConfig:
     """Decay of the weight average that is sampled from (it warms up from 0.1)."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class (class-conditional models)."""
+    augmentation_levels: int = 250
+    """Noise of the small image: drawn from 0 (none) to this − 1 steps (low-resolution models)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the network's arithmetic; no: float32."""
     allow_slow_bf16: bool = False
@@ -301,6 +307,7 @@ class RunConfig:
             ("training.batch-size", self.training.batch_size, 1),
             ("training.accumulation", self.training.accumulation, 1),
             ("training.max-bad-steps", self.training.max_bad_steps, 1),
+            ("training.augmentation-levels", self.training.augmentation_levels, 1),
             ("training.timeout-seconds", self.training.timeout_seconds, 1),
             ("optimizer.warmup-steps", self.optimizer.warmup_steps, 0),
             ("data.workers", self.data.workers, 0),
@@ -331,6 +338,11 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        if self.training.augmentation_levels > MAX_LEVEL + 1:
+            found.append(
+                f"--training.augmentation-levels is {self.training.augmentation_levels}; it must "
+                f"be at most {MAX_LEVEL + 1}, for levels 0 to {MAX_LEVEL}"
+            )
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
@@ -597,6 +609,20 @@ def photos() -> RunConfig:
     )
 
 
+def digits_classes() -> RunConfig:
+    """The digits with their classes, and the null class, for classifier-free guidance."""
+    base = digits()
+    model = replace(base.model, num_class_embeds=11)
+    return replace(base, out=Path("runs/digits-classes"), model=model)
+
+
+def digits_upscale() -> RunConfig:
+    """Enlarges digits of 8×8, as scikit-learn has them, to 16×16."""
+    base = digits()
+    model = replace(base.model, low_resolution=8)
+    return replace(base, out=Path("runs/digits-upscale"), model=model)
+
+
 def digits_edm() -> RunConfig:
     """The digits, trained and sampled as EDM does."""
     preset = digits()
@@ -684,5 +710,15 @@ def lsun256() -> RunConfig:
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, digits_edm, photos, cifar10, cifar10_edm, celebahq256, lsun256)
+    for preset in (
+        digits,
+        digits_classes,
+        digits_upscale,
+        digits_edm,
+        photos,
+        cifar10,
+        cifar10_edm,
+        celebahq256,
+        lsun256,
+    )
 }

@@ -27,11 +27,15 @@ from ddpm_engine.config import (
     TrainingConfig,
     UNetConfig,
 )
-from ddpm_engine.data import encode, open_shards
+from ddpm_engine.data import encode, open_shards, open_source, write_shards
 from ddpm_engine.drawing.picture_files import TarShards
+from ddpm_engine.evaluation.compare import reference_features
 from ddpm_engine.evaluation.digits import digit_classifier
+from ddpm_engine.evaluation.features import feature_network
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.images import RealImages
+from ddpm_engine.evaluation.inception import InceptionNetwork
+from ddpm_engine.files import sha256_of
 from ddpm_engine.likelihood import bits_per_dim
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.training import Trainer
@@ -53,7 +57,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = RunConfig(
         out=tmp_path_factory.mktemp("trained") / "run",
         data=DataConfig(path=shards, workers=0),
-        diffusion=DiffusionConfig(timesteps=100),
+        diffusion=DiffusionConfig(timesteps=40),
         model=UNetConfig(
             sample_size=8,
             in_channels=1,
@@ -67,7 +71,9 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         training=TrainingConfig(steps=40, batch_size=16, ema_decay=0.9),
-        log=LogConfig(every=50, checkpoint_every=50, sample_every=0, tracker="none"),
+        log=LogConfig(
+            every=50, checkpoint_every=50, sample_every=0, sample_steps=10, tracker="none"
+        ),
     )
     Trainer(config).fit()
     return config.out
@@ -268,13 +274,55 @@ def test_a_damaged_real_image_stops_it(
     assert "make_shards.py verify" in said
 
 
+def test_real_images_that_another_evaluation_is_at_are_waited_for(
+    trained: Path, shards: Path, cache: Path, evaluate: Evaluate, tmp_path: Path
+) -> None:
+    own = tmp_path / "cache"
+    real = RealImages(open_shards(shards), (8, 8, 1))
+    network = feature_network("digits", 8, cache=cache)
+    claimed, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        # It claims the first piece, and ends a second later without having done anything.
+        with reference_features(own, real, network).claim(range(16)):
+            os.write(tell, b".")
+            time.sleep(1)
+            os._exit(0)
+    os.read(claimed, 1)
+    for kept in cache.glob("digits-*.npz"):
+        shutil.copy(kept, own)
+    evaluate("out", "--checkpoint", trained, *ASKED, "--metrics", "fid", "--cache", own)
+    assert os.waitpid(other, 0)[1] == 0
+    assert reference_features(own, real, network).ids() == set(range(100))
+
+
+def test_colour_pictures_by_inceptions_features(evaluate: Evaluate, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("real", "drawn"):
+        (tmp_path / folder).mkdir()
+        for k in range(4):
+            picture = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            (tmp_path / folder / f"{k}.png").write_bytes(encode(picture, "png"))
+    write_shards(open_source(str(tmp_path / "real")), tmp_path / "shards")
+    torch.manual_seed(0)
+    torch.save(InceptionNetwork().state_dict(), tmp_path / "weights.pth")
+    asked = (
+        "--data", tmp_path / "shards", "--inception-weights", tmp_path / "weights.pth",
+        "--metrics", "precision-recall",
+    )  # fmt: skip
+    found = evaluate("out", "--samples", tmp_path / "drawn", *asked)
+    assert found["features"]["name"] == "inception"
+    assert found["features"]["hash"] == sha256_of(tmp_path / "weights.pth")
+    assert found["metrics"]["precision-recall"]["count"] == 4
+    assert found["pictures"]["shape"] == [12, 12, 3]
+
+
 def test_the_bound_of_real_images(
     trained: Path, shards: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:
-    asked = ("--checkpoint", trained, "--metrics", "nll", "--count", 6)
-    evaluate("out", *asked, "--batch-size", 6)
+    asked = ("--checkpoint", trained, "--metrics", "nll", "--count", 6, "--batch-size", 3)
+    found = evaluate("out", *asked)["metrics"]["nll"]
     (folder,) = (tmp_path / "out").iterdir()
-    found = report(folder)["metrics"]["nll"]
     # By hand, the whole batch at once.
     pretrained = load_pretrained(trained)
     real = RealImages(open_shards(shards), (8, 8, 1), 6)
@@ -293,9 +341,18 @@ def test_the_bound_of_real_images(
     parts = found["decoder"] + found["denoising"] + found["prior"]
     assert parts == pytest.approx(found["bits_per_dim"])
     rows = (folder / "terms.csv").read_text().splitlines()
-    assert len(rows) == 1 + 101
+    assert len(rows) == 1 + 41
     assert float(rows[1].split(",")[2]) == pytest.approx(found["decoder"], rel=1e-8)
     assert (folder / "terms.png").exists()
+    # What a killed process had not finished is all that is done again, to the same bytes.
+    (path,) = folder.glob("result-*.json")
+    first, last = sorted((folder / "shards").iterdir())
+    before, kept = path.read_bytes(), first.stat().st_mtime_ns
+    path.unlink()
+    last.unlink()
+    evaluate("out", *asked)
+    assert path.read_bytes() == before
+    assert first.stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(
@@ -313,6 +370,8 @@ def test_the_bound_of_real_images(
         (["--checkpoint", "{run}", "--data", "x-{000..009}.tar"], "is a stream"),
         (["--checkpoint", "{run}", "--data", "nowhere"], "no folder of shards at nowhere"),
         (["--checkpoint", "{run}", "--inception-weights", "nowhere"], "weights nowhere"),
+        (["--checkpoint", "{run}", "--metrics", "nll", "--variance", "learned_range"],
+         "network has 1 outputs"),
         (["--checkpoint", "{run}", "--guidance-interval", 1, 2], "needs --guidance-scale"),
         (["--checkpoint", "{run}", "--class-labels", "1,x"], "--class-labels is '1,x'"),
     ],

@@ -120,6 +120,7 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
     ("arguments", "expected"),
     [
         (["--class-label", "3"], "without classes"),
+        (["--guidance-scale", "3"], "without classes"),
         (["--ids", "3,x"], "--ids is '3,x'"),
         (["--ids", "3,3"], "once each"),
         (["--count", "0"], "--count is 0"),
@@ -148,7 +149,7 @@ def test_classes(config: RunConfig, run: Run, tmp_path: Path) -> None:
     Trainer(config).fit()
     common = ["--checkpoint", config.out, "--steps", "5", "--count", "2"]
     for name, arguments in {
-        "none": [],
+        "none": ["--class-labels", "none"],
         "three": ["--class-label", "3"],
         "null": ["--class-label", "10"],
     }.items():

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from ddpm_engine.drawing.numbered_set import NumberedSet
-from ddpm_engine.drawing.picture_files import Format, ids_in, picture_files
-from ddpm_engine.evaluation.pictures import grid, save_png
+from ddpm_engine.drawing.picture_files import Format
+from ddpm_engine.drawing.stored_pictures import StoredPictures
+from ddpm_engine.evaluation.pictures import class_grid, grid, save_png
 
 _GRID_LIMIT = 256
+_SHORTEST_ROW = 4
 
 
 class PictureSet(NumberedSet):
@@ -30,8 +32,9 @@ class PictureSet(NumberedSet):
     def __init__(
         self, directory: Path, settings: Mapping[str, Any], format: Format = "png"
     ) -> None:
-        self.files = picture_files(directory, format)
-        super().__init__(directory, self.files.folder, {**settings, "format": format})
+        self.stored = StoredPictures(directory, {**settings, "format": format})
+        self.files = self.stored.files
+        super().__init__(directory, self.files.folder, self.stored.settings)
 
     @property
     def grid(self) -> Path:
@@ -65,18 +68,19 @@ class PictureSet(NumberedSet):
         Raises:
             KeyError: one is not there.
         """
-        wanted, found = set(ids), dict[int, np.ndarray]()
-        for name in sorted(self._names()):
-            if wanted.intersection(ids_in(name) or ()):
-                pictures = self.files.read(self.files.folder / name)
-                found.update((k, pictures[k]) for k in wanted.intersection(pictures))
-        return np.stack([found[k] for k in ids])
+        return self.stored.read(ids)
 
     def finish(self, ids: Sequence[int]) -> None:
         """Show the first of these pictures in one; for one process at a time.
 
+        If they are of several classes there is a row for each, unless rows would be short.
+
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
+        shown = ids[:_GRID_LIMIT]
+        labels = [label for k in shown if (label := self.stored.label_of(k)) is not None]
+        by_class = 1 < len(set(labels)) <= len(shown) / _SHORTEST_ROW
         with self.writing():
-            save_png(grid(self.read(ids[:_GRID_LIMIT])), self.grid)
+            pictures = self.read(shown)
+            save_png(class_grid(pictures, labels) if by_class else grid(pictures), self.grid)

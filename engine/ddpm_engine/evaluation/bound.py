@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_engine.drawing import fill
 from ddpm_engine.drawing.progress import Progress
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.compare import Division
 from ddpm_engine.evaluation.feature_set import FeatureSet
 from ddpm_engine.evaluation.figures.curves import bound_figure
@@ -60,9 +61,16 @@ def likelihood_of_real(
         The report's path; None: other processes are still at it, and the last of them reports.
 
     Raises:
-        UserError: images that cannot be had, or no room.
+        UserError: a network that learned no variance if that is asked for, or is of another kind
+            than `bits_per_dim` takes; images that cannot be had; no room.
     """
     variance = variance or pretrained.config.sampling.variance
+    model = pretrained.config.model
+    if variance == "learned_range" and model.out_channels < 2 * model.in_channels:
+        raise UserError(
+            f"variance is learned_range, but the network has {model.out_channels} outputs, none of "
+            "them for it; choose --variance fixed_small or fixed_large"
+        )
     asked = _asked(pretrained, weights, variance, real, seed)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     folder = out / f"nll-{digest[:8]}"
@@ -112,7 +120,8 @@ def likelihood_of_real(
             bound_figure(rows, folder / "terms.png")
             with atomic_write(folder / "terms.csv") as file:
                 file.write(_table(rows).encode())
-        return write_report(folder, asked, {"nll": summary(rows)})
+        locations = {"data": str(real.shards.storage)}
+        return write_report(folder, asked, {"nll": summary(rows)}, locations)
 
 
 def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
@@ -150,7 +159,6 @@ def _asked(
         },
         "seed": seed,
         "reference": {
-            "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
             "count": len(real),
             "of": real.total,

@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end, by any number of processes that never wait for each other.
+"""An evaluation from beginning to end, by any number of processes that divide it among them.
 
 Features of the real images are computed once and kept; pictures are drawn, and their features
 computed, piece by piece; whoever finds that everything is there measures and reports. A process
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from ddpm_engine.evaluation.report import write_report
 logger = logging.getLogger(__name__)
 
 QUANTISATION = "to uint8 by round((x + 1) · 127.5), clipped to 0 … 255, before any feature"
+_PAUSE_SECONDS = 0.5
 _REPORT = 1 << 48  # an id beyond all pictures: claimed by whoever measures
 
 
@@ -68,6 +70,8 @@ class Subject:
     """Hears of each step of drawing and of features."""
     evaluations: int = 0
     """Steps of drawing a picture."""
+    location: str | None = None
+    """Where they were found, if they were."""
 
     @property
     def hash(self) -> str:
@@ -127,8 +131,8 @@ def folder_subject(folder: Path, count: int | None = None) -> Subject:
     images = PictureFolder(folder)
     if count is not None and len(images.ids) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images.ids)}")
-    about = {"samples": str(folder), "sha256": images.fingerprint, **(images.about or {})}
-    return Subject(images, images.ids[:count], about, Steps())
+    about = {"sha256": images.fingerprint, **(images.about or {})}
+    return Subject(images, images.ids[:count], about, Steps(), location=str(folder))
 
 
 def _shards_subject(folder: Path, count: int | None) -> Subject:
@@ -141,8 +145,8 @@ def _shards_subject(folder: Path, count: int | None) -> Subject:
     images = RealImages(shards, (stored.height, stored.width, stored.channels))
     if count is not None and len(images) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images)}")
-    about = {"samples": str(folder), "fingerprint": stored.fingerprint}
-    return Subject(images, range(len(images))[:count], about, Steps())
+    about = {"fingerprint": stored.fingerprint}
+    return Subject(images, range(len(images))[:count], about, Steps(), location=str(folder))
 
 
 def compare_with_real(
@@ -198,9 +202,14 @@ def compare_with_real(
         subject.steps, subject.evaluations + 1, show,
     ):  # fmt: skip
         return None
-    # Another evaluation may be at the same real images: what it has claimed is had when it ends.
-    if not fill_real():
-        return None
+    # Whoever is still at the real images, perhaps for another evaluation, does nothing else that is
+    # needed here; what a process has claimed that dies is claimed anew.
+    waiting = False
+    while not fill_real():
+        if not waiting and show:
+            logger.warning("waiting for a process that is at real images in %s", of_real.directory)
+        waiting = True
+        time.sleep(_PAUSE_SECONDS)
     with of_drawn.claim([_REPORT]) as granted:
         if not granted:
             return None
@@ -216,7 +225,8 @@ def compare_with_real(
         )  # fmt: skip
         if isinstance(subject.images, DrawnPictures):
             subject.images.pictures.finish(subject.ids)
-        return write_report(out, _asked(subject, real, network), measured)
+        locations = {"samples": subject.location, "data": str(real.shards.storage)}
+        return write_report(out, _asked(subject, real, network), measured, locations)
 
 
 def _fill(
@@ -253,7 +263,6 @@ def _asked(subject: Subject, real: RealImages, network: FeatureNetwork) -> dict[
             **subject.about,
         },
         "reference": {
-            "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
             "count": len(real),
             "of": real.total,

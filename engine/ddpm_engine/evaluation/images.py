@@ -83,7 +83,11 @@ class DrawnPictures:
         return self._drawing.label_of(sample_id)
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`; what is missing is drawn."""
+        """As `Images.read`: `[N, H, W, C]`. What is missing is drawn.
+
+        Raises:
+            UserError: no room to write, or a recipe whose images cannot be read.
+        """
         present = self.pictures.ids()
         old, missing = [k for k in ids if k in present], [k for k in ids if k not in present]
         found = dict(zip(old, self.pictures.read(old), strict=True)) if old else {}
@@ -128,7 +132,11 @@ class RealImages:
         return self._picked[np.asarray(ids, dtype=np.int64)]
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`. A damaged sample is an error: leaving it out would change the measure."""
+        """As `Images.read`: `[N, H, W, C]`.
+
+        Raises:
+            UserError: a damaged sample; leaving it out would change the measure.
+        """
         return np.stack([self._read(k) for k in ids])
 
     def label_of(self, sample_id: int) -> int | None:
@@ -196,7 +204,7 @@ class PictureFolder:
         return int(classes[sample_id % len(classes)])
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`.
+        """As `Images.read`: `[N, H, W, C]`.
 
         Raises:
             UserError: a file that cannot be read, or a picture of another size.

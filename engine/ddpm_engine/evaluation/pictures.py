@@ -54,6 +54,20 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BOX)
 
 
+def class_grid(images: np.ndarray, labels: Sequence[int]) -> Image.Image:
+    """Tile pictures with one row a class, in ascending order of classes.
+
+    Args:
+        images: uint8 `[B, H, W, C]`, C 1 or 3.
+        labels: the class of each. A row with fewer pictures than the longest ends in white.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    rows = np.full((len(classes), counts.max(), *images.shape[1:]), 255, np.uint8)
+    for row, label, count in zip(rows, classes, counts, strict=True):
+        row[:count] = images[np.asarray(labels) == label]
+    return grid(rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1])
+
+
 def save_png(picture: Image.Image | np.ndarray, path: Path) -> None:
     """Write a picture, whole or not at all; arrays are uint8 `[H, W, C]`."""
     if isinstance(picture, np.ndarray):

@@ -34,7 +34,8 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         weights: which of the run's weights they are, for the card.
 
     Raises:
-        UserError: `out` holds something else, or it cannot be written.
+        UserError: diffusers has no such network, `out` holds something else, or it cannot be
+            written.
     """
     out = out.absolute()
     pipeline = {
@@ -43,6 +44,7 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         "unet": ["diffusers", network.CLASS],
     }
     config = pretrained.config
+    shape = network.config_entries(config.model)
     process = scheduler.scheduler_entries(config.diffusion, config.sampling, pretrained.clip)
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
         raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
@@ -52,7 +54,7 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         for folder in (temporary / "unet", temporary / "scheduler"):
             folder.mkdir(parents=True)
         _write_weights(pretrained.model, temporary / "unet" / SAFETENSORS)
-        _write_json(temporary / "unet" / NETWORK_CONFIG, network.config_entries(config.model))
+        _write_json(temporary / "unet" / NETWORK_CONFIG, shape)
         _write_json(temporary / "scheduler" / SCHEDULER_CONFIG, process)
         _write_json(temporary / INDEX, pipeline)
         with atomic_write(temporary / "README.md") as file:

@@ -8,7 +8,7 @@
 | `edm`        | the objective of EDM, at any noise level                                       |
 | `weighting`  | the weight of each timestep's squared error: a table                           |
 | `timesteps`  | how often each timestep is trained: a table                                    |
-| `conditions` | what chance decides for every objective alike: mirrored images, dropped labels |
+| `conditions` | what all do alike: mirrored images, dropped labels, small images to enlarge    |
 """
 
 from ddpm_engine.objectives.build import build_objective

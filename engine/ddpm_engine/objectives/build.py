@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ddpm_engine.low_resolution import Augmentation
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.edm import EdmObjective
@@ -43,6 +44,9 @@ def build_objective(
         config.data.horizontal_flip,
         null_class,
         config.training.label_dropout,
+        config.model.low_resolution,
+        None if config.model.low_resolution is None else Augmentation(device),
+        config.training.augmentation_levels,
     )
     if config.diffusion.prediction == "edm":
         return EdmObjective(

@@ -102,13 +102,13 @@ class DenoisingObjective(Objective):
         images, positions = self._here(batch.images), self._here(batch.positions)
         timesteps = self._here(draws.timesteps)
         flip = None if draws.flip is None else self._here(draws.flip)
-        conditioning = () if draws.labels is None else (self._here(draws.labels),)
+        told = self.conditions.told(images, batch.positions, draws.labels, draws.flip)
         x_t = q_sample(images, timesteps, self._signal, self._sigma, self._seed, positions, flip)
         if self.offset_noise:
             in_x_t, in_target = self._offsets(images.shape[1], timesteps, positions)
-            prediction = model(x_t + in_x_t, timesteps, *conditioning) - in_target
+            prediction = model(x_t + in_x_t, timesteps, *told) - in_target
         else:
-            prediction = model(x_t, timesteps, *conditioning)
+            prediction = model(x_t, timesteps, *told)
         loss = denoising_loss(
             prediction, images, timesteps, self._signal, self._sigma, self._seed, positions,
             weights=None if self._weights is None else self._weights[timesteps],

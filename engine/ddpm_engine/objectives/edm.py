@@ -86,14 +86,14 @@ class EdmObjective(Objective):
         draws = self.draw(batch.positions, batch.labels)
         images, positions = self._here(batch.images), self._here(batch.positions)
         flip = None if draws.flip is None else self._here(draws.flip)
-        conditioning = () if draws.labels is None else (self._here(draws.labels),)
+        told = self.conditions.told(images, batch.positions, draws.labels, draws.flip)
         c = preconditioning(draws.sigma, self.sigma_data)
         rows = torch.arange(len(positions), device=self.device)
         shown = q_sample(
             images, rows, self._table(c.input), self._table(c.input * draws.sigma), self._seed,
             positions, flip, self.dtype,
         )  # fmt: skip
-        output = model(shown, self._table(c.noise), *conditioning)
+        output = model(shown, self._table(c.noise), *told)
         # target = signal · n − sigma · x_0 for these two.
         signal = self._table(-c.skip * draws.sigma / c.out)
         sigma = self._table((c.skip - 1) / c.out)

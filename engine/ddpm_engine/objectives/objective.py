@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_engine.data import Batch
 
 Network = Callable[..., Tensor]
-"""`network(x_t, timesteps[, labels])` → prediction, `[B, C, H, W]`."""
+"""`network(x_t, timesteps[, labels[, low_resolution, augmentation]])` → `[B, C, H, W]`."""
 Gather = Callable[[Tensor], Tensor]
 """`[N, …]` on every rank → `[ranks · N, …]`, the same on all."""
 
@@ -28,7 +28,7 @@ class Objective(Protocol):
 
         Args:
             model: called with the noisy images float32 `[B, C, H, W]`, the noise level `[B]`, and
-                labels int64 `[B]` if the network is conditional.
+                whatever `Conditions.told` says.
             batch: on any device.
         """
         ...

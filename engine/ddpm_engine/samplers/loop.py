@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import MAX_LEVEL, Augmentation
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.guidance import Guidance
@@ -45,28 +46,36 @@ def sampling_steps(
     seed: int,
     sample_ids: Tensor,
     labels: Tensor | None = None,
+    low_resolution: Tensor | None = None,
+    augmentation: int = 0,
     clip: bool = True,
 ) -> Iterator[SamplingStep]:
     """Run one batch through a coefficient table, yielding after every step.
 
     Args:
-        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and labels if
-            there are any.
+        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and what there
+            is of labels, enlarged images and their augmentation levels.
         table: the sampler.
         shape: (C, H, W).
         seed: of all noise.
         sample_ids: int64 `[B]` on the model's device; picture k of a seed is the same picture in
             every batch.
         labels: int64 `[B]` classes, or None.
+        low_resolution: small images that the model enlarges, as in `sample`, or None.
+        augmentation: level of their noise.
         clip: clip each estimate of x_0 to [-1, 1].
     """
     process = ReverseProcess(
         model, table, (len(sample_ids), *shape), sample_ids.device,
-        labelled=labels is not None, clip=clip,
+        labelled=labels is not None, enlarging=low_resolution is not None, clip=clip,
     )  # fmt: skip
+    enlarged = None
+    if low_resolution is not None:
+        enlarged = _augmented(low_resolution, shape[-1], augmentation, seed, sample_ids)
     scale = None if table.scale is None else table.scale.tolist()
     x = initial_noise(seed, sample_ids, shape)
-    process.begin(x if scale is None else scale[0] * x, seed, sample_ids, labels)
+    x = x if scale is None else scale[0] * x
+    process.begin(x, seed, sample_ids, labels, enlarged, augmentation)
     for i, timestep in enumerate(table.timesteps.tolist()):
         process.step(i)
         x = process.x if scale is None else process.x / scale[i + 1]
@@ -89,6 +98,8 @@ def sample(
     prediction: Prediction = "eps",
     shape: tuple[int, int, int] | None = None,
     labels: Tensor | None = None,
+    low_resolution: Tensor | None = None,
+    augmentation: int = 0,
     guidance: Guidance | None = None,
     clip: bool = True,
     threshold: float | None = None,
@@ -121,6 +132,10 @@ def sample(
         prediction: what the model predicts.
         shape: (C, H, W); None: `model.sample_shape`.
         labels: int64 class of each picture, or None.
+        low_resolution: the small picture to enlarge for each, `[len(sample_ids), C, side, side]` in
+            [-1, 1], if and only if the model has a `low_resolution` side.
+        augmentation: steps of noise that these are given first, 0 to 1000, the same for all; some
+            noise hides the flaws of small pictures that another model drew.
         guidance: how far to go beyond the conditional prediction; needs labels and a model with a
             `null_class`.
         clip: clip each estimate of x_0 to [-1, 1].
@@ -162,6 +177,7 @@ def sample(
         eta=eta,
         prediction=prediction,
         shape=shape,
+        augmentation=augmentation,
         guidance=guidance,
         clip=clip,
         threshold=threshold,
@@ -170,13 +186,14 @@ def sample(
         cache_interval=cache_interval,
         capture=capture,
     )
-    chain.check(sample_ids, labels, initial, images, inpainting)
+    chain.check(sample_ids, labels, low_resolution, initial, images, inpainting)
     pictures = torch.empty(len(sample_ids), *chain.shape, device=sample_ids.device)
     for start in range(0, len(sample_ids), batch_size):
         part = slice(start, start + batch_size)
         pictures[part] = chain.draw(
             sample_ids[part],
             labels=None if labels is None else labels[part],
+            low_resolution=None if low_resolution is None else low_resolution[part],
             initial=None if initial is None else initial[part],
             images=None if images is None else images[part],
             inpainting=None if inpainting is None else inpainting.part(start, start + batch_size),
@@ -216,6 +233,7 @@ class Chain:
         eta: float = 0.0,
         prediction: Prediction = "eps",
         shape: tuple[int, int, int] | None = None,
+        augmentation: int = 0,
         guidance: Guidance | None = None,
         clip: bool = True,
         threshold: float | None = None,
@@ -230,15 +248,19 @@ class Chain:
             )
         if threshold is not None and not 0 < threshold <= 1:
             raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
+        if not 0 <= augmentation <= MAX_LEVEL:
+            raise UserError(f"augmentation is {augmentation}; it must lie in [0, {MAX_LEVEL}]")
         self.model = model
         self.schedule = schedule
         self.seed = seed
         self.shape: tuple[int, int, int] = shape or model.sample_shape  # type: ignore[attr-defined]
+        self.augmentation = augmentation
         self.guidance = guidance
         self.clip = clip
         self.threshold = threshold
         self.cache_interval = cache_interval
         self._null_class: int | None = getattr(model, "null_class", None)
+        self._side: int | None = getattr(model, "low_resolution", None)
         skip = 0
         if strength is not None:
             count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
@@ -262,6 +284,7 @@ class Chain:
         sample_ids: Tensor,
         *,
         labels: Tensor | None = None,
+        low_resolution: Tensor | None = None,
         initial: Tensor | None = None,
         images: Tensor | None = None,
         inpainting: Inpainting | None = None,
@@ -272,6 +295,7 @@ class Chain:
         Args:
             sample_ids: int64 `[B]` on the model's device.
             labels: int64 `[B]`, or None.
+            low_resolution: as in `sample`, `[B, C, side, side]`.
             initial: as in `sample`, `[B, C, H, W]`.
             images: likewise.
             inpainting: of the batch.
@@ -283,7 +307,7 @@ class Chain:
         Raises:
             UserError: arguments that do not go together.
         """
-        self.check(sample_ids, labels, initial, images, inpainting)
+        self.check(sample_ids, labels, low_resolution, initial, images, inpainting)
         device = sample_ids.device
         process = self._process_for(len(sample_ids), device, labels is not None)
         x = initial_noise(self.seed, sample_ids, self.shape) if initial is None else initial
@@ -294,7 +318,12 @@ class Chain:
             x = a * images.to(device) + s * x
         if self.table.scale is not None:
             x = self.table.scale[0].item() * x
-        process.begin(x, self.seed, sample_ids, labels)
+        enlarged = None
+        if low_resolution is not None:
+            enlarged = _augmented(
+                low_resolution, self.shape[-1], self.augmentation, self.seed, sample_ids
+            )
+        process.begin(x, self.seed, sample_ids, labels, enlarged, self.augmentation)
         known = None
         if inpainting is not None:
             known = KnownPixels(inpainting, self.levels, self.seed, sample_ids)
@@ -321,6 +350,7 @@ class Chain:
         self,
         sample_ids: Tensor,
         labels: Tensor | None,
+        low_resolution: Tensor | None,
         initial: Tensor | None,
         images: Tensor | None,
         inpainting: Inpainting | None,
@@ -328,7 +358,8 @@ class Chain:
         """Refuse arguments of `draw` that do not go together.
 
         Raises:
-            UserError: guidance without labels, or a tensor of another shape.
+            UserError: guidance without labels, small images missing or superfluous, or a tensor of
+                another shape.
         """
         if self.guidance is not None and (labels is None or self._null_class is None):
             raise UserError(
@@ -337,13 +368,20 @@ class Chain:
             )
         if labels is not None and labels.shape != sample_ids.shape:
             raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
-        expected = (len(sample_ids), *self.shape)
-        given = {
-            "initial": initial,
-            "images": images,
-            "inpainting.known": None if inpainting is None else inpainting.known,
-        }
-        for name, tensor in given.items():
+        if (low_resolution is None) != (self._side is None):
+            raise UserError(
+                f"this network enlarges pictures of side {self._side}; give low_resolution"
+                if low_resolution is None
+                else "low_resolution is given, but this network enlarges nothing; leave it out"
+            )
+        large = (len(sample_ids), *self.shape)
+        given = [
+            ("low_resolution", low_resolution, (*large[:2], self._side, self._side)),
+            ("initial", initial, large),
+            ("images", images, large),
+            ("inpainting.known", None if inpainting is None else inpainting.known, large),
+        ]
+        for name, tensor, expected in given:
             if tensor is not None and tensor.shape != expected:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")
 
@@ -357,6 +395,7 @@ class Chain:
                 (batch, *self.shape),
                 device,
                 labelled=labelled,
+                enlarging=self._side is not None,
                 null_class=self._null_class,
                 guidance=self.guidance,
                 alpha_bar=self.levels.before,
@@ -372,6 +411,13 @@ class Chain:
 def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """What picture k of a seed begins with: float32 `[B, C, H, W]`."""
     return gaussian_noise(seed, sample_ids, shape, 0, Stream.INITIAL_NOISE)
+
+
+def _augmented(small: Tensor, side: int, level: int, seed: int, sample_ids: Tensor) -> Tensor:
+    """What the network is shown of small pictures: `[B, C, side, side]`."""
+    device = sample_ids.device
+    levels = torch.full_like(sample_ids, level)
+    return Augmentation(device)(small.to(device, torch.float32), side, levels, seed, sample_ids)
 
 
 def interpolated_noise(

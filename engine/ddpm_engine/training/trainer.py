@@ -164,7 +164,9 @@ class Trainer:
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
                 self._watch.doing("drawing pictures", limited=False)
                 with self.strategy.averaged() as model:
-                    draw_preview(model, self.schedule, config, self.step, self.accelerator)
+                    draw_preview(
+                        model, self.schedule, config, self.step, self.accelerator, self.dataset
+                    )
             if stopping:
                 return True
         return False
