@@ -101,7 +101,9 @@ def bound_figure(terms: np.ndarray, path: Path) -> None:
         )
         right.plot(t, mean[:last].cumsum(), color=COLOURS[0])
         right.axhline(total.mean(), color="#777777", linestyle="--")
-        right.set(xscale="log", ylim=(0, None), xlabel="t", title="their sum up to t")
+        right.set(
+            xscale="log", ylim=(0, None), xlabel="t", ylabel="bits/dim", title="their sum up to t"
+        )
         for axis in axes[0]:
             axis.grid()
         left.legend()
