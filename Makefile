@@ -9,7 +9,7 @@ RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster gpu lint clean
+.PHONY: help install demo objectives test test-cluster gpu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,7 +44,7 @@ install: $(VENV)/installed  ## make .venv with the engine in it
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
 	$(BIN)/accelerate launch launch/train.py --preset digits-classes
 	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
-	    --count 100 --guidance-scale 2
+	    --count 100 --steps 100 --guidance-scale 2
 	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
@@ -69,6 +69,9 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
 gpu:  ## check and measure the kernels on this machine's GPU
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour
+	$(BIN)/python benchmarks/objectives.py $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,8 @@ mixed in a buffer of 1000), and from a folder with a file an image, listed befor
 decode to uint8 arrays and stack batches of 64; files are in the system's cache.
 
 Before anything is timed, the three must have read the same images with the same labels; otherwise
-there is no figure, and the exit status is 1. Then they are timed in turn.
+there is no figure, and the exit status is 1. Then they are timed in turn. What is committed was
+made by `--json benchmarks/results/data_loading.json`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import numpy as np
+import PIL
 import torch
 import tyro
 import webdataset
@@ -211,7 +213,7 @@ def waiting_share(steps: int, folder: Path) -> float:
 def main() -> int:
     """Measure, print, write."""
     options = tyro.cli(Options)
-    machine = facts(CPU)
+    machine = facts(CPU) | {"webdataset": webdataset.__version__, "pillow": PIL.__version__}
     found: dict[str, Any] = {}
     print(f"{machine['device']}, load average {machine['load_average']}; one process, no workers\n")
     lines = []

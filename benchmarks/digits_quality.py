@@ -69,6 +69,7 @@ def main() -> None:
                 variance=config.sampling.variance,
                 prediction=config.diffusion.prediction,
                 labels=labels,
+                clip=pretrained.clip,
                 on_step=bar.update,
             )
         confidence = classifier.probabilities(to_uint8(drawn))

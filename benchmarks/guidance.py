@@ -129,7 +129,7 @@ def plot(points: Sequence[dict[str, Any]], accuracy_of_real: float, path: Path) 
     panels[0].set_ylabel("share classified as asked")
     line(panels[1], "variety", "#D55E00", "s")
     line(panels[1], "recall", "#009E73", "^")
-    panels[1].set_ylabel("share of real digits'")
+    panels[1].set_ylabel("share")
     line(panels[2], "distance", "#000000", "D")
     panels[2].set(ylabel="Fréchet distance", xlabel="guidance scale")
     for axes in panels:

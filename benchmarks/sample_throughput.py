@@ -26,7 +26,7 @@ import tyro
 from benchmarks.throughput import equal_quality as quality
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.measuring import Measured, measure
-from benchmarks.throughput.profile import shares_by_operation
+from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import plot_bars, plot_quality, table, write_json
 from benchmarks.throughput.sampling import Job, SamplerName
@@ -87,7 +87,8 @@ def compare_speed(options: Options) -> Measured:
     print(f"load average {machine['load_average']} → {machine['load_average_after']}\n")
     print("\n".join(table(measured)))
     if options.profile:
-        print("\n" + "\n".join(profile_table(shares_by_operation(subject, job.batch))))
+        shares = shares_by_operation(evaluation(subject, job.batch))
+        print("\n" + "\n".join(profile_table("the eager network", shares)))
     earlier = quality.committed()
     if earlier is not None:
         print("\nMeasured earlier, not now:\n" + "\n".join(quality.table(earlier)))

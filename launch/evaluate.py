@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from ddpm_engine.compile_cache import use_local_compile_cache
@@ -25,6 +26,7 @@ from ddpm_engine.device import local_device
 from ddpm_engine.drawing import Drawing, Recipe
 from ddpm_engine.drawing.recipe import Precision
 from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.evaluation.bound import likelihood_of_real
 from ddpm_engine.evaluation.compare import PIECE, Division
 from ddpm_engine.evaluation.evaluate import (
     Steps,
@@ -42,7 +44,7 @@ from ddpm_engine.samplers.registry import Sampler
 from ddpm_engine.samplers.spacing import Spacing
 
 COMPARING = ("fid", "kid", "is", "precision-recall", "accuracy")
-METRICS = COMPARING
+METRICS = (*COMPARING, "nll")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class DrawingOptions:
     spacing: Spacing | None = None
     """Which timesteps are visited; default: the run's."""
     variance: Variance | None = None
-    """Variance of ddpm; default: the run's."""
+    """Variance of ddpm, and of nll; default: the run's."""
     eta: float | None = None
     """Share of fresh noise in ddim, 0 to 1; default: the run's."""
     class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
@@ -101,9 +103,10 @@ class Options:
     data: str | None = None
     """Real images: a folder of indexed shards or its URL; default: what the run was trained on."""
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
-    """Which: fid, kid, is, precision-recall, accuracy (of the classes of drawn digits)."""
+    """Which: fid, kid, is, precision-recall, accuracy (of the classes of drawn digits), nll."""
     count: int | None = None
-    """How many pictures; default: 50000, or all of --samples."""
+    """How many pictures; default: 50000, or all of --samples. For nll, how many real images;
+    default: all."""
     out: Path | None = None
     """Folder of pictures, features and reports; default: one by settings, in RUN/evaluation."""
     drawing: DrawingOptions = DrawingOptions()
@@ -137,6 +140,8 @@ def check(options: Options) -> None:
     """
     if (options.checkpoint is None) == (options.samples is None):
         raise UserError("give either --checkpoint, to draw pictures, or --samples, which are there")
+    if options.samples is not None and "nll" in parse_metrics(options):
+        raise UserError("nll is of a network: give --checkpoint, or leave it out of --metrics")
     if options.samples is not None and options.drawing != DrawingOptions():
         raise UserError("--samples are drawn already; leave out how to draw")
     for flag, value in [
@@ -182,18 +187,25 @@ def recipe(options: DrawingOptions, pretrained: Pretrained) -> Recipe:
     )
 
 
-def folder_of(options: Options, drawing: Drawing | None) -> Path:
-    """Where the evaluation lives: --out, or a name that says what it is of."""
+def folder_of(options: Options, pretrained: Pretrained | None) -> Path:
+    """Where evaluations live: --out, or beside what is evaluated, never within a checkpoint."""
     if options.out is not None:
         return options.out
-    if options.samples is not None or options.checkpoint is None or drawing is None:
-        assert options.samples is not None, "checked"
+    if options.samples is not None:
         return options.samples.with_name(f"{options.samples.name}-evaluation")
-    settings = {**drawing.settings(), "weights": options.drawing.weights}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert options.checkpoint is not None, "checked"
+    loaded = None if pretrained is None else pretrained.checkpoint
+    if loaded is not None and options.checkpoint == loaded.path:
+        return options.checkpoint.parent.parent / "evaluation"
+    return options.checkpoint / "evaluation"
+
+
+def name_of(drawing: Drawing, weights: str | None) -> str:
+    """Of the folder of pictures drawn with these settings."""
+    settings = json.dumps({**drawing.settings(), "weights": weights}, sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
     sampling = drawing.recipe.sampling
-    name = f"{sampling.sampler}-{sampling.steps}-seed{drawing.recipe.seed}-{digest[:8]}"
-    return options.checkpoint / "evaluation" / name
+    return f"{sampling.sampler}-{sampling.steps}-seed{drawing.recipe.seed}-{digest[:8]}"
 
 
 def location(options: Options, pretrained: Pretrained | None) -> str:
@@ -215,48 +227,84 @@ def location(options: Options, pretrained: Pretrained | None) -> str:
     return where
 
 
+def compare(
+    options: Options, pretrained: Pretrained | None, device: torch.device, division: Division
+) -> Path | None:
+    """Draw, if there is a network, and measure the pictures."""
+    out, show = folder_of(options, pretrained), division.rank == 0
+    subject: Subject
+    if pretrained is None:
+        assert options.samples is not None, "checked"
+        subject = folder_subject(options.samples, options.count)
+    else:
+        steps, weights = Steps(), options.drawing.weights if pretrained.checkpoint else None
+        drawing = Drawing(pretrained, recipe(options.drawing, pretrained), steps)
+        if options.out is None:
+            out /= name_of(drawing, weights)
+        subject = drawn_subject(
+            drawing, weights, options.count or 50_000, out, options.drawing.batch_size, steps
+        )
+    shape = subject.images.shape
+    chosen = options.features
+    real = open_reference(location(options, pretrained), shape, chosen.reference_count)
+    cache = chosen.cache or default_cache()
+    network = feature_network(
+        chosen.features, shape[0], device, weights=chosen.inception_weights, cache=cache
+    )
+    metrics = [metric for metric in parse_metrics(options) if metric in COMPARING]
+    return compare_with_real(
+        subject, real, network, metrics, out, cache, division=division, device=device, show=show
+    )
+
+
+def bound(options: Options, pretrained: Pretrained, division: Division) -> Path | None:
+    """Take the bound of the real images."""
+    channels, height, width = pretrained.model.sample_shape
+    real = open_reference(location(options, pretrained), (height, width, channels), options.count)
+    return likelihood_of_real(
+        pretrained,
+        options.drawing.weights if pretrained.checkpoint else None,
+        real,
+        folder_of(options, pretrained),
+        variance=options.drawing.variance,
+        seed=options.drawing.seed,
+        batch_size=options.drawing.batch_size,
+        division=division,
+        show=division.rank == 0,
+    )
+
+
 def main() -> None:
     """Parse, load, draw, measure, report."""
     use_local_compile_cache()
-    rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_user_error():
         options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
         check(options)
         metrics = parse_metrics(options)
-        device = local_device()
-        steps = Steps()
-        pretrained, drawing = None, None
+        # No process needs to know more of the others, and none ever waits for one.
+        rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
+        division, device = Division(rank, ranks, options.piece), local_device()
+        pretrained = None
         if options.checkpoint is not None:
             pretrained = load_pretrained(options.checkpoint, device, options.drawing.weights)
-            drawing = Drawing(pretrained, recipe(options.drawing, pretrained), steps)
-        where = location(options, pretrained)
-        out = folder_of(options, drawing)
-        subject: Subject
-        if drawing is None:
-            assert options.samples is not None, "checked"
-            subject = folder_subject(options.samples, options.count)
-        else:
-            weights = options.drawing.weights if drawing.pretrained.checkpoint else None
-            subject = drawn_subject(
-                drawing, weights, options.count or 50_000, out, options.drawing.batch_size, steps
-            )
-        cache = options.features.cache or default_cache()
-        real = open_reference(where, subject.images.shape)
-        network = feature_network(
-            options.features.features, subject.images.shape[0], device,
-            weights=options.features.inception_weights, cache=cache,
-        )  # fmt: skip
-        report = compare_with_real(
-            subject, real, network, metrics, out, cache,
-            reference_count=options.features.reference_count,
-            division=Division(rank, ranks, options.piece), device=device, show=rank == 0,
-        )  # fmt: skip
-        if report is not None:
-            print(report.with_suffix(".md").read_text(encoding="utf-8"))
-            print(report)
-        elif ranks == 1:
-            print(f"another process is still at work in {out}; run the same command again")
+            if pretrained.model.low_resolution is not None:
+                raise UserError(
+                    f"--checkpoint {options.checkpoint} enlarges pictures: draw some with "
+                    "launch/sample.py --low-resolution, and give them with --samples"
+                )
+        reports = []
+        if any(metric in COMPARING for metric in metrics):
+            reports.append(compare(options, pretrained, device, division))
+        if "nll" in metrics:
+            assert pretrained is not None, "checked"
+            reports.append(bound(options, pretrained, division))
+        for report in reports:
+            if report is not None:
+                print(report.with_suffix(".md").read_text(encoding="utf-8"))
+                print(report)
+            elif ranks == 1:
+                print("another process is still at it, and will report; or run this again")
 
 
 if __name__ == "__main__":

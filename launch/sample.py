@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.cpu import use_all_cores
+from ddpm_engine.device import local_device
 from ddpm_engine.drawing import (
     Drawing,
     DrawnImages,
@@ -310,17 +309,6 @@ def recipe(options: Options, pretrained: Pretrained) -> Recipe:
         cache_interval=solver.cache_interval,
         precision=options.machine.precision,
     )
-
-
-def local_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        use_all_cores()
-        return torch.device("cpu")
-    device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-    torch.accelerator.set_device_index(device)
-    return device
 
 
 def compile_network(drawing: Drawing, batch: int, tell: bool) -> None:

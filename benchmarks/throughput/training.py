@@ -17,6 +17,7 @@ from ddpm_engine.data import Batch
 from ddpm_engine.objectives import DenoisingObjective
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.training import EMA
+from ddpm_engine.training.ema import warmed_up
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
 
@@ -53,7 +54,7 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
     """What the `Trainer` does at each step, without Accelerate's wrapping."""
     config = subject.config
     model = subject.copy().train().requires_grad_()
-    ema = EMA(model, config.training.ema_decay)
+    ema = EMA(model, warmed_up(config.training.ema_decay))
     if compiled:
         model.compile_regions()
     optimizer = make_optimizer(model, config.optimizer)

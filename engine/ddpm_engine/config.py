@@ -229,6 +229,9 @@ class TrainingConfig:
     """Of weights, data order and all noise."""
     ema_decay: float = 0.9999
     """Decay of the weight average that is sampled from (it warms up from 0.1)."""
+    ema_profiles: tuple[float, ...] = ()
+    """Lengths of further, power-function averages, as 0.05 0.1; snapshots of them are kept, of
+    which checkpoints.py makes the average of any length after training."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class (class-conditional models)."""
     augmentation_levels: int = 250
@@ -271,10 +274,14 @@ class LogConfig:
     """Steps between log lines."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints."""
+    checkpoint_overlap: int = 1
+    """Steps that training may be ahead of a checkpoint being written before it waits for it."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep, two at least."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    snapshot_every: int = 10_000
+    """Steps between snapshots of the averages of training.ema-profiles; all are kept."""
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0: none."""
     sample_count: int = 64
@@ -315,7 +322,9 @@ class RunConfig:
             ("data.max-bad-samples", self.data.max_bad_samples, 0),
             ("log.every", self.log.every, 1),
             ("log.checkpoint-every", self.log.checkpoint_every, 1),
+            ("log.checkpoint-overlap", self.log.checkpoint_overlap, 0),
             ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
+            ("log.snapshot-every", self.log.snapshot_every, 1),
             ("log.sample-every", self.log.sample_every, 0),
             ("log.sample-count", self.log.sample_count, 1),
             ("log.sample-steps", self.log.sample_steps, 1),
@@ -342,6 +351,14 @@ class RunConfig:
             found.append(
                 f"--training.augmentation-levels is {self.training.augmentation_levels}; it must "
                 f"be at most {MAX_LEVEL + 1}, for levels 0 to {MAX_LEVEL}"
+            )
+        lengths = self.training.ema_profiles
+        longest = 12**-0.5  # that of the plain mean of all steps
+        distinct = len({f"{length:g}" for length in lengths}) == len(lengths)
+        if not distinct or not all(0 < length <= longest for length in lengths):
+            found.append(
+                f"--training.ema-profiles are {lengths}; give different lengths, each above 0 and "
+                f"at most {longest:.4f}, as 0.05 0.1"
             )
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")

@@ -81,6 +81,9 @@ def denoising_term(
         t: int64 `[B]` in [1, T).
         mean: of the reverse step, shaped as `x_0`.
         log_variance: of the reverse step, broadcastable to `x_0`.
+
+    Returns:
+        Shaped as `x_0`.
     """
     true_mean, true_variance = posterior(schedule, x_0, x_t, t)
     return gaussian_kl(true_mean, true_variance.log(), mean, log_variance)
@@ -93,9 +96,12 @@ def decoder_term(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     (Ho et al. 2020, equation 13). Exact in the tails too, however far out the bin lies.
 
     Args:
-        x_0: clean images, each value one of −1, −253/255, … 1.
+        x_0: clean images `[B, ...]`, each value one of −1, −253/255, … 1.
         mean: of the last step, shaped as `x_0`.
         log_variance: of the last step, broadcastable to `x_0`.
+
+    Returns:
+        Shaped as `x_0`.
     """
     inverse_deviation = (-0.5 * log_variance).exp()
     upper = (x_0 + 1 / 255 - mean) * inverse_deviation
@@ -167,6 +173,7 @@ def bits_per_dim(
 
     Raises:
         ValueError: images that are not bytes, or a network whose outputs do not fit the variance.
+        UserError: `"edm"` prediction, whose network is not shown x_t.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; only of uint8 is the likelihood defined")

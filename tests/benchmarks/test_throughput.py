@@ -22,7 +22,7 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
-from benchmarks.throughput.profile import shares_by_operation
+from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
@@ -305,7 +305,7 @@ def test_sample_throughput_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_the_profile_shares_out_all_of_the_time(subject: Subject) -> None:
-    shares = list(shares_by_operation(subject, 1).values())
+    shares = list(shares_by_operation(evaluation(subject, 1)).values())
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares, reverse=True)
     assert len(shares) > 20

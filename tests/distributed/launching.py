@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from ddpm_engine.config import RunConfig, dump_config
@@ -28,12 +28,14 @@ def zero(name: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A run, and how it is to be trained."""
+    """A run, and how it is to be trained: see worker.py."""
 
     config: RunConfig
     environment: dict[str, str] = field(default_factory=dict)
     float64: bool = False
     poisoned: int | None = None
+    first_scale: float | None = None
+    trace: str | None = None
 
 
 def launch(jobs: list[Job], processes: int, timeout: float = 180) -> list[str]:
@@ -53,41 +55,31 @@ def start(jobs: list[Job], processes: int, timeout: float = 180) -> tuple[list[s
             # A port for each, since every run ends with its process group.
             environment = job.environment | {"MASTER_PORT": str(_free_port())}
             listed.append({**vars(job), "config": str(file), "environment": environment})
-        ranks = []
-        for rank in range(processes):
-            log = open(Path(folder) / f"rank{rank}", "w+")  # noqa: SIM115
-            ranks.append(
-                (
-                    log,
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).with_name("worker.py")),
-                         json.dumps(listed)],
-                        env=_environment(rank, processes),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    ),
-                )
-            )  # fmt: skip
-        deadline = time.monotonic() + timeout
-        try:
-            # One that fails leaves the others waiting for it.
-            while any(process.poll() is None for _, process in ranks):
-                if time.monotonic() > deadline or any(process.poll() for _, process in ranks):
-                    break
-                time.sleep(0.05)
-        finally:
-            grace = time.monotonic() + 2
-            while any(process.poll() is None for _, process in ranks):
-                if time.monotonic() > grace:
-                    for _, process in ranks:
-                        process.kill()
-                time.sleep(0.05)
-        outputs = []
-        for log, _ in ranks:
-            log.seek(0)
-            outputs.append(log.read())
-            log.close()
-        return outputs, [process.returncode for _, process in ranks]
+        order = {
+            "jobs": listed,
+            "environments": [_environment(rank, processes) for rank in range(processes)],
+            "folder": folder,
+            "timeout": timeout,
+        }
+        host = _host()
+        assert host.stdin is not None
+        assert host.stdout is not None
+        host.stdin.write(json.dumps(order) + "\n")
+        host.stdin.flush()
+        statuses = json.loads(host.stdout.readline())
+        return [(Path(folder) / f"rank{rank}").read_text() for rank in range(processes)], statuses
+
+
+@cache
+def _host() -> subprocess.Popen[str]:
+    """Of all launches; it ends with this process, when its standard input does."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("worker.py"))],
+        env=_environment(0, 1),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
 
-from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig, dump_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer
+from ddpm_engine.training import CheckpointStore, Trainer, load_part, verify
+from ddpm_engine.training.checkpoint import SNAPSHOTS
+from ddpm_engine.unet import UNet
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -38,12 +42,19 @@ def at(config: RunConfig, name: str, **training: Any) -> RunConfig:
 
 
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Compare weights and average of the newest checkpoints."""
-    for weights in ("model", "ema"):
+    """Compare weights and averages of the newest checkpoints; snapshots must agree with them."""
+    for weights in ("model", "ema", "ema-0.1"):
         a = load_pretrained(ours, weights=weights).model.state_dict()
         b = load_pretrained(theirs, weights=weights).model.state_dict()
         assert a.keys() == b.keys()
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
+    for run in (ours, theirs):
+        averaged = load_pretrained(run, weights="ema-0.1")
+        kept = UNet(averaged.model.config)
+        newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
+        load_part(newest, "ema-0.1", kept.state_dict())
+        for one, other in zip(kept.parameters(), averaged.model.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
@@ -55,6 +66,13 @@ def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
 
 
 def test_from_two_processes_to_one(config: RunConfig) -> None:
+    """With timesteps drawn by importance, which is learnt from the losses of all."""
+    config = replace(
+        config,
+        diffusion=DiffusionConfig(timesteps=5),
+        objective=ObjectiveConfig(timestep_sampling="importance"),
+        log=replace(config.log, sample_steps=5),
+    )
     run, whole = at(config, "run"), at(config, "whole", steps=16)
     half = Job(at(run, "run", steps=8))
     outputs = launch([half, half], 2)
@@ -65,6 +83,16 @@ def test_from_two_processes_to_one(config: RunConfig) -> None:
     assert "from step 8" in output
     assert difference(losses(run.out), losses(whole.out)) <= 1e-5
     assert_same_weights(run.out, whole.out, 1e-5)
+    ours, theirs = (learnt(config.out) for config in (run, whole))
+    assert int(ours["counts"].min()) >= 10
+    assert torch.equal(ours["counts"], theirs["counts"])
+    torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=1e-4, atol=0)
+
+
+def learnt(out: Path) -> dict[str, torch.Tensor]:
+    """What the objective has learnt by step 16."""
+    (file,) = (out / "checkpoints" / "step-00000016" / "objective").glob("*.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize(
@@ -118,21 +146,31 @@ def test_a_batch_that_does_not_split_is_refused(config: RunConfig) -> None:
     assert "global batch 25 is not divisible by 2 processes" in outputs[0]
 
 
+def trace(path: Path) -> list[str]:
+    """What became of each sample of a run, on all ranks, by position; see worker.py."""
+    lines = [line for file in path.parent.glob(f"{path.name}.*") for line in file.open()]
+    return sorted(lines, key=lambda line: int(line.split()[0]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_processes_workers_and_accumulation(processes: int, config: RunConfig) -> None:
+    """Images, flips, noise, timesteps and labels are the same to the bit, losses but for sums."""
+    choices = [("ddp", workers, pieces) for workers in (0, 1, 3) for pieces in (1, 2)]
+    if processes > 1:
+        choices += [("fsdp", 0, 1), ("fsdp", 1, 2)]
     one, ways = at(config, "one"), []
-    choices = [("ddp", 1, 2), ("fsdp", 0, 1)]
-    if processes == 2:  # all of them, where they cost least
-        choices = [("ddp", 0, 1), ("ddp", 3, 2), ("fsdp", 0, 1), ("fsdp", 3, 2)]
     for name, workers, pieces in choices:
-        run = at(config, f"{name}{workers}", accumulation=pieces)
+        run = at(config, f"{name}-{workers}-{pieces}", accumulation=pieces)
         run = replace(run, data=replace(run.data, workers=workers))
-        ways.append(Job(run, FSDP if name == "fsdp" else {}, float64=True))
-    launch([Job(one, float64=True)], 1)
+        ways.append(Job(run, FSDP if name == "fsdp" else {}, True, trace=f"{run.out}-trace"))
+    launch([Job(one, float64=True, trace=f"{one.out}-trace")], 1)
     launch(ways, processes)
+    expected = trace(Path(f"{one.out}-trace"))
+    assert len(expected) == config.training.steps * config.training.batch_size
     for way in ways:
-        assert difference(losses(way.config.out), losses(one.out)) <= 1e-9
+        assert trace(Path(str(way.trace))) == expected, way.config.out.name
+        assert difference(losses(way.config.out), losses(one.out)) <= 1e-9, way.config.out.name
 
 
 @pytest.mark.slow
@@ -196,6 +234,50 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(
     assert losses(one.out)[2] == losses(run.out)[2] == 0
     assert difference(losses(run.out), losses(one.out)) <= 1e-5
     assert_same_weights(run.out, one.out, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param(FSDP, id="fsdp2", marks=pytest.mark.slow),
+        *(
+            pytest.param(zero(name), id=name, marks=[needs_deepspeed, pytest.mark.slow])
+            for name in ("zero1", "zero2", "zero3")
+        ),
+    ],
+)
+def test_float16(environment: dict[str, str], config: RunConfig) -> None:
+    """Overflows are skipped by all ranks, and the scale goes on where a stopped run left it."""
+    half = at(config, "half", steps=12, precision="fp16", accumulation=2)
+    # A scale at which the first steps overflow, and later a step that only the last rank overflows.
+    wild = Job(half, environment, first_scale=2.0**23, poisoned=9 * half.training.batch_size - 1)
+    straight, run = at(half, "straight"), at(half, "run")
+    launch([Job(half, environment)], 2)
+    for leg in (straight, at(run, "run", steps=7), run):
+        launch([replace(wild, config=leg)], 2)  # apart: DeepSpeed serves one run of a process
+    launch([Job(at(half, "single", precision="no"))], 1)
+
+    assert skipped(half.out) == []
+    assert difference(losses(half.out), losses(at(half, "single").out)) <= 1e-2
+
+    *first, last = skipped(straight.out)
+    assert first == list(range(1, len(first) + 1))
+    assert 2 <= len(first) <= 6
+    assert last == 9
+    stored = [verify(out / "checkpoints" / "step-00000012")[0] for out in (straight.out, run.out)]
+    for checkpoint in stored:
+        assert checkpoint is not None
+        expected = {"value": 2.0 ** (23 - len(first) - 1), "steps": 3}
+        assert checkpoint.state["loss_scale"] == expected
+    assert losses(run.out) == losses(straight.out)
+    assert_same_weights(run.out, straight.out, 0.0)
+
+
+def skipped(out: Path) -> list[int]:
+    """Steps that were not taken."""
+    rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if row["skipped_steps"]]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data import Batch
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.objectives import DenoisingObjective
-from ddpm_engine.training import Trainer
+from ddpm_engine.training import CheckpointStore, Trainer
 
 PATIENCE_SECONDS = 14.0
 """Between the failure of a rank and the end of the others by force."""
@@ -97,6 +97,19 @@ def count_events(_config: RunConfig, path: str) -> None:
 def signal_at_step(_config: RunConfig, number: int, step: int) -> None:
     """Send this rank a signal between two steps."""
     at_step(step, lambda: os.kill(os.getpid(), number))
+
+
+def die_while_saving(_config: RunConfig, saved: int) -> None:
+    """Be killed in the save of one step, a second after training has got as far as it will."""
+    original = CheckpointStore.save
+
+    def save(self: CheckpointStore, step: int, *arguments: Any) -> None:
+        if step == saved:
+            time.sleep(1.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, step, *arguments)
+
+    CheckpointStore.save = save  # type: ignore[assignment,method-assign]
 
 
 def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,29 @@ def test_the_checkpoint_has_weights_average_and_moments(reference: Path) -> None
     assert "optimizer.state.conv_in.weight.exp_avg_sq" in names
     assert not torch.equal(names["model.conv_out.weight"], names["ema.conv_out.weight"])
     assert [row[0] for row in loss_log(reference)] == [*range(3, 40, 3), 40]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_training_waits_for_a_checkpoint_that_is_being_written(
+    overlap: int, config: RunConfig, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(replace(config, log=replace(config.log, checkpoint_overlap=overlap)))
+    save, ahead = CheckpointStore.save, []
+
+    def slow_save(self: CheckpointStore, step: int, *arguments: Any) -> None:
+        deadline = time.monotonic() + 30
+        while trainer.step < min(step + overlap, 40) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.2)  # enough for more steps
+        ahead.append(trainer.step - step)
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(CheckpointStore, "save", slow_save)
+    trainer.fit()
+    assert ahead == [overlap, overlap, overlap, 0]
+    assert_same_run(config.out, reference)
+    rows = map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines())
+    assert sum(row["checkpoint_stall_seconds"] for row in rows) > 3 * 0.2
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,20 @@ class Cluster:
         self._nodes[node].kill()
         self._nodes[node].wait()
 
+    def lose_node(self, node: str) -> None:
+        """Let a node die with all that runs on it."""
+        lost = [pid for pid in self.processes() if on_node(pid, node)]
+        keepers = {int(_status(pid)["PPid"]) for pid in lost}
+        self.kill_node(node)
+        for pid in [k for k in keepers if _status(k).get("Name") == "slurmstepd"] + lost:
+            _kill(pid)
+
+    def wait_for_nodes(self, seconds: int) -> None:
+        """How long SLURM waits for a node's daemon before it takes it for dead."""
+        conf = self.folder / "slurm.conf"
+        conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
+        self.command("scontrol", "reconfigure")
+
     def idle(self) -> int:
         """How many nodes wait for work."""
         states = re.findall(r" State=(\S+)", self.command("scontrol", "show", "nodes"))
@@ -201,12 +215,12 @@ class Cluster:
 
     def processes(self) -> list[int]:
         """Processes of this cluster's jobs."""
-        ours = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        ours = f"SLURM_CONF={self.folder}/slurm.conf"
         found = []
         for entry in Path("/proc").iterdir():
-            with suppress(OSError, ValueError):
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if ours in variables and any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
+            if entry.name.isdecimal():
+                variables = _environment(int(entry.name))
+                if ours in variables and any(v.startswith("SLURM_JOB_ID=") for v in variables):
                     found.append(int(entry.name))
         return found
 
@@ -218,6 +232,11 @@ class Cluster:
         )  # fmt: skip
         self._daemons.callback(_end, daemon)
         return daemon
+
+
+def on_node(pid: int, node: str) -> bool:
+    """Whether a job's process runs on a node."""
+    return f"SLURMD_NODENAME={node}" in _environment(pid)
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
@@ -234,6 +253,21 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
         if time.monotonic() > deadline:
             raise ClusterError(f"waited {seconds} s for {what}")
         time.sleep(0.2)
+
+
+def _environment(pid: int) -> list[str]:
+    """Variables of a process; none if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return []
+
+
+def _status(pid: int) -> dict[str, str]:
+    """What the system says of a process; nothing if it has ended."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from tests.slurm.cluster import NODES, Cluster, wait_for
+from tests.slurm.cluster import NODES, Cluster, on_node, wait_for
 from tests.slurm.conftest import ENVIRONMENT, OPTIONS, ROOT
 
 from ddpm_engine.config import RunConfig, dump_config
@@ -23,7 +23,7 @@ from ddpm_engine.training import CheckpointStore, Trainer
 pytestmark = pytest.mark.slow
 
 FOREVER = 1_000_000
-START = 90.0  # seconds that two ranks may need to start, on two busy cores
+START = 150.0  # seconds that two ranks may need to start, on two busy cores
 LAUNCHED, DIRECT = "train.sbatch", "train_direct.sbatch"
 
 
@@ -167,7 +167,7 @@ def test_a_node_dies(job: Job) -> None:
     """SLURM requeues the job; it waits for the node, and continues from the last checkpoint."""
     job.submit(FOREVER)
     job.wait_for_step(30)
-    job.cluster.kill_node(NODES[1])
+    job.cluster.lose_node(NODES[1])
     try:
         wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1", START)
         # A node that comes back is told to kill what it ran, by the job's id, which stays the same:
@@ -182,6 +182,30 @@ def test_a_node_dies(job: Job) -> None:
     job.cluster.command("scontrol", "release", job.id)
     job.finish()
     assert_went_on_from(stopped, job, stopped + 10)
+
+
+@pytest.mark.parametrize("job", [DIRECT], indirect=True)
+def test_a_rank_dies_with_its_nodes_daemon(job: Job) -> None:
+    """The job would end long before SLURM misses the node; the script finds that it is at fault."""
+    job.cluster.wait_for_nodes(600)
+    try:
+        job.submit(FOREVER)
+        job.wait_for_step(30)
+        job.cluster.kill_node(NODES[1])
+        os.kill(next(rank for rank in job.ranks() if on_node(rank, NODES[1])), signal.SIGKILL)
+        said = f"does not answer: requeueing job {job.id}\n"
+        wait_for("the requeue", lambda: said in job.text(), 2 * START)
+        wait_for("the end of its processes", lambda: not job.ranks(), START)
+        stopped = job.checkpoints()[-1]
+        job.plan(stopped + 10)
+    finally:
+        job.cluster.start_node(NODES[1])
+        job.cluster.wait_for_nodes(10)
+    job.finish()
+    assert job.cluster.field(job.id, "Restarts") == "1"
+    assert_went_on_from(stopped, job, stopped + 10)
+    (noted,) = job.out.with_name("run-logs").glob("*-node-failures")
+    assert len(noted.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("job", [DIRECT], indirect=True)

@@ -193,20 +193,26 @@ def test_schedules_that_are_none(arguments: Any, message: str) -> None:
 
 
 def denoiser(y: Tensor, sigma: Tensor) -> Tensor:
-    """The ideal D for two Gaussians, N(±0.6, 0.2²), in each value by itself."""
+    """The ideal D for two Gaussians, N(±0.6, 0.2²), of a value that also looks at its mirror."""
+    y = 0.8 * y + 0.2 * y.flip(-1)
     variance = 0.2**2 + sigma**2
     share = (2 * 0.6 * y / variance).sigmoid()
     mean = 0.6 * (2 * share - 1)
     return (0.2**2 * y + sigma**2 * mean) / variance
 
 
-def ideal_network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
-    """The F of that D; labels move it."""
+def estimate(y: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+    """That D, and another one for each label."""
+    shift = 0.1 * labels[0][:, None, None, None] if labels else 0
+    return (1 + shift) * denoiser(y, sigma) + shift
+
+
+def smooth_network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
+    """The F of that D."""
     sigma = (4 * noise.to(x.dtype)).exp()[:, None, None, None]
     c = preconditioning(sigma, SIGMA_DATA)
     y = x / c.input
-    shift = 0.1 * labels[0][:, None, None, None] if labels else 0
-    return (denoiser(y, sigma) + shift - c.skip * y) / c.out
+    return (estimate(y, sigma, *labels) - c.skip * y) / c.out
 
 
 class Vp(torch.nn.Module):
@@ -218,8 +224,7 @@ class Vp(torch.nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, *labels: Tensor) -> Tensor:
         a, s = noise_levels(SCHEDULE, timesteps.double())
         a, s = (level[:-1].to(x)[:, None, None, None] for level in (a, s))
-        shift = 0.1 * labels[0][:, None, None, None] if labels else 0
-        return denoiser(x / a, s / a) + shift
+        return estimate(x / a, s / a, *labels)
 
 
 class Edm(torch.nn.Module):
@@ -227,7 +232,7 @@ class Edm(torch.nn.Module):
     sample_shape = SHAPE
 
     def forward(self, x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
-        return ideal_network(x, noise, *labels)
+        return smooth_network(x, noise, *labels)
 
 
 def run(table: CoefficientTable, model: Any, x: Tensor) -> list[Tensor]:
@@ -269,7 +274,7 @@ def test_algorithm_1(sampler: str, steps: int) -> None:
     assert table.scale is not None
     n = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
     _, s = noise_levels(SCHEDULE, table.timesteps[:1])
-    state = run(table, ideal_network, table.scale[0] * s[0] * n)[-1]
+    state = run(table, smooth_network, table.scale[0] * s[0] * n)[-1]
     expected = algorithm_1(steps, n, sampler == "heun")
     torch.testing.assert_close(state, expected, rtol=0, atol=1e-8)
 
@@ -283,7 +288,7 @@ def test_every_sampler_takes_the_steps_that_it_takes_with_x_0(sampler: str) -> N
     assert table.scale[-1] == 1
     x = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
     expected = run(plain, Vp(), x.clone())
-    actual = run(table, ideal_network, table.scale[0] * x)
+    actual = run(table, smooth_network, table.scale[0] * x)
     for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(ours / table.scale[i + 1], theirs, rtol=0, atol=1e-8)
 

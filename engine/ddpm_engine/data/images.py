@@ -168,6 +168,8 @@ def extension_of(payload: bytes) -> str:
 def _open(payload: bytes, extension: str) -> Image.Image:
     if extension not in _PILLOW_FORMATS:
         raise DecodeError(f"unknown image format {extension!r}; known: {', '.join(EXTENSIONS)}")
+    if not payload:
+        raise DecodeError("an image of no bytes")
     try:
         image = Image.open(io.BytesIO(payload), formats=[_PILLOW_FORMATS[extension]])
     except Exception as error:
@@ -187,14 +189,15 @@ def _channels(image: Image.Image) -> int:
 
 def _to_array(image: Image.Image) -> Pixels:
     channels = _channels(image)
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies where nothing turns
     if image.mode.startswith("I"):
         return (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[:, :, None]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return _from_pillow(image.convert("L" if channels == 1 else "RGB"))
+    mode = "L" if channels == 1 else "RGB"
+    return _from_pillow(image if image.mode == mode else image.convert(mode))
 
 
 def _to_pillow(array: Pixels) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ MAX_PAYLOAD = 1 << 28
 MEMBERS = (*EXTENSIONS, "cls", "json")
 """Extensions that are looked at; all others are left alone."""
 
+_BLOCK = 512
 _LABEL_NAMES = ("label", "cls", "class")
 _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
@@ -59,6 +61,18 @@ class TarSample:
 class BoundedTarInfo(tarfile.TarInfo):
     """Refuses headers that would be read into memory whole, whatever size they claim."""
 
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> BoundedTarInfo:
+        """As tarfile's own, but of a plain file reads only name and size: a third of the time."""
+        if len(buf) != _BLOCK or buf[156:157] != tarfile.REGTYPE or not _is_sound(buf):
+            return super().frombuf(buf, encoding, errors)
+        name, prefix = (
+            _text(field).decode(encoding, errors) for field in (buf[:100], buf[345:500])
+        )
+        info = cls(f"{prefix}/{name}" if prefix else name)
+        info.size = tarfile.nti(buf[124:136])  # type: ignore[attr-defined]
+        return info
+
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         # The hook that tarfile leaves to subclasses.
         if self.size < 0:
@@ -72,6 +86,18 @@ class BoundedTarInfo(tarfile.TarInfo):
     def _proc_gnusparse_10(self, *_: object) -> None:
         # The map of a sparse member may be as long as the file.
         raise tarfile.ReadError("a sparse member")
+
+
+def _is_sound(header: bytes) -> bool:
+    """Whether a header has its checksum, written as almost everybody writes it."""
+    # The low half of Adler-32 is one more than the sum of bytes, exact up to 65520: half a header.
+    first, second = zlib.adler32(header[:256]) % 65536, zlib.adler32(header[256:]) % 65536
+    stated = header[148:156]
+    return stated == b"%06o\0 " % (first + second - 2 - sum(stated) + 8 * ord(" "))
+
+
+def _text(field: bytes) -> bytes:
+    return field.partition(b"\0")[0]
 
 
 def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:

@@ -146,7 +146,11 @@ class NumberedSet(ABC):
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Say what to do when the operating system refuses to write."""
+        """Say what to do when the operating system refuses to write.
+
+        Raises:
+            UserError: instead of any `OSError` in the block.
+        """
         try:
             yield
         except OSError as error:

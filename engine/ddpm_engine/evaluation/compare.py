@@ -96,6 +96,8 @@ def reference_features(cache: Path, images: RealImages, network: FeatureNetwork)
     shape = "x".join(map(str, images.shape))
     settings = {
         "data": fingerprint,
+        "count": len(images),
+        "of": images.total,
         "shape": images.shape,
         "rule": RULE,
         "features": network.name,
@@ -108,13 +110,12 @@ def reference_features(cache: Path, images: RealImages, network: FeatureNetwork)
 
 
 def reference_moments(features: FeatureSet, ids: Sequence[int]) -> tuple[Moments, str]:
-    """Moments of a data set, kept beside its features, and the SHA-256 of their file.
+    """Moments of all of a data set's features, kept beside them, and the SHA-256 of their file.
 
     Raises:
         UserError: the cache cannot be written.
     """
-    about = hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
-    path = features.directory / f"moments-{len(ids)}-{about[:12]}.npz"
+    path = features.directory / "moments.npz"
     if (kept := _read_moments(path)) is not None:
         return kept, sha256_of(path)
     found = moments(features.blocks(ids))

@@ -1,4 +1,4 @@
-"""An evaluation from beginning to end, by any number of processes that never wait for each other.
+"""An evaluation from beginning to end, by any number of processes that divide it among them.
 
 Features of the real images are computed once and kept; pictures are drawn, and their features
 computed, piece by piece; whoever finds that everything is there measures and reports. A process
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ddpm_engine.data import open_shards
 from ddpm_engine.drawing import Drawing, PictureSet
 from ddpm_engine.drawing.progress import Progress
 from ddpm_engine.errors import UserError
@@ -29,13 +31,19 @@ from ddpm_engine.evaluation.compare import (
 )
 from ddpm_engine.evaluation.feature_set import FeatureSet
 from ddpm_engine.evaluation.features import FeatureNetwork
-from ddpm_engine.evaluation.images import RULE, DrawnPictures, PictureFolder, RealImages
-from ddpm_engine.evaluation.order import evenly_spaced
+from ddpm_engine.evaluation.images import (
+    RULE,
+    DrawnPictures,
+    PictureFolder,
+    RealImages,
+    is_shard_set,
+)
 from ddpm_engine.evaluation.report import write_report
 
 logger = logging.getLogger(__name__)
 
 QUANTISATION = "to uint8 by round((x + 1) · 127.5), clipped to 0 … 255, before any feature"
+_PAUSE_SECONDS = 0.5
 _REPORT = 1 << 48  # an id beyond all pictures: claimed by whoever measures
 
 
@@ -54,7 +62,7 @@ class Steps:
 class Subject:
     """The pictures that are evaluated."""
 
-    images: DrawnPictures | PictureFolder
+    images: DrawnPictures | PictureFolder | RealImages
     ids: Sequence[int]
     about: Mapping[str, Any]
     """JSON values: everything that determines them, besides the ids."""
@@ -62,6 +70,8 @@ class Subject:
     """Hears of each step of drawing and of features."""
     evaluations: int = 0
     """Steps of drawing a picture."""
+    location: str | None = None
+    """Where they were found, if they were."""
 
     @property
     def hash(self) -> str:
@@ -107,16 +117,36 @@ def drawn_subject(
 
 
 def folder_subject(folder: Path, count: int | None = None) -> Subject:
-    """Pictures of a folder, or the first so many of them.
+    """Pictures that are there: of a folder, or a finished set of shards, or the first so many.
+
+    Args:
+        folder: as `PictureFolder` takes it, or of shards whose images have one size.
+        count: how many; None: all.
 
     Raises:
-        UserError: no pictures there, or fewer.
+        UserError: no pictures there, fewer, or of different sizes.
     """
+    if is_shard_set(folder):
+        return _shards_subject(folder, count)
     images = PictureFolder(folder)
     if count is not None and len(images.ids) < count:
         raise UserError(f"--count is {count}, but --samples {folder} holds {len(images.ids)}")
-    about = {"samples": str(folder), "sha256": images.fingerprint, **(images.about or {})}
-    return Subject(images, images.ids[:count], about, Steps())
+    about = {"sha256": images.fingerprint, **(images.about or {})}
+    return Subject(images, images.ids[:count], about, Steps(), location=str(folder))
+
+
+def _shards_subject(folder: Path, count: int | None) -> Subject:
+    shards = open_shards(folder)
+    stored = shards.manifest
+    if stored.height is None or stored.width is None or stored.channels is None:
+        raise UserError(
+            f"images in --samples {folder} differ in size or channels; make shards of one size"
+        )
+    images = RealImages(shards, (stored.height, stored.width, stored.channels))
+    if count is not None and len(images) < count:
+        raise UserError(f"--count is {count}, but --samples {folder} holds {len(images)}")
+    about = {"fingerprint": stored.fingerprint}
+    return Subject(images, range(len(images))[:count], about, Steps(), location=str(folder))
 
 
 def compare_with_real(
@@ -127,7 +157,6 @@ def compare_with_real(
     out: Path,
     cache: Path,
     *,
-    reference_count: int | None = None,
     division: Division = Division(),  # noqa: B008
     device: torch.device | str = "cpu",
     show: bool = False,
@@ -141,7 +170,6 @@ def compare_with_real(
         metrics: as `measure` takes them.
         out: folder of the evaluation.
         cache: folder of features of real images.
-        reference_count: take only so many of the real images, evenly spaced.
         division: of the work among processes.
         device: where distances between features are computed.
         show: whether to show progress.
@@ -152,9 +180,7 @@ def compare_with_real(
     Raises:
         UserError: too few pictures or real images, no room, or images that cannot be had.
     """
-    total = len(real)
-    wanted = min(total, reference_count or total)
-    real_ids = evenly_spaced(total, wanted).tolist()
+    real_ids = range(len(real))
     width = network.features
     of_real = reference_features(cache, real, network)
     of_drawn = FeatureSet(
@@ -176,9 +202,14 @@ def compare_with_real(
         subject.steps, subject.evaluations + 1, show,
     ):  # fmt: skip
         return None
-    # Another evaluation may be at the same real images: what it has claimed is had when it ends.
-    if not fill_real():
-        return None
+    # Whoever is still at the real images, perhaps for another evaluation, does nothing else that is
+    # needed here; what a process has claimed that dies is claimed anew.
+    waiting = False
+    while not fill_real():
+        if not waiting and show:
+            logger.warning("waiting for a process that is at real images in %s", of_real.directory)
+        waiting = True
+        time.sleep(_PAUSE_SECONDS)
     with of_drawn.claim([_REPORT]) as granted:
         if not granted:
             return None
@@ -194,7 +225,8 @@ def compare_with_real(
         )  # fmt: skip
         if isinstance(subject.images, DrawnPictures):
             subject.images.pictures.finish(subject.ids)
-        return write_report(out, _asked(subject, real, real_ids, network), measured)
+        locations = {"samples": subject.location, "data": str(real.shards.storage)}
+        return write_report(out, _asked(subject, real, network), measured, locations)
 
 
 def _fill(
@@ -222,9 +254,7 @@ def _fill(
     return complete
 
 
-def _asked(
-    subject: Subject, real: RealImages, real_ids: Sequence[int], network: FeatureNetwork
-) -> dict[str, Any]:
+def _asked(subject: Subject, real: RealImages, network: FeatureNetwork) -> dict[str, Any]:
     return {
         "pictures": {
             "count": len(subject.ids),
@@ -233,10 +263,9 @@ def _asked(
             **subject.about,
         },
         "reference": {
-            "data": str(real.shards.storage),
             "fingerprint": real.shards.manifest.fingerprint,
-            "count": len(real_ids),
-            "of": len(real),
+            "count": len(real),
+            "of": real.total,
             "rule": RULE,
         },
         "features": {"name": network.name, "hash": network.hash, "resize": network.resize},

@@ -68,9 +68,10 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), the square of the distance proper.
 
-    (Σ_a Σ_b)^½ has the trace of (Σ_a^½ Σ_b Σ_a^½)^½, which is symmetric: its eigenvalues are real
-    and not negative, where a general matrix square root meets singular covariances, which is what
-    fewer pictures than features give, with complex numbers and an offset on the diagonal.
+    With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b. So
+    nothing is squared whose root is then taken, which would cost half of the digits, and singular
+    covariances, those of fewer pictures than features, are like others; a general matrix square
+    root meets them with complex numbers, and by custom with an offset on the diagonal.
 
     Raises:
         ValueError: features of different lengths.
@@ -78,10 +79,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {a.mean.size} and of {b.mean.size} numbers")
     apart = a.mean - b.mean
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    product = root @ b.covariance @ root
-    trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    trace = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace
     # Of two equal sets, rounding may leave less than nothing.
     return max(float(distance), 0.0)
+
+
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R with R Rᵀ = covariance, `[D, D]`."""
+    values, vectors = np.linalg.eigh(covariance)
+    # Less than this is the rounding of zero, and its root would not be small.
+    noise = values.max() * len(values) * np.finfo(np.float64).eps
+    return np.asarray(vectors * np.sqrt(np.where(values > noise, values, 0)))

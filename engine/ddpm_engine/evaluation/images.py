@@ -31,6 +31,7 @@ from ddpm_engine.drawing import Drawing, PictureSet
 from ddpm_engine.drawing.numbered_set import MANIFEST
 from ddpm_engine.drawing.picture_files import ids_in, picture_files
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.order import evenly_spaced
 from ddpm_engine.files import sha256_of
 
 RULE = (
@@ -82,7 +83,11 @@ class DrawnPictures:
         return self._drawing.label_of(sample_id)
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`; what is missing is drawn."""
+        """As `Images.read`: `[N, H, W, C]`. What is missing is drawn.
+
+        Raises:
+            UserError: no room to write, or a recipe whose images cannot be read.
+        """
         present = self.pictures.ids()
         old, missing = [k for k in ids if k in present], [k for k in ids if k not in present]
         found = dict(zip(old, self.pictures.read(old), strict=True)) if old else {}
@@ -106,18 +111,32 @@ class RealImages:
     Args:
         shards: an open set.
         shape: (H, W, C), H = W.
+        count: only so many, evenly spaced, are ids 0 … count − 1; None: all of them.
     """
 
-    def __init__(self, shards: ShardSet, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, shards: ShardSet, shape: tuple[int, int, int], count: int | None = None
+    ) -> None:
         self.shards, self.shape = shards, shape
+        self.total = shards.manifest.samples
+        """How many the set has."""
+        self._picked = evenly_spaced(self.total, min(self.total, count or self.total))
         self._starts = np.cumsum([0] + [shard.samples for shard in shards.manifest.shards])
         self._reader = ShardReader(shards)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._picked)
+
+    def place_in_set(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Which samples of the set these are: int64 `[N]`."""
+        return self._picked[np.asarray(ids, dtype=np.int64)]
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`. A damaged sample is an error: leaving it out would change the measure."""
+        """As `Images.read`: `[N, H, W, C]`.
+
+        Raises:
+            UserError: a damaged sample; leaving it out would change the measure.
+        """
         return np.stack([self._read(k) for k in ids])
 
     def label_of(self, sample_id: int) -> int | None:
@@ -127,8 +146,9 @@ class RealImages:
         return None if label < 0 else label
 
     def _place(self, sample_id: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return shard, sample_id - int(self._starts[shard])
+        sample = int(self._picked[sample_id])
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
 
     def _read(self, sample_id: int) -> NDArray[np.uint8]:
         shard, row = self._place(sample_id)
@@ -159,9 +179,8 @@ class PictureFolder:
         self.folder = folder
         self.about = _manifest(folder)
         """What the manifest says of the pictures; None without one."""
-        self._held = (
-            _numbered(folder, self.about["format"]) if self.about is not None else _images(folder)
-        )
+        format = (self.about or {}).get("format")
+        self._held = _images(folder) if format is None else _numbered(folder, format)
         if not self._held:
             raise UserError(f"--samples {folder} holds no pictures ({', '.join(EXTENSIONS)})")
         self.ids = sorted(self._held)
@@ -185,7 +204,7 @@ class PictureFolder:
         return int(classes[sample_id % len(classes)])
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """See `Images`.
+        """As `Images.read`: `[N, H, W, C]`.
 
         Raises:
             UserError: a file that cannot be read, or a picture of another size.
@@ -217,12 +236,17 @@ Load = Callable[[Path], dict[int, NDArray[np.uint8]]]
 _Held = dict[int, tuple[Path, Load]]
 
 
+def is_shard_set(folder: Path) -> bool:
+    """Whether a folder has the manifest of a set of shards; pictures have one of another kind."""
+    return "shards" in (_manifest(folder) or {})
+
+
 def _manifest(folder: Path) -> dict[str, object] | None:
     try:
         about = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return None
-    return about if isinstance(about, dict) and isinstance(about.get("format"), str) else None
+    return about if isinstance(about, dict) else None
 
 
 def _numbered(folder: Path, format: object) -> _Held:
@@ -241,8 +265,15 @@ def _images(folder: Path) -> _Held:
     return {k: (path, load) for k, path in enumerate(paths)}
 
 
-def open_reference(location: str, shape: tuple[int, int, int]) -> RealImages:
-    """Open the real images, to be brought to a shape (H, W, C).
+def open_reference(
+    location: str, shape: tuple[int, int, int], count: int | None = None
+) -> RealImages:
+    """Open the real images.
+
+    Args:
+        location: a folder of shards, or its URL.
+        shape: (H, W, C) that they are brought to.
+        count: as `RealImages` takes it.
 
     Raises:
         UserError: no finished set of shards there, or pictures that are not square.
@@ -251,4 +282,4 @@ def open_reference(location: str, shape: tuple[int, int, int]) -> RealImages:
         raise UserError(
             f"pictures are {shape[0]}×{shape[1]} pixels; images are compared as squares"
         )
-    return RealImages(open_shards(location), shape)
+    return RealImages(open_shards(location), shape, count)

@@ -23,7 +23,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_report(out: Path, asked: Mapping[str, Any], measured: Mapping[str, Any]) -> Path:
+def write_report(
+    out: Path,
+    asked: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    locations: Mapping[str, str | None],
+) -> Path:
     """Write `result-HASH.json`, and beside it a Markdown table of one line.
 
     The hash is of what was asked, so that another question does not replace the answer to this
@@ -33,6 +38,7 @@ def write_report(out: Path, asked: Mapping[str, Any], measured: Mapping[str, Any
         out: an existing folder.
         asked: JSON values: of what the figures are a function.
         measured: JSON values by metric.
+        locations: where things were found, which changes nothing; None: nowhere.
 
     Returns:
         The JSON's path.
@@ -44,7 +50,8 @@ def write_report(out: Path, asked: Mapping[str, Any], measured: Mapping[str, Any
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     path = out / f"result-{digest[:8]}.json"
     metrics = {**_earlier(path, asked), **measured}
-    report = {"metrics": metrics, **asked, "versions": versions()}
+    found = {name: location for name, location in locations.items() if location is not None}
+    report = {"metrics": metrics, **asked, "found_at": found, "versions": versions()}
     try:
         for file, text in [
             (path, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
@@ -88,7 +95,8 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (accuracy := metrics.get("accuracy")) is not None:
         cells.append(("class accuracy", f"{accuracy['share']:.2%}"))
     if (bound := metrics.get("nll")) is not None:
-        cells.append(("NLL, bits/dim", f"≤ {bound['bits_per_dim']:.4f}"))
+        error = "" if bound["error"] is None else f" ± {bound['error']:.4f}"
+        cells.append(("NLL, bits/dim", f"≤ {bound['bits_per_dim']:.4f}{error}"))
     return cells
 
 
@@ -96,7 +104,8 @@ def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     cells: list[tuple[str, str]] = []
     pictures = report.get("pictures") or {}
     features, reference = report.get("features"), report.get("reference")
-    model = report.get("model") or pictures
+    bound = report.get("model")
+    model = bound or pictures
     if pictures:
         cells.append(("pictures", f"{pictures['count']:,}"))
     if reference is not None:
@@ -108,8 +117,10 @@ def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         guidance = pictures.get("guidance_scale")
         sampler = f"{pictures['sampler']}, {pictures['steps']} steps, seed {pictures['seed']}"
         cells.append(("sampler", sampler + (f", guidance {guidance:g}" if guidance else "")))
-    elif "samples" in pictures:
-        cells.append(("folder", pictures["samples"]))
+    if "samples" in report["found_at"]:
+        cells.append(("folder", report["found_at"]["samples"]))
+    if bound is not None:
+        cells.append(("variance", f"{bound['variance']}, T = {bound['timesteps']}"))
     if model.get("checkpoint") is not None:
         weights = model.get("weights") or "as published"
         if model.get("ema_decay") is not None and weights == "ema":

@@ -64,12 +64,12 @@ class Conditions:
         Args:
             images: `[B, C, H, W]` as stored, on the network's device, where the result is.
             positions: int64 `[B]`, best on the CPU.
-            labels: as `labels` gave them.
-            flip: as `flip` gave it.
+            labels: `[B]`, as `labels` gave them.
+            flip: `[B]`, as `flip` gave it.
 
         Returns:
-            Nothing; or labels; or labels or None, small images enlarged and noised to the shape of
-            `images`, and the levels of that noise.
+            Nothing; or labels `[B]`; or labels or None, small images enlarged and noised to
+            float32 `[B, C, H, W]`, and the levels of that noise, int64 `[B]`.
         """
         device = images.device
         here = [

@@ -34,7 +34,7 @@ class UniformTimesteps:
         return None
 
     def learn(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of losses, float `[N]`, in the order of positions."""
+        """Take note of losses, float `[N]`, at timesteps int64 `[N]`, in the order of positions."""
 
     def state(self) -> Mapping[str, Tensor]:
         """What has been learnt."""
@@ -56,7 +56,7 @@ class WeightedTimesteps(UniformTimesteps):
         self.probabilities = probabilities
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """See `UniformTimesteps`."""
+        """Int64 `[B]` in [0, T), for positions int64 `[B]`."""
         word = random_words(seed, positions, 1, 0, Stream.TRAINING_TIMESTEP)[:, 0]
         u = (word.to(torch.float64) + 0.5) * 2.0**-32
         below = self.probabilities.cumsum(0).to(positions.device)
@@ -105,7 +105,7 @@ class ImportanceTimesteps(WeightedTimesteps):
         return bool((self._counts >= self.HISTORY).all())
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """See `UniformTimesteps`."""
+        """Int64 `[B]` in [0, T), for positions int64 `[B]`."""
         if self.warm:
             return super().draw(seed, positions)
         return UniformTimesteps.draw(self, seed, positions)
@@ -115,7 +115,10 @@ class ImportanceTimesteps(WeightedTimesteps):
         return 1 / (self.timesteps * self.probabilities.to(timesteps.device)[timesteps])
 
     def learn(self, timesteps: Tensor, losses: Tensor) -> None:
-        """See `UniformTimesteps`; the losses are those before the correction."""
+        """Take note of losses, float `[N]`, in the order of positions, before their correction.
+
+        Timesteps are int64 `[N]`.
+        """
         order = timesteps.argsort(stable=True)
         timesteps, losses = timesteps[order], losses[order].to(torch.float64)
         counts = timesteps.bincount(minlength=self.timesteps)

@@ -19,7 +19,11 @@ from ddpm_engine.schedule import NoiseSchedule
 
 
 def x0_from_error(schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
-    """q: the error of x_0 for one of the output, at each timestep; float64 `[T]`."""
+    """q: the error of x_0 for one of the output, at each timestep; float64 `[T]`.
+
+    Raises:
+        UserError: `"edm"`, which has a weighting of its own.
+    """
     a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
     return x0_coefficients(prediction, a, s)[1]
 

@@ -61,7 +61,7 @@ def sampling_steps(
         sample_ids: int64 `[B]` on the model's device; picture k of a seed is the same picture in
             every batch.
         labels: int64 `[B]` classes, or None.
-        low_resolution: small images that the model enlarges, as in `sample`, or None.
+        low_resolution: `[B, C, side, side]` to be enlarged, as in `sample`, or None.
         augmentation: level of their noise.
         clip: clip each estimate of x_0 to [-1, 1].
     """

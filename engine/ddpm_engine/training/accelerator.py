@@ -31,7 +31,7 @@ def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
     with without_plug_ins():
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=precision,
+            mixed_precision="no",  # the strategies do it, each in its own way
             log_with=None if config.log.tracker == "none" else config.log.tracker,
             project_config=ProjectConfiguration(str(config.out), str(config.out)),
             # Long, for making data and compiling; once training runs, `Watch` is there.

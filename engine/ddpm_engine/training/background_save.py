@@ -52,6 +52,11 @@ class BackgroundSaver:
         self._flight = _Flight(self._store, step, copies, dict(state))
         self._flight.start()
 
+    @property
+    def step(self) -> int | None:
+        """Of the save in flight; None if there is none."""
+        return None if self._flight is None else self._flight.step
+
     def finished(self, wait: bool = False) -> Saved | None:
         """The save that has ended since this was last asked; None if none has.
 

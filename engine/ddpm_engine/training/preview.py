@@ -14,6 +14,7 @@ from ddpm_engine.low_resolution import shrink
 from ddpm_engine.samplers import sample
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_engine.training.dataset import RunDataset, samples_at
+from ddpm_engine.training.strategies.precision import autocast
 from ddpm_engine.unet import UNet
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def draw_preview(
         real = samples_at(dataset, ids.tolist())
         small = shrink(real.images, model.low_resolution)
         labels = None if model.null_class is None or real.labels is None else real.labels.to(ids)
-    with accelerator.autocast():
+    with autocast(config.training.precision, accelerator.device):
         pictures = sample(
             model,
             schedule,

@@ -17,7 +17,7 @@ from ddpm_engine.files import atomic_write
 from ddpm_engine.objectives import Objective, build_objective
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.background_save import BackgroundSaver
-from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
+from ddpm_engine.training.checkpoint import SNAPSHOTS, Checkpoint, CheckpointStore, load_part
 from ddpm_engine.training.dataset import open_dataset
 from ddpm_engine.training.metrics import MetricsLog
 from ddpm_engine.training.preview import draw_preview
@@ -41,7 +41,7 @@ REQUEUE_MARKER = "requeue"
 class Trainer:
     """One training run on this process's share of the hardware (Ho et al. 2020, algorithm 1).
 
-    The state is the weights, their average, the optimizer, the loss scale, what the objective has
+    The state is the weights, their averages, the optimizer, the loss scale, what the objective has
     learnt and the number of steps done; data order and all noise follow from the seed and the step.
 
     Args:
@@ -86,9 +86,14 @@ class Trainer:
             config.out / "checkpoints",
             config.log.keep_checkpoints,
             config.log.keep_every,
-            dist.new_group(backend="gloo") if dist.is_initialized() else None,
+            _group_for_saving(),
         )
-        self._saver = BackgroundSaver(self.checkpoints)
+        self._savers = {"checkpoint": BackgroundSaver(self.checkpoints)}
+        if config.training.ema_profiles:
+            snapshots = CheckpointStore(
+                config.out / SNAPSHOTS, keep_every=1, group=_group_for_saving()
+            )
+            self._savers["snapshot"] = BackgroundSaver(snapshots)
         self._watch = Watch(config.training.timeout_seconds)
         self.step = 0
         self._window = _Window()
@@ -144,14 +149,14 @@ class Trainer:
         batches = self._batches()
         first = self.step
         while self.step < training.steps:
+            self._wait_for_saves(ahead=log.checkpoint_overlap)
             started = time.perf_counter()
             # The first step compiles, and reads data that may have to be fetched from afar.
             try:
                 stopping = self._train_step(batches, stop, limited=self.step > first)
             except UserError:
-                self._note_saved(wait=True)  # the run ends, but not half-way through a save
+                self._wait_for_saves()  # the run ends, but not half-way through one
                 raise
-            self._note_saved()
             self._window.seconds += time.perf_counter() - started
             self.step += 1
             metrics.advance()
@@ -161,12 +166,16 @@ class Trainer:
                 self._report(metrics)
             if self.step % log.checkpoint_every == 0 or last or stopping:
                 self._save(wait=last or stopping)
+            if training.ema_profiles and (self.step % log.snapshot_every == 0 or last):
+                self._save_snapshot()
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
                 self._watch.doing("drawing pictures", limited=False)
                 with self.strategy.averaged() as model:
                     draw_preview(
                         model, self.schedule, config, self.step, self.accelerator, self.dataset
                     )
+            if stopping or last:
+                self._wait_for_saves()
             if stopping:
                 return True
         return False
@@ -275,7 +284,7 @@ class Trainer:
 
     def _save(self, wait: bool) -> None:
         """Begin to save; `wait` until it is done."""
-        scaler = self.accelerator.scaler
+        loss_scale = self.strategy.loss_scale
         state = {
             "config": to_dict(self.config),
             "samples_seen": self.step * self.config.training.batch_size,
@@ -284,28 +293,55 @@ class Trainer:
             "window": self._window.state(),
             "bad_steps": self._bad_steps,
             "bad_samples": self._bad_samples,
-            "loss_scale": None if scaler is None else scaler.state_dict(),
+            "loss_scale": None if loss_scale is None else loss_scale.state(),
         }
+        self._wait_for_save("checkpoint")
         started = time.perf_counter()
-        self._watch.doing(f"saving step {self.step}", limited=False)
-        self._note_saved(wait=True)
-        self._saver.start(self.step, self._parts(), state)
+        self._watch.doing(f"copying the state of step {self.step}", limited=False)
+        self._savers["checkpoint"].start(self.step, self._parts(), state)
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if wait:
-            self._note_saved(wait=True)
+            self._wait_for_save("checkpoint")
+
+    def _save_snapshot(self) -> None:
+        """Begin to save the power-function averages."""
+        self._wait_for_save("snapshot")
+        started = time.perf_counter()
+        self._watch.doing(f"copying the averages of step {self.step}", limited=False)
+        averages = {n: part for n, part in self.strategy.averages().items() if n != "ema"}
+        self._savers["snapshot"].start(self.step, averages, {"config": to_dict(self.config)})
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
 
-    def _note_saved(self, wait: bool = False) -> None:
-        """Report the checkpoint that was in flight, if it is done."""
-        saved = self._saver.finished(wait)
+    def _wait_for_saves(self, ahead: int = 0) -> None:
+        for kind in self._savers:
+            self._wait_for_save(kind, ahead)
+
+    def _wait_for_save(self, kind: str, ahead: int = 0) -> None:
+        """Report the checkpoint or snapshot in flight if it is done.
+
+        Args:
+            kind: of the two.
+            ahead: wait for it if training is so many steps ahead of it.
+        """
+        saver = self._savers[kind]
+        step = saver.step
+        if step is None:
+            return
+        wait = self.step - step >= ahead
+        if wait:
+            self._watch.doing(f"saving the {kind} of step {step}", limited=False)
+        started = time.perf_counter()
+        saved = saver.finished(wait)
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if saved is None:
             return
         self._window.checkpoint_write_seconds += saved.seconds
         if saved.error is not None:
             self._failed_checkpoints += 1
             logger.error(
-                "checkpoint of step %d failed (failure %d of this run): %s. Training goes on; "
-                "older checkpoints are untouched",
-                saved.step, self._failed_checkpoints, saved.error,
+                "%s of step %d failed (failure %d of this run): %s. Training goes on; "
+                "older %ss are untouched",
+                kind, saved.step, self._failed_checkpoints, saved.error, kind,
             )  # fmt: skip
 
     def _resume(self) -> None:
@@ -330,8 +366,8 @@ class Trainer:
         self.objective.load(parts.get("objective", {}))
         state = checkpoint.state
         try:
-            if self.accelerator.scaler is not None and state["loss_scale"] is not None:
-                self.accelerator.scaler.load_state_dict(state["loss_scale"])
+            if self.strategy.loss_scale is not None and state["loss_scale"] is not None:
+                self.strategy.loss_scale.load(state["loss_scale"])
             self._window = _Window(**state["window"])
             self._bad_steps = int(state["bad_steps"])
             self._bad_samples = int(state["bad_samples"])
@@ -372,6 +408,11 @@ class Trainer:
         except OSError as error:
             logger.error("the tracker cannot write: %s. Training goes on", error)
         self._window = _Window()
+
+
+def _group_for_saving() -> dist.ProcessGroup | None:
+    """A process group that nothing else uses: saves talk over it while training goes on."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 class _Window:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data import Batch
 from ddpm_engine.objectives import Objective
+from ddpm_engine.training.strategies.precision import autocast
 from ddpm_engine.unet import UNet
 
 
@@ -17,7 +18,7 @@ def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config:
     Args:
         model: on the device, not yet prepared by Accelerate: nothing is exchanged between ranks.
         objective: of the run.
-        accelerator: for the precision.
+        accelerator: for the device and the number of ranks.
         config: for the shape of a rank's piece of a batch.
     """
     training, shape = config.training, config.model
@@ -29,7 +30,7 @@ def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config:
     batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
     was_training = model.training
     model.train()
-    with accelerator.autocast():
+    with autocast(training.precision, accelerator.device):
         loss = objective(model, batch.to(accelerator.device)).mean()
     loss.backward()
     objective.end_step(None)

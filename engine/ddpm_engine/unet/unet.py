@@ -243,9 +243,9 @@ class UNet(nn.Module):
             timesteps: `[B]` or 0-dim, integer or float, on the device of `x`.
             labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
                 class-conditional; `null_class` for an unconditional prediction.
-            low_resolution: the small image, enlarged and noised to the shape of `x` by
-                `ddpm_engine.low_resolution.Augmentation`, if and only if the network was made
-                for one.
+            low_resolution: `[B, in_channels, H, W]`, the small image, enlarged and noised by
+                `ddpm_engine.low_resolution.Augmentation`, if and only if the network was made for
+                one.
             augmentation: int64 `[B]`, the level of that noise.
             features: what enters the last level on the way up, `[B, C, H, W]`, as an evaluation
                 close by returned it. All deeper levels are then left out (Ma, Fang & Wang,

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training.ema import EMA
+from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import Network, State
 from ddpm_engine.unet import UNet
@@ -38,9 +39,8 @@ class TorchStrategy:
         name: for the log.
         network: what to call: the model, or a wrapper of it.
         model: the model itself.
-        ema: its average, spread like it.
+        emas: its averages, spread like it.
         config: of the run.
-        accelerator: for the loss scale.
     """
 
     def __init__(
@@ -48,45 +48,45 @@ class TorchStrategy:
         name: str,
         network: Network,
         model: UNet,
-        ema: EMA[UNet],
+        emas: dict[str, EMA[UNet]],
         config: RunConfig,
-        accelerator: Accelerator,
     ) -> None:
         self.name = name
         self.network = network
         self.model = model
-        self.ema = ema
+        self.emas = emas
         self.optimizer = make_optimizer(model, config.optimizer)
         self._pieces = config.training.accumulation
         self._clip_norm = config.optimizer.clip_norm
-        self._scaler = accelerator.scaler
+        self.loss_scale = LossScale() if config.training.precision == "fp16" else None
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
         """See `Strategy`."""
         loss = loss_of(self.network)
         mean = loss / self._pieces
-        (mean if self._scaler is None else self._scaler.scale(mean)).backward()
+        (mean if self.loss_scale is None else mean * self.loss_scale.value).backward()
         return loss.detach()
 
     def step(self, learning_rate: float) -> float:
         """See `Strategy`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
+        if self.loss_scale is not None:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if self._scaler is not None:
-            self._scaler.step(self.optimizer)  # skips by itself, and lowers the scale
-            self._scaler.update()
-        elif math.isfinite(norm):
+        if math.isfinite(norm):
             self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(math.isfinite(norm))
         self.optimizer.zero_grad()
         return norm
 
     def update_ema(self, updates: int) -> None:
         """See `Strategy`."""
-        self.ema.update(self.model, updates)
+        for ema in self.emas.values():
+            ema.update(self.model, updates)
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -94,18 +94,22 @@ class TorchStrategy:
     @contextmanager
     def averaged(self) -> Iterator[UNet]:
         """See `Strategy`."""
-        yield self.ema.model
+        yield self.emas["ema"].model
+
+    def averages(self) -> State:
+        """See `Strategy`."""
+        return {name: _tensors(get_model_state_dict(ema.model)) for name, ema in self.emas.items()}
 
     def state(self) -> State:
         """See `Strategy`; the tensors are those in use."""
         return {
             "model": _tensors(get_model_state_dict(self.model)),
-            "ema": _tensors(get_model_state_dict(self.ema.model)),
+            **self.averages(),
             "optimizer": _tensors(self._optimizer_state()),
         }
 
     def load(self, state: State) -> None:
-        """See `Strategy`; weights and average are in place already."""
+        """See `Strategy`; weights and averages are in place already."""
         optimizer_state = {**self._optimizer_state(), **state["optimizer"]}
         set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=_FLAT)
 
@@ -123,7 +127,7 @@ class Replicated(TorchStrategy):
     """
 
     def __init__(self, model: UNet, config: RunConfig, accelerator: Accelerator) -> None:
-        ema = EMA(model, config.training.ema_decay)
+        emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
         autocast_forward(model, config.training.precision, accelerator.device)
         self._parallel = None
         if accelerator.num_processes > 1:
@@ -137,9 +141,8 @@ class Replicated(TorchStrategy):
             "single process" if self._parallel is None else "DDP",
             self._parallel or model,
             model,
-            ema,
+            emas,
             config,
-            accelerator,
         )
 
     def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:

@@ -1,0 +1,75 @@
+"""Two ranks on one machine that train on a set which comes from elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from tests.data.conftest import Server, pack
+from tests.distributed.launching import Job, launch, losses
+
+from ddpm_engine.config import RunConfig
+
+
+def run_at(config: RunConfig, name: str, steps: int = 10, **data: object) -> RunConfig:
+    """Two epochs of 40 samples, in steps of 8."""
+    return replace(
+        config,
+        out=config.out.with_name(name),
+        model=replace(config.model, num_class_embeds=41),
+        training=replace(config.training, steps=steps, batch_size=8),
+        data=replace(config.data, **data),  # type: ignore[arg-type]
+    )
+
+
+def test_two_ranks_share_one_cache(config: RunConfig, server: Server, tmp_path: Path) -> None:
+    folder = pack(server.folder / "set", count=40, per_shard=2)
+    url = f"{server.url}/set"
+    local = run_at(config, "local", path=folder)
+    roomy = run_at(config, "roomy", path=url, cache=tmp_path / "roomy-cache")
+    launch([Job(local), Job(roomy)], 2)
+    fetched = Counter(server.requests)
+    # Both ranks read the manifest; which of them fetches a shard or an index, once, is open.
+    assert fetched.pop("/set/manifest.json") == 2
+    assert fetched == Counter(
+        {f"/set/{f.name}": 1 for f in folder.iterdir() if f.suffix != ".json"}
+    )
+
+    # Room for a tenth of the set: what one rank lets go, the other may have to fetch again.
+    tight = run_at(
+        config, "tight", path=url, cache=tmp_path / "cache", cache_gb=5e-5, window_shards=1
+    )
+    whole = run_at(config, "whole", path=folder, window_shards=1, workers=2)
+    tight = replace(tight, data=replace(tight.data, workers=2))
+    launch([Job(whole), Job(tight)], 2)
+    assert len(server.requests) > 2 * len(fetched)
+    for ours, theirs in ((roomy, local), (tight, whole)):
+        assert losses(ours.out) == losses(theirs.out)
+
+
+def test_two_ranks_stream_for_themselves_and_go_on(config: RunConfig, server: Server) -> None:
+    pack(server.folder, count=40, per_shard=2)
+    pattern = f"{server.url}/shard-{{000000..000019}}.tar"
+    run = replace(
+        run_at(config, "run", path=pattern), model=replace(config.model, num_class_embeds=None)
+    )
+    half = replace(run, training=replace(run.training, steps=5))
+    outputs = launch([Job(half, trace=f"{run.out}-first")], 2)
+    assert "drawn with replacement" in outputs[0]
+    outputs = launch([Job(run, trace=f"{run.out}-second")], 2)
+    assert "from step 5\n" in outputs[0]
+    assert len(losses(run.out)) == 10
+
+    traces = [
+        [line.split() for line in Path(f"{run.out}-{leg}.{rank}").read_text().splitlines()]
+        for leg in ("first", "second")
+        for rank in (0, 1)
+    ]
+    # Positions, and with them noise and timesteps, are those of the step and of the rank's share.
+    for rank in (0, 1):
+        places = [int(row[0]) for leg in (0, 2) for row in traces[leg + rank]]
+        assert places == [8 * step + 4 * rank + i for step in range(10) for i in range(4)]
+    # Four draws of 20 from 40 images: that two are equal is no chance.
+    images = {tuple(row[1] for row in trace) for trace in traces}
+    assert len(images) == 4
