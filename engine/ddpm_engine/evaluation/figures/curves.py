@@ -60,6 +60,8 @@ def quality_figure(
         count: how many were drawn for each point.
         path: of the PNG.
     """
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     with saved(path, 6.4, 4) as (_, axes):
         axis = axes[0, 0]
         ticks = sorted({steps for line in distances.values() for steps in line})
@@ -72,7 +74,10 @@ def quality_figure(
             title=f"quality against steps ({count} pictures for each point)",
         )  # fmt: skip
         axis.set_xticks(ticks, list(map(str, ticks)))
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
+        # Distances seldom span a power of ten, and then no tick of these would have a label.
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.grid()
         axis.legend()
 
