@@ -46,7 +46,7 @@ class Options:
     """An image for denoising; default: the first of the data."""
     seed: int = 0
     """Of all noise."""
-    ids: tuple[int, int] = (1, 2)
+    ids: tuple[int, int] = (4, 2)
     """Pictures of the seed: reverse shows the first, interpolation what lies between the two."""
     steps: int | None = None
     """Steps of a drawn picture; default: the run's."""

@@ -60,6 +60,8 @@ def quality_figure(
         count: how many were drawn for each point.
         path: of the PNG.
     """
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     with saved(path, 6.4, 4) as (_, axes):
         axis = axes[0, 0]
         ticks = sorted({steps for line in distances.values() for steps in line})
@@ -72,7 +74,10 @@ def quality_figure(
             title=f"quality against steps ({count} pictures for each point)",
         )  # fmt: skip
         axis.set_xticks(ticks, list(map(str, ticks)))
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
+        # Distances seldom span a power of ten, and then no tick of these would have a label.
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.grid()
         axis.legend()
 
@@ -101,7 +106,9 @@ def bound_figure(terms: np.ndarray, path: Path) -> None:
         )
         right.plot(t, mean[:last].cumsum(), color=COLOURS[0])
         right.axhline(total.mean(), color="#777777", linestyle="--")
-        right.set(xscale="log", ylim=(0, None), xlabel="t", title="their sum up to t")
+        right.set(
+            xscale="log", ylim=(0, None), xlabel="t", ylabel="bits/dim", title="their sum up to t"
+        )
         for axis in axes[0]:
             axis.grid()
         left.legend()

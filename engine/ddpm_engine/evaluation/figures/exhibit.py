@@ -52,7 +52,7 @@ from ddpm_engine.training.dataset import dataset_of
 _GRID = 64
 _ROWS = 3
 """Images that are noised."""
-_FRAMES, _MOVING = 32, 6
+_FRAMES, _MOVING = 24, 6
 """Moments of the animation, and pictures in it."""
 QUALITY_SAMPLERS: tuple[Sampler, ...] = ("ddpm", "ddim", "dpm++2m")
 QUALITY_STEPS = (5, 10, 20, 40)
@@ -74,7 +74,7 @@ class Exhibit:
     """Folder for the figures."""
     seed: int = 0
     """Of all noise."""
-    ids: tuple[int, int] = (1, 2)
+    ids: tuple[int, int] = (4, 2)
     """Two pictures of the seed: the first is seen to emerge, and both have pictures between."""
     steps: int | None = None
     """Steps a picture; None: the run's."""
