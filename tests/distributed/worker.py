@@ -49,11 +49,12 @@ def main() -> None:
         trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
         with exit_on_user_error():
             run = Trainer(load_config(Path(job["config"])))
-            assert isinstance(run.objective, DenoisingObjective)
             if job["float64"]:
+                assert isinstance(run.objective, DenoisingObjective)
                 run.objective._signal = run.schedule.sqrt_alpha_bar
                 run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
             if job["poisoned"] is not None:
+                assert isinstance(run.objective, DenoisingObjective)
                 poison(run.objective, job["poisoned"])
             run.fit()
         for name in job["environment"]:
