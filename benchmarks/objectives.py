@@ -84,7 +84,7 @@ WITHIN = 1.5
 class Budget:
     """What every objective gets."""
 
-    steps: int = 800
+    steps: int = 700
     """Optimizer steps, batches of 64."""
     pictures: int = 1000
     """Drawn for each distance."""

@@ -157,15 +157,15 @@ def trace(path: Path) -> list[str]:
 def test_processes_workers_and_accumulation(processes: int, config: RunConfig) -> None:
     """Images, flips, noise, timesteps and labels are the same to the bit, losses but for sums."""
     choices = [("ddp", workers, pieces) for workers in (0, 1, 3) for pieces in (1, 2)]
-    if processes > 1:
-        choices += [("fsdp", 0, 1), ("fsdp", 1, 2)]
+    # FSDP2 shares all of that with DDP; what is its own is tested below.
+    choices += {2: [("fsdp", 1, 2)], 3: [("fsdp", 0, 1)]}.get(processes, [])
     one, ways = at(config, "one"), []
     for name, workers, pieces in choices:
         run = at(config, f"{name}-{workers}-{pieces}", accumulation=pieces)
         run = replace(run, data=replace(run.data, workers=workers))
         ways.append(Job(run, FSDP if name == "fsdp" else {}, True, trace=f"{run.out}-trace"))
     launch([Job(one, float64=True, trace=f"{one.out}-trace")], 1)
-    launch(ways, processes)
+    launch(ways, processes, timeout=900)
     expected = trace(Path(f"{one.out}-trace"))
     assert len(expected) == config.training.steps * config.training.batch_size
     for way in ways:
@@ -243,7 +243,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(
         pytest.param(FSDP, id="fsdp2", marks=pytest.mark.slow),
         *(
             pytest.param(zero(name), id=name, marks=[needs_deepspeed, pytest.mark.slow])
-            for name in ("zero1", "zero2", "zero3")
+            for name in ("zero2", "zero3")
         ),
     ],
 )

@@ -71,7 +71,9 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         training=TrainingConfig(steps=40, batch_size=16, ema_decay=0.9),
-        log=LogConfig(every=50, checkpoint_every=50, sample_every=0, tracker="none"),
+        log=LogConfig(
+            every=50, checkpoint_every=50, sample_every=0, sample_steps=10, tracker="none"
+        ),
     )
     Trainer(config).fit()
     return config.out
