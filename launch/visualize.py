@@ -85,8 +85,8 @@ def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhib
     """What the options ask to see.
 
     Raises:
-        UserError: a model that another library saved, or one that enlarges, or options that make
-            no sense.
+        UserError: a model that another library saved, one that enlarges, or options that make no
+            sense.
     """
     if trained.checkpoint is None:
         raise UserError(
@@ -95,8 +95,8 @@ def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhib
         )
     if trained.model.low_resolution is not None:
         raise UserError(
-            f"--checkpoint {checkpoint} enlarges pictures, and the figures are of networks that "
-            "draw from noise alone; its run shows what it makes in samples/"
+            f"--checkpoint {checkpoint} enlarges small images; the figures show networks that need "
+            "none. Draw with launch/sample.py"
         )
     if options.data is not None:
         data = replace(trained.config.data, path=options.data, mix_with=(), weights=())

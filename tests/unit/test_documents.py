@@ -84,7 +84,8 @@ def named_functions() -> list[tuple[Path, str]]:
 
 
 def test_functions_are_where_the_links_say() -> None:
-    named = [(file, name) for file, name in named_functions() if not name.endswith(".py")]
+    # A link may also name the module itself.
+    named = [(file, name) for file, name in named_functions() if name not in (file.name, file.stem)]
     assert len(named) >= 40
     missing = [(file.name, name) for file, name in named if docstring_chain(file, name) is None]
     assert missing == []

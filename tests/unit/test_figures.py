@@ -184,6 +184,21 @@ def test_denoising_little_noise_leaves_the_image(
     assert errors[1] < errors[4] < errors[-1]
 
 
+def test_figures_of_edm(trained: Pretrained, tmp_path: Path) -> None:
+    preset = PRESETS["digits-edm"]()
+    diffusion = replace(preset.diffusion, timesteps=STEPS)
+    sampling = replace(preset.sampling, steps=3)
+    config = replace(preset, model=trained.config.model, diffusion=diffusion, sampling=sampling)
+    edm = Pretrained(
+        trained.model, diffusion.build_schedule(), config, "0" * 64, clip=diffusion.clip
+    )
+    shown_of = Exhibit(edm, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
+    for name in ("reverse", "schedules", "interpolation", "denoising"):
+        assert all(shown(path).std() > 5 for path in exhibit.FIGURES[name](shown_of))
+    with pytest.raises(exhibit.Inapplicable, match="which EDM has not"):
+        exhibit.bound(shown_of)
+
+
 def test_curves_are_drawn(tmp_path: Path) -> None:
     linear = NoiseSchedule.linear(100)
     named = {"linear": linear, "zero": linear.rescaled_to_zero_terminal_snr()}
