@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread a worker: on few cores that is faster than workers that compete for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
-RUN := runs/digits
+RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster gpu lint clean
+.PHONY: help install demo objectives test test-cluster gpu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,12 +42,14 @@ $(VENV)/installed-cluster: $(VENV)/installed-test
 install: $(VENV)/installed  ## make .venv with the engine in it
 
 demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
-	$(BIN)/accelerate launch launch/train.py
-	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples
-	$(BIN)/python launch/pictures.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
+	$(BIN)/accelerate launch launch/train.py --preset digits-classes
+	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
+	    --count 100 --steps 100 --guidance-scale 2
+	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
 	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"
+	@echo "and with $(PICTURES)/samples/grid.png, where each row was asked to be one digit"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
@@ -67,6 +69,9 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 # For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
 gpu:  ## check and measure the kernels on this machine's GPU
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
+
+objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour
+	$(BIN)/python benchmarks/objectives.py $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

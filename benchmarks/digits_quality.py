@@ -15,12 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from sklearn.model_selection import train_test_split
-from sklearn.neural_network import MLPClassifier
 from tqdm import tqdm
 
-from ddpm_engine.data import fit, open_source
 from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
 from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.samplers import sample
@@ -42,11 +40,6 @@ class Options:
     """Network evaluations a picture; default: what the run was configured with."""
 
 
-def features(images: np.ndarray) -> np.ndarray:
-    """Pixels as numbers in [0, 1]: uint8 `[N, H, W, C]` to float `[N, H·W·C]`."""
-    return images.reshape(len(images), -1) / 255
-
-
 def main() -> None:
     """Train the classifier, draw, classify, report."""
     with exit_on_user_error():
@@ -54,17 +47,16 @@ def main() -> None:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_pretrained(options.checkpoint, device)
         config = pretrained.config
-        examples = list(open_source("digits").examples)
-        real = np.stack([fit(example.image, config.model.sample_size) for example in examples])
-        labels = np.array([example.label for example in examples])
-        seen, unseen, seen_labels, unseen_labels = train_test_split(
-            features(real), labels, test_size=0.25, random_state=0, stratify=labels
-        )
-        classifier = MLPClassifier((128,), alpha=1e-2, max_iter=300, random_state=0)
-        classifier.fit(seen, seen_labels)
+        size = config.model.sample_size
+        classifier = digit_classifier(size)
+        _, unseen = seen_and_unseen(real_digits(size))
+        of_unseen = classifier.probabilities(unseen.images)
 
         steps = options.steps or config.sampling.steps or config.diffusion.timesteps
         total = options.count * steps
+        null = pretrained.model.null_class
+        # Of no class, so that it shows which ones the model prefers.
+        labels = None if null is None else torch.full((options.count,), null, device=device)
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
             drawn = sample(
                 pretrained.model,
@@ -76,16 +68,18 @@ def main() -> None:
                 spacing=config.sampling.spacing,
                 variance=config.sampling.variance,
                 prediction=config.diffusion.prediction,
+                labels=labels,
+                clip=pretrained.clip,
                 on_step=bar.update,
             )
-        confidence = classifier.predict_proba(features(to_uint8(drawn)))
+        confidence = classifier.probabilities(to_uint8(drawn))
         report = {
             "checkpoint_step": pretrained.step,
             "count": options.count,
             "sampling_steps": steps,
             "sure_of_drawn": float((confidence.max(1) > SURE).mean()),
-            "sure_of_unseen_real": float((classifier.predict_proba(unseen).max(1) > SURE).mean()),
-            "accuracy_on_unseen_real": classifier.score(unseen, unseen_labels),
+            "sure_of_unseen_real": float((of_unseen.max(1) > SURE).mean()),
+            "accuracy_on_unseen_real": float((of_unseen.argmax(1) == unseen.labels).mean()),
             "drawn_of_each_class": np.bincount(confidence.argmax(1), minlength=10).tolist(),
         }
         print(json.dumps(report, indent=2))

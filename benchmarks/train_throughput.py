@@ -25,6 +25,8 @@ import torch
 import tyro
 from benchmarks.throughput import training
 from benchmarks.throughput.machine import facts
+from benchmarks.throughput.profile import shares_by_operation
+from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import aligned, figure, plot_bars, write_json
 from benchmarks.throughput.subject import Subject, subject_of
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, timed
@@ -32,14 +34,14 @@ from benchmarks.throughput.watching import peak_tensor_bytes
 
 from ddpm_engine.errors import exit_on_user_error
 
-BATCHES = {"digits": 64, "cifar10": 4, "celebahq256": 1}
+BATCHES = {"digits": 64, "photos": 32, "cifar10": 4, "celebahq256": 1}
 
 
 @dataclass(frozen=True)
 class Options:
     """Images a second of training steps."""
 
-    preset: Literal["digits", "cifar10", "celebahq256"] = "digits"
+    preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
     """Whose network and optimizer."""
     batch: int | None = None
     """Images a step; default: 64 (the preset's), 4 or 1, by preset."""
@@ -53,6 +55,8 @@ class Options:
     """Write everything here."""
     plot: Path | None = None
     """Write a plot here."""
+    profile: bool = False
+    """Show which operations of the engine's eager step take the time (on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ def main() -> int:
         for row in rows:
             if row.problem is not None:
                 print(f"FAILED {row.name}: {row.problem}")
+        if options.profile:
+            way = training.engine_way(subject, training.batch_of(subject, size), compiled=False)
+            shares = shares_by_operation(way.step)
+            print("\n" + "\n".join(profile_table("the engine's eager step", shares, rows=16)))
         if options.json is not None:
             found = {"rows": rows, "losses_and_gradient_norms": first}
             about = {"machine": machine, "subject": subject.name, "batch": size}

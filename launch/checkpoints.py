@@ -4,6 +4,7 @@
     checkpoints.py verify RUN
     checkpoints.py prune RUN [--keep N] [--keep-every M] [--delete]
     checkpoints.py average RUN --out DIR [--steps A B ...] [--shares X Y ...] [--weights ema|model]
+    checkpoints.py ema RUN --length L --out DIR [--step N]
 
 Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
 """
@@ -19,8 +20,8 @@ import tyro
 
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.training import CheckpointStore
-from ddpm_engine.training.average import average_checkpoints
-from ddpm_engine.training.checkpoint import glance, verify
+from ddpm_engine.training.average import average_checkpoints, reconstruct_average
+from ddpm_engine.training.checkpoint import SNAPSHOTS, glance, verify
 from ddpm_engine.training.run_directory import lock_run_directory
 
 
@@ -125,6 +126,39 @@ def average(
     return 0
 
 
+def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | None = None) -> int:
+    """Make a power-function average of any length after training, for sample.py.
+
+    For runs with --training.ema-profiles, which keep snapshots of a few such averages.
+
+    Args:
+        run: a run directory.
+        length: deviation of what the average remembers, as a share of the training so far; 0.1
+            remembers mostly the last tenth or two.
+        out: folder to make.
+        step: at the end of which step, one that there is a snapshot of; None: the newest.
+    """
+    store = CheckpointStore(run / SNAPSHOTS)
+    snapshots = []
+    for kept in store.steps():
+        snapshot, problems = verify(store.path(kept))
+        if snapshot is None:
+            print(f"cannot be used: {store.path(kept)}: {'; '.join(problems)}", flush=True)
+        else:
+            snapshots.append(snapshot)
+    if not snapshots:
+        raise UserError(
+            f"{run} holds no snapshots that can be used; train with --training.ema-profiles 0.05 "
+            "0.1 to keep some"
+        )
+    made = reconstruct_average(snapshots, length, out, step)
+    print(
+        f"{made.path} is the average of length {length:g} at step {made.step}, made of "
+        f"{made.averages} others; its profile is {100 * made.misfit:.2g}% from the exact one"
+    )
+    return 0
+
+
 def _store(run: Path, keep: int = 2, keep_every: int | None = None) -> CheckpointStore:
     store = CheckpointStore(run / "checkpoints", keep, keep_every)
     if not store.directory.is_dir():
@@ -139,6 +173,7 @@ def main() -> None:
         "verify": verify_checkpoints,
         "prune": prune,
         "average": average,
+        "ema": ema,
     }
     with exit_on_user_error():
         sys.exit(tyro.extras.subcommand_cli_from_dict(commands))

@@ -1,7 +1,7 @@
 """Write a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
 
-The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; diffusers
-need not be installed.
+The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; of an EDM
+network it holds the parts, and the card the loop that draws. Diffusers need not be installed.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def pack(
 
     Args:
         source: a folder of images (class folders become labels), an .npz file, CIFAR's binary
-            version, an IDX file, hf:NAME[:SPLIT], or digits.
+            version, an IDX file, hf:NAME[:SPLIT], digits, or photos.
         out: folder to make.
         size: cut the central square and resize it to so many pixels a side.
         channels: convert to 1 (grey) or 3 (RGB).

@@ -14,19 +14,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.cpu import use_all_cores
+from ddpm_engine.device import local_device
 from ddpm_engine.drawing import (
     Drawing,
+    DrawnImages,
     Format,
     PictureSet,
     Recipe,
     ReferenceImages,
     fill,
     read_mask,
+    small_images,
 )
 from ddpm_engine.drawing.progress import Progress
 from ddpm_engine.drawing.recipe import Precision
@@ -67,9 +68,12 @@ class ClassOptions:
     """What a class-conditional model draws."""
 
     class_label: int | None = None
-    """Class of every picture; default: no class."""
-    class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all")] = None
-    """Class of picture 0, 1, 2, ..., and again from the first; all: every class in turn."""
+    """Class of every picture; default: see --class-labels."""
+    class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
+    """Class of picture 0, 1, 2, ..., and again from the first. all: every class in turn, the
+    default of a class-conditional network; none: no class, the default with --images and
+    --interpolate, which say by themselves what to draw. With --low-resolution: the classes of those
+    pictures."""
     guidance_scale: float | None = None
     """Go so far towards the class; 1 is no guidance."""
     guidance_rescale: float | None = None
@@ -94,6 +98,11 @@ class ImageOptions:
     """With a mask: take each step so often, so that the parts meet."""
     interpolate: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """COUNT pictures that lead from picture A of the seed to picture B."""
+    low_resolution: Path | None = None
+    """For a network that enlarges: a folder of this script, whose picture k becomes picture k; or
+    an image, or a folder of images, as --images takes them."""
+    augmentation: int | None = None
+    """Noise these first by so many steps of a chain of 1000; default 0."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ _NEEDS = {
     "strength": "images",
     "mask": "images",
     "draws": "mask",
+    "augmentation": "low-resolution",
 }
 """Options that say nothing without another."""
 
@@ -187,8 +197,6 @@ def check_flags(options: Options, sampler: str) -> None:
     for flag in flags:
         if sampler not in _ONLY_WITH.get(flag, (sampler,)) or sampler in _NOT_WITH.get(flag, ()):
             raise UserError(f"--{flag} does nothing with the sampler {sampler}; leave it out")
-    if "guidance-scale" in flags and not flags.keys() & {"class-label", "class-labels"}:
-        raise UserError("--guidance-scale needs --class-label or --class-labels; give one of them")
     if "per-shard" in flags and options.machine.format == "png":
         raise UserError("--per-shard needs --format tar, tar-npy or npz; give one of them")
     for flag, value in [
@@ -224,16 +232,24 @@ def parse_ids(options: Options) -> list[int]:
     return sorted(ids)
 
 
-def parse_classes(options: ClassOptions, pretrained: Pretrained) -> tuple[int, ...] | None:
-    """The classes to go through."""
-    if options.class_label is not None:
-        return (options.class_label,)
-    if options.class_labels == "all":
-        null = pretrained.model.null_class
-        if not null:
+def parse_classes(
+    options: Options, null_class: int | None, small: DrawnImages | ReferenceImages | None
+) -> tuple[int, ...] | None:
+    """The classes to go through, or None for no class."""
+    asked, image = options.classes, options.image
+    if asked.class_label is not None:
+        return (asked.class_label,)
+    labels = asked.class_labels
+    if labels is None and small is not None and null_class is not None:
+        return small.classes
+    if labels is None:
+        from_noise_alone = image.images is None and image.interpolate is None
+        labels = "all" if null_class and from_noise_alone else "none"
+    if labels == "all":
+        if not null_class:
             raise UserError("--class-labels is all, but this network was trained without classes")
-        return tuple(range(null))
-    return None if options.class_labels is None else numbers("class-labels", options.class_labels)
+        return tuple(range(null_class))
+    return None if labels == "none" else numbers("class-labels", labels)
 
 
 def parse_guidance(options: ClassOptions) -> Guidance | None:
@@ -267,6 +283,10 @@ def recipe(options: Options, pretrained: Pretrained) -> Recipe:
     strength = image.strength
     if image.images is not None and image.mask is None and strength is None:
         strength = 0.5
+    small = None
+    if image.low_resolution is not None:
+        side = pretrained.model.low_resolution or shape[-1]
+        small = small_images(image.low_resolution, (shape[0], side, side))
     ends = None
     if image.interpolate is not None:
         ends = numbers("interpolate", image.interpolate)
@@ -276,28 +296,19 @@ def recipe(options: Options, pretrained: Pretrained) -> Recipe:
         seed=options.seed,
         sampling=sampling,
         timesteps=timesteps,
-        classes=parse_classes(options.classes, pretrained),
+        classes=parse_classes(options, pretrained.model.null_class, small),
         guidance=parse_guidance(options.classes),
         threshold=solver.threshold,
         images=None if image.images is None else ReferenceImages(image.images, shape),
         strength=strength,
         mask=None if image.mask is None else read_mask(image.mask, shape[-1]),
         draws=image.draws or 1,
+        low_resolution=small,
+        augmentation=image.augmentation or 0,
         interpolate=None if ends is None else (ends[0], ends[1], options.count),
         cache_interval=solver.cache_interval,
         precision=options.machine.precision,
     )
-
-
-def local_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        use_all_cores()
-        return torch.device("cpu")
-    device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
-    torch.accelerator.set_device_index(device)
-    return device
 
 
 def compile_network(drawing: Drawing, batch: int, tell: bool) -> None:

@@ -29,7 +29,10 @@ class Options:
     Every field below can be set; defaults are those of the preset or configuration chosen.
     """
 
-    preset: Literal["digits", "cifar10", "celebahq256", "lsun256"] = "digits"
+    preset: Literal[
+        "digits", "digits-classes", "digits-upscale", "digits-edm", "photos", "cifar10",
+        "cifar10-edm", "celebahq256", "lsun256",
+    ] = "digits"  # fmt: skip
     """Where the defaults come from."""
     config: Path | None = None
     """Take the defaults from a run directory or its config.json instead."""

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.throughput.frechet import Features, digit_features, frechet_distance, real_digits
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
 from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, reference_way
@@ -31,6 +30,8 @@ from benchmarks.throughput.subject import SEED, Subject
 from benchmarks.throughput.timing import interleaved, rates, speed_ups, timed
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.digits import digit_classifier, real_digits
+from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.samplers import sample
 
@@ -146,9 +147,9 @@ def run(
     if channels != 1:
         raise UserError(f"{subject.name} draws {channels}-channel images, no digits")
     machine = facts(subject.device)
-    images, labels = real_digits(size)
-    features = digit_features(images, labels)
-    real = features(images)
+    features = digit_classifier(size).features
+    real = features(real_digits(size).images)
+    all_real = moments([real])
     gallery = Gallery(subject, checkpoint / "equal_quality", settings)
 
     def point(method: Method) -> dict[str, Any]:
@@ -156,7 +157,8 @@ def run(
         distances = []
         for seed in range(seeds):
             started = time.monotonic()
-            distances.append(distance(gallery.pictures(method, seed), features, real))
+            drawn = features(gallery.pictures(method, seed))
+            distances.append(frechet_distance(moments([drawn]), all_real))
             spent = time.monotonic() - started
             progress(
                 f"{method.name}, {method.steps} steps, seed {seed}: {distances[-1]:.4f} "
@@ -188,7 +190,9 @@ def run(
         "machine": machine,
         "subject": subject.name,
         "settings": asdict(settings),
-        "distance_of_half_the_real_digits_to_the_other": frechet_distance(real[::2], real[1::2]),
+        "distance_of_half_the_real_digits_to_the_other": frechet_distance(
+            moments([real[::2]]), moments([real[1::2]])
+        ),
         "limit": limit,
         "reference": {
             "steps": total,
@@ -199,11 +203,6 @@ def run(
         "points": points,
         "enough": {sampler: found["steps"] for sampler, found in enough.items()},
     }
-
-
-def distance(pictures: np.ndarray, features: Features, real: np.ndarray) -> float:
-    """Of drawn pictures to real features."""
-    return frechet_distance(features(pictures), real)
 
 
 def same_pictures(gallery: Gallery, steps: int) -> None:

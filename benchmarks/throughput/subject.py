@@ -78,7 +78,7 @@ class Subject:
         from diffusers import UNet2DModel
 
         fields = asdict(self.config.model)
-        del fields["attention"]
+        del fields["attention"], fields["low_resolution"]
         model: nn.Module = UNet2DModel(**fields)
         model.load_state_dict(self.weights)
         return model.to(self.device).eval().requires_grad_(False)

@@ -14,8 +14,10 @@ from benchmarks.throughput.subject import SEED, Subject
 from torch import Tensor, nn
 
 from ddpm_engine.data import Batch
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
+from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.training import EMA
+from ddpm_engine.training.ema import warmed_up
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
 
@@ -52,11 +54,13 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
     """What the `Trainer` does at each step, without Accelerate's wrapping."""
     config = subject.config
     model = subject.copy().train().requires_grad_()
-    ema = EMA(model, config.training.ema_decay)
+    ema = EMA(model, warmed_up(config.training.ema_decay))
     if compiled:
         model.compile_regions()
     optimizer = make_optimizer(model, config.optimizer)
-    objective = SimpleObjective(subject.schedule, config.diffusion.prediction, SEED, subject.device)
+    objective = DenoisingObjective(
+        subject.schedule, config.diffusion.prediction, Conditions(SEED), subject.device
+    )
     steps = 0
 
     def step() -> tuple[Tensor, Tensor]:

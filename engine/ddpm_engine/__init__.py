@@ -2,9 +2,10 @@
 
 | to do this                      | look in                                             |
 |---------------------------------|-----------------------------------------------------|
-| the diffusion process           | `schedule`, `process`, `prediction`, `objective`    |
+| the diffusion process           | `schedule`, `process`, `prediction`, `objectives`   |
 | draw pictures                   | `samplers.sample`, `pretrained.load_pretrained`     |
 | the network                     | `unet.UNet`                                         |
+| what enlarges small pictures    | `low_resolution`                                    |
 | pack and read images            | `data`                                              |
 | train                           | `config.RunConfig`, `training.Trainer`              |
 | exchange models with others     | `interop`                                           |

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import MAX_LEVEL
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.registry import Sampler
@@ -66,6 +67,9 @@ class UNetConfig:
     """Subtracted from the frequency count in the time embedding's exponent."""
     num_class_embeds: int | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
+    low_resolution: int | None = None
+    """Side of the small image that the network enlarges, a divisor of the sample size; None: it is
+    shown none."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
     """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""
 
@@ -74,8 +78,8 @@ class UNetConfig:
 class DiffusionConfig:
     """The diffusion process and what the network predicts."""
 
-    schedule: Literal["linear", "cosine", "sigmoid"] = "linear"
-    """Shape of the noise schedule."""
+    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
+    """Shape of the noise schedule; edm: log sigma rises linearly."""
     timesteps: int = 1000
     """T, the length of the chain."""
     beta_start: float = 1e-4
@@ -84,8 +88,15 @@ class DiffusionConfig:
     """Last beta of the linear schedule."""
     betas: tuple[float, ...] | None = None
     """The betas themselves, one for each timestep, if no shape describes them."""
+    sigma_min: float = 0.002
+    """First noise level sigma of the edm schedule, where sampling ends."""
+    sigma_max: float = 80.0
+    """Last noise level of the edm schedule, where sampling begins."""
+    sigma_data: float = 0.5
+    """Deviation of the images' values that edm prediction is made for."""
     prediction: Prediction = "eps"
-    """What the network predicts: the noise, the clean image or the velocity."""
+    """What the network predicts: the noise, the clean image or the velocity; edm: a mixture of
+    image and noise, at any noise level (Karras et al. 2022), with the edm schedule."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
 
@@ -106,9 +117,46 @@ class DiffusionConfig:
             schedule = NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
         elif self.schedule == "cosine":
             schedule = NoiseSchedule.cosine(self.timesteps)
+        elif self.schedule == "edm":
+            schedule = NoiseSchedule.edm(
+                self.timesteps, self.sigma_min, self.sigma_max, self.sigma_data
+            )
         else:
             schedule = NoiseSchedule.sigmoid(self.timesteps)
         return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
+
+    @property
+    def clip(self) -> bool:
+        """Whether samplers clip estimates of x_0 to [-1, 1]; EDM's do not."""
+        return self.prediction != "edm"
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What training minimises."""
+
+    weighting: Literal["simple", "vlb", "min-snr", "p2"] = "simple"
+    """Weight of each timestep's squared error; simple: all alike."""
+    min_snr_gamma: float = 5.0
+    """min-snr: the signal-to-noise ratio beyond which timesteps weigh no more."""
+    p2_gamma: float = 1.0
+    """p2: how strongly timesteps of little noise are weighed down."""
+    p2_k: float = 1.0
+    """p2: the signal-to-noise ratio from which on they are."""
+    learned_variance: bool = False
+    """Learn the variance of each step too, from the bound: the hybrid objective."""
+    timestep_sampling: Literal["uniform", "logit-normal", "importance"] = "uniform"
+    """How often each timestep is trained; importance: by how much its loss varies."""
+    logit_mean: float = 0.0
+    """logit-normal: mean of log(t / (T − t))."""
+    logit_std: float = 1.0
+    """logit-normal: standard deviation of it."""
+    offset_noise: float = 0.0
+    """Standard deviation of noise added to each channel as a whole."""
+    p_mean: float = -1.2
+    """edm prediction: mean of the log of the noise levels sigma that are trained."""
+    p_std: float = 1.2
+    """edm prediction: standard deviation of it."""
 
 
 def is_location(path: str) -> bool:
@@ -181,8 +229,13 @@ class TrainingConfig:
     """Of weights, data order and all noise."""
     ema_decay: float = 0.9999
     """Decay of the weight average that is sampled from (it warms up from 0.1)."""
+    ema_profiles: tuple[float, ...] = ()
+    """Lengths of further, power-function averages, as 0.05 0.1; snapshots of them are kept, of
+    which checkpoints.py makes the average of any length after training."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class (class-conditional models)."""
+    augmentation_levels: int = 250
+    """Noise of the small image: drawn from 0 (none) to this − 1 steps (low-resolution models)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the network's arithmetic; no: float32."""
     allow_slow_bf16: bool = False
@@ -227,6 +280,8 @@ class LogConfig:
     """How many of the newest checkpoints to keep, two at least."""
     keep_every: int | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    snapshot_every: int = 10_000
+    """Steps between snapshots of the averages of training.ema-profiles; all are kept."""
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0: none."""
     sample_count: int = 64
@@ -246,6 +301,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -258,6 +314,7 @@ class RunConfig:
             ("training.batch-size", self.training.batch_size, 1),
             ("training.accumulation", self.training.accumulation, 1),
             ("training.max-bad-steps", self.training.max_bad_steps, 1),
+            ("training.augmentation-levels", self.training.augmentation_levels, 1),
             ("training.timeout-seconds", self.training.timeout_seconds, 1),
             ("optimizer.warmup-steps", self.optimizer.warmup_steps, 0),
             ("data.workers", self.data.workers, 0),
@@ -267,6 +324,7 @@ class RunConfig:
             ("log.checkpoint-every", self.log.checkpoint_every, 1),
             ("log.checkpoint-overlap", self.log.checkpoint_overlap, 0),
             ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
+            ("log.snapshot-every", self.log.snapshot_every, 1),
             ("log.sample-every", self.log.sample_every, 0),
             ("log.sample-count", self.log.sample_count, 1),
             ("log.sample-steps", self.log.sample_steps, 1),
@@ -289,15 +347,24 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        if self.training.augmentation_levels > MAX_LEVEL + 1:
+            found.append(
+                f"--training.augmentation-levels is {self.training.augmentation_levels}; it must "
+                f"be at most {MAX_LEVEL + 1}, for levels 0 to {MAX_LEVEL}"
+            )
+        lengths = self.training.ema_profiles
+        longest = 12**-0.5  # that of the plain mean of all steps
+        distinct = len({f"{length:g}" for length in lengths}) == len(lengths)
+        if not distinct or not all(0 < length <= longest for length in lengths):
+            found.append(
+                f"--training.ema-profiles are {lengths}; give different lengths, each above 0 and "
+                f"at most {longest:.4f}, as 0.05 0.1"
+            )
         if not 0 <= self.sampling.eta <= 1:
             found.append(f"--sampling.eta is {self.sampling.eta}; it must lie in [0, 1]")
         found += self._data_problems()
-        channels, learned = self.model.in_channels, self.sampling.variance == "learned_range"
-        if learned and self.model.out_channels != 2 * channels:
-            found.append(
-                "--sampling.variance is learned_range, which needs a network that predicts its "
-                f"variance: --model.out-channels {2 * channels}, not {self.model.out_channels}"
-            )
+        found += self._edm_problems()
+        found += self._objective_problems()
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
@@ -314,11 +381,6 @@ class RunConfig:
                     f"--sampling.sampler is {self.sampling.sampler}, whose spacing needs a finite "
                     "sigma; with --diffusion.zero-terminal-snr take another"
                 )
-        if self.model.in_channels != self.model.out_channels:
-            found.append(
-                f"--model.out-channels is {self.model.out_channels} but --model.in-channels is "
-                f"{self.model.in_channels}; they must be equal"
-            )
         for flag, steps in [
             ("sampling.steps", self.sampling.steps),
             ("log.sample-steps", self.log.sample_steps),
@@ -327,6 +389,103 @@ class RunConfig:
                 found.append(
                     f"--{flag} is {steps}; there are only --diffusion.timesteps "
                     f"{self.diffusion.timesteps} to visit"
+                )
+        return found
+
+    def _objective_problems(self) -> list[str]:
+        objective, channels = self.objective, self.model.in_channels
+        found = []
+        for flag, positive in [
+            ("min-snr-gamma", objective.min_snr_gamma),
+            ("p2-k", objective.p2_k),
+            ("logit-std", objective.logit_std),
+        ]:
+            if not positive > 0:
+                found.append(f"--objective.{flag} is {positive}; it must be positive")
+        for flag, value in [
+            ("p2-gamma", objective.p2_gamma),
+            ("offset-noise", objective.offset_noise),
+        ]:
+            if not value >= 0:
+                found.append(f"--objective.{flag} is {value}; it must not be negative")
+        learned = objective.learned_variance
+        outputs = 2 * channels if learned else channels
+        if self.model.out_channels != outputs:
+            found.append(
+                f"--model.out-channels is {self.model.out_channels}; with --model.in-channels "
+                f"{channels} and {'' if learned else 'no '}--objective.learned-variance it must be "
+                f"{outputs}"
+            )
+        if self.sampling.variance == "learned_range" and not learned:
+            found.append(
+                "--sampling.variance is learned_range, but without --objective.learned-variance "
+                f"(and --model.out-channels {2 * channels}) the network learns none"
+            )
+        if learned and objective.weighting == "vlb":
+            found.append(
+                "--objective.weighting vlb is the bound of a fixed variance; with "
+                "--objective.learned-variance, which adds the bound's own term, take another"
+            )
+        if objective.offset_noise and (learned or objective.weighting == "vlb"):
+            given = "--objective.learned-variance" if learned else "--objective.weighting vlb"
+            found.append(
+                f"--objective.offset-noise is {objective.offset_noise}, but the bound that {given} "
+                "asks for is that of independent noise"
+            )
+        if self.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+            found.append(
+                f"--objective.weighting is {objective.weighting}, which gives no weight to the "
+                "last timestep with --diffusion.zero-terminal-snr, where sampling begins; take "
+                "simple or vlb"
+            )
+        return found
+
+    def _edm_problems(self) -> list[str]:
+        diffusion, objective = self.diffusion, self.objective
+        plain = ObjectiveConfig()
+        found = []
+        if diffusion.schedule == "edm" and not 0 < diffusion.sigma_min < diffusion.sigma_max:
+            found.append(
+                f"--diffusion.sigma-min is {diffusion.sigma_min} and --diffusion.sigma-max "
+                f"{diffusion.sigma_max}; the first must be positive, the second larger"
+            )
+        if diffusion.schedule == "edm" and diffusion.timesteps < 2:
+            found.append(
+                f"--diffusion.timesteps is {diffusion.timesteps}; --diffusion.schedule edm needs "
+                "at least 2"
+            )
+        if not diffusion.sigma_data > 0:
+            found.append(f"--diffusion.sigma-data is {diffusion.sigma_data}; it must be positive")
+        if not objective.p_std > 0:
+            found.append(f"--objective.p-std is {objective.p_std}; it must be positive")
+        if diffusion.prediction != "edm":
+            for name in ("p_mean", "p_std"):
+                if getattr(objective, name) != getattr(plain, name):
+                    found.append(
+                        f"--objective.{name.replace('_', '-')} does nothing unless "
+                        "--diffusion.prediction is edm"
+                    )
+            return found
+        if diffusion.schedule != "edm" or diffusion.betas is not None:
+            found.append(
+                "--diffusion.prediction is edm, whose samplers need noise levels that are even in "
+                "log sigma: --diffusion.schedule edm, without betas"
+            )
+        if diffusion.zero_terminal_snr:
+            found.append(
+                "--diffusion.prediction is edm, which is told the log of sigma; it cannot be "
+                "infinite, as with --diffusion.zero-terminal-snr"
+            )
+        if self.sampling.variance == "learned_range":
+            found.append(
+                "--sampling.variance is learned_range, but --diffusion.prediction edm predicts no "
+                "variance"
+            )
+        for name, value in asdict(objective).items():
+            if name not in ("p_mean", "p_std") and value != getattr(plain, name):
+                found.append(
+                    f"--objective.{name.replace('_', '-')} is {value}, but --diffusion.prediction "
+                    "edm has its own weighting and noise levels (p-mean, p-std); leave it out"
                 )
         return found
 
@@ -347,7 +506,11 @@ class RunConfig:
         return found
 
     def validate(self) -> None:
-        """Raise one `UserError` that reports every problem at once."""
+        """Check the values themselves.
+
+        Raises:
+            UserError: reports every problem at once.
+        """
         if found := self.problems():
             raise UserError("\n       ".join(found))
 
@@ -447,12 +610,90 @@ def digits() -> RunConfig:
     )
 
 
+def digits_classes() -> RunConfig:
+    """The digits with their classes, and the null class, for classifier-free guidance."""
+    base = digits()
+    model = replace(base.model, num_class_embeds=11)
+    return replace(base, out=Path("runs/digits-classes"), model=model)
+
+
+def digits_upscale() -> RunConfig:
+    """Enlarges digits of 8×8, as scikit-learn has them, to 16×16."""
+    base = digits()
+    model = replace(base.model, low_resolution=8)
+    return replace(base, out=Path("runs/digits-upscale"), model=model)
+
+
+def photos() -> RunConfig:
+    """32×32 squares of scikit-learn's two photographs, in colour: minutes on a laptop."""
+    return RunConfig(
+        out=Path("runs/photos"),
+        data=DataConfig(path=Path("data/photos"), source="photos", horizontal_flip=True, workers=1),
+        model=UNetConfig(
+            sample_size=32,
+            block_out_channels=(16, 32, 64, 64),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+        training=TrainingConfig(steps=3000, batch_size=32, ema_decay=0.998),
+        sampling=SamplingConfig(steps=250, variance="fixed_small"),
+        log=LogConfig(every=100, checkpoint_every=500, sample_every=1000, sample_steps=50),
+    )
+
+
+def digits_edm() -> RunConfig:
+    """The digits, trained and sampled as EDM does."""
+    preset = digits()
+    return replace(
+        preset,
+        out=Path("runs/digits-edm"),
+        diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
+        sampling=SamplingConfig(sampler="heun", steps=18),
+        log=replace(preset.log, sample_steps=18),
+    )
+
+
 def cifar10() -> RunConfig:
     """CIFAR-10 as Ho et al. 2020: 35.7M parameters, 800k steps."""
     return RunConfig(
         out=Path("runs/cifar10"),
         data=DataConfig(path=Path("data/cifar10"), horizontal_flip=True),
         model=UNetConfig(dropout=0.1),
+    )
+
+
+def cifar10_edm() -> RunConfig:
+    """CIFAR-10 without classes as Karras et al. 2022: 200 million images in batches of 512.
+
+    Width, depth, attention at 16×16, dropout, learning rate, warm-up, half-life of the average
+    (500k images) and sampling are those of their configuration for DDPM++. Different from it:
+    images are mirrored and not augmented otherwise, where theirs are transformed geometrically with
+    probability 0.12 and the network is told how; residual sums are not divided by sqrt(2); images
+    are halved and doubled between residual blocks, not in them; on the way up all blocks of the
+    16×16 level attend, not the last alone; initial weights are torch's; gradients are clipped; the
+    average's warm-up is this engine's.
+    """
+    batch = 512
+    return RunConfig(
+        out=Path("runs/cifar10-edm"),
+        data=DataConfig(path=Path("data/cifar10"), horizontal_flip=True),
+        model=UNetConfig(
+            block_out_channels=(256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=4,
+            dropout=0.13,
+        ),
+        diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10_000_000 // batch),
+        training=TrainingConfig(
+            steps=200_000_000 // batch, batch_size=batch, ema_decay=0.5 ** (batch / 500_000)
+        ),
+        sampling=SamplingConfig(sampler="heun", steps=18),
+        log=LogConfig(sample_steps=18),
     )
 
 
@@ -489,5 +730,16 @@ def lsun256() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    preset.__name__: preset for preset in (digits, cifar10, celebahq256, lsun256)
+    preset.__name__.replace("_", "-"): preset
+    for preset in (
+        digits,
+        digits_classes,
+        digits_upscale,
+        digits_edm,
+        photos,
+        cifar10,
+        cifar10_edm,
+        celebahq256,
+        lsun256,
+    )
 }

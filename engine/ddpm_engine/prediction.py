@@ -1,7 +1,10 @@
-"""What the network may predict, ε, x_0 or v, and every conversion between them.
+"""What the network may predict: ε, x_0 or v, every conversion between them, and EDM's F.
 
 With a = sqrt(ᾱ_t), s = sqrt(1 − ᾱ_t) and x_t = a x_0 + s ε, the velocity is v = a ε − s x_0
 (Salimans & Ho 2022, appendix D). Given x_t, each of the three determines the other two, linearly.
+
+`"edm"` is the network of EDM's preconditioning (`ddpm_engine.preconditioning`), which is not shown
+x_t but its own scaled input; samplers serve it by a table made for that (`build_table`).
 """
 
 from __future__ import annotations
@@ -10,12 +13,17 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-Prediction = Literal["eps", "x0", "v"]
-PREDICTIONS: tuple[str, ...] = get_args(Prediction)
+from ddpm_engine.errors import UserError
+
+Prediction = Literal["eps", "x0", "v", "edm"]
+PREDICTIONS: tuple[str, ...] = tuple(kind for kind in get_args(Prediction) if kind != "edm")
+"""Those that are made from x_t, and convert into each other."""
 
 
 def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (p, q) such that x_0 = p · x_t + q · output.
+    """Factors (p, q), shaped as `a`, such that x_0 = p · x_t + q · output.
+
+    Ho et al. 2020, equation 15, of ε; Salimans & Ho 2022, appendix D, of v.
 
     Args:
         prediction: what the output is.
@@ -23,6 +31,7 @@ def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tenso
         s: sqrt(1 − ᾱ), same shape.
 
     Raises:
+        UserError: `"edm"`, which is no answer to x_t.
         ValueError: an unknown prediction.
     """
     if prediction == "eps":
@@ -31,6 +40,11 @@ def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tenso
         return a * 0, a * 0 + 1
     if prediction == "v":
         return a, -s
+    if prediction == "edm":
+        raise UserError(
+            "prediction is 'edm', whose network is shown another input than x_t; this needs a "
+            f"network that predicts {', '.join(PREDICTIONS)}"
+        )
     raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
 
 
@@ -41,7 +55,10 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, a: Tensor, s: Ten
 
 
 def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The output that a network would have to give for this clean image; needs s > 0 unless x0."""
+    """The output that a network would have to give for this clean image; needs s > 0 unless x0.
+
+    Shaped as `x_0`, as is `x_t`; `a`, `s` broadcast against them.
+    """
     p, q = x0_coefficients(prediction, a, s)
     return (x_0 - p * x_t) / q
 
@@ -49,7 +66,7 @@ def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tens
 def convert(
     output: Tensor, source: Prediction, target: Prediction, x_t: Tensor, a: Tensor, s: Tensor
 ) -> Tensor:
-    """Turn an output of one kind into another.
+    """Turn an output of one kind into another, shaped as it.
 
     Args:
         output: `[B, C, H, W]`, of kind `source`.

@@ -76,7 +76,10 @@ def _load_run(path: Path, weights: str) -> Pretrained:
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
     model = UNet(config.model)
     load_part(checkpoint.path, weights, model.state_dict())
-    return Pretrained(model, config.diffusion.build_schedule(), config, checkpoint.hash, checkpoint)
+    diffusion = config.diffusion
+    return Pretrained(
+        model, diffusion.build_schedule(), config, checkpoint.hash, checkpoint, diffusion.clip
+    )
 
 
 def _load_diffusers(path: Path) -> Pretrained:

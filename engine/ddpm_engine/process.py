@@ -17,7 +17,7 @@ def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
 
 
 def forward_step(schedule: NoiseSchedule, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_{t−1}) = N(sqrt(1 − β_t) x_{t−1}, β_t I) (equation 2).
+    """Draw x_t from q(x_t | x_{t−1}) = N(sqrt(1 − β_t) x_{t−1}, β_t I), shaped as `x` (equation 2).
 
     Args:
         schedule: the noise schedule.
@@ -29,7 +29,7 @@ def forward_step(schedule: NoiseSchedule, x: Tensor, t: Tensor, noise: Tensor) -
 
 
 def forward(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, (1 − ᾱ_t) I) (equation 4).
+    """Draw x_t from q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, (1 − ᾱ_t) I), shaped as `x_0` (equation 4).
 
     Args:
         schedule: the noise schedule.

@@ -19,10 +19,15 @@ from ddpm_engine.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I)."""
+    """β_1 … β_T of the forward process q(x_t | x_{t-1}) = N(sqrt(1 − β_t) x_{t-1}, β_t I).
+
+    Ho et al. 2020, equation 2, where other equations are not named.
+    """
 
     betas: Tensor
     """`[T]` float64, each in (0, 1); the last may be 1, after which no signal is left."""
+    sigma_data: float = 0.5
+    """σ_data of EDM's preconditioning, the deviation of the images' values; of no other use."""
 
     def __post_init__(self) -> None:
         betas = self.betas
@@ -48,6 +53,9 @@ class NoiseSchedule:
 
         The end points are made for T = 1000 and are taken as given: with far fewer timesteps, raise
         `beta_end`, or images are not yet noise at t = T − 1.
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
         """
         _check_timesteps(timesteps)
         return cls(torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float64))
@@ -56,7 +64,11 @@ class NoiseSchedule:
     def cosine(
         cls, timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     ) -> NoiseSchedule:
-        """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
+        """ᾱ falls as a squared cosine (Nichol & Dhariwal 2021, equation 17).
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
+        """
         _check_timesteps(timesteps)
         u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         alpha_bar = torch.cos((u + offset) / (1 + offset) * math.pi / 2).square()
@@ -71,12 +83,48 @@ class NoiseSchedule:
         tau: float = 1.0,
         max_beta: float = 0.999,
     ) -> NoiseSchedule:
-        """ᾱ falls as a sigmoid from `start` to `end` (Jabri, Fleet & Chen 2022, algorithm 2)."""
+        """ᾱ falls as a sigmoid from `start` to `end` (Jabri, Fleet & Chen 2022, algorithm 2).
+
+        Raises:
+            UserError: no timesteps, or a β outside (0, 1).
+        """
         _check_timesteps(timesteps)
         u = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))
         alpha_bar = (last - ((u * (end - start) + start) / tau).sigmoid()) / (last - first)
         return cls._from_curve(alpha_bar, max_beta)
+
+    @classmethod
+    def edm(
+        cls,
+        timesteps: int = 1000,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+    ) -> NoiseSchedule:
+        """log σ rises linearly, σ = sqrt((1 − ᾱ) / ᾱ): the range of EDM (Karras et al. 2022).
+
+        EDM trains on any σ and knows no timesteps. These serve samplers, which interpolate log σ
+        between them, here exactly.
+
+        Raises:
+            UserError: fewer than 2 timesteps, or not 0 < sigma_min < sigma_max, or no positive
+                sigma_data.
+        """
+        if timesteps < 2:
+            raise UserError(f"timesteps is {timesteps}; the edm schedule needs at least 2")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise UserError(
+                f"sigma_min is {sigma_min} and sigma_max {sigma_max}; the first must be positive, "
+                "the second larger"
+            )
+        if not 0 < sigma_data < math.inf:
+            raise UserError(f"sigma_data is {sigma_data}; it must be positive")
+        ends = math.log(sigma_min), math.log(sigma_max)
+        sigma = torch.linspace(*ends, timesteps, dtype=torch.float64).exp()
+        # 1 − ᾱ_t / ᾱ_{t−1}, without subtracting what is nearly one.
+        square = torch.cat([sigma.new_zeros(1), sigma.square()])
+        return cls(square.diff() / (1 + square[1:]), sigma_data)
 
     @classmethod
     def _from_curve(cls, alpha_bar: Tensor, max_beta: float) -> NoiseSchedule:

@@ -409,7 +409,7 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
 
 
 def tile_of_loss(images: Tensor) -> Tile:
-    """The tile that the kernel takes for samples of this size."""
+    """The tile that the kernel takes for samples of this size, `[B, C, H, W]`."""
     return tile_for("denoising_loss", images).fitted(images.shape[1:].numel())
 
 

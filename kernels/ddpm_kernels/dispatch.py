@@ -14,7 +14,7 @@ _gpu_assumed: str | None = None
 
 
 def takes_op(tensor: Tensor) -> bool:
-    """Whether a call on this tensor goes through the registered operation.
+    """Whether a call on this tensor, of any shape, goes through the registered operation.
 
     CUDA and ROCm tensors do. Elsewhere the reference is called directly, so that inductor sees
     plain torch operations and fuses them.
@@ -23,7 +23,7 @@ def takes_op(tensor: Tensor) -> bool:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether a registered operation on this tensor launches its Triton kernel.
+    """Whether a registered operation on this tensor, of any shape, launches its Triton kernel.
 
     On GPUs, and on any device under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
     """

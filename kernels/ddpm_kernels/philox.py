@@ -62,6 +62,12 @@ class Stream(IntEnum):
     DROPOUT = 9
     KNOWN_NOISE = 10
     RESAMPLING_NOISE = 11
+    OFFSET_NOISE = 12
+    LIKELIHOOD_NOISE = 13
+    TRAINING_SIGMA = 14
+    AUGMENTATION_LEVEL = 16
+    AUGMENTATION_NOISE = 17
+    EVALUATION_ORDER = 24
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
@@ -98,7 +104,7 @@ def random_words(
         seed: any signed 64-bit integer, or a 0-dim int64 tensor of it.
         sample_ids: int64 `[B]` in [0, 2⁵⁶).
         count: words a sample.
-        step: in [0, 2³²); the same for all samples.
+        step: in [0, 2³²), an integer or a 0-dim int64 tensor; the same for all samples.
         stream: what the words are for.
 
     Returns:
@@ -150,7 +156,8 @@ def gaussian_noise(
         seed: any signed 64-bit integer, or a 0-dim int64 tensor of it.
         sample_ids: int64 `[B]` in [0, 2⁵⁶).
         shape: `(channels, height, width)` of one sample.
-        step: the sampler's step, or 0 in training, where the id is the sample's position.
+        step: the sampler's step, an integer or a 0-dim int64 tensor; or 0 in training, where the id
+            is the sample's position.
         stream: what the noise is for.
 
     Returns:

@@ -19,6 +19,8 @@ from ddpm_kernels.triton_shim import tl, triton
 INDEX_LIMIT = 2**31
 """Samples that reach as far as this, in elements, are indexed with 64 bits."""
 
+_TRAINING = int(Stream.TRAINING_NOISE)
+
 
 def q_sample(
     images: Tensor,
@@ -29,6 +31,7 @@ def q_sample(
     sample_ids: Tensor,
     flip: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    stream: Stream = Stream.TRAINING_NOISE,
 ) -> Tensor:
     """Noise a batch of images.
 
@@ -42,6 +45,7 @@ def q_sample(
         sample_ids: int64 `[B]`; in training, the samples' positions.
         flip: bool `[B]`, which images to mirror left to right, or None.
         dtype: of the result.
+        stream: of the noise; `denoising_loss` knows that of training only.
 
     Returns:
         x_t, `[B, C, H, W]` of `dtype`, channels-last.
@@ -51,10 +55,13 @@ def q_sample(
     """
     check_per_sample(len(images), timesteps=timesteps, sample_ids=sample_ids, flip=flip)
     seed = torch.as_tensor(seed, dtype=torch.int64, device=images.device)
-    call = torch.ops.ddpm.q_sample if takes_op(images) else q_sample_reference
-    return call(
-        images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip, dtype
-    )
+    arguments = (
+        images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip, dtype,
+    )  # fmt: skip
+    if takes_op(images):
+        x_t: Tensor = torch.ops.ddpm.q_sample(*arguments, int(stream))
+        return x_t
+    return q_sample_reference(*arguments, stream)
 
 
 def clean_images(images: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -68,10 +75,16 @@ def clean_images(images: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Ten
     return x_0
 
 
-def training_noise(images: Tensor, seed: Tensor, sample_ids: Tensor, dtype: torch.dtype) -> Tensor:
+def training_noise(
+    images: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    dtype: torch.dtype,
+    stream: Stream = Stream.TRAINING_NOISE,
+) -> Tensor:
     """The ε that belongs to each sample of a training batch, `[B, C, H, W]`."""
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    return gaussian_noise(seed, sample_ids, shape, 0, Stream.TRAINING_NOISE).to(dtype)
+    return gaussian_noise(seed, sample_ids, shape, 0, stream).to(dtype)
 
 
 def q_sample_reference(
@@ -83,11 +96,12 @@ def q_sample_reference(
     sample_ids: Tensor,
     flip: Tensor | None,
     dtype: torch.dtype,
+    stream: Stream = Stream.TRAINING_NOISE,
 ) -> Tensor:
     """What `q_sample` computes, in the precision of the tables."""
     compute = sqrt_alpha_bar.dtype
     x_0 = clean_images(images, flip, compute)
-    noise = training_noise(images, seed, sample_ids, compute)
+    noise = training_noise(images, seed, sample_ids, compute, stream)
     signal = sqrt_alpha_bar[timesteps][:, None, None, None]
     sigma = sqrt_one_minus_alpha_bar[timesteps][:, None, None, None]
     x_t = signal * x_0 + sigma * noise
@@ -258,7 +272,7 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
 
 
 def is_dense(images: Tensor) -> bool:
-    """Whether each sample by itself is contiguous in channels-last order."""
+    """Whether each sample of `[B, C, H, W]` is by itself contiguous in channels-last order."""
     _, channels, height, width = images.shape
     _, stride_c, stride_h, stride_w = images.stride()
     return (
@@ -297,6 +311,7 @@ def launch_q_sample(
     seed: Tensor,
     sample_ids: Tensor,
     flip: Tensor | None,
+    stream: int = _TRAINING,
 ) -> None:
     """Write x_t to `out`, `[B, C, H, W]` contiguous in channels-last memory format."""
     batch, channels, height, width = images.shape
@@ -319,7 +334,7 @@ def launch_q_sample(
             DENSE=is_dense(images),
             FLIP=flip is not None,
             WIDE=is_wide(tile.elements, images),
-            STREAM=int(Stream.TRAINING_NOISE),
+            STREAM=stream,
             TILE=tile.elements,
             **tile.options(),
         )
@@ -335,18 +350,20 @@ def _op(
     sample_ids: Tensor,
     flip: Tensor | None,
     dtype: torch.dtype,
+    stream: int = _TRAINING,
 ) -> Tensor:
     if not runs_triton(images) or sqrt_alpha_bar.dtype != torch.float32:
         return q_sample_reference(
             images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip,
-            dtype,
+            dtype, Stream(stream),
         )  # fmt: skip
     out = torch.empty(
         images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last
     )
     launch_q_sample(
-        out, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip
-    )
+        out, images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, sample_ids, flip,
+        stream,
+    )  # fmt: skip
     return out
 
 
@@ -360,6 +377,7 @@ def _(
     sample_ids: Tensor,
     flip: Tensor | None,
     dtype: torch.dtype,
+    stream: int = _TRAINING,
 ) -> Tensor:
     return torch.empty(
         images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last

@@ -125,24 +125,25 @@ def reverse_step_reference_(
     elif clip:
         x0 = x0.clamp(-1, 1)
 
-    noise = gaussian_noise(
-        seed, sample_ids, (x.shape[1], x.shape[2], x.shape[3]), row, Stream.SAMPLER_NOISE
-    )
-    noise_scale = coefficients[Column.NOISE]
-    if variance.shape[1]:
-        fraction = (variance + 1) / 2
-        log_variance = (
-            fraction * coefficients[Column.LOG_VARIANCE_MAX]
-            + (1 - fraction) * coefficients[Column.LOG_VARIANCE_MIN]
-        )
-        noise_scale = noise_scale * (0.5 * log_variance).exp()
-
     new = (
         coefficients[Column.X] * x
         + coefficients[Column.OUTPUT] * output
         + coefficients[Column.X0] * x0
-        + noise_scale * noise.to(x.dtype)
     )
+    noise_scale = coefficients[Column.NOISE]
+    # A CPU can look at the scale before it draws; elsewhere that would wait for the device.
+    may_look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not may_look or noise_scale != 0:
+        image = (x.shape[1], x.shape[2], x.shape[3])
+        noise = gaussian_noise(seed, sample_ids, image, row, Stream.SAMPLER_NOISE)
+        if variance.shape[1]:
+            fraction = (variance + 1) / 2
+            log_variance = (
+                fraction * coefficients[Column.LOG_VARIANCE_MAX]
+                + (1 - fraction) * coefficients[Column.LOG_VARIANCE_MIN]
+            )
+            noise_scale = noise_scale * (0.5 * log_variance).exp()
+        new = new + noise_scale * noise.to(x.dtype)
     if history is not None:
         slots = history.shape[0]
         weights = coefficients[Column.HISTORY : Column.HISTORY + slots]

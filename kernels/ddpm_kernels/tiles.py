@@ -79,7 +79,7 @@ _tried: Table = {}
 
 
 def tile_for(operation: str, tensor: Tensor) -> Tile:
-    """The tile of an operation on the device of `tensor`.
+    """The tile of an operation on the device of `tensor`, of any shape.
 
     Raises:
         ValueError: `DDPM_TILES` names a file that is no table of tiles.
@@ -100,7 +100,7 @@ def trying(operation: str, tile: Tile) -> Iterator[None]:
 
 
 def architecture(tensor: Tensor) -> str:
-    """`sm_90`, `gfx942` or the like; `cpu` where there is no GPU."""
+    """`sm_90`, `gfx942` or the like, of a tensor of any shape; `cpu` where there is no GPU."""
     return _architecture(tensor.get_device()) if tensor.is_cuda else assumed_architecture() or "cpu"
 
 

@@ -22,8 +22,7 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
-from benchmarks.throughput.frechet import frechet_distance
-from benchmarks.throughput.profile import shares_by_operation
+from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
@@ -201,22 +200,6 @@ def test_interleaving_turns_around() -> None:
     assert figures == {"a": [1, 4, 5], "b": [2, 3, 6]}
 
 
-def test_frechet_distance_of_known_normals() -> None:
-    generator = np.random.default_rng(0)
-    a = generator.normal(size=(4000, 3))
-    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False))).T
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    # Of the deviations 1 and (2, 1, 3), means apart by (1, 0, 2): 5 + 1 + 0 + 4.
-    b = a * [2, 1, 3] + [1, 0, 2]
-    assert frechet_distance(a, b) == pytest.approx(10)
-    # Covariances that do not commute; the formula written out.
-    mixed = a @ generator.normal(size=(3, 3))
-    c, d = np.cov(b, rowvar=False), np.cov(mixed, rowvar=False)
-    root = np.sqrt(np.linalg.eigvals(c @ d).real).sum()
-    mean = b.mean(0) - mixed.mean(0)
-    assert frechet_distance(b, mixed) == pytest.approx(mean @ mean + np.trace(c + d) - 2 * root)
-
-
 # --- Counts
 
 
@@ -313,7 +296,7 @@ def test_sample_throughput_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_the_profile_shares_out_all_of_the_time(subject: Subject) -> None:
-    shares = list(shares_by_operation(subject, 1).values())
+    shares = list(shares_by_operation(evaluation(subject, 1)).values())
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares, reverse=True)
     assert len(shares) > 20

@@ -16,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
 
-from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig, dump_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer, verify
+from ddpm_engine.training import CheckpointStore, Trainer, load_part, verify
+from ddpm_engine.training.checkpoint import SNAPSHOTS
+from ddpm_engine.unet import UNet
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -39,12 +42,19 @@ def at(config: RunConfig, name: str, **training: Any) -> RunConfig:
 
 
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
-    """Compare weights and average of the newest checkpoints."""
-    for weights in ("model", "ema"):
+    """Compare weights and averages of the newest checkpoints; snapshots must agree with them."""
+    for weights in ("model", "ema", "ema-0.1"):
         a = load_pretrained(ours, weights=weights).model.state_dict()
         b = load_pretrained(theirs, weights=weights).model.state_dict()
         assert a.keys() == b.keys()
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
+    for run in (ours, theirs):
+        averaged = load_pretrained(run, weights="ema-0.1")
+        kept = UNet(averaged.model.config)
+        newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
+        load_part(newest, "ema-0.1", kept.state_dict())
+        for one, other in zip(kept.parameters(), averaged.model.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
@@ -56,6 +66,13 @@ def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
 
 
 def test_from_two_processes_to_one(config: RunConfig) -> None:
+    """With timesteps drawn by importance, which is learnt from the losses of all."""
+    config = replace(
+        config,
+        diffusion=DiffusionConfig(timesteps=5),
+        objective=ObjectiveConfig(timestep_sampling="importance"),
+        log=replace(config.log, sample_steps=5),
+    )
     run, whole = at(config, "run"), at(config, "whole", steps=16)
     half = Job(at(run, "run", steps=8))
     outputs = launch([half, half], 2)
@@ -66,6 +83,16 @@ def test_from_two_processes_to_one(config: RunConfig) -> None:
     assert "from step 8" in output
     assert difference(losses(run.out), losses(whole.out)) <= 1e-5
     assert_same_weights(run.out, whole.out, 1e-5)
+    ours, theirs = (learnt(config.out) for config in (run, whole))
+    assert int(ours["counts"].min()) >= 10
+    assert torch.equal(ours["counts"], theirs["counts"])
+    torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=1e-4, atol=0)
+
+
+def learnt(out: Path) -> dict[str, torch.Tensor]:
+    """What the objective has learnt by step 16."""
+    (file,) = (out / "checkpoints" / "step-00000016" / "objective").glob("*.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize(

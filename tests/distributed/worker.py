@@ -26,6 +26,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +37,7 @@ from torch import Tensor
 from ddpm_engine.config import UNetConfig, load_config
 from ddpm_engine.data import Batch
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
 from ddpm_engine.training import Trainer, accelerator, trainer
 from ddpm_engine.training.strategies import loss_scale
 from ddpm_engine.unet import UNet
@@ -49,17 +50,33 @@ def float64_network(config: UNetConfig) -> UNet:
     return UNet(config).double()
 
 
-def poisoned(objective: SimpleObjective, position: int) -> Callable[[Any, Batch], Tensor]:
-    def loss(network: Any, batch: Batch) -> Tensor:
-        return objective(network, batch) * (math.nan if position in batch.positions else 1)
-
-    return loss
+Loss = Callable[[Any, Batch], Tensor]
 
 
-def traced(objective: SimpleObjective, file: IO[str]) -> Callable[[Any, Batch], Tensor]:
+def override(objective: DenoisingObjective, changed: Callable[[Loss], Loss]) -> None:
+    """Let an objective compute what `changed` makes of its loss, and stay what it is otherwise."""
+    loss = changed(objective.__call__)
+
+    class Overridden(DenoisingObjective):
+        def __call__(self, model: Any, batch: Batch) -> Tensor:
+            return loss(model, batch)
+
+    objective.__class__ = Overridden
+
+
+def poisoned(loss: Loss, position: int) -> Loss:
+    """Let the loss of the sample at one position be no number."""
+
+    def poisoned_loss(network: Any, batch: Batch) -> Tensor:
+        return loss(network, batch) * (math.nan if position in batch.positions else 1)
+
+    return poisoned_loss
+
+
+def traced(loss: Loss, file: IO[str]) -> Loss:
     """Write a line a sample: position, checksums of image and x_t, timestep, label if any."""
 
-    def loss(network: Any, batch: Batch) -> Tensor:
+    def traced_loss(network: Any, batch: Batch) -> Tensor:
         def noting(x_t: Tensor, *conditions: Tensor) -> Tensor:
             for row in zip(batch.positions, batch.images, x_t, *conditions, strict=True):
                 values = [
@@ -69,9 +86,9 @@ def traced(objective: SimpleObjective, file: IO[str]) -> Callable[[Any, Batch], 
             prediction: Tensor = network(x_t, *conditions)
             return prediction
 
-        return objective(noting, batch)
+        return loss(noting, batch)
 
-    return loss
+    return traced_loss
 
 
 def train(job: dict[str, Any]) -> None:
@@ -84,14 +101,15 @@ def train(job: dict[str, Any]) -> None:
         loss_scale.FIRST_SCALE = job["first_scale"]
     with exit_on_user_error():
         run = Trainer(load_config(Path(job["config"])))
+        assert isinstance(run.objective, DenoisingObjective)
         if job["float64"]:
             run.objective._signal = run.schedule.sqrt_alpha_bar
             run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
         if job["poisoned"] is not None:
-            run.objective = poisoned(run.objective, job["poisoned"])  # type: ignore[assignment]
+            override(run.objective, partial(poisoned, position=job["poisoned"]))
         if job["trace"] is not None:
             file = open(f"{job['trace']}.{os.environ.get('RANK', '0')}", "w")  # noqa: SIM115
-            run.objective = traced(run.objective, file)  # type: ignore[assignment]
+            override(run.objective, partial(traced, file=file))
         run.fit()
     for name in job["environment"]:
         del os.environ[name]

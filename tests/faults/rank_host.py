@@ -34,7 +34,7 @@ from torch import Tensor
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data import Batch
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import DenoisingObjective
 from ddpm_engine.training import CheckpointStore, Trainer
 
 PATIENCE_SECONDS = 14.0
@@ -125,13 +125,13 @@ def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:
 
 def not_a_number(_config: RunConfig, position: int, value: float) -> None:
     """Let the loss of the sample at one position be inf or nan."""
-    original = SimpleObjective.__call__
+    original = DenoisingObjective.__call__
 
-    def objective(self: SimpleObjective, model: Any, batch: Batch) -> Tensor:
+    def objective(self: DenoisingObjective, model: Any, batch: Batch) -> Tensor:
         loss = original(self, model, batch)
         return loss * torch.where(batch.positions == position, value, 1.0)
 
-    SimpleObjective.__call__ = objective  # type: ignore[method-assign]
+    DenoisingObjective.__call__ = objective  # type: ignore[method-assign]
 
 
 def after_saves(action: Callable[[], object]) -> Callable[[], None]:

@@ -31,7 +31,7 @@ from ddpm_engine.config import (
 )
 from ddpm_engine.data import ShardDataset, index_shards
 from ddpm_engine.drawing import PictureSet
-from ddpm_engine.drawing.picture_set import units
+from ddpm_engine.drawing.numbered_set import units
 from ddpm_engine.errors import UserError
 from ddpm_engine.training import Trainer
 
@@ -159,6 +159,17 @@ def test_classes_one_by_one_and_in_turn(draw: Draw) -> None:
     assert np.abs(pixels(listed)[[0, 2]] - pixels(three)[[0, 2]]).max() <= 1
     assert np.abs(pixels(listed)[[1, 3]] - pixels(one)[[1, 3]]).max() <= 1
     assert difference(three, one) > 1
+    grid = np.asarray(
+        Image.open(draw("rows", *DDIM, "--count", 8, "--class-labels", "3,1") / "grid.png")
+    )
+    assert grid.shape == ((2 * 9 + 1) * 8, (4 * 9 + 1) * 8)  # two rows of four, eightfold
+    # What is drawn if nobody says: every class in turn, from noise; no class, if not from noise.
+    assert difference(draw("unsaid", *DDIM, "--count", 12), every) == 0
+    no_class = (*DDIM, "--class-labels", "none")
+    assert difference(draw("none", *no_class), draw("null", *DDIM, "--class-label", 10)) == 0
+    images = ("--images", three, "--strength", 1)
+    assert difference(draw("i", *DDIM, *images), draw("in", *no_class, *images)) == 0
+    assert difference(draw("i0", *DDIM, *images, "--class-label", 0), draw("j", *DDIM, *images)) > 0
 
 
 def test_guidance_options(draw: Draw) -> None:
@@ -258,7 +269,7 @@ def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> No
         (["--guidance-rescale", 0.5], "--guidance-rescale needs --guidance-scale"),
         (["--guidance-interval", 1, 2], "--guidance-interval needs --guidance-scale"),
         (["--two-passes"], "--two-passes needs --guidance-scale"),
-        (["--guidance-scale", 3], "--guidance-scale needs --class-label"),
+        (["--guidance-scale", 3, "--class-labels", "none"], "the pictures are of no class"),
         (["--class-label", 3, "--class-labels", "1,2"], "--class-label and --class-labels"),
         (["--class-labels", "1,x"], "--class-labels is '1,x'"),
         (["--class-labels", "1,11"], "classes are 0 to 9"),

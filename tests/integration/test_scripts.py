@@ -60,7 +60,7 @@ def test_print_config_shows_what_was_set(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "make_shards", "pictures"])
+@pytest.mark.parametrize("script", ["train", "sample", "make_shards", "visualize"])
 def test_help(script: str, run: Run) -> None:
     text = done(run(f"launch/{script}.py", "--help"))
     assert "usage" in text
@@ -120,6 +120,7 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
     ("arguments", "expected"),
     [
         (["--class-label", "3"], "without classes"),
+        (["--guidance-scale", "3"], "without classes"),
         (["--ids", "3,x"], "--ids is '3,x'"),
         (["--ids", "3,3"], "once each"),
         (["--count", "0"], "--count is 0"),
@@ -148,7 +149,7 @@ def test_classes(config: RunConfig, run: Run, tmp_path: Path) -> None:
     Trainer(config).fit()
     common = ["--checkpoint", config.out, "--steps", "5", "--count", "2"]
     for name, arguments in {
-        "none": [],
+        "none": ["--class-labels", "none"],
         "three": ["--class-label", "3"],
         "null": ["--class-label", "10"],
     }.items():
@@ -179,17 +180,6 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
     assert list((tmp_path / "out").iterdir()) == []
     done(run("launch/sample.py", *common))
     assert len(list((tmp_path / "out").glob("0*.png"))) == 2
-
-
-def test_pictures_of_the_process(trained: Path, run: Run, tmp_path: Path) -> None:
-    sampling = ["--steps", "2", "--count", "4", "--out", tmp_path / "samples"]
-    done(run("launch/sample.py", "--checkpoint", trained, *sampling))
-    showing = ["--samples", tmp_path / "samples", "--out", tmp_path / "pictures"]
-    done(run("launch/pictures.py", "--checkpoint", trained, *showing))
-    for name in ("real-and-drawn", "forward", "reverse", "loss"):
-        picture = pixels(tmp_path / "pictures" / f"{name}.png")
-        assert picture.shape[0] > 100
-        assert picture.std() > 5  # something is drawn
 
 
 def test_an_export_draws_the_pictures_of_its_run(trained: Path, run: Run, tmp_path: Path) -> None:

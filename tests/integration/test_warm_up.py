@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import build_objective
 from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.unet import UNet
 from ddpm_kernels.dispatch import force_ops
@@ -22,8 +22,8 @@ def test_warm_up_runs_both_passes_and_leaves_weights_and_gradients(
     config = replace(config, model=replace(config.model, num_class_embeds=classes))
     model = UNet(config.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    objective = SimpleObjective(
-        config.diffusion.build_schedule(), "eps", 0, null_class=model.null_class
+    objective = build_objective(
+        config, config.diffusion.build_schedule(), null_class=model.null_class
     )
     backward_passes: list[torch.Tensor] = []
     model.conv_in.weight.register_hook(backward_passes.append)

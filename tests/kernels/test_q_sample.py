@@ -211,3 +211,15 @@ def test_compiles_as_one_graph(path: str, flip: bool) -> None:
     compiled = torch.compile(q_sample, fullgraph=True, backend="aot_eager")
     with PATHS[path]():
         torch.testing.assert_close(compiled(**given_), q_sample(**given_), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_another_stream_is_other_noise(path: str) -> None:
+    images = torch.zeros(2, 3, 4, 4)
+    ids = torch.tensor([7, 2**40])
+    only_noise = torch.zeros(1), torch.ones(1)
+    stream = Stream.AUGMENTATION_NOISE
+    with PATHS[path]():
+        noise = q_sample(images, torch.zeros_like(ids), *only_noise, 5, ids, stream=stream)
+    assert torch.equal(noise, gaussian_noise(5, ids, (3, 4, 4), 0, stream))
+    assert not torch.equal(noise, gaussian_noise(5, ids, (3, 4, 4), 0, Stream.TRAINING_NOISE))

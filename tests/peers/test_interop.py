@@ -288,6 +288,44 @@ def test_the_pipeline_draws_our_pictures(
     assert difference <= 1e-4
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_card_of_an_edm_network_draws_our_pictures(
+    labelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop is run as it is written there."""
+    model = UNetConfig(**TINY, num_class_embeds=5 if labelled else None)
+    diffusion = DiffusionConfig(
+        schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
+    )
+    sampling = SamplingConfig(sampler="euler", steps=9)
+    pretrained = ours(model, diffusion=diffusion, sampling=sampling)
+    export_pipeline(pretrained, tmp_path / "export")
+    assert not (tmp_path / "export" / "model_index.json").exists()
+
+    ids, labels = torch.tensor([3, 2**40, 0, 9]), torch.tensor([0, 4, 2, 1]) if labelled else None
+    card = (tmp_path / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
+    monkeypatch.setattr(torch, "randn", lambda *shape: initial if shape == (4, 3, 8, 8) else None)
+    names: dict[str, Any] = {"labels": labels}
+    exec(code.replace("DIR", str(tmp_path / "export")), names)
+    monkeypatch.undo()
+
+    back = load_pretrained(tmp_path / "export")
+    assert back.config.diffusion == diffusion
+    assert back.config.sampling == replace(sampling, steps=None)
+    assert_same_bits(back.model, pretrained.model)
+    assert not back.clip
+    drawn = sample(
+        back.model, back.schedule, sample_ids=ids, seed=6, sampler="euler", steps=9,
+        prediction="edm", labels=labels, clip=back.clip,
+    )  # fmt: skip
+    difference = (drawn - names["x"]).abs().max().item()
+    print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
+    assert drawn.std() > 0.1
+    assert difference <= 1e-4
+
+
 def test_the_published_cifar10_configuration(tmp_path: Path) -> None:
     """The entries of google/ddpm-cifar10-32, which are those of an early diffusers."""
     entries = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpm_engine.prediction import from_x0
 from ddpm_engine.samplers import CoefficientTable, build_table, sampling_steps
-from ddpm_engine.samplers.levels import log_sigma
+from ddpm_engine.samplers.levels import log_sigma, noise_levels
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
@@ -330,3 +330,41 @@ def test_karras(sampler: str, prediction: Any, steps: int) -> None:
     what = f"{sampler} {prediction} {steps}"
     compare(chain, run(exact=False), ROUNDED, f"rounded {what}")
     compare(chain, run(exact=True), EXACT, f"exact {what}")
+
+
+# --- EDM
+
+
+@pytest.mark.parametrize("steps", [1, 2, 18, 50])
+@pytest.mark.parametrize(("low", "high", "data"), [(0.002, 80.0, 0.5), (0.01, 20.0, 0.8)])
+def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
+    """Step by step. Whatever its tables, the peer rounds its state, 80 at first, to float32."""
+    schedule = NoiseSchedule.edm(1000, low, high, data)
+    table = build_table(schedule, "euler", steps, prediction="edm")
+    assert table.shown is not None
+    shown = table.shown
+
+    def model(x: Tensor, noise: Tensor) -> Tensor:
+        return 0.7 * x.sin() - 0.2 * noise.to(x).reshape(-1, 1, 1, 1)
+
+    def run(exact: bool) -> list[Tensor]:
+        peer = diffusers.EDMEulerScheduler(low, high, data)
+        peer.set_timesteps(steps)
+        if exact:
+            a, s = (level.clone() for level in noise_levels(schedule, table.timesteps))
+            peer.sigmas = s / a
+        scale = (1 + peer.sigmas.double() ** 2).sqrt()
+        torch.testing.assert_close(peer.timesteps, shown.float(), rtol=1e-5, atol=1e-6)
+        x = initial() * peer.init_noise_sigma
+        states = []
+        for i, t in enumerate(peer.timesteps):
+            told = shown[i] if exact else t
+            output = model(peer.scale_model_input(x, t), told.expand(2))
+            x = peer.step(output, t, x).prev_sample
+            states.append(x / scale[i + 1])
+        return states
+
+    chain = ours(table, model, False)
+    what = f"edm euler {low} {high} {data} {steps}"
+    compare(chain, run(exact=False), ROUNDED, f"rounded {what}")
+    compare(chain, run(exact=True), 2 * EXACT, f"exact {what}")

@@ -72,7 +72,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-11}
 
 def peer_of(config: UNetConfig) -> nn.Module:
     fields = asdict(config)
-    del fields["attention"]
+    del fields["attention"], fields["low_resolution"]
     peer: nn.Module = UNet2DModel(**fields)
     return peer.eval()
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ddpm_engine.training import EMA
+from ddpm_engine.training.ema import warmed_up
 
 
 class Counter(nn.Module):
@@ -24,7 +25,7 @@ def set_to(model: Counter, value: float) -> None:
 
 def test_the_average_follows_its_formula() -> None:
     model = Counter()
-    ema = EMA(model, decay=0.9)
+    ema = EMA(model, warmed_up(0.9))
     expected = 0.0
     for update in range(200):
         set_to(model, float(update))
@@ -36,7 +37,7 @@ def test_the_average_follows_its_formula() -> None:
 
 def test_the_first_update_mostly_forgets_the_initial_weights() -> None:
     model = Counter()
-    ema = EMA(model, decay=0.9999)
+    ema = EMA(model, warmed_up(0.9999))
     set_to(model, 1.0)
     ema.update(model, 0)
     assert ema.model.weight.tolist() == pytest.approx([0.9] * 3)
@@ -44,7 +45,7 @@ def test_the_first_update_mostly_forgets_the_initial_weights() -> None:
 
 def test_buffers_are_copied() -> None:
     model = Counter()
-    ema = EMA(model, decay=0.9)
+    ema = EMA(model, warmed_up(0.9))
     model.seen.fill_(7)
     ema.update(model, 1000)
     assert int(ema.model.seen) == 7
@@ -52,7 +53,7 @@ def test_buffers_are_copied() -> None:
 
 def test_the_average_is_apart_from_training() -> None:
     model = Counter()
-    ema = EMA(model, decay=0.9)
+    ema = EMA(model, warmed_up(0.9))
     set_to(model, 5.0)
     assert ema.model.weight.tolist() == [0.0] * 3
     assert not any(parameter.requires_grad for parameter in ema.model.parameters())

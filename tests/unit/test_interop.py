@@ -15,10 +15,11 @@ import pytest
 import torch
 from tests.tiny import TINY
 
-from ddpm_engine.config import RunConfig, SamplingConfig, to_dict
+from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, to_dict
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop import export
 from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.interop.scheduler import scheduler_entries
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.training.checkpoint import CheckpointStore
 from ddpm_engine.unet import UNet
@@ -220,6 +221,31 @@ def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -
     known = {"beta_start": "beta at timestep 0", "trained_betas": "betas has 2 entries"}
     assert known.get(entry, entry) in str(refused.value)
     UNet.from_pretrained(exported)  # whose network is as it was
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("sigma_schedule", "exponential"),
+        ("rho", 3.0),
+        ("prediction_type", "v_prediction"),
+        ("final_sigmas_type", "sigma_min"),
+        ("sigma_min", 90.0),
+        ("sigma_data", 0.0),
+        ("num_train_timesteps", 1),
+        ("clip_sample", True),
+    ],
+)
+def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
+    file = exported / "scheduler" / "scheduler_config.json"
+    diffusion = DiffusionConfig(schedule="edm", prediction="edm")
+    entries = scheduler_entries(diffusion, SamplingConfig(sampler="heun"), clip=False)
+    file.write_text(json.dumps(entries))
+    assert load_pretrained(exported).config.diffusion == diffusion
+    change(file, **{entry: value})
+    known = {"num_train_timesteps": "timesteps is 1"}
+    with pytest.raises(UserError, match=known.get(entry, entry)):
+        load_pretrained(exported)
 
 
 @pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])

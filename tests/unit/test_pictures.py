@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
+from ddpm_engine.evaluation.pictures import class_grid, grid, save_png, to_uint8
 
 
 def test_levels_round_to_the_nearest_and_clip() -> None:
@@ -49,3 +49,11 @@ def test_png_round_trip(tmp_path: Path) -> None:
         save_png(image, tmp_path / "x.png")
         assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), image.squeeze())
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_class_grid_has_a_row_for_each_class() -> None:
+    images = np.stack([np.full((64, 64, 1), 10 * i, np.uint8) for i in range(5)])
+    sheet = np.asarray(class_grid(images, [7, 2, 7, 2, 7]))
+    assert sheet.shape == (2 * 65 + 1, 3 * 65 + 1)
+    shown = [[int(sheet[65 * row + 9, 65 * column + 9]) for column in range(3)] for row in range(2)]
+    assert shown == [[10, 30, 255], [0, 20, 40]]

@@ -42,7 +42,7 @@ def test_zero_terminal_snr() -> None:
         (RunConfig(sampling=SamplingConfig(eta=float("nan"))), "--sampling.eta is nan"),
         (
             RunConfig(sampling=SamplingConfig(variance="learned_range")),
-            "--model.out-channels 6, not 3",
+            "without --objective.learned-variance (and --model.out-channels 6)",
         ),
         (
             RunConfig(diffusion=DiffusionConfig(zero_terminal_snr=True)),

@@ -394,16 +394,24 @@ class Operations(TorchDispatchMode):
         ({}, {"ddpm.reverse_step_": 1}),
         ({"guidance": Guidance(2.0)}, {"ddpm.reverse_step_": 1, "aten.copy_": 1}),
         ({"guidance": Guidance(2.0, two_passes=True)}, {"ddpm.reverse_step_": 1}),
+        ({"enlarging": True}, {"ddpm.reverse_step_": 1}),
+        (
+            {"enlarging": True, "guidance": Guidance(2.0)},
+            {"ddpm.reverse_step_": 1, "aten.copy_": 1},
+        ),
     ],
 )
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++3m", "unipc", "heun"])
+@pytest.mark.parametrize(
+    ("sampler", "prediction"),
+    [("ddpm", "eps"), ("ddim", "v"), ("dpm++3m", "x0"), ("unipc", "eps"), ("heun", "edm")],
+)
 def test_a_step_is_the_network_and_at_most_two_operations(
-    options: dict[str, Any], expected: dict[str, int], sampler: str
+    options: dict[str, Any], expected: dict[str, int], sampler: str, prediction: Any
 ) -> None:
-    table = build_table(SCHEDULE, sampler, STEPS)
+    table = build_table(SCHEDULE, sampler, STEPS, prediction=prediction)
     operations = Operations()
 
-    def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def model(x: Tensor, t: Tensor, labels: Tensor, *enlarged: Tensor) -> Tensor:
         operations.paused = True
         output = Conditional()(x, t, labels)
         operations.paused = False
@@ -414,7 +422,8 @@ def test_a_step_is_the_network_and_at_most_two_operations(
             model, table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
             alpha_bar=levels_of(SCHEDULE, table).before, keep_x0=False, **options,
         )  # fmt: skip
-        process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, LABELS)
+        x = initial_noise(3, IDS, SHAPE)
+        process.begin(x, 3, IDS, LABELS, x if "enlarging" in options else None)
         process.step(0)  # makes the doubled batch
         with operations:
             for i in range(1, process.steps):

@@ -43,6 +43,25 @@ def test_digits() -> None:
     assert [e.label for e in examples[:10]] == list(range(10))
 
 
+def test_photos() -> None:
+    from sklearn.datasets import load_sample_images
+
+    source = open_source("photos")
+    assert source.classes == ("china", "flower")
+    labels = [source.examples[i].label for i in range(0, len(source.examples), 10)]
+    half = len(labels) // 2
+    assert labels == [0] * half + [1] * half
+    assert open_source("photos").revision == source.revision
+    # The first square is a corner of the photograph, four pixels of it averaged to one each way.
+    photo = load_sample_images().images[0]
+    corner = photo[:128, :128].reshape(32, 4, 32, 4, 3).mean((1, 3))
+    first, second = source.examples[0].image, source.examples[1].image
+    assert first.dtype == np.uint8
+    assert np.abs(first - corner).max() <= 0.5
+    # The next one lies two pixels to the right of it.
+    assert np.array_equal(first[:, 2:], second[:, :-2])
+
+
 def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     image = picture(4, 4, 3)
     for name in ("dog/b.png", "cat/x/a.v2.PNG", "dog/.hidden.txt", ".git/config"):

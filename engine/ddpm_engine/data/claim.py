@@ -155,7 +155,11 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which file the operating system refused to read or write, and what to do."""
+    """Say which file the operating system refused to read or write, and what to do.
+
+    Raises:
+        UserError: in place of an `OSError`.
+    """
     try:
         yield
     except OSError as error:

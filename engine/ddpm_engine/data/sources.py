@@ -19,19 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from PIL import Image
 
 from ddpm_engine.data.images import EXTENSIONS, DecodeError, Pixels, decode, extension_of
 from ddpm_engine.errors import UserError
 
 KINDS = (
     "a folder of images, an .npz file, CIFAR's binary version (folder, .bin or .tar.gz), "
-    "an IDX file, hf:NAME[:SPLIT], or digits"
+    "an IDX file, hf:NAME[:SPLIT], digits, or photos"
 )
 
 _NPZ_IMAGES = ("images", "x", "data", "arr_0")
 _NPZ_LABELS = ("labels", "label", "y", "arr_1")
 _CIFAR_PIXELS = 3 * 32 * 32
+_PHOTO_REDUCTION, _PHOTO_CROP, _PHOTO_STRIDE = 4, 32, 2
 _IDX_MAGIC = {3: 0x00000803, 1: 0x00000801}
 
 
@@ -98,6 +101,8 @@ def open_source(name: str) -> Source:
     """
     if name == "digits":
         return _digits()
+    if name == "photos":
+        return _photos()
     if name.startswith("hf:"):
         return _hugging_face(name)
     path = Path(name).expanduser()
@@ -147,7 +152,7 @@ def _revision(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-# Scikit-learn's digits
+# What scikit-learn ships
 
 
 def _digits() -> Source:
@@ -158,6 +163,27 @@ def _digits() -> Source:
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     names = tuple(map(str, digits.target_names))
     return _array_source("digits", images, digits.target, names, sklearn.__version__)
+
+
+def _photos() -> Source:
+    """Overlapping squares of two colour photographs, of a temple and of a flower."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images()
+    crops = []
+    for photo in photos.images:
+        height, width = (side // _PHOTO_REDUCTION for side in photo.shape[:2])
+        # Of the whole photograph, 32 pixels would show nothing but a texture.
+        whole = photo[: height * _PHOTO_REDUCTION, : width * _PHOTO_REDUCTION]
+        reduced = np.asarray(Image.fromarray(whole).reduce(_PHOTO_REDUCTION))
+        squares = sliding_window_view(reduced, (_PHOTO_CROP, _PHOTO_CROP), axis=(0, 1))
+        squares = squares[::_PHOTO_STRIDE, ::_PHOTO_STRIDE].transpose(0, 1, 3, 4, 2)
+        crops.append(squares.reshape(-1, *squares.shape[2:]))
+    images = np.concatenate(crops)
+    labels = np.repeat(np.arange(len(crops)), [len(squares) for squares in crops])
+    names = tuple(Path(name).stem for name in photos.filenames)
+    revision = hashlib.sha256(images.tobytes()).hexdigest()
+    return _array_source("photos", images, labels, names, revision)
 
 
 # Folders of images

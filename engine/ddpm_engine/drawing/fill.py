@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddpm_engine.drawing.picture_set import PictureSet, units
+from ddpm_engine.drawing.numbered_set import NumberedSet, units
 from ddpm_engine.errors import UserError
 
 
 def fill(
-    pictures: PictureSet,
+    pictures: NumberedSet,
     ids: Sequence[int],
     draw: Callable[[Sequence[int]], np.ndarray],
     label_of: Callable[[int], int | None] = lambda _: None,
@@ -49,8 +49,8 @@ def fill(
     """
     if ranks > 1 and not pictures.locks:
         raise UserError(
-            f"--out {pictures.directory} is on a file system without file locks, by which several "
-            "processes divide the pictures; choose another --out, or start one process"
+            f"{pictures.flag} {pictures.directory} is on a file system without file locks, by "
+            "which several processes divide the pictures; choose another, or start one process"
         )
     ids = sorted(ids)
     if pictures.sharded:
@@ -87,7 +87,7 @@ def fill(
         if not pictures.leave():
             return False
         if pictures.ids().issuperset(ids):
-            pictures.write_grid(ids)
+            pictures.finish(ids)
             return True
         # Somebody who had claimed a piece has died since it was passed over.
     return False

@@ -1,42 +1,23 @@
-"""A folder of pictures drawn with the same settings, which several processes may fill together.
-
-The manifest is written first and never again: it says what every picture of the folder was drawn
-with. Processes divide the ids by locking ranges of them, as ranges of the manifest's bytes, which
-the operating system releases whenever and however a process ends.
-"""
+"""A folder of pictures drawn with the same settings, which several processes may fill together."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpm_engine.drawing.picture_files import (
-    Format,
-    consecutive,
-    ids_being_written,
-    ids_in,
-    picture_files,
-)
-from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import grid, save_png
-from ddpm_engine.files import TEMPORARY_SUFFIX, write_once
+from ddpm_engine.drawing.numbered_set import NumberedSet
+from ddpm_engine.drawing.picture_files import Format
+from ddpm_engine.drawing.stored_pictures import StoredPictures
+from ddpm_engine.evaluation.pictures import class_grid, grid, save_png
 
-MANIFEST = "manifest.json"
 _GRID_LIMIT = 256
-_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
-_SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
-_PRESENCE = 1 << 60  # a byte beyond every id, which all who fill the set lock together
+_SHORTEST_ROW = 4
 
 
-class PictureSet:
+class PictureSet(NumberedSet):
     """Pictures drawn with the same settings, in one folder.
 
     Args:
@@ -51,25 +32,9 @@ class PictureSet:
     def __init__(
         self, directory: Path, settings: Mapping[str, Any], format: Format = "png"
     ) -> None:
-        self.directory = directory
-        # Through JSON and back, so that it compares with what the file says.
-        self.settings = json.loads(json.dumps({**settings, "format": format}))
-        self.files = picture_files(directory, format)
-        manifest = directory / MANIFEST
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"--out {directory} is a file; choose a folder")
-        if not manifest.exists():
-            self._refuse_foreign()
-            with self._writing():
-                directory.mkdir(parents=True, exist_ok=True)
-                write_once(manifest, (json.dumps(self.settings, indent=2) + "\n").encode())
-        with self._writing():
-            # Kept open, and the only time that this process opens it: closing the file a second
-            # time would release every lock.
-            self._manifest = manifest.open("r+b")
-        self._refuse_other_settings(self._manifest.read())
-        self.locks = self._try_lock(_SHARED) is not None
-        self._remove_leftovers()
+        self.stored = StoredPictures(directory, {**settings, "format": format})
+        self.files = self.stored.files
+        super().__init__(directory, self.files.folder, self.stored.settings)
 
     @property
     def grid(self) -> Path:
@@ -80,22 +45,6 @@ class PictureSet:
     def sharded(self) -> bool:
         """Whether one file holds many pictures."""
         return self.files.folder != self.directory
-
-    def ids(self) -> set[int]:
-        """Which pictures are there."""
-        return {k for name in self._names() for k in ids_in(name) or ()}
-
-    @contextmanager
-    def claim(self, ids: Sequence[int]) -> Iterator[bool]:
-        """Reserve the ids from the first to the last for this process; False: they are taken.
-
-        On a file system without locks everything is granted: see `locks`.
-
-        Args:
-            ids: ascending, not empty.
-        """
-        with self._locked(ids[0], ids[-1] - ids[0] + 1) as granted:
-            yield granted
 
     def write(
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None] | None = None
@@ -110,7 +59,7 @@ class PictureSet:
         Raises:
             UserError: the disk is full or the folder cannot be written; whole files stay.
         """
-        with self._writing():
+        with self.writing():
             self.files.write(ids, images, labels or [None] * len(ids), self.settings["seed"])
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
@@ -119,121 +68,19 @@ class PictureSet:
         Raises:
             KeyError: one is not there.
         """
-        wanted, found = set(ids), dict[int, np.ndarray]()
-        for name in sorted(self._names()):
-            if wanted.intersection(ids_in(name) or ()):
-                pictures = self.files.read(self.files.folder / name)
-                found.update((k, pictures[k]) for k in wanted.intersection(pictures))
-        return np.stack([found[k] for k in ids])
+        return self.stored.read(ids)
 
-    def write_grid(self, ids: Sequence[int]) -> None:
+    def finish(self, ids: Sequence[int]) -> None:
         """Show the first of these pictures in one; for one process at a time.
+
+        If they are of several classes there is a row for each, unless rows would be short.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        with self._writing():
-            save_png(grid(self.read(ids[:_GRID_LIMIT])), self.grid)
-
-    def leave(self) -> bool:
-        """Stop counting as one who fills the set; True: nobody else does, and nobody else is told.
-
-        Of several who leave at the same time one is the last. True without locks.
-        """
-        self._try_lock(fcntl.LOCK_UN)
-        return self._try_lock(_EXCLUSIVE) is not False
-
-    def _names(self) -> Collection[str]:
-        try:
-            return os.listdir(self.files.folder)
-        except FileNotFoundError:
-            return ()
-
-    @contextmanager
-    def _locked(self, start: int, length: int) -> Iterator[bool]:
-        granted = self._try_lock(_EXCLUSIVE, start, length)
-        try:
-            yield granted is not False
-        finally:
-            if granted:
-                self._try_lock(fcntl.LOCK_UN, start, length)
-
-    def _try_lock(self, kind: int, start: int = _PRESENCE, length: int = 1) -> bool | None:
-        """Lock or unlock bytes: whether that was granted, or None without locks."""
-        try:
-            fcntl.lockf(self._manifest, kind, length, start)
-        except OSError as error:
-            return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-        return True
-
-    def _remove_leftovers(self) -> None:
-        """Delete what killed processes had begun to write; what is being written is locked."""
-        for name in self._names():
-            ids = ids_being_written(name)
-            if ids is None:
-                continue
-            with self._locked(ids[0], len(ids)) as granted, suppress(FileNotFoundError):
-                if granted:
-                    (self.files.folder / name).unlink()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"writing to --out {self.directory} failed: {error}; make room or choose another, "
-                "and run it again"
-            ) from None
-
-    def _refuse_foreign(self) -> None:
-        foreign = [
-            name
-            for name in (os.listdir(self.directory) if self.directory.exists() else [])
-            if not name.startswith((".", MANIFEST)) and not name.endswith(TEMPORARY_SUFFIX)
-        ]
-        # Looked at again: another process of the same run may have begun meanwhile.
-        if foreign and not (self.directory / MANIFEST).exists():
-            raise UserError(
-                f"--out {self.directory} holds other things ({min(foreign)}); choose another"
-            )
-
-    def _refuse_other_settings(self, content: bytes) -> None:
-        manifest = self.directory / MANIFEST
-        try:
-            before = json.loads(content)
-            before["format"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{manifest} is not a manifest of pictures; choose another --out"
-            ) from None
-        different = [
-            f"{name} was {before.get(name)} and is now {self.settings.get(name)}"
-            for name in {**self.settings, **before}
-            if before.get(name) != self.settings.get(name)
-        ]
-        if different:
-            raise UserError(
-                f"--out {self.directory} holds pictures drawn otherwise ({'; '.join(different)}); "
-                "choose another"
-            )
-
-
-def units(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:
-    """Cut ascending ids into pieces that are drawn one at a time.
-
-    Args:
-        ids: ascending.
-        size: ids of a piece, at most.
-        aligned: cut at multiples of `size` and wherever an id is left out, as shards do, so that a
-            shard holds the same ids whichever else are asked for.
-    """
-    if not aligned:
-        return [list(ids[i : i + size]) for i in range(0, len(ids), size)]
-    pieces: list[list[int]] = []
-    for part in consecutive(ids):
-        for k in ids[part]:
-            if not pieces or k % size == 0 or k != pieces[-1][-1] + 1:
-                pieces.append([])
-            pieces[-1].append(k)
-    return pieces
+        shown = ids[:_GRID_LIMIT]
+        labels = [label for k in shown if (label := self.stored.label_of(k)) is not None]
+        by_class = 1 < len(set(labels)) <= len(shown) / _SHORTEST_ROW
+        with self.writing():
+            pictures = self.read(shown)
+            save_png(class_grid(pictures, labels) if by_class else grid(pictures), self.grid)

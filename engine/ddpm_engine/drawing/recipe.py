@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_engine.config import SamplingConfig
 from ddpm_engine.cpu import check_precision
-from ddpm_engine.drawing.references import ReferenceImages
+from ddpm_engine.drawing.references import DrawnImages, ReferenceImages
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.pretrained import Pretrained
@@ -47,6 +47,10 @@ class Recipe:
     """bool `[1, 1, H, W]`: True where the images are kept."""
     draws: int = 1
     """How often inpainting takes each step."""
+    low_resolution: DrawnImages | ReferenceImages | None = None
+    """The small image that each picture is made from, by a network that enlarges."""
+    augmentation: int = 0
+    """Steps of noise that the small images are given."""
     interpolate: tuple[int, int, int] | None = None
     """First id, second id, count N: pictures 0 … N − 1 lead from the one to the other."""
     cache_interval: int = 1
@@ -74,6 +78,8 @@ class Recipe:
             "strength": self.strength,
             "mask": None if self.mask is None else _sha256(self.mask),
             "draws": self.draws,
+            "low_resolution": None if self.low_resolution is None else self.low_resolution.sha256,
+            "augmentation": None if self.low_resolution is None else self.augmentation,
             "interpolate": self.interpolate,
             "cache_interval": self.cache_interval,
             "precision": self.precision,
@@ -109,6 +115,7 @@ class Drawing:
             sampling = replace(sampling, steps=config.diffusion.timesteps)
         self.recipe = recipe = replace(recipe, sampling=sampling)
         self._check_classes()
+        self._check_low_resolution()
         self.chain = Chain(
             model,
             pretrained.schedule,
@@ -116,6 +123,7 @@ class Drawing:
             **asdict(sampling),
             timesteps=recipe.timesteps,
             prediction=config.diffusion.prediction,
+            augmentation=recipe.augmentation,
             guidance=recipe.guidance,
             clip=pretrained.clip,
             threshold=recipe.threshold,
@@ -153,6 +161,7 @@ class Drawing:
         """
         recipe = self.recipe
         images = None if recipe.images is None else recipe.images.of(ids)
+        small = None if recipe.low_resolution is None else recipe.low_resolution.of(ids)
         inpainting = None
         if recipe.mask is not None and images is not None:
             inpainting = Inpainting(images, recipe.mask, recipe.draws)
@@ -160,6 +169,7 @@ class Drawing:
             drawn = self.chain.draw(
                 torch.tensor(list(ids), dtype=torch.int64, device=self.device),
                 labels=self._labels(ids),
+                low_resolution=small,
                 initial=None if self._states is None else self._states[list(ids)],
                 images=None if recipe.strength is None else images,
                 inpainting=inpainting,
@@ -189,7 +199,10 @@ class Drawing:
         null, classes = self.model.null_class, self.recipe.classes
         if classes is None:
             if self.recipe.guidance is not None:
-                raise UserError("guidance needs classes: give --class-label or --class-labels")
+                why = "the pictures are of no class; give --class-label or --class-labels"
+                if null is None:
+                    why = "this network was trained without classes; leave it out"
+                raise UserError(f"--guidance-scale leads towards a class, but {why}")
             return
         if null is None:
             raise UserError(
@@ -198,6 +211,18 @@ class Drawing:
             )
         if wrong := [label for label in classes if not 0 <= label <= null]:
             raise UserError(f"--class-label is {wrong[0]}; classes are 0 to {null - 1}")
+
+    def _check_low_resolution(self) -> None:
+        side = self.model.low_resolution
+        if side is not None and self.recipe.low_resolution is None:
+            raise UserError(
+                f"this network enlarges pictures of {side}×{side}; give some by --low-resolution, "
+                "such as a folder that launch/sample.py drew from another model"
+            )
+        if side is None and self.recipe.low_resolution is not None:
+            raise UserError(
+                "--low-resolution is given, but this network enlarges nothing; leave it out"
+            )
 
     def _interpolated(self) -> Tensor | None:
         if self.recipe.interpolate is None:

@@ -1,8 +1,9 @@
-"""Images from files to begin with or to fill in, and masks."""
+"""Images to begin with, to fill in or to enlarge, and masks."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.images import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.drawing.numbered_set import MANIFEST
+from ddpm_engine.drawing.stored_pictures import open_pictures
 from ddpm_engine.errors import UserError
 
 
@@ -23,18 +26,22 @@ class ReferenceImages:
     Args:
         path: of the file or folder; png, jpg, webp or npy.
         shape: (C, H, W) of the network.
+        flag: that named them, for messages.
 
     Raises:
         UserError: nothing there, or no images.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    classes: tuple[int, ...] | None = None
+    """Images from files are of no class."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], flag: str = "--images") -> None:
         if not path.exists():
-            raise UserError(f"there is no --images {path}; give an image file or a folder of them")
+            raise UserError(f"there is no {flag} {path}; give an image file or a folder of them")
         candidates = sorted(path.iterdir()) if path.is_dir() else [path]
         self.files = [file for file in candidates if _extension(file) in EXTENSIONS]
         if not self.files:
-            raise UserError(f"--images {path} holds no images ({', '.join(EXTENSIONS)})")
+            raise UserError(f"{flag} {path} holds no images ({', '.join(EXTENSIONS)})")
         self.shape = shape
 
     def of(self, ids: Sequence[int]) -> Tensor:
@@ -46,8 +53,7 @@ class ReferenceImages:
         channels, size, _ = self.shape
         files = [self.files[k % len(self.files)] for k in ids]
         read = {file: _read(file, size, channels) for file in sorted(set(files))}
-        levels = torch.from_numpy(np.stack([read[file] for file in files]))
-        return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return _tensor(np.stack([read[file] for file in files]))
 
     @property
     def sha256(self) -> str:
@@ -56,6 +62,70 @@ class ReferenceImages:
         for file in self.files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
+
+
+class DrawnImages:
+    """The pictures of one set, to make those of another from: picture k goes with picture k.
+
+    Args:
+        path: of a folder that `PictureSet` wrote, finished or not.
+        shape: (C, H, W) that they must have.
+
+    Raises:
+        UserError: no such set.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.pictures = open_pictures(path)
+        self.shape = shape
+        classes = self.pictures.settings.get("classes")
+        self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        """The pictures of these ids: float32 `[N, C, H, W]` in [-1, 1].
+
+        Raises:
+            UserError: one is not there, or of another shape.
+        """
+        folder = self.pictures.directory
+        try:
+            images = self.pictures.read(ids)
+        except KeyError as missing:
+            raise UserError(
+                f"{folder} has no picture {missing} (yet); draw it with launch/sample.py, or name "
+                "pictures that are there with --ids"
+            ) from None
+        except (DecodeError, OSError) as error:
+            raise UserError(f"cannot read pictures in {folder}: {error}") from error
+        channels, height, width = self.shape
+        if images.shape[1:] != (height, width, channels):
+            raise UserError(
+                f"pictures in {folder} are {images.shape[1]}×{images.shape[2]} with "
+                f"{images.shape[3]} channels; this network enlarges {height}×{width} with "
+                f"{channels}"
+            )
+        return _tensor(images)
+
+    @property
+    def sha256(self) -> str:
+        """Of the settings that they were drawn with, which determine them."""
+        settings = {k: v for k, v in self.pictures.settings.items() if k != "format"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def small_images(path: Path, shape: tuple[int, int, int]) -> DrawnImages | ReferenceImages:
+    """What a network is to enlarge: the pictures of a set, or the images in files.
+
+    Args:
+        path: of a folder of launch/sample.py, or whatever `ReferenceImages` takes.
+        shape: (C, side, side) of the small images.
+
+    Raises:
+        UserError: as both.
+    """
+    if (path / MANIFEST).is_file():
+        return DrawnImages(path, shape)
+    return ReferenceImages(path, shape, "--low-resolution")
 
 
 def read_mask(path: Path, size: int) -> Tensor:
@@ -75,6 +145,11 @@ def read_mask(path: Path, size: int) -> Tensor:
             "to be painted, and black what is to stay"
         )
     return known.permute(2, 0, 1)[None]
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """uint8 `[N, H, W, C]` → float32 `[N, C, H, W]` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _read(file: Path, size: int, channels: int) -> np.ndarray:

@@ -23,6 +23,10 @@ def model_card(pretrained: Pretrained, weights: str) -> str:
     schedule = f"{diffusion.schedule}, β from {diffusion.beta_start:g} to {diffusion.beta_end:g}"
     if diffusion.betas is not None:
         schedule = "given beta by beta"
+    elif diffusion.schedule == "edm":
+        schedule = f"edm, σ from {diffusion.sigma_min:g} to {diffusion.sigma_max:g}"
+        if diffusion.prediction == "edm":
+            schedule += f", σ_data {diffusion.sigma_data:g}"
     elif diffusion.schedule != "linear":
         schedule = diffusion.schedule
     architecture = {
@@ -85,7 +89,9 @@ def _usage(pretrained: Pretrained) -> list[str]:
             "    # timestep_spacing is leading or linspace: trailing does not end at timestep 0.",
             f"    batch_size=4, num_inference_steps={all_steps}",
         ]
-    if pretrained.model.null_class is None:
+    if pretrained.config.diffusion.prediction == "edm":
+        diffusers = _edm_usage(pretrained, steps)
+    elif pretrained.model.null_class is None:
         diffusers = [
             "from diffusers import DDPMPipeline", "",
             'images = DDPMPipeline.from_pretrained("DIR")(',
@@ -104,6 +110,25 @@ def _usage(pretrained: Pretrained) -> list[str]:
     return [
         "With diffusers:", "", "```python", *diffusers, "```", "",
         "With ddpm-engine:", "", "```", command, "```", "", "```python", *ours, "```", "",
+    ]  # fmt: skip
+
+
+def _edm_usage(pretrained: Pretrained, steps: int) -> list[str]:
+    shape = pretrained.config.model
+    labelled = pretrained.model.null_class is not None
+    labels = ", class_labels=labels" if labelled else ""
+    return [
+        "import torch", "from diffusers import EDMEulerScheduler, UNet2DModel", "",
+        'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
+        'scheduler = EDMEulerScheduler.from_pretrained("DIR", subfolder="scheduler")',
+        f"scheduler.set_timesteps({steps})",
+        f"x = torch.randn(4, {shape.in_channels}, {shape.sample_size}, {shape.sample_size})",
+        "x = x * scheduler.init_noise_sigma",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        f"        output = unet(scheduler.scale_model_input(x, t), t{labels}).sample",
+        "        x = scheduler.step(output, t, x).prev_sample",
+        "# x is around [-1, 1]",
     ]  # fmt: skip
 
 

@@ -86,7 +86,11 @@ class Entries:
             )
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
-        """Raise the `UserError` about one entry."""
+        """Refuse one entry.
+
+        Raises:
+            UserError: always; it names the file, the entry and the reason.
+        """
         raise UserError(f"{name} is {json.dumps(value)} in {self.path}: {reason}")
 
 

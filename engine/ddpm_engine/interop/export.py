@@ -1,4 +1,4 @@
-"""A trained model as a folder that diffusers' `DDPMPipeline` loads."""
+"""A trained model as a folder that diffusers loads."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ from ddpm_engine.interop.weights import SAFETENSORS
 from ddpm_engine.pretrained import Pretrained
 from ddpm_engine.unet import UNet
 
+_PIPELINE = {
+    "_class_name": "DDPMPipeline",
+    "scheduler": ["diffusers", scheduler.CLASS],
+    "unet": ["diffusers", network.CLASS],
+}
+
 
 def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> None:
     """Write a model as `DDPMPipeline.save_pretrained` would, and a card; diffusers is not needed.
+
+    For an EDM network, which no pipeline of diffusers draws with, network and scheduler are written
+    without saying that they are one; the card has the loop that draws.
 
     The folder is written beside `out` and renamed: `out` is whole or not there. An earlier export
     at `out` is replaced.
@@ -34,15 +43,12 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         weights: which of the run's weights they are, for the card.
 
     Raises:
-        UserError: `out` holds something else, or it cannot be written.
+        UserError: diffusers has no such network, `out` holds something else, or it cannot be
+            written.
     """
     out = out.absolute()
-    pipeline = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", scheduler.CLASS],
-        "unet": ["diffusers", network.CLASS],
-    }
     config = pretrained.config
+    shape = network.config_entries(config.model)
     process = scheduler.scheduler_entries(config.diffusion, config.sampling, pretrained.clip)
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
         raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
@@ -52,9 +58,10 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         for folder in (temporary / "unet", temporary / "scheduler"):
             folder.mkdir(parents=True)
         _write_weights(pretrained.model, temporary / "unet" / SAFETENSORS)
-        _write_json(temporary / "unet" / NETWORK_CONFIG, network.config_entries(config.model))
+        _write_json(temporary / "unet" / NETWORK_CONFIG, shape)
         _write_json(temporary / "scheduler" / SCHEDULER_CONFIG, process)
-        _write_json(temporary / INDEX, pipeline)
+        if process["_class_name"] == scheduler.CLASS:
+            _write_json(temporary / INDEX, _PIPELINE)
         with atomic_write(temporary / "README.md") as file:
             file.write(model_card(pretrained, weights).encode())
         _put_in_place(temporary, out)

@@ -119,9 +119,19 @@ def read_config(file: Path) -> UNetConfig:
 
 
 def config_entries(config: UNetConfig) -> dict[str, Any]:
-    """The `config.json` of the `UNet2DModel` that is this network."""
+    """The `config.json` of the `UNet2DModel` that is this network.
+
+    Raises:
+        UserError: the network does what that one cannot do.
+    """
+    if config.low_resolution is not None:
+        raise UserError(
+            f"model.low-resolution is {config.low_resolution}: this network enlarges images, and "
+            f"the {CLASS} of diffusers is shown none; use it with launch/sample.py --low-resolution"
+        )
     entries = {"_class_name": CLASS, **asdict(config)}
     del entries["attention"]  # how it is computed, not what
+    del entries["low_resolution"]
     return entries
 
 

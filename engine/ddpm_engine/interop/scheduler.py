@@ -15,9 +15,17 @@ from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.spacing import Spacing
 
 CLASS = "DDPMScheduler"
+EDM_CLASS = "EDMEulerScheduler"
 _PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # `fixed_small_log` takes the logarithm and back.
 _VARIANCES = {"fixed_small_log": "fixed_small"}
+
+_EDM_CHOICES = {
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+    "prediction_type": "epsilon",  # what it calls F; the other choice has −F
+    "final_sigmas_type": "zero",
+}
 
 # Entries that do not change a picture: what only dynamic thresholding reads, which is refused, and
 # which array library an early version was to use.
@@ -37,19 +45,22 @@ class Process:
 
 
 def read_scheduler(file: Path) -> Process:
-    """Read the configuration of a `DDPMScheduler` or `DDIMScheduler`.
+    """Read the configuration of a `DDPMScheduler`, `DDIMScheduler` or `EDMEulerScheduler`.
 
-    The two share the process, and the second is drawn from with ddim and no noise. Where the last
-    timestep visited is not 0, as with trailing spacing and fewer than all steps, a `DDPMScheduler`
-    adds noise to the finished picture, and our sampler does not.
+    The first two share the process, and the second is drawn from with ddim and no noise. Where the
+    last timestep visited is not 0, as with trailing spacing and fewer than all steps, a
+    `DDPMScheduler` adds noise to the finished picture, and our sampler does not.
 
     Raises:
         UserError: the file is missing or damaged, or naming an entry that cannot be honoured.
     """
     entries = Entries(file)
     kind = entries.take("_class_name", str, "nothing")
+    if kind == EDM_CLASS:
+        return _read_edm(entries)
     if kind not in (CLASS, "DDIMScheduler"):
-        entries.refuse("_class_name", kind, f"this engine reads {CLASS} and DDIMScheduler")
+        known = f"this engine reads {CLASS}, DDIMScheduler and {EDM_CLASS}"
+        entries.refuse("_class_name", kind, known)
     entries.require("thresholding", (False,), False)
     entries.require("rescale_betas_zero_snr", (False,), False)
     entries.require("steps_offset", (0,), 0)
@@ -79,10 +90,20 @@ def read_scheduler(file: Path) -> Process:
 def scheduler_entries(
     diffusion: DiffusionConfig, sampling: SamplingConfig, clip: bool
 ) -> dict[str, Any]:
-    """The `scheduler_config.json` of the `DDPMScheduler` that is this process.
+    """The `scheduler_config.json` of the scheduler that is this process.
 
-    A schedule whose shape diffusers does not have is written beta by beta.
+    That of EDM is an `EDMEulerScheduler`, any other a `DDPMScheduler`. A schedule whose shape
+    diffusers does not have is written beta by beta.
     """
+    if diffusion.prediction == "edm":
+        return {
+            "_class_name": EDM_CLASS,
+            "num_train_timesteps": diffusion.timesteps,
+            "sigma_min": diffusion.sigma_min,
+            "sigma_max": diffusion.sigma_max,
+            "sigma_data": diffusion.sigma_data,
+            **_EDM_CHOICES,
+        }
     schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(diffusion.schedule)
     as_betas = schedule is None or diffusion.betas is not None
     return {
@@ -103,6 +124,25 @@ def scheduler_entries(
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
     }
+
+
+def _read_edm(entries: Entries) -> Process:
+    for name, ours in _EDM_CHOICES.items():
+        entries.require(name, (ours,), ours)
+    diffusion = DiffusionConfig(
+        schedule="edm",
+        timesteps=entries.take("num_train_timesteps", int, 1000),
+        sigma_min=entries.take("sigma_min", float, 0.002),
+        sigma_max=entries.take("sigma_max", float, 80.0),
+        sigma_data=entries.take("sigma_data", float, 0.5),
+        prediction="edm",
+    )
+    entries.finish(())
+    try:
+        diffusion.build_schedule()
+    except UserError as error:
+        raise UserError(f"{entries.path}: {error}") from None
+    return Process(diffusion, SamplingConfig(sampler="euler"), diffusion.clip)
 
 
 def _read_process(entries: Entries) -> DiffusionConfig:

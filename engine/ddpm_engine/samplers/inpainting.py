@@ -57,18 +57,23 @@ class Inpainting:
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """ᾱ around each row of a table: float64 `[S]` each."""
+    """ᾱ, and the scale of the state, around each row of a table: float64 `[S]` each."""
 
     before: Tensor
-    """Of the state that the row begins with."""
+    """ᾱ of the state that the row begins with."""
     after: Tensor
-    """Of the state that it leads to; 1 at the end."""
+    """ᾱ of the state that it leads to; 1 at the end."""
+    scale_before: Tensor
+    """How many times x the state is that the row begins with."""
+    scale_after: Tensor
+    """How many times x the state is that it leads to."""
 
 
 def levels_of(schedule: NoiseSchedule, table: CoefficientTable) -> Levels:
-    """ᾱ around each row: a row leads to what the next one begins with."""
+    """The levels around each row: a row leads to what the next one begins with."""
     alpha_bar = noise_levels(schedule, table.timesteps)[0].square()
-    return Levels(alpha_bar[:-1], alpha_bar[1:])
+    scale = torch.ones_like(alpha_bar) if table.scale is None else table.scale
+    return Levels(alpha_bar[:-1], alpha_bar[1:], scale[:-1], scale[1:])
 
 
 def resampled(
@@ -92,9 +97,20 @@ def resampled(
     def repeated(rows: Tensor) -> Tensor:
         return rows.repeat_interleave(repeats, 0)
 
+    scale, shown = table.scale, table.shown
     return (
-        CoefficientTable(repeated(table.timesteps), repeated(table.rows)),
-        Levels(repeated(levels.before), repeated(levels.after)),
+        CoefficientTable(
+            repeated(table.timesteps),
+            repeated(table.rows),
+            None if scale is None else torch.cat([repeated(scale[:-1]), scale[-1:]]),
+            None if shown is None else repeated(shown),
+        ),
+        Levels(
+            repeated(levels.before),
+            repeated(levels.after),
+            repeated(levels.scale_before),
+            repeated(levels.scale_after),
+        ),
     )
 
 
@@ -116,18 +132,25 @@ class KnownPixels:
         self._mask = inpainting.mask.to(device)
         self._before = [*levels.before.tolist(), 1.0]
         self._after = levels.after.tolist()
+        self._scale_before = [*levels.scale_before.tolist(), 1.0]
+        self._scale_after = levels.scale_after.tolist()
         self._seed = seed
         self._ids = sample_ids
 
     def put_back(self, x: Tensor, step: int) -> None:
-        """Overwrite the known pixels after a step, and noise x back if it is to be repeated."""
+        """Overwrite the known pixels of x, `[B, C, H, W]`, after a step.
+
+        If the step is to be repeated, x is noised back to where it began.
+        """
         shape = (x.shape[1], x.shape[2], x.shape[3])
         level, following = self._after[step], self._before[step + 1]
         noise = gaussian_noise(self._seed, self._ids, shape, step, Stream.KNOWN_NOISE)
-        known = level**0.5 * self._known + (1 - level) ** 0.5 * noise
+        scale = self._scale_after[step]
+        known = scale * (level**0.5 * self._known + (1 - level) ** 0.5 * noise)
         x.copy_(torch.where(self._mask, known, x))
         if following < level:
             # The forward process, from the level reached to that of the next row.
             kept = following / level
             noise = gaussian_noise(self._seed, self._ids, shape, step, Stream.RESAMPLING_NOISE)
-            x.mul_(kept**0.5).add_(noise, alpha=(1 - kept) ** 0.5)
+            next_scale = self._scale_before[step + 1]
+            x.mul_(next_scale / scale * kept**0.5).add_(noise, alpha=next_scale * (1 - kept) ** 0.5)

@@ -35,7 +35,13 @@ def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Te
 
 
 def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
-    """y at each x, by straight lines between known points; `known_x` rises, x lies within."""
+    """y at each x, `[N]`, by straight lines between known points; `known_x` rises, x lies within.
+
+    Args:
+        x: float64 `[N]`.
+        known_x: float64 `[K]`.
+        known_y: float64 `[K]`.
+    """
     if len(known_x) == 1:
         return known_y.expand(len(x))
     right = torch.searchsorted(known_x, x).clamp(1, len(known_x) - 1)
@@ -45,13 +51,17 @@ def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
 
 
 def half_log_snr(a: Tensor, s: Tensor) -> Tensor:
-    """λ = log(a / s), the time of the exponential integrators: −∞ at pure noise, +∞ at the end."""
+    """λ = log(a / s), the time of the exponential integrators: −∞ at pure noise, +∞ at the end.
+
+    Elementwise: float64 `[S]` of float64 `[S]`. Lu et al. 2022, section 2.
+    """
     return (a / s).log()
 
 
 def usable_estimates(half_log_snr: Tensor, row: int) -> int:
     """How many of the estimates made up to and with `row` an exponential integrator can use.
 
-    One made from pure noise, λ = −∞, is infinitely far away: it counts only while it is alone.
+    `half_log_snr` is float64 `[S]`, of the states that estimates are made from. One made from pure
+    noise, λ = −∞, is infinitely far away: it counts only while it is alone.
     """
     return max(1, int(half_log_snr[: row + 1].isfinite().sum()))

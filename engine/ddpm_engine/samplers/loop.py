@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import MAX_LEVEL, Augmentation
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.guidance import Guidance
@@ -29,9 +30,9 @@ class SamplingStep:
     index: int
     """0 … S − 1."""
     timestep: float
-    """The timestep that the network was shown."""
+    """The timestep that the step began at."""
     x: Tensor
-    """The state after the step, float32 `[B, C, H, W]`."""
+    """The state after the step, x = a x_0 + s ε, float32 `[B, C, H, W]`."""
     x0: Tensor
     """The estimate of the clean image that the step was made from, float32 `[B, C, H, W]`."""
 
@@ -45,29 +46,40 @@ def sampling_steps(
     seed: int,
     sample_ids: Tensor,
     labels: Tensor | None = None,
+    low_resolution: Tensor | None = None,
+    augmentation: int = 0,
     clip: bool = True,
 ) -> Iterator[SamplingStep]:
     """Run one batch through a coefficient table, yielding after every step.
 
     Args:
-        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and labels if
-            there are any.
+        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and what there
+            is of labels, enlarged images and their augmentation levels.
         table: the sampler.
         shape: (C, H, W).
         seed: of all noise.
         sample_ids: int64 `[B]` on the model's device; picture k of a seed is the same picture in
             every batch.
         labels: int64 `[B]` classes, or None.
+        low_resolution: `[B, C, side, side]` to be enlarged, as in `sample`, or None.
+        augmentation: level of their noise.
         clip: clip each estimate of x_0 to [-1, 1].
     """
     process = ReverseProcess(
         model, table, (len(sample_ids), *shape), sample_ids.device,
-        labelled=labels is not None, clip=clip,
+        labelled=labels is not None, enlarging=low_resolution is not None, clip=clip,
     )  # fmt: skip
-    process.begin(initial_noise(seed, sample_ids, shape), seed, sample_ids, labels)
+    enlarged = None
+    if low_resolution is not None:
+        enlarged = _augmented(low_resolution, shape[-1], augmentation, seed, sample_ids)
+    scale = None if table.scale is None else table.scale.tolist()
+    x = initial_noise(seed, sample_ids, shape)
+    x = x if scale is None else scale[0] * x
+    process.begin(x, seed, sample_ids, labels, enlarged, augmentation)
     for i, timestep in enumerate(table.timesteps.tolist()):
         process.step(i)
-        yield SamplingStep(i, timestep, process.x, process.x0(i))
+        x = process.x if scale is None else process.x / scale[i + 1]
+        yield SamplingStep(i, timestep, x, process.x0(i))
 
 
 @torch.inference_mode()
@@ -86,6 +98,8 @@ def sample(
     prediction: Prediction = "eps",
     shape: tuple[int, int, int] | None = None,
     labels: Tensor | None = None,
+    low_resolution: Tensor | None = None,
+    augmentation: int = 0,
     guidance: Guidance | None = None,
     clip: bool = True,
     threshold: float | None = None,
@@ -98,7 +112,7 @@ def sample(
     capture: bool | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draw pictures.
+    """Draw pictures (Ho et al. 2020, algorithm 2, and all the samplers that followed it).
 
     Picture k of seed s starts from the same noise, and meets the same noise at every step, whatever
     else is drawn with it: the result does not depend on batch size, order or device count beyond
@@ -107,7 +121,7 @@ def sample(
     Args:
         model: `model(x, timesteps[, labels])`; put it in eval mode first.
         schedule: what the model was trained on.
-        sample_ids: which pictures of the seed to make, int64 in [0, 2⁵⁶).
+        sample_ids: which pictures of the seed to make, int64 `[N]` in [0, 2⁵⁶).
         seed: of all noise.
         sampler: a key of `SAMPLERS`.
         steps: how many of the schedule's timesteps to visit; None: all.
@@ -117,7 +131,11 @@ def sample(
         eta: share of fresh noise in ddim, 0 to 1.
         prediction: what the model predicts.
         shape: (C, H, W); None: `model.sample_shape`.
-        labels: int64 class of each picture, or None.
+        labels: int64 `[N]`, the class of each picture, or None.
+        low_resolution: the small picture to enlarge for each, `[len(sample_ids), C, side, side]` in
+            [-1, 1], if and only if the model has a `low_resolution` side.
+        augmentation: steps of noise that these are given first, 0 to 1000, the same for all; some
+            noise hides the flaws of small pictures that another model drew.
         guidance: how far to go beyond the conditional prediction; needs labels and a model with a
             `null_class`.
         clip: clip each estimate of x_0 to [-1, 1].
@@ -159,6 +177,7 @@ def sample(
         eta=eta,
         prediction=prediction,
         shape=shape,
+        augmentation=augmentation,
         guidance=guidance,
         clip=clip,
         threshold=threshold,
@@ -167,13 +186,14 @@ def sample(
         cache_interval=cache_interval,
         capture=capture,
     )
-    chain.check(sample_ids, labels, initial, images, inpainting)
+    chain.check(sample_ids, labels, low_resolution, initial, images, inpainting)
     pictures = torch.empty(len(sample_ids), *chain.shape, device=sample_ids.device)
     for start in range(0, len(sample_ids), batch_size):
         part = slice(start, start + batch_size)
         pictures[part] = chain.draw(
             sample_ids[part],
             labels=None if labels is None else labels[part],
+            low_resolution=None if low_resolution is None else low_resolution[part],
             initial=None if initial is None else initial[part],
             images=None if images is None else images[part],
             inpainting=None if inpainting is None else inpainting.part(start, start + batch_size),
@@ -213,6 +233,7 @@ class Chain:
         eta: float = 0.0,
         prediction: Prediction = "eps",
         shape: tuple[int, int, int] | None = None,
+        augmentation: int = 0,
         guidance: Guidance | None = None,
         clip: bool = True,
         threshold: float | None = None,
@@ -227,15 +248,19 @@ class Chain:
             )
         if threshold is not None and not 0 < threshold <= 1:
             raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
+        if not 0 <= augmentation <= MAX_LEVEL:
+            raise UserError(f"augmentation is {augmentation}; it must lie in [0, {MAX_LEVEL}]")
         self.model = model
         self.schedule = schedule
         self.seed = seed
         self.shape: tuple[int, int, int] = shape or model.sample_shape  # type: ignore[attr-defined]
+        self.augmentation = augmentation
         self.guidance = guidance
         self.clip = clip
         self.threshold = threshold
         self.cache_interval = cache_interval
         self._null_class: int | None = getattr(model, "null_class", None)
+        self._side: int | None = getattr(model, "low_resolution", None)
         skip = 0
         if strength is not None:
             count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
@@ -259,6 +284,7 @@ class Chain:
         sample_ids: Tensor,
         *,
         labels: Tensor | None = None,
+        low_resolution: Tensor | None = None,
         initial: Tensor | None = None,
         images: Tensor | None = None,
         inpainting: Inpainting | None = None,
@@ -269,6 +295,7 @@ class Chain:
         Args:
             sample_ids: int64 `[B]` on the model's device.
             labels: int64 `[B]`, or None.
+            low_resolution: as in `sample`, `[B, C, side, side]`.
             initial: as in `sample`, `[B, C, H, W]`.
             images: likewise.
             inpainting: of the batch.
@@ -280,7 +307,7 @@ class Chain:
         Raises:
             UserError: arguments that do not go together.
         """
-        self.check(sample_ids, labels, initial, images, inpainting)
+        self.check(sample_ids, labels, low_resolution, initial, images, inpainting)
         device = sample_ids.device
         process = self._process_for(len(sample_ids), device, labels is not None)
         x = initial_noise(self.seed, sample_ids, self.shape) if initial is None else initial
@@ -289,7 +316,14 @@ class Chain:
             ends = noise_levels(self.schedule, self.table.timesteps)
             a, s = (level[0].item() for level in ends)
             x = a * images.to(device) + s * x
-        process.begin(x, self.seed, sample_ids, labels)
+        if self.table.scale is not None:
+            x = self.table.scale[0].item() * x
+        enlarged = None
+        if low_resolution is not None:
+            enlarged = _augmented(
+                low_resolution, self.shape[-1], self.augmentation, self.seed, sample_ids
+            )
+        process.begin(x, self.seed, sample_ids, labels, enlarged, self.augmentation)
         known = None
         if inpainting is not None:
             known = KnownPixels(inpainting, self.levels, self.seed, sample_ids)
@@ -316,6 +350,7 @@ class Chain:
         self,
         sample_ids: Tensor,
         labels: Tensor | None,
+        low_resolution: Tensor | None,
         initial: Tensor | None,
         images: Tensor | None,
         inpainting: Inpainting | None,
@@ -323,7 +358,8 @@ class Chain:
         """Refuse arguments of `draw` that do not go together.
 
         Raises:
-            UserError: guidance without labels, or a tensor of another shape.
+            UserError: guidance without labels, small images missing or superfluous, or a tensor of
+                another shape.
         """
         if self.guidance is not None and (labels is None or self._null_class is None):
             raise UserError(
@@ -332,13 +368,20 @@ class Chain:
             )
         if labels is not None and labels.shape != sample_ids.shape:
             raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
-        expected = (len(sample_ids), *self.shape)
-        given = {
-            "initial": initial,
-            "images": images,
-            "inpainting.known": None if inpainting is None else inpainting.known,
-        }
-        for name, tensor in given.items():
+        if (low_resolution is None) != (self._side is None):
+            raise UserError(
+                f"this network enlarges pictures of side {self._side}; give low_resolution"
+                if low_resolution is None
+                else "low_resolution is given, but this network enlarges nothing; leave it out"
+            )
+        large = (len(sample_ids), *self.shape)
+        given = [
+            ("low_resolution", low_resolution, (*large[:2], self._side, self._side)),
+            ("initial", initial, large),
+            ("images", images, large),
+            ("inpainting.known", None if inpainting is None else inpainting.known, large),
+        ]
+        for name, tensor, expected in given:
             if tensor is not None and tensor.shape != expected:
                 raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")
 
@@ -352,6 +395,7 @@ class Chain:
                 (batch, *self.shape),
                 device,
                 labelled=labelled,
+                enlarging=self._side is not None,
                 null_class=self._null_class,
                 guidance=self.guidance,
                 alpha_bar=self.levels.before,
@@ -367,6 +411,13 @@ class Chain:
 def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """What picture k of a seed begins with: float32 `[B, C, H, W]`."""
     return gaussian_noise(seed, sample_ids, shape, 0, Stream.INITIAL_NOISE)
+
+
+def _augmented(small: Tensor, side: int, level: int, seed: int, sample_ids: Tensor) -> Tensor:
+    """What the network is shown of small pictures: `[B, C, side, side]`."""
+    device = sample_ids.device
+    levels = torch.full_like(sample_ids, level)
+    return Augmentation(device)(small.to(device, torch.float32), side, levels, seed, sample_ids)
 
 
 def interpolated_noise(

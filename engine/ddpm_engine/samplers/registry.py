@@ -12,6 +12,7 @@ from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.ddpm import Variance, ddpm_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table
 from ddpm_engine.samplers.edm import euler_table, heun_table
+from ddpm_engine.samplers.preconditioned import preconditioned
 from ddpm_engine.samplers.spacing import (
     Spacing,
     karras_timesteps,
@@ -72,7 +73,8 @@ def build_table(
         steps: how many steps to take; None: T. A step evaluates the network once, except that
             heun's do twice, the last excepted: `table.evaluations` counts them.
         spacing: which timesteps are visited; euler and heun have Karras et al.'s spacing instead.
-        prediction: what the network predicts.
+        prediction: what the network predicts. For `"edm"` the table is one for the network's own
+            inputs (`preconditioned`).
         variance: of the noise that ddpm adds.
         eta: share of fresh noise in ddim.
         timesteps: visit these, strictly decreasing, whatever `spacing` says; `steps` must be None.
@@ -102,4 +104,6 @@ def build_table(
         options["variance"] = variance
     if sampler == "ddim":
         options["eta"] = eta
+    if prediction == "edm":
+        return preconditioned(SAMPLERS[sampler](schedule, visited, "x0", **options), schedule)
     return SAMPLERS[sampler](schedule, visited, prediction, **options)

@@ -23,7 +23,7 @@ from ddpm_kernels import Column, reverse_step
 logger = logging.getLogger(__name__)
 
 Model = Callable[..., Tensor]
-"""`model(x, timesteps)` or `model(x, timesteps, labels)` → output, `[B, C, H, W]`."""
+"""`model(x, timesteps[, labels[, low_resolution, augmentation]])` → output, `[B, C, H, W]`."""
 
 Kind = tuple[bool, bool]
 """Of a step: whether it is guided, and whether it recomputes the network's deep features."""
@@ -44,12 +44,14 @@ class ReverseProcess:
     """One batch shape's reverse process on a device.
 
     Args:
-        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and labels
-            int64 `[B]` if there are any.
+        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, labels int64
+            `[B]` if there are any, and if it enlarges, the enlarged images `[B, C, H, W]` and their
+            augmentation levels int64 `[B]`.
         table: the sampler.
         shape: (B, C, H, W).
         device: of everything.
         labelled: whether `begin` is given labels.
+        enlarging: whether it is given small images that have been enlarged.
         null_class: the label of no class, needed for guidance.
         guidance: or None.
         alpha_bar: ᾱ of the state that each step begins with, float64 `[S]`; for guidance.
@@ -69,6 +71,7 @@ class ReverseProcess:
         device: torch.device,
         *,
         labelled: bool = False,
+        enlarging: bool = False,
         null_class: int | None = None,
         guidance: Guidance | None = None,
         alpha_bar: Tensor | None = None,
@@ -99,7 +102,7 @@ class ReverseProcess:
         batch = shape[0]
         self.rows = rows.to(device, torch.float32)
         self._indices = torch.arange(len(rows), device=device)
-        self._timesteps = table.timesteps.to(device)
+        self._timesteps = (table.timesteps if table.shown is None else table.shown).to(device)
         if self._timesteps.is_floating_point():
             self._timesteps = self._timesteps.to(torch.float32)
 
@@ -116,13 +119,29 @@ class ReverseProcess:
             # Conditional labels, then null labels: those of one doubled batch, or of two.
             self._all_labels = torch.full((2 * batch,), null_class or 0, device=device)
             self._labels, self._null_labels = self._all_labels.split(batch)
+        self._enlarged = self._levels = None
+        if enlarging:
+            # As often as the largest batch of the network has them: once for each prediction.
+            copies = 1 if guidance is None else 2
+            self._enlarged = torch.zeros((copies * batch, *shape[1:]), device=device).contiguous(
+                memory_format=torch.channels_last
+            )
+            self._levels = torch.zeros(copies * batch, dtype=torch.int64, device=device)
         self._doubled: Tensor | None = None
         self._features: dict[str, Tensor] = {}
         self._row = self._indices[0].clone()
         self._timestep = self._timesteps[0].clone()
         self._replays: dict[Kind, Callable[[], None] | None] = {}
 
-    def begin(self, x: Tensor, seed: int, sample_ids: Tensor, labels: Tensor | None = None) -> None:
+    def begin(
+        self,
+        x: Tensor,
+        seed: int,
+        sample_ids: Tensor,
+        labels: Tensor | None = None,
+        enlarged: Tensor | None = None,
+        level: int = 0,
+    ) -> None:
         """Take up a batch.
 
         Args:
@@ -130,6 +149,8 @@ class ReverseProcess:
             seed: of all noise.
             sample_ids: int64 `[B]`.
             labels: int64 `[B]`, if and only if the process is labelled.
+            enlarged: small images enlarged to `[B, C, H, W]`, if and only if it is enlarging.
+            level: of their augmentation.
         """
         self.x.copy_(x)
         if self._history is not None:
@@ -140,6 +161,9 @@ class ReverseProcess:
         self._ids.copy_(sample_ids)
         if self._labels is not None and labels is not None:
             self._labels.copy_(labels)
+        if self._enlarged is not None and self._levels is not None and enlarged is not None:
+            self._enlarged.unflatten(0, (-1, len(x))).copy_(enlarged[None])
+            self._levels.fill_(level)
 
     def warm_up(self) -> None:
         """Take one step of each kind, from whatever the state is; `begin` a batch afterwards."""
@@ -155,12 +179,19 @@ class ReverseProcess:
         return len(self.rows)
 
     def x0(self, index: int) -> Tensor:
-        """The estimate of x_0 that step `index` was made from; overwritten by a later step."""
+        """The estimate of x_0 that step `index` was made from, shaped as `x`.
+
+        It is overwritten by a later step.
+        """
         assert self._history is not None, "made with keep_x0=False"
         return self._history[index % len(self._history)]
 
     def step(self, index: int) -> None:
-        """Take one step: `x` becomes the next state. Neither waits for the device nor allocates."""
+        """Take one step: `x` becomes the next state. Neither waits for the device nor allocates.
+
+        Raises:
+            UserError: a learned variance that the network does not predict.
+        """
         kind = self._kind(index)
         if self._capture is None:
             self._run(kind, self._indices[index], self._timesteps[index])
@@ -254,7 +285,11 @@ class ReverseProcess:
         self, branch: str, x: Tensor, timestep: Tensor, labels: Tensor | None, refresh: bool
     ) -> Tensor:
         """One evaluation; `branch` names the features that it may keep or take."""
-        arguments = (x, timestep.expand(len(x))) + (() if labels is None else (labels,))
+        arguments: tuple[Tensor | None, ...] = (x, timestep.expand(len(x)))
+        if self._enlarged is not None and self._levels is not None:
+            arguments += (labels, self._enlarged[: len(x)], self._levels[: len(x)])
+        elif labels is not None:
+            arguments += (labels,)
         if self.cache_interval == 1:
             return self.model(*arguments)
         kept = self._features.get(branch)

@@ -19,8 +19,8 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "trailing") 
     """Choose `steps` of the timesteps 0 … T − 1, in the order a sampler visits them.
 
     `leading` takes multiples of T // steps from 0 up; `trailing` counts down from T − 1 in strides
-    of T / steps; `linspace` includes both ends. (Lin et al. 2023, table 2.) The timestep before an
-    entry is the next entry of the list, whatever the spacing.
+    of T / steps; `linspace` includes both ends (Lin et al. 2023, section 3.3, table 2). The
+    timestep before an entry is the next entry of the list, whatever the spacing.
 
     Returns:
         int64 `[steps]`, strictly decreasing.

@@ -17,10 +17,16 @@ class CoefficientTable:
     """What `ddpm_kernels.reverse_step` needs to know of a sampler, one row a network evaluation."""
 
     timesteps: Tensor
-    """int64 or float64 `[S]`: the timestep that the network is shown at each row, not increasing.
+    """int64 or float64 `[S]`: the timestep that the state is at where each row begins, and that the
+    network is told, not increasing.
     Fractions lie between the schedule's timesteps (Karras et al.'s spacing)."""
     rows: Tensor
     """float64 `[S, Column.HISTORY + K]`: the coefficients, in `Column` order."""
+    scale: Tensor | None = None
+    """float64 `[S + 1]`: the loop's state is so many times x = a x_0 + s ε where each row begins,
+    and at the end; None: it is x. See `preconditioned`."""
+    shown: Tensor | None = None
+    """float64 `[S]`: what the network is told of the noise instead of the timestep, or None."""
 
     @property
     def evaluations(self) -> int:
@@ -35,6 +41,8 @@ class CoefficientTable:
 
 def empty_rows(a: Tensor, s: Tensor, prediction: Prediction, history: int = 0) -> Tensor:
     """Rows with the first two columns filled in and no guidance, everything else zero.
+
+    Float64 `[S, Column.HISTORY + K]`.
 
     Args:
         a: float64 `[S]`, factor of the image in the state that each row starts from.

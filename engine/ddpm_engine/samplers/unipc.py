@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023): a predictor, and a corrector that costs no further evaluation.
+"""UniPC (Zhao et al. 2023, section 3): a predictor, and a corrector at no further evaluation.
 
 The network is evaluated at the predicted state only. Its answer first corrects that state, then
 predicts the next. With m_i the estimate of x_0 at row i, p predicted and c corrected,

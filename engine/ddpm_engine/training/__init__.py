@@ -1,4 +1,4 @@
-"""Training: the loop, its checkpoints, and the weight average that is sampled from."""
+"""Training: the loop, its checkpoints, and the averages of the weights that are sampled from."""
 
 from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.training.ema import EMA

@@ -4,7 +4,9 @@
         manifest.json                     written last: step, state, size and hash of every file
         model/*.safetensors               the weights
         ema/*.safetensors                 their moving average
+        ema-0.05/*.safetensors            their power-function averages, if they are kept
         optimizer/*.safetensors           moments and step counts
+        objective/*.safetensors           what the objective has learnt, if it learns anything
 
 Everything is written into `step-….tmp` beside it, fsynced and renamed. Tensors go through
 torch.distributed.checkpoint, every rank its own part, and load on any number of ranks; they are
@@ -43,6 +45,9 @@ from ddpm_engine.training.ranks import agreed, is_main
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+SNAPSHOTS = "snapshots"
+"""Folder of a run, beside `checkpoints`, with the power-function averages of several steps:
+checkpoints without other parts, all of which are kept."""
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 """A manifest lists some files; one larger than this is not read."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ddpm_engine.config import DataConfig, RunConfig, is_location
 from ddpm_engine.data import (
+    Batch,
     MixedDataset,
     ShardCache,
     ShardDataset,
     ShardSet,
     ShardStream,
+    collate,
     default_cache_directory,
     is_stream,
     open_shards,
@@ -79,6 +83,13 @@ def dataset_of(config: RunConfig, check: bool = True) -> RunDataset:
         for shards in sets
     ]
     return datasets[0] if len(datasets) == 1 else MixedDataset(datasets, data.weights)
+
+
+def samples_at(dataset: RunDataset, positions: Sequence[int]) -> Batch:
+    """The samples at some positions; of a stream, which has none, as many that come first."""
+    if isinstance(dataset, ShardStream):
+        return collate(list(itertools.islice(dataset, len(positions))))
+    return collate(dataset.__getitems__(positions))
 
 
 def _cache(data: DataConfig, locations: list[str | Path]) -> ShardCache | None:

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
+from ddpm_engine.low_resolution import shrink
 from ddpm_engine.samplers import sample
 from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.training.dataset import RunDataset, samples_at
 from ddpm_engine.training.strategies.precision import autocast
 from ddpm_engine.unet import UNet
 
@@ -19,11 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 def draw_preview(
-    model: UNet, schedule: NoiseSchedule, config: RunConfig, step: int, accelerator: Accelerator
+    model: UNet,
+    schedule: NoiseSchedule,
+    config: RunConfig,
+    step: int,
+    accelerator: Accelerator,
+    dataset: RunDataset,
 ) -> None:
     """Write `samples/step-….png`: always the same ids, each rank drawing its share of them.
 
-    A grid that cannot be written is reported and does not end training.
+    A network that enlarges is given the first images of the data, made small. A grid that cannot be
+    written is reported and does not end training.
     """
     log, ranks = config.log, accelerator.num_processes
     sampling = replace(config.sampling, steps=log.sample_steps)
@@ -32,6 +40,12 @@ def draw_preview(
         sampling = replace(sampling, variance="fixed_small")
     share = -(-log.sample_count // ranks)
     ids = torch.arange(share, device=accelerator.device) * ranks + accelerator.process_index
+    labels = None if model.null_class is None else ids % model.null_class
+    small = None
+    if model.low_resolution is not None:
+        real = samples_at(dataset, ids.tolist())
+        small = shrink(real.images, model.low_resolution)
+        labels = None if model.null_class is None or real.labels is None else real.labels.to(ids)
     with autocast(config.training.precision, accelerator.device):
         pictures = sample(
             model,
@@ -39,7 +53,9 @@ def draw_preview(
             sample_ids=ids,
             seed=config.training.seed,
             prediction=config.diffusion.prediction,
-            labels=None if model.null_class is None else ids % model.null_class,
+            clip=config.diffusion.clip,
+            labels=labels,
+            low_resolution=small,
             capture=False,  # a graph would outlast the memory that training wants back
             **asdict(sampling),
         )

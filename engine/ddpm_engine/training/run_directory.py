@@ -23,8 +23,10 @@ _LOCK = "lock"
 
 # What makes a run that run. Everything else may change between one stop and the next start.
 _IDENTITY = (
-    "model.", "diffusion.", "training.seed", "training.batch-size", "training.ema-decay",
-    "training.label-dropout", "data.horizontal-flip", "data.window-shards",
+    "model.", "diffusion.", "objective.", "training.seed", "training.batch-size",
+    "training.ema-decay", "training.ema-profiles", "training.label-dropout",
+    "training.augmentation-levels",
+    "data.horizontal-flip", "data.window-shards",
 )  # fmt: skip
 # How the same network is computed, rather than which network it is.
 _NOT_IDENTITY = ("model.attention",)

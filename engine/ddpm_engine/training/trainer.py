@@ -14,10 +14,10 @@ from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data import Batch, BatchPositions, make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import Objective, build_objective
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.background_save import BackgroundSaver
-from ddpm_engine.training.checkpoint import Checkpoint, CheckpointStore, load_part
+from ddpm_engine.training.checkpoint import SNAPSHOTS, Checkpoint, CheckpointStore, load_part
 from ddpm_engine.training.dataset import open_dataset
 from ddpm_engine.training.metrics import MetricsLog
 from ddpm_engine.training.preview import draw_preview
@@ -25,6 +25,7 @@ from ddpm_engine.training.ranks import agreed
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
 from ddpm_engine.training.strategies import read_request, start_strategy
+from ddpm_engine.training.strategies.strategy import State
 from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.training.watch import Watch
 from ddpm_engine.unet import UNet
@@ -38,10 +39,10 @@ REQUEUE_MARKER = "requeue"
 
 
 class Trainer:
-    """One training run on this process's share of the hardware.
+    """One training run on this process's share of the hardware (Ho et al. 2020, algorithm 1).
 
-    The state is the weights, their average, the optimizer, the loss scale and the number of steps
-    done; data order and all noise follow from the seed and the step.
+    The state is the weights, their averages, the optimizer, the loss scale, what the objective has
+    learnt and the number of steps done; data order and all noise follow from the seed and the step.
 
     Args:
         config: the run. Its directory is made, or continued if it holds the same run.
@@ -71,15 +72,7 @@ class Trainer:
         if config.training.compile:
             model.compile_regions()
         self.schedule = config.diffusion.build_schedule()
-        self.objective = SimpleObjective(
-            self.schedule,
-            config.diffusion.prediction,
-            config.training.seed,
-            device,
-            horizontal_flip=config.data.horizontal_flip,
-            null_class=model.null_class,
-            label_dropout=config.training.label_dropout,
-        )
+        self.objective: Objective = build_objective(config, self.schedule, device, model.null_class)
         if device.type != "cpu" and self.accelerator.num_processes > 1:
             # What the first process of a node compiles, the others find in the cache.
             with self.accelerator.local_main_process_first():
@@ -93,9 +86,14 @@ class Trainer:
             config.out / "checkpoints",
             config.log.keep_checkpoints,
             config.log.keep_every,
-            dist.new_group(backend="gloo") if dist.is_initialized() else None,
+            _group_for_saving(),
         )
-        self._saver = BackgroundSaver(self.checkpoints)
+        self._savers = {"checkpoint": BackgroundSaver(self.checkpoints)}
+        if config.training.ema_profiles:
+            snapshots = CheckpointStore(
+                config.out / SNAPSHOTS, keep_every=1, group=_group_for_saving()
+            )
+            self._savers["snapshot"] = BackgroundSaver(snapshots)
         self._watch = Watch(config.training.timeout_seconds)
         self.step = 0
         self._window = _Window()
@@ -151,13 +149,13 @@ class Trainer:
         batches = self._batches()
         first = self.step
         while self.step < training.steps:
-            self._wait_for_save(ahead=log.checkpoint_overlap)
+            self._wait_for_saves(ahead=log.checkpoint_overlap)
             started = time.perf_counter()
             # The first step compiles, and reads data that may have to be fetched from afar.
             try:
                 stopping = self._train_step(batches, stop, limited=self.step > first)
             except UserError:
-                self._wait_for_save()  # the run ends, but not half-way through a save
+                self._wait_for_saves()  # the run ends, but not half-way through one
                 raise
             self._window.seconds += time.perf_counter() - started
             self.step += 1
@@ -168,10 +166,16 @@ class Trainer:
                 self._report(metrics)
             if self.step % log.checkpoint_every == 0 or last or stopping:
                 self._save(wait=last or stopping)
+            if training.ema_profiles and (self.step % log.snapshot_every == 0 or last):
+                self._save_snapshot()
             if log.sample_every and (self.step % log.sample_every == 0) and not stopping:
                 self._watch.doing("drawing pictures", limited=False)
                 with self.strategy.averaged() as model:
-                    draw_preview(model, self.schedule, config, self.step, self.accelerator)
+                    draw_preview(
+                        model, self.schedule, config, self.step, self.accelerator, self.dataset
+                    )
+            if stopping or last:
+                self._wait_for_saves()
             if stopping:
                 return True
         return False
@@ -209,6 +213,7 @@ class Trainer:
         mean_loss = loss_sum / self.accelerator.num_processes
         # Gradients are the same on every rank by now, so all of them decide alike.
         finite = math.isfinite(norm_value)
+        self.objective.end_step(self.accelerator.gather if finite else None)
         if finite:
             self.strategy.update_ema(self.step)
             self._window.add(mean_loss, norm_value)
@@ -272,6 +277,11 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
+    def _parts(self) -> State:
+        """All tensors of the run's state, by part of a checkpoint."""
+        learnt = self.objective.state()
+        return {**self.strategy.state(), **({"objective": learnt} if learnt else {})}
+
     def _save(self, wait: bool) -> None:
         """Begin to save; `wait` until it is done."""
         loss_scale = self.strategy.loss_scale
@@ -285,24 +295,43 @@ class Trainer:
             "bad_samples": self._bad_samples,
             "loss_scale": None if loss_scale is None else loss_scale.state(),
         }
-        self._wait_for_save()
+        self._wait_for_save("checkpoint")
         started = time.perf_counter()
         self._watch.doing(f"copying the state of step {self.step}", limited=False)
-        self._saver.start(self.step, self.strategy.state(), state)
+        self._savers["checkpoint"].start(self.step, self._parts(), state)
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if wait:
-            self._wait_for_save()
+            self._wait_for_save("checkpoint")
 
-    def _wait_for_save(self, ahead: int = 0) -> None:
-        """Report the checkpoint in flight if it is done; wait if training is so far ahead of it."""
-        step = self._saver.step
+    def _save_snapshot(self) -> None:
+        """Begin to save the power-function averages."""
+        self._wait_for_save("snapshot")
+        started = time.perf_counter()
+        self._watch.doing(f"copying the averages of step {self.step}", limited=False)
+        averages = {n: part for n, part in self.strategy.averages().items() if n != "ema"}
+        self._savers["snapshot"].start(self.step, averages, {"config": to_dict(self.config)})
+        self._window.checkpoint_stall_seconds += time.perf_counter() - started
+
+    def _wait_for_saves(self, ahead: int = 0) -> None:
+        for kind in self._savers:
+            self._wait_for_save(kind, ahead)
+
+    def _wait_for_save(self, kind: str, ahead: int = 0) -> None:
+        """Report the checkpoint or snapshot in flight if it is done.
+
+        Args:
+            kind: of the two.
+            ahead: wait for it if training is so many steps ahead of it.
+        """
+        saver = self._savers[kind]
+        step = saver.step
         if step is None:
             return
         wait = self.step - step >= ahead
         if wait:
-            self._watch.doing(f"saving step {step}", limited=False)
+            self._watch.doing(f"saving the {kind} of step {step}", limited=False)
         started = time.perf_counter()
-        saved = self._saver.finished(wait)
+        saved = saver.finished(wait)
         self._window.checkpoint_stall_seconds += time.perf_counter() - started
         if saved is None:
             return
@@ -310,9 +339,9 @@ class Trainer:
         if saved.error is not None:
             self._failed_checkpoints += 1
             logger.error(
-                "checkpoint of step %d failed (failure %d of this run): %s. Training goes on; "
-                "older checkpoints are untouched",
-                saved.step, self._failed_checkpoints, saved.error,
+                "%s of step %d failed (failure %d of this run): %s. Training goes on; "
+                "older %ss are untouched",
+                kind, saved.step, self._failed_checkpoints, saved.error, kind,
             )  # fmt: skip
 
     def _resume(self) -> None:
@@ -330,10 +359,11 @@ class Trainer:
         logger.info("resuming %s from step %d", self.config.out, self.step)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        parts = self.strategy.state()
+        parts = self._parts()
         for name, part in parts.items():
             load_part(checkpoint.path, name, part)
         self.strategy.load(parts)
+        self.objective.load(parts.get("objective", {}))
         state = checkpoint.state
         try:
             if self.strategy.loss_scale is not None and state["loss_scale"] is not None:
@@ -378,6 +408,11 @@ class Trainer:
         except OSError as error:
             logger.error("the tracker cannot write: %s. Training goes on", error)
         self._window = _Window()
+
+
+def _group_for_saving() -> dist.ProcessGroup | None:
+    """A process group that nothing else uses: saves talk over it while training goes on."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 class _Window:

@@ -7,14 +7,12 @@ from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data import Batch
-from ddpm_engine.objective import SimpleObjective
+from ddpm_engine.objectives import Objective
 from ddpm_engine.training.strategies.precision import autocast
 from ddpm_engine.unet import UNet
 
 
-def warm_up(
-    model: UNet, objective: SimpleObjective, accelerator: Accelerator, config: RunConfig
-) -> None:
+def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config: RunConfig) -> None:
     """Run one step's forward and backward pass on black images; weights and gradients stay.
 
     Args:
@@ -35,5 +33,6 @@ def warm_up(
     with autocast(training.precision, accelerator.device):
         loss = objective(model, batch.to(accelerator.device)).mean()
     loss.backward()
+    objective.end_step(None)
     model.zero_grad(set_to_none=True)
     model.train(was_training)

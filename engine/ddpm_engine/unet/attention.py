@@ -17,7 +17,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend with torch's kernels; in half precision the softmax is taken in float32."""
+    """Attend with torch's kernels; in half precision the softmax is taken in float32.
+
+    See `Attend` for the shapes.
+    """
     # These transposes are views; torch's fused kernels take and return such strides.
     return F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -105,7 +108,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let every pixel attend to every pixel."""
+        """Let every pixel attend to every pixel: `[B, C, H, W]` to the same."""
         normalised = x if self.group_norm is None else self.group_norm(x)
         # A channels-last map is already [B, HW, C] in memory: both reshapes are views.
         tokens = normalised.flatten(2).transpose(1, 2)

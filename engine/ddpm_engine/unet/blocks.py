@@ -68,7 +68,10 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve, first padding right and bottom if the convolution does not pad by itself."""
+        """Convolve `[B, C, H, W]` to `[B, C, H / 2, W / 2]`.
+
+        First right and bottom are padded, if the convolution does not pad by itself.
+        """
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
         y: Tensor = self.conv(x)
@@ -83,7 +86,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Repeat each pixel 2×2 and convolve."""
+        """Repeat each pixel 2×2 and convolve: `[B, C, H, W]` to `[B, C, 2 H, 2 W]`."""
         y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return y
 
@@ -95,7 +98,10 @@ class Checkpointed(nn.Module):
     """`torch.utils.checkpoint.checkpoint` with its options, or None: keep the activations."""
 
     def run(self, function: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
-        """Call `function`, keeping only its inputs for the backward pass if checkpointing."""
+        """Call `function`, keeping only its inputs for the backward pass if checkpointing.
+
+        Any shape goes in and out.
+        """
         if self.checkpoint is None or not torch.is_grad_enabled():
             return function(*inputs)
         return self.checkpoint(function, *inputs)
@@ -119,7 +125,16 @@ class Level(Checkpointed):
         )
 
     def layer(self, index: int, embedding: Tensor, *features: Tensor) -> Tensor:
-        """Apply one layer to the concatenation of `features`."""
+        """Apply one layer to the concatenation of `features`.
+
+        Args:
+            index: of the layer.
+            embedding: of the timestep, `[B, E]`.
+            features: `[B, C_i, H, W]` each.
+
+        Returns:
+            `[B, C, H, W]`.
+        """
         # The concatenation happens in here so that checkpointing need not keep its result.
         x = features[0] if len(features) == 1 else torch.cat(features, dim=1)
         x = self.resnets[index](x, embedding)
@@ -144,7 +159,16 @@ class DownLevel(Level):
         )
 
     def forward(self, x: Tensor, embedding: Tensor, downsample: bool = True) -> list[Tensor]:
-        """Return the output of every layer; the last is what the next level takes, if wanted."""
+        """Return the output of every layer; the last is what the next level takes, if wanted.
+
+        Args:
+            x: `[B, C, H, W]`.
+            embedding: of the timestep, `[B, E]`.
+            downsample: whether the next level is wanted.
+
+        Returns:
+            `[B, C', H, W]` of each layer, and `[B, C', H / 2, W / 2]` for the next level.
+        """
         outputs = []
         for index in range(len(self.resnets)):
             x = self.run(self.layer, index, embedding, x)
@@ -184,7 +208,16 @@ class UpLevel(Level):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        """Take one skip connection a layer, the last of `skips` first; there are as many."""
+        """Take one skip connection a layer, the last of `skips` first; there are as many.
+
+        Args:
+            x: `[B, C, H, W]`.
+            skips: `[B, C_i, H, W]` each.
+            embedding: of the timestep, `[B, E]`.
+
+        Returns:
+            `[B, C', H, W]`, twice as high and wide if a level follows.
+        """
         for index, skip in enumerate(reversed(skips)):
             x = self.run(self.layer, index, embedding, x, skip)
         for upsample in self.upsamplers:

@@ -49,6 +49,6 @@ class TimestepMLP(nn.Module):
         self.linear_2 = nn.Linear(out_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers, SiLU between them."""
+        """Apply the layers, SiLU between them: `[B, channels]` to `[B, E]`."""
         hidden: Tensor = self.linear_2(F.silu(self.linear_1(x)))
         return hidden

@@ -66,6 +66,12 @@ def check_shape(config: UNetConfig) -> None:
     )
     classes = config.num_class_embeds
     check(classes is None or classes >= 1, f"num_class_embeds is {classes}: None for no classes")
+    small = config.low_resolution
+    check(
+        small is None or (1 <= small < config.sample_size and config.sample_size % small == 0),
+        f"low_resolution is {small}: it must divide sample_size={config.sample_size} and be less; "
+        "use None for a network that is shown no small image",
+    )
     check(0 <= config.dropout < 1, f"dropout is {config.dropout}: it must be in [0, 1)")
     check(
         config.mid_block_scale_factor != 0,
@@ -155,7 +161,8 @@ class UNet(nn.Module):
 
     Source: Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020, appendix B; class
     conditioning and scale-and-shift norms as in Dhariwal & Nichol, "Diffusion Models Beat GANs on
-    Image Synthesis", 2021.
+    Image Synthesis", 2021; low-resolution conditioning as in Ho et al., "Cascaded Diffusion Models
+    for High Fidelity Image Generation", 2022.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -167,12 +174,18 @@ class UNet(nn.Module):
         head_dims = {config.attention_head_dim or width for width in _attending_channels(config)}
         attend = choose_attention(config.attention, head_dims)
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        shown = config.in_channels * (1 if config.low_resolution is None else 2)
+        self.conv_in = nn.Conv2d(shown, widths[0], 3, padding=1)
         self.time_embedding = TimestepMLP(widths[0], embedding_channels(config))
         self.class_embedding = (
             nn.Embedding(config.num_class_embeds, embedding_channels(config))
             if config.num_class_embeds
             else None
+        )
+        self.augmentation_embedding = (
+            None
+            if config.low_resolution is None
+            else TimestepMLP(widths[0], embedding_channels(config))
         )
 
         width, skips = widths[0], [widths[0]]
@@ -217,6 +230,8 @@ class UNet(nn.Module):
         x: Tensor,
         timesteps: Tensor,
         labels: Tensor | None = None,
+        low_resolution: Tensor | None = None,
+        augmentation: Tensor | None = None,
         features: Tensor | None = None,
         return_features: bool = False,
     ) -> Any:
@@ -228,8 +243,13 @@ class UNet(nn.Module):
             timesteps: `[B]` or 0-dim, integer or float, on the device of `x`.
             labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
                 class-conditional; `null_class` for an unconditional prediction.
-            features: what enters the last level on the way up, as an evaluation close by returned
-                it. All deeper levels are then left out (Ma, Fang & Wang, "DeepCache", 2024).
+            low_resolution: `[B, in_channels, H, W]`, the small image, enlarged and noised by
+                `ddpm_engine.low_resolution.Augmentation`, if and only if the network was made for
+                one.
+            augmentation: int64 `[B]`, the level of that noise.
+            features: what enters the last level on the way up, `[B, C, H, W]`, as an evaluation
+                close by returned it. All deeper levels are then left out (Ma, Fang & Wang,
+                "DeepCache", 2024).
             return_features: return these features as well.
 
         Returns:
@@ -237,14 +257,25 @@ class UNet(nn.Module):
             CPU; with `return_features`, that and the features.
 
         Raises:
-            ValueError: H or W cannot be halved often enough, or labels are missing or superfluous.
+            ValueError: H or W cannot be halved often enough, or labels or the low-resolution image
+                are missing or superfluous.
         """
         if x.shape[2] % self.downscale_factor or x.shape[3] % self.downscale_factor:
             raise ValueError(
                 f"x is {x.shape[2]}×{x.shape[3]} pixels; this U-Net of {len(self.down_blocks)} "
                 f"levels needs multiples of {self.downscale_factor}"
             )
-        embedding = self._embed(timesteps.expand(x.shape[0]), labels)
+        enlarging = self.low_resolution is not None
+        if (low_resolution is not None, augmentation is not None) != (enlarging, enlarging):
+            raise ValueError(
+                f"this U-Net enlarges images of side {self.low_resolution}: give low_resolution, "
+                "[B, C, H, W], and augmentation, [B]"
+                if enlarging
+                else "low_resolution or augmentation given, but this U-Net was made without"
+            )
+        embedding = self._embed(timesteps.expand(x.shape[0]), labels, augmentation)
+        if low_resolution is not None:
+            x = torch.cat([x, low_resolution.to(x.dtype)], dim=1)
         x = x.to(self.conv_in.weight.dtype, memory_format=_memory_format(x.device))
 
         skips = [self.conv_in(x)]
@@ -280,6 +311,11 @@ class UNet(nn.Module):
         """
         embeddings = self.config.num_class_embeds
         return None if embeddings is None else embeddings - 1
+
+    @property
+    def low_resolution(self) -> int | None:
+        """Side of the small image that the network enlarges; None: it is shown none."""
+        return self.config.low_resolution
 
     def regions(self) -> list[nn.Module]:
         """Return the submodules worth compiling one by one: residual and attention blocks.
@@ -333,16 +369,19 @@ class UNet(nn.Module):
                     memory_format=_memory_format(parameter.device)
                 )
 
-    def _embed(self, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """Embed timesteps and labels, both `[B]`: `[B, E]`, with SiLU taken."""
-        config = self.config
-        sinusoids = sinusoidal_embedding(
-            timesteps,
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        embedding: Tensor = self.time_embedding(sinusoids.to(self.conv_in.weight.dtype))
+    def _sinusoids(self, levels: Tensor) -> Tensor:
+        return sinusoidal_embedding(
+            levels,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        ).to(self.conv_in.weight.dtype)
+
+    def _embed(
+        self, timesteps: Tensor, labels: Tensor | None, augmentation: Tensor | None
+    ) -> Tensor:
+        """Embed timesteps, labels and augmentation levels, `[B]` each: `[B, E]`, SiLU taken."""
+        embedding: Tensor = self.time_embedding(self._sinusoids(timesteps))
         if self.class_embedding is not None:
             if labels is None:
                 raise ValueError(
@@ -352,6 +391,8 @@ class UNet(nn.Module):
             embedding = embedding + self.class_embedding(labels).to(embedding.dtype)
         elif labels is not None:
             raise ValueError("labels given, but this U-Net is unconditional (num_class_embeds)")
+        if self.augmentation_embedding is not None and augmentation is not None:
+            embedding = embedding + self.augmentation_embedding(self._sinusoids(augmentation))
         # Every residual block begins by taking the SiLU of the embedding, so it is taken once.
         return F.silu(embedding)
 

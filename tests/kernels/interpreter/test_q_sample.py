@@ -181,14 +181,15 @@ def test_layout_does_not_change_a_bit(lay_out: LayOut, layout: str, flip: bool) 
 TILE = TILES["default"]["q_sample"].elements
 
 
+@pytest.mark.parametrize("stream", [Stream.TRAINING_NOISE, Stream.AUGMENTATION_NOISE])
 @pytest.mark.parametrize("count", [1, 3, 4, TILE - 1, TILE, TILE + 1, 2 * TILE + 6])
-def test_noise_is_that_of_the_counter_map(count: int) -> None:
+def test_noise_is_that_of_the_counter_map(count: int, stream: Stream) -> None:
     ids, seed = torch.tensor([0, 2**32 - 1, 2**56 - 1]), 2**63 - 1
     noise = q_sample(
         torch.full((3, 1, 1, count), 7.0), torch.tensor([0, 1, 2]),
-        torch.zeros(3), torch.ones(3), seed, ids,
+        torch.zeros(3), torch.ones(3), seed, ids, stream=stream,
     )  # fmt: skip
-    expected = gaussian_noise(seed, ids, (1, 1, count), 0, Stream.TRAINING_NOISE)
+    expected = gaussian_noise(seed, ids, (1, 1, count), 0, stream)
     assert bool(((noise - expected).abs() <= 4 * EPS32 * expected.abs()).all())
 
 

@@ -1,4 +1,4 @@
-"""Weights, gradients, optimizer and average are sharded over the processes: torch's FSDP2."""
+"""Weights, gradients, optimizer and averages are sharded over the processes: torch's FSDP2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training.ema import EMA
+from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.strategies.precision import DTYPES
 from ddpm_engine.training.strategies.replicated import TorchStrategy
 from ddpm_engine.unet import UNet
@@ -63,10 +63,10 @@ class FullySharded(TorchStrategy):
         mesh: DeviceMesh,
         reshard_after_forward: bool = True,
     ) -> None:
-        ema = EMA(model, config.training.ema_decay)
-        for network in (model, ema.model):
+        emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
+        for network in (model, *(ema.model for ema in emas.values())):
             shard_network(network, mesh, config.training.precision, reshard_after_forward)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             raise RuntimeError(f"FSDP2 was asked for but did not shard {', '.join(whole[:5])}")
-        super().__init__("FSDP2", model, model, ema, config)
+        super().__init__("FSDP2", model, model, emas, config)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training.ema import EMA
+from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.precision import autocast_forward
@@ -39,7 +39,7 @@ class TorchStrategy:
         name: for the log.
         network: what to call: the model, or a wrapper of it.
         model: the model itself.
-        ema: its average, spread like it.
+        emas: its averages, spread like it.
         config: of the run.
     """
 
@@ -48,13 +48,13 @@ class TorchStrategy:
         name: str,
         network: Network,
         model: UNet,
-        ema: EMA[UNet],
+        emas: dict[str, EMA[UNet]],
         config: RunConfig,
     ) -> None:
         self.name = name
         self.network = network
         self.model = model
-        self.ema = ema
+        self.emas = emas
         self.optimizer = make_optimizer(model, config.optimizer)
         self._pieces = config.training.accumulation
         self._clip_norm = config.optimizer.clip_norm
@@ -85,7 +85,8 @@ class TorchStrategy:
 
     def update_ema(self, updates: int) -> None:
         """See `Strategy`."""
-        self.ema.update(self.model, updates)
+        for ema in self.emas.values():
+            ema.update(self.model, updates)
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -93,18 +94,22 @@ class TorchStrategy:
     @contextmanager
     def averaged(self) -> Iterator[UNet]:
         """See `Strategy`."""
-        yield self.ema.model
+        yield self.emas["ema"].model
+
+    def averages(self) -> State:
+        """See `Strategy`."""
+        return {name: _tensors(get_model_state_dict(ema.model)) for name, ema in self.emas.items()}
 
     def state(self) -> State:
         """See `Strategy`; the tensors are those in use."""
         return {
             "model": _tensors(get_model_state_dict(self.model)),
-            "ema": _tensors(get_model_state_dict(self.ema.model)),
+            **self.averages(),
             "optimizer": _tensors(self._optimizer_state()),
         }
 
     def load(self, state: State) -> None:
-        """See `Strategy`; weights and average are in place already."""
+        """See `Strategy`; weights and averages are in place already."""
         optimizer_state = {**self._optimizer_state(), **state["optimizer"]}
         set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=_FLAT)
 
@@ -122,7 +127,7 @@ class Replicated(TorchStrategy):
     """
 
     def __init__(self, model: UNet, config: RunConfig, accelerator: Accelerator) -> None:
-        ema = EMA(model, config.training.ema_decay)
+        emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
         autocast_forward(model, config.training.precision, accelerator.device)
         self._parallel = None
         if accelerator.num_processes > 1:
@@ -136,7 +141,7 @@ class Replicated(TorchStrategy):
             "single process" if self._parallel is None else "DDP",
             self._parallel or model,
             model,
-            ema,
+            emas,
             config,
         )
 

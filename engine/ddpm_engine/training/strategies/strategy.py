@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ddpm_engine.objectives.objective import Network
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.unet import UNet
 
-Network = Callable[..., Tensor]
-"""`network(x_t, timesteps[, labels])` → prediction, `[B, C, H, W]`."""
 State = Mapping[str, Mapping[str, Any]]
-"""Tensors and DTensors by part (`model`, `ema`, `optimizer`) and name, the same in all strategies.
+"""Tensors and DTensors by part and name, the same in all strategies.
+
+The parts are `model`, `optimizer` and the averages of `decays`.
 
 Names are those of `UNet.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
 `state.NAME.exp_avg_sq` and `state.NAME.step`.
@@ -54,11 +55,15 @@ class Strategy(Protocol):
         ...
 
     def update_ema(self, updates: int) -> None:
-        """Move the average of the weights towards them; see `EMA.update`."""
+        """Move the averages of the weights towards them; see `EMA.update`."""
         ...
 
     def averaged(self) -> AbstractContextManager[UNet]:
-        """The network with the averaged weights, to be called by all ranks equally often."""
+        """The network with the weights of `ema`, to be called by all ranks equally often."""
+        ...
+
+    def averages(self) -> State:
+        """Those parts of `state()` that are averages of the weights."""
         ...
 
     def state(self) -> State:

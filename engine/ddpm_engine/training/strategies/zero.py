@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), weights and average too (3) sharded.
+"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), weights and averages too (3) sharded.
 
 DeepSpeed trains; what it holds goes in and out one tensor at a time, as DTensors of the usual names
 and shapes, so that its checkpoints are those of any other strategy.
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.training.ema import EMA, move_towards
+from ddpm_engine.training.ema import EMA, decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
 from ddpm_engine.training.strategies.loss_scale import LossScale
@@ -89,7 +89,6 @@ class Zero:
         self.name = f"DeepSpeed ZeRO-{stage}"
         self.model = model
         self._mesh = mesh
-        self._decay = training.ema_decay
         self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._begin_optimizer_state()
 
@@ -122,7 +121,7 @@ class Zero:
             for moment in _MOMENTS:
                 optimizer[f"state.{name}.{moment}"] = self._moment(parameter, moment)
             optimizer[f"state.{name}.step"] = step.clone()
-        return {"model": self._weights(), "ema": self._averages(), "optimizer": optimizer}
+        return {"model": self._weights(), **self.averages(), "optimizer": optimizer}
 
     def load(self, state: State) -> None:
         """See `Strategy`."""
@@ -133,7 +132,7 @@ class Zero:
                 self._set_moment(parameter, moment, optimizer[f"state.{name}.{moment}"])
         for flat in self._flat_states():
             flat["step"].copy_(optimizer[f"state.{name}.step"])
-        self._set_averages(state["ema"])
+        self._set_averages(state)
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -168,7 +167,8 @@ class Zero:
     def _weights(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _averages(self) -> dict[str, Tensor]:
+    def averages(self) -> State:
+        """See `Strategy`."""
         raise NotImplementedError
 
     def _moment(self, parameter: Parameter, moment: str) -> DTensor:
@@ -177,7 +177,7 @@ class Zero:
     def _set_weight(self, parameter: Parameter, value: Tensor) -> None:
         raise NotImplementedError
 
-    def _set_averages(self, values: Any) -> None:
+    def _set_averages(self, state: State) -> None:
         raise NotImplementedError
 
     def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
@@ -185,21 +185,26 @@ class Zero:
 
 
 class Zero12(Zero):
-    """ZeRO-1 and ZeRO-2: every rank has all weights, and so all of their average."""
+    """ZeRO-1 and ZeRO-2: every rank has all weights, and so all of their averages."""
 
-    def __init__(self, model: UNet, *arguments: Any) -> None:
-        self._ema = EMA(model, 0.0)
-        super().__init__(model, *arguments)
-        self._ema.decay = self._decay
+    def __init__(self, model: UNet, config: RunConfig, *arguments: Any) -> None:
+        # Copied before DeepSpeed changes the model.
+        self._emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
+        super().__init__(model, config, *arguments)
 
     def update_ema(self, updates: int) -> None:
         """See `Strategy`."""
-        self._ema.update(self.model, updates)
+        for ema in self._emas.values():
+            ema.update(self.model, updates)
 
     @contextmanager
     def averaged(self) -> Iterator[UNet]:
         """See `Strategy`."""
-        yield self._ema.model
+        yield self._emas["ema"].model
+
+    def averages(self) -> State:
+        """See `Strategy`."""
+        return {name: dict(ema.model.named_parameters()) for name, ema in self._emas.items()}
 
     def _begin_optimizer_state(self) -> None:
         super()._begin_optimizer_state()
@@ -208,9 +213,6 @@ class Zero12(Zero):
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}
-
-    def _averages(self) -> dict[str, Tensor]:
-        return dict(self._ema.model.named_parameters())
 
     def _moment(self, parameter: Parameter, moment: str) -> DTensor:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -223,7 +225,7 @@ class Zero12(Zero):
         # The weights were loaded in place; DeepSpeed keeps another copy for the optimizer.
         safe_set_full_fp32_param(parameter, value)
 
-    def _set_averages(self, values: Any) -> None:
+    def _set_averages(self, state: State) -> None:
         """They were loaded in place."""
 
     def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
@@ -235,22 +237,30 @@ class Zero12(Zero):
 class Zero3(Zero):
     """ZeRO-3: each rank has a flat piece of every weight, and averages that piece."""
 
-    def __init__(self, model: UNet, *arguments: Any) -> None:
-        super().__init__(model, *arguments)
-        self._average = [piece.clone() for piece in self._pieces()]
+    def __init__(self, model: UNet, config: RunConfig, *arguments: Any) -> None:
+        super().__init__(model, config, *arguments)
+        self._decays = decays(config.training)
+        self._average = {name: [p.clone() for p in self._pieces()] for name in self._decays}
 
     def update_ema(self, updates: int) -> None:
         """See `Strategy`."""
-        move_towards(self._average, self._pieces(), self._decay, updates)
+        for name, decay in self._decays.items():
+            move_towards(self._average[name], self._pieces(), decay(updates))
 
     @contextmanager
     def averaged(self) -> Iterator[UNet]:
         """See `Strategy`; a network is made for the time of use, sharded by FSDP2."""
         network = UNet(self.model.config).to(self._device).eval().requires_grad_(False)
         shard_network(network, self._mesh)
-        for ours, value in zip(network.parameters(), self._averages().values(), strict=True):
+        for ours, value in zip(
+            network.parameters(), self._whole_average("ema").values(), strict=True
+        ):
             ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
         yield network
+
+    def averages(self) -> State:
+        """See `Strategy`; copies."""
+        return {name: self._whole_average(name) for name in self._decays}
 
     def _flat_parameters(self) -> list[Tensor]:
         # AdamW is given them during its step only.
@@ -281,11 +291,9 @@ class Zero3(Zero):
             for name, p in self.model.named_parameters()
         }
 
-    def _averages(self) -> dict[str, Tensor]:
-        return {
-            name: self._sharded(self._whole(piece, p))
-            for (name, p), piece in zip(self.model.named_parameters(), self._average, strict=True)
-        }
+    def _whole_average(self, average: str) -> dict[str, DTensor]:
+        pieces = zip(self.model.named_parameters(), self._average[average], strict=True)
+        return {name: self._sharded(self._whole(piece, p)) for (name, p), piece in pieces}
 
     def _moment(self, parameter: Parameter, moment: str) -> DTensor:
         from deepspeed.utils import safe_get_local_optimizer_state
@@ -303,11 +311,10 @@ class Zero3(Zero):
         if parameter.data.shape == parameter.ds_shape:  # type: ignore[attr-defined]
             parameter.data.copy_(value.full_tensor())  # small ones stay gathered
 
-    def _set_averages(self, values: Any) -> None:
-        for (name, parameter), piece in zip(
-            self.model.named_parameters(), self._average, strict=True
-        ):
-            piece.copy_(self._piece(values[name], parameter))
+    def _set_averages(self, state: State) -> None:
+        for average, pieces in self._average.items():
+            for (name, parameter), piece in zip(self.model.named_parameters(), pieces, strict=True):
+                piece.copy_(self._piece(state[average][name], parameter))
 
     def _set_moment(self, parameter: Parameter, moment: str, value: DTensor) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state

@@ -1,0 +1,366 @@
+"""Every objective on the digits, in the same budget: `python benchmarks/objectives.py`.
+
+Each trains the same network on the same batches from the same seeds, draws pictures with the same
+sampler, and is judged by their Fréchet distance to the real digits (features of the small digit
+classifier, which compare with each other only). The best fixed variances and the learned one are
+compared by their bits per dimension, too.
+
+Runs go side by side, one thread each, in processes of their own. What is finished is kept in
+`--out`, so the command can be stopped, repeated, and asked for more seeds. It writes
+benchmarks/results/objectives.json and the table in docs/objectives.md, and its exit status is 1 if
+an objective ends more than 1.5 times as far from the real digits as the simple one, or if the
+hybrid objective does not take fewer bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
+
+import numpy as np
+import torch
+import tyro
+from benchmarks.throughput.machine import facts
+from benchmarks.throughput.report import write_json
+
+from ddpm_engine.config import PRESETS, RunConfig
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.evaluation.digits import digit_classifier, real_digits
+from ddpm_engine.evaluation.frechet import frechet_distance, moments
+from ddpm_engine.evaluation.pictures import to_uint8
+from ddpm_engine.files import atomic_write
+from ddpm_engine.likelihood import bits_per_dim
+from ddpm_engine.pretrained import Pretrained, load_pretrained
+from ddpm_engine.samplers import sample
+from ddpm_engine.training import Trainer
+from ddpm_engine.training.dataset import prepare_shards
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
+DOCUMENT = ROOT / "docs" / "objectives.md"
+BEGIN, END = "<!-- begin: benchmarks/objectives.py -->", "<!-- end -->"
+
+ENTRIES: dict[str, dict[str, Any]] = {
+    "simple ε": {},
+    "simple x_0": {"diffusion.prediction": "x0"},
+    "simple v": {"diffusion.prediction": "v"},
+    "min-SNR": {"objective.weighting": "min-snr"},
+    "P2": {"objective.weighting": "p2"},
+    "bound": {"objective.weighting": "vlb"},
+    "bound, importance": {
+        "objective.weighting": "vlb",
+        "objective.timestep_sampling": "importance",
+    },
+    "hybrid": {"objective.learned_variance": True, "model.out_channels": 2},
+    "importance": {"objective.timestep_sampling": "importance"},
+    "logit-normal": {"objective.timestep_sampling": "logit-normal"},
+    "EDM": {"preset": "digits-edm"},
+}
+"""What differs from the digits preset."""
+BEFORE, AFTER = "simple ε", "hybrid"
+BITS: dict[str, tuple[str, ...]] = {
+    BEFORE: ("fixed_small", "fixed_large"),
+    "bound": ("fixed_small", "fixed_large"),
+    AFTER: ("learned_range",),
+}
+"""Of which the likelihood is taken, and with which variances."""
+WITHIN = 1.5
+"""Times the distance of the simple objective."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every objective gets."""
+
+    steps: int = 700
+    """Optimizer steps, batches of 64."""
+    pictures: int = 1000
+    """Drawn for each distance."""
+    sampler: str = "heun"
+    """Which sampler draws them."""
+    sampling_steps: int = 18
+    """Steps a picture; with heun each but the last is two evaluations."""
+    likelihoods: int = 48
+    """Real digits whose likelihood is taken, T evaluations each."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare the objectives on the digits."""
+
+    budget: Budget = Budget()
+    """What each gets."""
+    seeds: int = 2
+    """Runs of each objective."""
+    only: tuple[str, ...] = ()
+    """Names of those to compare; default: all."""
+    at_once: int = 2
+    """Runs side by side, one thread each."""
+    out: Path = Path("runs/objectives")
+    """Where runs and what they gave are kept."""
+    result: Path = RESULT
+    """Write everything here."""
+    document: Path = DOCUMENT
+    """Write the table here, between its two marks."""
+    entry: str | None = None
+    """Measure one run of this objective and leave, as this command does for each run."""
+    seed: int = 0
+    """Of that run."""
+
+
+def folder(options: Options, name: str, seed: int) -> Path:
+    """Of one run; a longer one is another."""
+    plain = re.sub(r"\W+", "-", name.replace("ε", "eps"))
+    return options.out / f"{plain}-{options.budget.steps}-{seed}"
+
+
+def configuration(options: Options, name: str, seed: int) -> RunConfig:
+    """The digits preset, but for the objective and the budget."""
+    changes = dict(ENTRIES[name])
+    config = PRESETS[changes.pop("preset", "digits")]()
+    changes |= {
+        "training.seed": seed,
+        "training.steps": options.budget.steps,
+        "data.path": options.out / "data",
+        "data.workers": 0,
+        "log.sample_every": 0,
+        "log.tracker": "none",
+    }
+    for flag, value in changes.items():
+        group, field = flag.split(".")
+        config = replace(config, **{group: replace(getattr(config, group), **{field: value})})
+    return replace(config, out=folder(options, name, seed))
+
+
+def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
+    """Train, draw, compare: what is known of one run."""
+    config = configuration(options, name, seed)
+    started = time.monotonic()
+    Trainer(config).fit()
+    trained = load_pretrained(config.out)
+    seconds = time.monotonic() - started
+    budget = options.budget
+    pictures = sample(
+        trained.model,
+        trained.schedule,
+        sample_ids=range(budget.pictures),
+        seed=seed,
+        sampler=budget.sampler,
+        steps=budget.sampling_steps,
+        prediction=config.diffusion.prediction,
+        clip=trained.clip,
+        batch_size=250,
+    )
+    real = real_digits(config.model.sample_size).images
+    features = digit_classifier(config.model.sample_size, options.out / "classifier").features
+    distance = frechet_distance(moments([features(to_uint8(pictures))]), moments([features(real)]))
+    chosen = real[np.linspace(0, len(real) - 1, budget.likelihoods).astype(int)]
+    images = torch.from_numpy(chosen).permute(0, 3, 1, 2).contiguous()
+    return {
+        "budget": asdict(budget),
+        "distance": distance,
+        "bits_per_dim": {
+            variance: bits(trained, images, variance) for variance in BITS.get(name, ())
+        },
+        "training_seconds": seconds,
+    }
+
+
+def bits(trained: Pretrained, images: torch.Tensor, variance: str) -> float:
+    """Mean bound of these images in bits per dimension."""
+    terms = bits_per_dim(
+        trained.model,
+        trained.schedule,
+        images,
+        torch.arange(len(images)),
+        prediction=trained.config.diffusion.prediction,
+        variance=variance,  # type: ignore[arg-type]
+    )
+    return float(terms.sum(1).mean())
+
+
+def finished(options: Options, name: str, seed: int) -> dict[str, Any] | None:
+    """What an earlier call has measured with the same budget."""
+    file = folder(options, name, seed) / "measured.json"
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found if found["budget"] == asdict(options.budget) else None
+
+
+def run_apart(options: Options, todo: tuple[str, int]) -> str:
+    """Measure in a process of its own; returns a line that says how it went.
+
+    Raises:
+        UserError: it failed; the message has the end of what it said.
+    """
+    name, seed = todo
+    given = asdict(options.budget).items()
+    budget = [word for key, value in given for word in (f"--budget.{_flag(key)}", str(value))]
+    own = ["--entry", name, "--seed", str(seed), "--out", str(options.out)]
+    done = subprocess.run(
+        [sys.executable, __file__, *own, *budget],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    found = finished(options, name, seed)
+    if done.returncode or found is None:
+        tail = "\n       ".join(done.stdout.splitlines()[-12:])
+        raise UserError(f"{name}, seed {seed}, ended with status {done.returncode}:\n       {tail}")
+    said = f"{name}, seed {seed}: distance {found['distance']:.3f}"
+    for variance, value in found["bits_per_dim"].items():
+        said += f", {value:.3f} bits/dim {variance}"
+    return f"{said} (trained in {found['training_seconds']:.0f} s)"
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def summary(options: Options, names: list[str]) -> dict[str, Any]:
+    """All that has been measured, by objective."""
+    runs = {
+        name: [run for seed in range(options.seeds) if (run := finished(options, name, seed))]
+        for name in names
+    }
+    base = mean(run["distance"] for run in runs[BEFORE])
+    objectives = {}
+    for name, found in runs.items():
+        distances = [run["distance"] for run in found]
+        objectives[name] = {
+            "changes": ENTRIES[name],
+            "distances": distances,
+            "distance": mean(distances),
+            "times_simple": mean(distances) / base,
+            "bits_per_dim": {
+                variance: [run["bits_per_dim"][variance] for run in found]
+                for variance in BITS.get(name, ())
+            },
+            "training_seconds": [run["training_seconds"] for run in found],
+        }
+    return {"budget": asdict(options.budget), "seeds": options.seeds, "objectives": objectives}
+
+
+def bits_fall(objectives: dict[str, Any]) -> bool | None:
+    """Whether the hybrid objective takes fewer bits than either fixed variance, for every seed."""
+    if AFTER not in objectives:
+        return None
+    before = zip(*objectives[BEFORE]["bits_per_dim"].values(), strict=True)
+    after = objectives[AFTER]["bits_per_dim"]["learned_range"]
+    return all(learned < min(fixed) for learned, fixed in zip(after, before, strict=True))
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Two Markdown tables, and the machine and command that made them."""
+    budget, machine, objectives = found["budget"], found["machine"], found["objectives"]
+
+    def spread(values: list[float]) -> str:
+        return (
+            f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+        )
+
+    lines = [
+        "| objective | flags | distance of each seed | mean ± deviation | × simple ε |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in objectives.items():
+        flags = " ".join(f"--{_flag(key)} {value}" for key, value in entry["changes"].items())
+        flags = flags.replace("learned-variance True", "learned-variance")
+        each = ", ".join(f"{distance:.3f}" for distance in entry["distances"])
+        shown = f"`{flags}`" if flags else "none"
+        lines.append(
+            f"| {name} | {shown} | {each} | {spread(entry['distances'])} | "
+            f"{entry['times_simple']:.2f} |"
+        )
+    lines += ["", "| objective | variance | bits/dim of each seed | mean |", "|---|---|---|---|"]
+    for name, entry in objectives.items():
+        for variance, values in entry["bits_per_dim"].items():
+            each = ", ".join(f"{value:.3f}" for value in values)
+            lines.append(f"| {name} | `{variance}` | {each} | {mean(values):.3f} |")
+    return [
+        *lines,
+        "",
+        f"Digits at 16×16, the preset's network, {budget['steps']} steps of 64 images, "
+        f"{found['seeds']} seeds; {budget['pictures']} pictures by `{budget['sampler']}` in "
+        f"{budget['sampling_steps']} steps against all 1,797 digits; bits/dim of "
+        f"{budget['likelihoods']} real digits, T = 1000. `{machine['command']}`, "
+        f"{machine['date'][:10]}, {machine['device']}, commit {machine['commit'][:12]}.",
+    ]
+
+
+def write_table(document: Path, lines: list[str]) -> None:
+    """Put the table between its marks.
+
+    Raises:
+        UserError: there are no marks.
+    """
+    text = document.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise UserError(f"{document} has no place for the table: {BEGIN} … {END}")
+    content = "\n".join([before + BEGIN, "", *lines, "", END + after])
+    with atomic_write(document) as file:
+        file.write(content.encode())
+
+
+def compare(options: Options) -> int:
+    """Measure what is missing, and report; the exit status."""
+    unknown = [name for name in options.only if name not in ENTRIES]
+    if unknown:
+        raise UserError(f"no objective is called {unknown[0]!r}; there are {', '.join(ENTRIES)}")
+    names = [name for name in ENTRIES if not options.only or name in options.only or name == BEFORE]
+    runs = [(name, seed) for seed in range(options.seeds) for name in names]
+    todo = [run for run in runs if finished(options, *run) is None]
+    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
+    machine = facts(torch.device("cpu"))
+    size = PRESETS["digits"]().model.sample_size
+    prepare_shards(options.out / "data", "digits", size)
+    digit_classifier(size, options.out / "classifier")
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for line in pool.map(partial(run_apart, options), todo):
+            print(line, flush=True)
+    found = {"machine": machine, **summary(options, names)}
+    lines = table(found)
+    print("\n" + "\n".join(lines))
+    write_json(options.result, found)
+    write_table(options.document, lines)
+
+    far = [name for name, entry in found["objectives"].items() if entry["times_simple"] > WITHIN]
+    for name in far:
+        print(f"{name} is further than {WITHIN} times the simple objective's distance")
+    if (fallen := bits_fall(found["objectives"])) is False:
+        print("the hybrid objective does not take fewer bits than the fixed variances")
+    return int(bool(far) or fallen is False)
+
+
+def main() -> int:
+    """Compare, or measure one."""
+    with exit_on_user_error():
+        options = tyro.cli(Options)
+        if options.entry is None:
+            return compare(options)
+        found = measure(options, options.entry, options.seed)
+        with atomic_write(folder(options, options.entry, options.seed) / "measured.json") as file:
+            file.write(json.dumps(found, indent=2).encode())
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""A small classifier of handwritten digits, trained on the spot in seconds.
+
+Its hidden units are features for a Fréchet distance where no Inception network can be had, and it
+says which digit a picture shows. Distances in these features compare with each other only (and
+within one version of scikit-learn), never with a published Fréchet Inception Distance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sklearn
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+
+from ddpm_engine.data import fit, open_source
+from ddpm_engine.files import write_once
+
+HIDDEN = 128
+CLASSES = 10
+_SEED = 0
+_TEST_SHARE = 0.25
+_ARRAYS = ("hidden_weights", "hidden_biases", "output_weights", "output_biases")
+
+
+class Digits(NamedTuple):
+    """Pictures of digits and which they are."""
+
+    images: NDArray[np.uint8]
+    """`[N, size, size, 1]`."""
+    labels: NDArray[np.int64]
+    """`[N]` in 0 … 9."""
+
+
+def real_digits(size: int) -> Digits:
+    """Scikit-learn's 1,797 handwritten digits, cut and resized as `fit` does."""
+    examples = list(open_source("digits").examples)
+    images = np.stack([fit(example.image, size) for example in examples])
+    return Digits(images, np.array([example.label for example in examples]))
+
+
+def seen_and_unseen(digits: Digits) -> tuple[Digits, Digits]:
+    """What a classifier is trained on, three quarters of each class, and the rest."""
+    seen, unseen, seen_labels, unseen_labels = train_test_split(
+        digits.images, digits.labels, test_size=_TEST_SHARE, random_state=_SEED,
+        stratify=digits.labels,
+    )  # fmt: skip
+    return Digits(seen, seen_labels), Digits(unseen, unseen_labels)
+
+
+class DigitClassifier:
+    """One hidden layer of 128 units with ReLU, on pixels in [0, 1].
+
+    Args:
+        arrays: float64 `hidden_weights` `[H·W, 128]`, `hidden_biases` `[128]`, `output_weights`
+            `[128, 10]` and `output_biases` `[10]`.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        self.arrays = {name: np.ascontiguousarray(arrays[name]) for name in _ARRAYS}
+
+    @property
+    def size(self) -> int:
+        """Side of the pictures in pixels."""
+        return round(len(self.arrays["hidden_weights"]) ** 0.5)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for array in self.arrays.values():
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def features(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The hidden units: uint8 `[N, size, size, 1]` to float64 `[N, 128]`."""
+        pixels = images.reshape(len(images), -1) / 255
+        hidden = pixels @ self.arrays["hidden_weights"] + self.arrays["hidden_biases"]
+        return np.asarray(hidden.clip(min=0))
+
+    def logits(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Logarithms of the probabilities, up to a constant each: `[N, 128]` to `[N, 10]`."""
+        return features @ self.arrays["output_weights"] + self.arrays["output_biases"]
+
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """How probable each digit is: uint8 `[N, size, size, 1]` to float64 `[N, 10]`."""
+        logits = self.logits(self.features(images))
+        shares = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(shares / shares.sum(1, keepdims=True))
+
+    def classify(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The most probable digit: uint8 `[N, size, size, 1]` to int64 `[N]`."""
+        return np.asarray(self.logits(self.features(images)).argmax(1))
+
+
+def train_digit_classifier(digits: Digits) -> DigitClassifier:
+    """Train on what `seen_and_unseen` calls seen, always from the same seed; some seconds."""
+    seen, _ = seen_and_unseen(digits)
+    network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=_SEED)
+    network.fit(seen.images.reshape(len(seen.images), -1) / 255, seen.labels)
+    parts = (network.coefs_[0], network.intercepts_[0], network.coefs_[1], network.intercepts_[1])
+    return DigitClassifier(dict(zip(_ARRAYS, parts, strict=True)))
+
+
+def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
+    """The classifier of digits of one size.
+
+    Args:
+        size: side of the pictures in pixels.
+        cache: a folder that keeps it; of several processes all get the one that was kept first,
+            whose weights may differ from another machine's in the last bits. None: train it.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    digits = real_digits(size)
+    if cache is None:
+        return train_digit_classifier(digits)
+    about = [sklearn.__version__, np.__version__, HIDDEN, _SEED, _TEST_SHARE]
+    key = hashlib.sha256(json.dumps(about).encode() + digits.images.tobytes()).hexdigest()
+    path = cache / f"digits-{size}-{key[:16]}.npz"
+    if not path.exists():
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **train_digit_classifier(digits).arrays)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_once(path, content.getvalue())
+    with np.load(path, allow_pickle=False) as archive:
+        return DigitClassifier({name: archive[name] for name in _ARRAYS})

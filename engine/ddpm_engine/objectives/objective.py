@@ -1,0 +1,51 @@
+"""What the trainer asks of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from ddpm_engine.data import Batch
+
+Network = Callable[..., Tensor]
+"""`network(x_t, timesteps[, labels[, low_resolution, augmentation]])` → `[B, C, H, W]`."""
+Gather = Callable[[Tensor], Tensor]
+"""`[N, …]` on every rank → `[ranks · N, …]`, the same on all."""
+
+
+class Objective(Protocol):
+    """The loss of a batch. To write one, inherit this and define `__call__`.
+
+    Everything random about a sample is a pure function of the seed and the sample's position, so a
+    step's loss does not depend on which rank or micro-batch computes it. What an objective learns
+    while training, if anything, is its state; it is saved with the run's.
+    """
+
+    def __call__(self, model: Network, batch: Batch) -> Tensor:
+        """Per-sample loss of one batch: float32 `[B]`, differentiable in the weights.
+
+        Args:
+            model: called with the noisy images float32 `[B, C, H, W]`, the noise level `[B]`, and
+                whatever `Conditions.told` says.
+            batch: on any device.
+        """
+        ...
+
+    def end_step(self, gather: Gather | None) -> None:
+        """Learn from the losses since the last call, those of all ranks.
+
+        Args:
+            gather: collects a tensor from all ranks, which all call this together; None: the step
+                was skipped, and its losses are to be forgotten.
+        """
+        return
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What the objective has learnt, the same on every rank; empty if it learns nothing."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take on a state: what `state()` gave, with other values in its tensors."""
+        return

@@ -1,0 +1,189 @@
+"""Networks that enlarge, as people use them: training, stopping, and sampling in a cascade."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data import ShardDataset
+from ddpm_engine.drawing import open_pictures
+from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.pictures import grid, to_uint8
+from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.low_resolution import shrink
+from ddpm_engine.pretrained import load_pretrained
+from ddpm_engine.samplers import sample
+from ddpm_engine.training import Trainer
+
+ROOT = Path(__file__).parents[2]
+STEPS = ("--sampler", "ddim", "--steps", 4)
+Draw = Callable[..., Path]
+
+
+def enlarging(config: RunConfig) -> RunConfig:
+    """The tiny run, 4×4 → 8×8, of classes, with one preview at the end."""
+    return replace(
+        config,
+        model=replace(config.model, low_resolution=4, num_class_embeds=11),
+        optimizer=replace(config.optimizer, learning_rate=1e-2),
+        log=replace(config.log, sample_every=40, sample_count=6, sample_steps=5),
+    )
+
+
+def tensors(out: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted((out / "checkpoints" / "step-00000040").rglob("*.safetensors")):
+        found |= {f"{file.parent.name}.{name}": t for name, t in load_file(file).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run is trained without a stop. Filled by the first test that asks for it."""
+    return tmp_path_factory.mktemp("enlarging") / "run"
+
+
+@pytest.fixture
+def run_directory(config: RunConfig, trained: Path) -> Path:
+    if not trained.exists():
+        Trainer(replace(enlarging(config), out=trained)).fit()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return trained
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 4×4 pictures, as launch/sample.py leaves them: ids 0 to 5, of classes 3 and 1."""
+    folder = tmp_path_factory.mktemp("small") / "drawn"
+    folder.mkdir()
+    settings = {"seed": 0, "classes": [3, 1], "format": "png"}
+    (folder / "manifest.json").write_text(json.dumps(settings))
+    levels = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
+    for k, image in enumerate(levels):
+        Image.fromarray(image).save(folder / f"{k:08d}.png")
+    return folder
+
+
+@pytest.fixture
+def draw(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
+    """Run launch/sample.py in this process: `draw("name", *arguments)` → its folder."""
+
+    def start(name: str, *arguments: object, checkpoint: Path = run_directory) -> Path:
+        out, script = tmp_path / name, str(ROOT / "launch" / "sample.py")
+        line = [script, "--checkpoint", checkpoint, "--out", out, *STEPS, *arguments]
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", [str(word) for word in line])
+            runpy.run_path(script, run_name="__main__")
+        return out
+
+    return start
+
+
+def pixels(folder: Path) -> np.ndarray:
+    pictures = open_pictures(folder)
+    return pictures.read(sorted(pictures.ids())).astype(int)
+
+
+def test_resumed_run_is_the_same_to_the_bit(config: RunConfig, run_directory: Path) -> None:
+    config = enlarging(config)
+    Trainer(replace(config, training=replace(config.training, steps=20))).fit()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Trainer(config).fit()
+    ours, theirs = tensors(config.out), tensors(run_directory)
+    assert ours.keys() == theirs.keys()
+    assert "ema.augmentation_embedding.linear_1.weight" in ours
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_preview_enlarges_the_first_images_of_the_data(run_directory: Path, shards: Path) -> None:
+    samples = ShardDataset(shards, seed=0).__getitems__(range(6))
+    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    pretrained = load_pretrained(run_directory)
+    drawn = sample(
+        pretrained.model, pretrained.schedule, sample_ids=range(6), seed=0, steps=5,
+        variance="fixed_small", labels=torch.tensor([sample.label for sample in samples]),
+        low_resolution=shrink(images, 4),
+    )  # fmt: skip
+    shown = np.asarray(Image.open(run_directory / "samples" / "step-00000040.png")).astype(int)
+    assert np.abs(shown - np.asarray(grid(to_uint8(drawn))).astype(int)).max() <= 1
+
+
+def test_a_cascade_makes_picture_k_of_picture_k(draw: Draw, small: Path) -> None:
+    whole = draw("whole", "--count", 6, "--low-resolution", small, "--augmentation", 50)
+    settings = json.loads((whole / "manifest.json").read_text())
+    assert settings["classes"] == [3, 1], "classes are those of the small pictures"
+    assert settings["augmentation"] == 50
+    one = draw(
+        "one", "--ids", "4", "--low-resolution", small, "--augmentation", 50, "--batch-size", 1
+    )
+    assert np.abs(pixels(one) - pixels(whole)[4:5]).max() <= 1
+    # Made from the fourth small picture, and from nothing else of the set.
+    files = sorted(small.glob("0*.png"))
+    alone = draw(
+        "alone", "--ids", "4", "--low-resolution", files[4], "--augmentation", 50,
+        "--class-label", 3,
+    )  # fmt: skip
+    assert np.abs(pixels(alone) - pixels(one)).max() <= 1
+    other = draw(
+        "other", "--ids", "4", "--low-resolution", files[3], "--augmentation", 50,
+        "--class-label", 3,
+    )  # fmt: skip
+    assert np.abs(pixels(other) - pixels(one)).max() > 1
+    clean = draw("clean", "--ids", "4", "--low-resolution", small)
+    assert np.abs(pixels(clean) - pixels(one)).max() > 1
+
+
+def test_a_set_goes_on_when_the_small_pictures_have_become_more(draw: Draw, small: Path) -> None:
+    draw("out", "--count", 2, "--low-resolution", small)
+    assert len(pixels(draw("out", "--count", 4, "--low-resolution", small))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "this network enlarges pictures of 4×4; give some by --low-resolution"),
+        (["--augmentation", 5], "--augmentation needs --low-resolution"),
+        (["--low-resolution", "nowhere"], "there is no --low-resolution nowhere"),
+        (["--low-resolution", "{small}", "--ids", "5,6"], "has no picture 6 (yet)"),
+        (["--low-resolution", "{small}", "--augmentation", 1001], "must lie in [0, 1000]"),
+    ],
+)
+def test_refusals(
+    arguments: list[object],
+    message: str,
+    draw: Draw,
+    small: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        draw("out", "--count", 2, *(str(a).format(small=small) for a in arguments))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_of_another_size_are_refused(
+    draw: Draw, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = draw("large", "--count", 2, "--low-resolution", small)
+    with pytest.raises(SystemExit):
+        draw("out", "--count", 2, "--low-resolution", large)
+    assert "are 8×8 with 1 channels; this network enlarges 4×4" in capsys.readouterr().err
+
+
+def test_it_cannot_be_exported(run_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.low-resolution is 4"):
+        export_pipeline(load_pretrained(run_directory), tmp_path / "exported")
+    assert not list(tmp_path.glob("exported*"))

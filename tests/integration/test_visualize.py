@@ -1,0 +1,99 @@
+"""launch/visualize.py, in this process: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.training import Trainer
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "visualize.py"
+
+
+def visualize(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.fixture
+def trained(config: RunConfig) -> Path:
+    diffusion = replace(config.diffusion, timesteps=20, beta_end=0.5)
+    training = replace(config.training, steps=3)
+    log = replace(config.log, sample_steps=20)
+    Trainer(replace(config, diffusion=diffusion, training=training, log=log)).fit()
+    return config.out
+
+
+def test_every_figure_of_a_run(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photo, samples = tmp_path / "photo.jpg", tmp_path / "samples"
+    samples.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).save(photo)
+    for number in range(4):
+        Image.fromarray(noise[:8, :8, 0] // (number + 1)).save(samples / f"{number:08d}.png")
+    visualize(
+        monkeypatch, "--checkpoint", trained, "--samples", samples, "--photo", photo,
+        "--steps", "5", "--timesteps", "1,9", "--out", tmp_path / "figures",
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    assert "no quality: " in output  # this run was made of shards, and not by the name of digits
+    figures = sorted((tmp_path / "figures").iterdir())
+    assert [path.name for path in figures] == [
+        "bound.png", "denoising.png", "forward.png", "interpolation.png", "loss.png",
+        "real-and-drawn.png", "reverse.gif", "reverse.png", "schedules.png",
+    ]  # fmt: skip
+    assert all(str(path) in output for path in figures)
+    for path in figures:
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        assert picture.shape[0] > 100
+        assert picture.std() > 5  # something is drawn
+
+
+def test_a_toy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ddpm_engine.toy.STEPS", 3)
+    visualize(monkeypatch, "--toy", "moons", "--out", tmp_path / "figures")
+    output = capsys.readouterr().out.split()
+    assert output == [str(tmp_path / "figures" / name) for name in ("moons.png", "moons.gif")]
+    assert Image.open(output[0]).width > 1000
+    assert Image.open(output[1]).n_frames > 20  # type: ignore[attr-defined]
+
+
+REFUSED = [
+    (["--only", "reverse,bounds"], "--only names 'bounds'; there are real-and-drawn, forward"),
+    (["--only", "quality"], "quality against steps is drawn of runs on the digits alone"),
+    (["--only", "forward", "--timesteps", "1,21"], "timestep 21 is to be shown"),
+    (["--only", "forward", "--timesteps", "a"], "--timesteps is 'a'"),
+    (["--only", "denoising", "--photo", "none.jpg"], "there is no --photo none.jpg"),
+    (["--only", "real-and-drawn", "--samples", "."], "--samples . holds no pictures"),
+    (["--count", "1"], "--count is 1"),
+    (["--toy", "moons"], "either --checkpoint RUN or --toy NAME"),
+]
+
+
+def test_what_is_refused(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments, expected in REFUSED:
+        with pytest.raises(SystemExit) as refused:
+            visualize(monkeypatch, "--checkpoint", trained, "--out", "out", *arguments)
+        assert refused.value.code == 2
+        assert expected in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))

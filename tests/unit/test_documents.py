@@ -1,0 +1,142 @@
+"""The documents, which are built by reading them: every link leads somewhere, and says where.
+
+A link to a Python file names what is meant in that file; a picture is of the size a page can bear;
+mathematics and code blocks are closed.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "launch").rglob("*.md")),
+]  # fmt: skip
+THEORY = ROOT / "docs" / "ddpm.md"
+
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+SOURCE = re.compile(r"\b(equations?|algorithms?|sections?|appendix|tables?) [\w.]+|\(\d{4}\)")
+YEAR = re.compile(r"\b(19|20)\d\d[a-z]?\b")
+
+
+def prose(document: Path) -> str:
+    """A document without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def links(document: Path) -> list[tuple[str, str]]:
+    """Text and target of the links and pictures of a document that lead to files here."""
+    found = [(text, target) for _, text, target in LINK.findall(prose(document))]
+    return [(text, target) for text, target in found if "://" not in target]
+
+
+def anchors(document: Path) -> set[str]:
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", prose(document), flags=re.M)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+def docstring_chain(file: Path, name: str) -> list[str] | None:
+    """Docstrings of a module, of the class that a dotted name begins with, and of its last part.
+
+    None if there is no such thing in the file.
+    """
+    node: ast.AST = ast.parse(file.read_text(encoding="utf-8"))
+    found = [ast.get_docstring(node) or ""]  # type: ignore[arg-type]
+    for part in name.split("."):
+        inside = [
+            child
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.name == part
+        ]
+        if not inside:
+            return None
+        node = inside[-1]
+        found.append(ast.get_docstring(inside[-1]) or "")
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for text, target in links(document):
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path).resolve() if path else document
+        assert file.exists(), f"[{text}]({target})"
+        assert ROOT in file.parents, f"[{text}]({target}) leaves the repository"
+        if anchor:
+            assert anchor in anchors(file), f"[{text}]({target})"
+
+
+def named_functions() -> list[tuple[Path, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for text, target in links(document):
+            if target.endswith(".py") and re.fullmatch(r"`[\w.]+`", text) and "/" not in text:
+                found.append(((document.parent / target).resolve(), text.strip("`")))
+    return sorted(set(found))
+
+
+def test_functions_are_where_the_links_say() -> None:
+    named = [(file, name) for file, name in named_functions() if not name.endswith(".py")]
+    assert len(named) >= 40
+    missing = [(file.name, name) for file, name in named if docstring_chain(file, name) is None]
+    assert missing == []
+
+
+def test_the_theory_names_everything_it_links_to() -> None:
+    links_to_code = [(t, target) for t, target in links(THEORY) if target.endswith(".py")]
+    unnamed = [target for text, target in links_to_code if not re.fullmatch(r"`[\w.]+`", text)]
+    assert unnamed == []
+
+
+def test_functions_of_the_theory_say_where_they_are_from() -> None:
+    unsourced = []
+    for text, target in links(THEORY):
+        if target.endswith(".py"):
+            chain = docstring_chain((THEORY.parent / target).resolve(), text.strip("`")) or [""]
+            said = "\n".join(chain)
+            if not (SOURCE.search(said) and YEAR.search(said)):
+                unsourced.append(f"{text} in {target}")
+    assert unsourced == []
+
+
+def test_pictures_are_there_and_not_too_large() -> None:
+    pictures = ROOT / "docs" / "pictures"
+    used = {
+        (document.parent / target).resolve()
+        for document in DOCUMENTS
+        for _, target in links(document)
+        if target.endswith((".png", ".gif"))
+    }
+    assert set(pictures.iterdir()) - used == set(), "shown nowhere"
+    for path in used:
+        assert path.stat().st_size < 400_000, path
+        with Image.open(path) as picture:
+            picture.verify()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_mathematics_and_code_are_closed(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    fences = re.findall(r"^ *```", text, flags=re.M)
+    assert len(fences) % 2 == 0
+    plain = re.sub(r"`[^`\n]*`", "", prose(document))
+    assert "`" not in plain, "an open code span"
+    displays = plain.split("$$")
+    assert len(displays) % 2 == 1, "an open display"
+    formulas = displays[1::2]
+    for paragraph in re.split(r"\n\s*\n", "".join(displays[::2])):
+        parts = paragraph.split("$")
+        assert len(parts) % 2 == 1, paragraph
+        formulas += parts[1::2]
+    for formula in formulas:
+        assert formula.count("{") == formula.count("}"), formula
+        assert formula.count(r"\left") == formula.count(r"\right"), formula
+        assert not re.search(r"[^\x00-\x7f]", formula), formula

@@ -1,0 +1,457 @@
+"""EDM: its formulas written out in float64, and everything samplers do with its networks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ddpm_engine.config import (
+    PRESETS,
+    DiffusionConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SamplingConfig,
+    from_dict,
+    to_dict,
+)
+from ddpm_engine.data import Batch
+from ddpm_engine.errors import UserError
+from ddpm_engine.objectives import EdmObjective, build_objective
+from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.preconditioning import preconditioning
+from ddpm_engine.prediction import x0_coefficients
+from ddpm_engine.samplers import (
+    SAMPLERS,
+    CoefficientTable,
+    Guidance,
+    Inpainting,
+    build_table,
+    interpolated_noise,
+    sample,
+    sampling_steps,
+)
+from ddpm_engine.samplers.levels import log_sigma, noise_levels
+from ddpm_engine.samplers.preconditioned import preconditioned
+from ddpm_engine.samplers.spacing import karras_timesteps
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_kernels import Column, Stream, gaussian_noise
+from ddpm_kernels.reverse_step import reverse_step_reference_
+
+SIGMA_DATA = 0.5
+SCHEDULE = NoiseSchedule.edm()
+SHAPE = (2, 4, 6)
+IDS = torch.tensor([5, 0, 2**40])
+LABELS = torch.tensor([1, 3, 0])
+
+
+# --- Training
+
+
+def batch(positions: Tensor, labelled: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (len(positions), *SHAPE), generator=generator)
+    return Batch(images.to(torch.uint8), positions % 4 if labelled else None, positions)
+
+
+def network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
+    shift = noise + (labels[0] if labels else 0)
+    return (0.7 * x).sin() + 0.3 * shift[:, None, None, None]
+
+
+def karras_loss(
+    x_0: Tensor, normal: Tensor, n: Tensor, sigma_data: float, p_mean: float, p_std: float
+) -> Tensor:
+    """`EDMLoss` and `EDMPrecond`, from equations 7 and 8 and table 1 of the paper."""
+    sigma = (p_mean + p_std * normal).exp()[:, None, None, None]
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma_data**2 + sigma**2).sqrt()
+    c_noise = sigma.log() / 4
+    y = x_0 + sigma * n
+    denoised = c_skip * y + c_out * network(c_in * y, c_noise.flatten())
+    return (weight * (denoised - x_0) ** 2).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("sigma_data", "p_mean", "p_std"), [(0.5, -1.2, 1.2), (0.75, 0.4, 2.0), (1.0, -4.0, 0.1)]
+)
+def test_the_loss_is_that_of_the_paper(
+    sigma_data: float, p_mean: float, p_std: float, flip: bool
+) -> None:
+    positions = torch.arange(64) + 2**35
+    given = batch(positions)
+    objective = EdmObjective(sigma_data, Conditions(3, flip), p_mean=p_mean, p_std=p_std)
+    x_0 = given.images.double() / 127.5 - 1
+    mirrored = objective.draw(positions, None).flip
+    if flip:
+        assert mirrored is not None
+        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+    normal = gaussian_noise(3, positions, (1, 1, 1), 0, Stream.TRAINING_SIGMA).double().flatten()
+    n = gaussian_noise(3, positions, SHAPE, 0, Stream.TRAINING_NOISE).double()
+    expected = karras_loss(x_0, normal, n, sigma_data, p_mean, p_std)
+    torch.testing.assert_close(objective(network, given).double(), expected, rtol=1e-5, atol=0)
+    objective.dtype = torch.float64
+    actual = objective(network, given)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+
+
+def test_the_perfect_network_has_no_loss_and_sees_unit_deviation() -> None:
+    """Of images with deviation σ_data, the network's input and target have deviation one."""
+    positions = torch.arange(512)
+    generator = torch.Generator().manual_seed(0)
+    images = SIGMA_DATA * torch.randn(512, *SHAPE, generator=generator)
+    objective = EdmObjective(SIGMA_DATA, Conditions(0))
+    sigma = objective.draw(positions, None).sigma[:, None, None, None]
+    n = gaussian_noise(0, positions, SHAPE, 0, Stream.TRAINING_NOISE).double()
+    c = preconditioning(sigma, SIGMA_DATA)
+    target = (images - c.skip * (images + sigma * n)) / c.out
+
+    def oracle(x: Tensor, noise: Tensor) -> Tensor:
+        torch.testing.assert_close(noise.double(), sigma.flatten().log() / 4, rtol=1e-6, atol=1e-7)
+        assert x.std().item() == pytest.approx(1, abs=0.02)
+        assert target.std().item() == pytest.approx(1, abs=0.02)
+        return target.float()
+
+    assert objective(oracle, Batch(images, None, positions)).max() < 1e-10
+
+
+def test_noise_levels_are_log_normal_and_belong_to_positions() -> None:
+    objective = EdmObjective(SIGMA_DATA, Conditions(7), p_mean=-0.3, p_std=0.8)
+    positions = torch.arange(20_000) + 2**40
+    sigma = objective.draw(positions, None).sigma
+    assert stats.kstest(sigma.log().numpy(), "norm", (-0.3, 0.8)).pvalue > 1e-3
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(0))[:99]
+    assert torch.equal(objective.draw(positions[order], None).sigma, sigma[order])
+    other = EdmObjective(SIGMA_DATA, Conditions(8), p_mean=-0.3, p_std=0.8)
+    assert not torch.equal(other.draw(positions, None).sigma, sigma)
+
+
+def test_the_loss_of_a_sample_depends_on_its_position_alone() -> None:
+    positions = torch.arange(24)
+    objective = EdmObjective(SIGMA_DATA, Conditions(3, True, 4, 0.4))
+    given = batch(positions, labelled=True)
+    whole = objective(network, given)
+    for part in positions.split(7):
+        piece = Batch(given.images[part], part % 4, part)
+        torch.testing.assert_close(objective(network, piece), whole[part], rtol=1e-6, atol=0)
+
+
+def test_the_loss_trains_the_network() -> None:
+    weight = torch.tensor(0.5, requires_grad=True)
+    given, objective = batch(torch.arange(8)), EdmObjective(SIGMA_DATA, Conditions(0))
+    objective(lambda x, t: weight * x, given).mean().backward()
+    assert weight.grad is not None
+    nudged = [objective(lambda x, t, w=w: w * x, given).mean().item() for w in (0.49, 0.51)]
+    assert weight.grad.item() == pytest.approx((nudged[1] - nudged[0]) / 0.02, rel=1e-3)
+
+
+# --- The schedule
+
+
+@pytest.mark.parametrize(("steps", "low", "high"), [(1000, 0.002, 80.0), (2, 0.1, 3.0)])
+def test_the_schedule_is_even_in_log_sigma(steps: int, low: float, high: float) -> None:
+    schedule = NoiseSchedule.edm(steps, low, high)
+    expected = torch.linspace(math.log(low), math.log(high), steps, dtype=torch.float64)
+    torch.testing.assert_close(log_sigma(schedule), expected, rtol=0, atol=1e-9)
+
+
+def test_the_steps_are_those_of_the_paper() -> None:
+    """Equation 5, though few of them are timesteps of the schedule."""
+    visited = karras_timesteps(SCHEDULE, 18)
+    a, s = noise_levels(SCHEDULE, visited)
+    i = torch.arange(18, dtype=torch.float64)
+    expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close((s / a)[:-1], expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 0.1, 1.0), "timesteps is 1"),
+        ((10, 1.0, 1.0), "sigma_min is 1.0 and sigma_max 1.0"),
+        ((10, 0.0, 1.0), "sigma_min is 0.0"),
+        ((10, 0.1, math.inf), "sigma_max inf"),
+        ((10, 0.1, 1.0, 0.0), "sigma_data is 0.0"),
+    ],
+)
+def test_schedules_that_are_none(arguments: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NoiseSchedule.edm(*arguments)
+
+
+# --- Sampling
+
+
+def denoiser(y: Tensor, sigma: Tensor) -> Tensor:
+    """The ideal D for two Gaussians, N(±0.6, 0.2²), of a value that also looks at its mirror."""
+    y = 0.8 * y + 0.2 * y.flip(-1)
+    variance = 0.2**2 + sigma**2
+    share = (2 * 0.6 * y / variance).sigmoid()
+    mean = 0.6 * (2 * share - 1)
+    return (0.2**2 * y + sigma**2 * mean) / variance
+
+
+def estimate(y: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+    """That D, and another one for each label."""
+    shift = 0.1 * labels[0][:, None, None, None] if labels else 0
+    return (1 + shift) * denoiser(y, sigma) + shift
+
+
+def smooth_network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
+    """The F of that D."""
+    sigma = (4 * noise.to(x.dtype)).exp()[:, None, None, None]
+    c = preconditioning(sigma, SIGMA_DATA)
+    y = x / c.input
+    return (estimate(y, sigma, *labels) - c.skip * y) / c.out
+
+
+class Vp(torch.nn.Module):
+    """The same network as one that predicts x_0 from x_t, as any sampler takes."""
+
+    null_class = 4
+    sample_shape = SHAPE
+
+    def forward(self, x: Tensor, timesteps: Tensor, *labels: Tensor) -> Tensor:
+        a, s = noise_levels(SCHEDULE, timesteps.double())
+        a, s = (level[:-1].to(x)[:, None, None, None] for level in (a, s))
+        return estimate(x / a, s / a, *labels)
+
+
+class Edm(torch.nn.Module):
+    null_class = 4
+    sample_shape = SHAPE
+
+    def forward(self, x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
+        return smooth_network(x, noise, *labels)
+
+
+def run(table: CoefficientTable, model: Any, x: Tensor) -> list[Tensor]:
+    """The states of the loop after each row, in float64."""
+    history = x.new_zeros(max(table.history, 1), *x.shape)
+    rows = torch.nn.functional.pad(table.rows, (0, max(1 - table.history, 0)))
+    shown = table.timesteps if table.shown is None else table.shown
+    states = []
+    for i in range(table.evaluations):
+        output = model(x, shown[i].expand(len(x)))
+        reverse_step_reference_(
+            x, output, rows, torch.tensor(i), torch.tensor(3), IDS, None, None, None, history, False
+        )
+        states.append(x.clone())
+    return states
+
+
+def algorithm_1(steps: int, n: Tensor, second_order: bool) -> Tensor:
+    """Karras et al. 2022, algorithm 1, from x = σ_max n."""
+    i = torch.arange(steps, dtype=torch.float64)
+    t = (80 ** (1 / 7) + i / max(steps - 1, 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    t = torch.cat([t, t.new_zeros(1)])
+    x = t[0] * n
+    for now, after in itertools.pairwise(t):
+        d = (x - denoiser(x, now)) / now
+        x_next = x + (after - now) * d
+        if after != 0 and second_order:
+            d_next = (x_next - denoiser(x_next, after)) / after
+            x_next = x + (after - now) * (d / 2 + d_next / 2)
+        x = x_next
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 18, 40])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_algorithm_1(sampler: str, steps: int) -> None:
+    table = build_table(SCHEDULE, sampler, steps, prediction="edm")
+    assert table.evaluations == (2 * steps - 1 if sampler == "heun" else steps)
+    assert table.scale is not None
+    n = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
+    _, s = noise_levels(SCHEDULE, table.timesteps[:1])
+    state = run(table, smooth_network, table.scale[0] * s[0] * n)[-1]
+    expected = algorithm_1(steps, n, sampler == "heun")
+    torch.testing.assert_close(state, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_takes_the_steps_that_it_takes_with_x_0(sampler: str) -> None:
+    plain = build_table(SCHEDULE, sampler, 12, prediction="x0", eta=0.5)
+    table = build_table(SCHEDULE, sampler, 12, prediction="edm", eta=0.5)
+    assert torch.equal(table.timesteps, plain.timesteps)
+    assert table.scale is not None
+    assert table.scale[-1] == 1
+    x = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
+    expected = run(plain, Vp(), x.clone())
+    actual = run(table, smooth_network, table.scale[0] * x)
+    for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(ours / table.scale[i + 1], theirs, rtol=0, atol=1e-8)
+
+
+def test_the_network_is_shown_its_own_input() -> None:
+    """From x_t = a x_0 + s ε, what the first row's state holds is c_in (x_0 + σ n)."""
+    table = build_table(SCHEDULE, "ddim", 10, prediction="edm")
+    a, s = noise_levels(SCHEDULE, table.timesteps)
+    assert table.scale is not None
+    assert table.shown is not None
+    sigma = (s / a)[:-1]
+    torch.testing.assert_close(table.scale[:-1] * a[:-1], 1 / (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(table.shown, sigma.log() / 4)
+    assert table.scale[0].item() == pytest.approx(1, abs=1e-4)  # so noise may begin as it is
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "heun", "steps": 9},
+        {"clip": True},
+        {"sampler": "ddpm", "variance": "fixed_small"},
+        {"sampler": "ddim", "eta": 1.0, "spacing": "linspace"},
+        {"sampler": "unipc3", "timesteps": [999, 900, 700, 400, 200, 100, 0]},
+        {"threshold": 0.9},
+        {"images": True, "strength": 0.6},
+        {"images": True, "strength": 0.5, "sampler": "heun"},
+        {"inpainting": 1},
+        {"inpainting": 3, "sampler": "ddpm"},
+        {"inpainting": 2, "images": True, "sampler": "ddim", "eta": 0.3},
+        {"initial": True},
+        {"labels": LABELS},
+        {"labels": LABELS, "guidance": Guidance(2.0)},
+        {"labels": LABELS, "guidance": Guidance(3.0, two_passes=True), "sampler": "dpm++2m"},
+        {"labels": LABELS, "guidance": Guidance(2.0, interval=(0.3, 2.0)), "threshold": 0.8},
+    ],
+    ids=str,
+)
+def test_everything_a_chain_does(options: dict[str, Any]) -> None:
+    """With F it draws the pictures that it draws with the same network as one of x_0."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, *SHAPE, generator=generator) * 2 - 1
+    given: dict[str, Any] = {
+        "sample_ids": IDS, "seed": 3, "sampler": "dpm++2m", "steps": 8, "clip": False, **options,
+    }  # fmt: skip
+    if "timesteps" in given:
+        del given["steps"]
+    if given.pop("images", None):
+        given["images"] = images
+    if draws := given.pop("inpainting", None):
+        mask = torch.zeros(1, 1, *SHAPE[1:], dtype=torch.bool)
+        mask[..., :3] = True
+        given["inpainting"] = Inpainting(images, mask, draws)
+    if given.pop("initial", None):
+        given["initial"] = interpolated_noise(3, 4, 9, torch.linspace(0, 1, 3), SHAPE)
+    ours = sample(Edm(), SCHEDULE, prediction="edm", **given)
+    theirs = sample(Vp(), SCHEDULE, prediction="x0", **given)
+    assert ours.std() > 0.2
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    if "inpainting" in given:
+        torch.testing.assert_close(ours[..., :3], images[..., :3], rtol=0, atol=1e-6)
+
+
+def test_guidance_is_rescaled_as_the_networks_output_is() -> None:
+    drawn = [
+        sample(
+            Edm(), SCHEDULE, prediction="edm", sample_ids=IDS, sampler="euler", steps=6,
+            labels=LABELS, guidance=Guidance(4.0, rescale), clip=False,
+        )
+        for rescale in (0.0, 0.7)
+    ]  # fmt: skip
+    assert bool(drawn[1].isfinite().all())
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+
+
+def test_the_states_that_are_shown_are_those_of_the_process() -> None:
+    options: dict[str, Any] = {"seed": 3, "sample_ids": IDS, "clip": False}
+    kinds: Any = [(Edm(), "edm"), (Vp(), "x0")]
+    chains = [
+        sampling_steps(model, build_table(SCHEDULE, "heun", 5, prediction=kind), SHAPE, **options)
+        for model, kind in kinds
+    ]
+    for ours, theirs in zip(*chains, strict=True):
+        assert ours.timestep == theirs.timestep
+        torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours.x0, theirs.x0, rtol=0, atol=1e-4)
+
+
+def test_sigma_data_is_the_schedules() -> None:
+    schedule = NoiseSchedule.edm(sigma_data=0.8)
+    a, s = noise_levels(schedule, torch.tensor([300]))
+    table = build_table(schedule, "ddim", prediction="edm", timesteps=[300])
+    c = preconditioning((s / a)[:1], 0.8)
+    torch.testing.assert_close(table.rows[:, Column.X0_FROM_OUTPUT], c.out)
+
+
+def test_where_there_is_no_x_t() -> None:
+    one = torch.ones(())
+    with pytest.raises(UserError, match=r"another input than x_t.*predicts eps, x0, v"):
+        x0_coefficients("edm", one, one)
+    with pytest.raises(UserError, match="another input than x_t"):
+        SAMPLERS["ddim"](SCHEDULE, torch.tensor([3]), "edm")
+
+
+def test_a_table_that_adds_noise_adds_as_much_of_it() -> None:
+    plain = build_table(SCHEDULE, "ddpm", 10, prediction="x0")
+    table = preconditioned(plain, SCHEDULE)
+    assert table.scale is not None
+    torch.testing.assert_close(
+        table.rows[:, Column.NOISE] / table.scale[1:], plain.rows[:, Column.NOISE]
+    )
+    assert plain.scale is None  # it is left as it was
+
+
+# --- Configuration
+
+
+EDM = RunConfig(diffusion=DiffusionConfig(schedule="edm", prediction="edm"))
+
+
+@pytest.mark.parametrize("name", ["digits-edm", "cifar10-edm"])
+def test_presets(name: str) -> None:
+    config = PRESETS[name]()
+    assert config.problems() == []
+    assert from_dict(to_dict(config), "here") == config
+    schedule = config.diffusion.build_schedule()
+    objective = build_objective(config, schedule)
+    assert isinstance(objective, EdmObjective)
+    assert (objective.p_mean, objective.p_std) == (-1.2, 1.2)
+    assert objective.sigma_data == config.diffusion.sigma_data == schedule.sigma_data
+    assert config.sampling.sampler == "heun"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"diffusion": DiffusionConfig(prediction="edm")}, "--diffusion.schedule edm"),
+        (
+            {"diffusion": replace(EDM.diffusion, timesteps=2, betas=(0.1, 0.2))},
+            "--diffusion.schedule edm, without betas",
+        ),
+        ({"diffusion": replace(EDM.diffusion, zero_terminal_snr=True)}, "cannot be infinite"),
+        ({"diffusion": replace(EDM.diffusion, sigma_min=0.0)}, "--diffusion.sigma-min is 0.0"),
+        ({"diffusion": replace(EDM.diffusion, sigma_data=-1.0)}, "--diffusion.sigma-data is -1.0"),
+        ({"diffusion": replace(EDM.diffusion, timesteps=1)}, "--diffusion.timesteps is 1"),
+        ({"objective": ObjectiveConfig(p_std=0.0)}, "--objective.p-std is 0.0"),
+        ({"objective": ObjectiveConfig(weighting="p2")}, "--objective.weighting is p2, but"),
+        ({"objective": ObjectiveConfig(offset_noise=0.1)}, "--objective.offset-noise is 0.1"),
+        ({"sampling": SamplingConfig(variance="learned_range")}, "predicts no variance"),
+        (
+            {"diffusion": DiffusionConfig(), "objective": ObjectiveConfig(p_mean=0.0)},
+            "--objective.p-mean does nothing unless --diffusion.prediction is edm",
+        ),
+    ],
+)
+def test_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
+    assert any(message in problem for problem in replace(EDM, **changes).problems())
+
+
+def test_other_predictions_may_use_the_schedule() -> None:
+    diffusion = DiffusionConfig(schedule="edm", prediction="v", timesteps=50)
+    assert replace(EDM, diffusion=diffusion, sampling=SamplingConfig(steps=50)).problems() == [
+        "--log.sample-steps is 100; there are only --diffusion.timesteps 50 to visit"
+    ]
+    assert diffusion.build_schedule().timesteps == 50

@@ -1,0 +1,343 @@
+"""The variational bound: each term against its closed form, and the whole against a known NLL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ddpm_engine.likelihood import (
+    bits_per_dim,
+    decoder_term,
+    denoising_term,
+    gaussian_kl,
+    prior_term,
+    reverse_log_variance,
+)
+from ddpm_engine.prediction import Prediction, from_x0
+from ddpm_engine.process import forward
+from ddpm_engine.samplers.ddpm import Variance
+from ddpm_engine.schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.linear(10, 0.01, 0.3)
+PAPER = NoiseSchedule.linear(1000)
+DEVIATION = 0.3
+"""Of the pixels of the one-dimensional data set, whose mean is zero."""
+WIDTH = 2 / 255
+LEVELS = torch.arange(256, dtype=torch.float64) * WIDTH - 1
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# --- The terms
+
+
+def test_kl_between_gaussians() -> None:
+    mean, other_mean = normal(50), normal(50, seed=1)
+    log_variance, other_log_variance = 3 * normal(50, seed=2), 3 * normal(50, seed=3)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, (0.5 * log_variance).exp()),
+        torch.distributions.Normal(other_mean, (0.5 * other_log_variance).exp()),
+    )
+    actual = gaussian_kl(mean, log_variance, other_mean, other_log_variance)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert gaussian_kl(mean, log_variance, mean, log_variance).abs().max() < 1e-15
+
+
+def test_prior_term_is_what_the_schedule_leaves_of_the_image() -> None:
+    x_0 = normal(3, 2, 4, 4).clamp(-1, 1)
+    left = math.prod(1 - beta for beta in torch.linspace(1e-4, 0.02, 1000).double().tolist())
+    # KL(N(√ᾱ x_0, 1 − ᾱ) ‖ N(0, 1))
+    expected = 0.5 * (left * x_0**2 + (1 - left) - 1 - math.log(1 - left))
+    torch.testing.assert_close(prior_term(PAPER, x_0), expected, rtol=1e-6, atol=0)
+    assert prior_term(PAPER.rescaled_to_zero_terminal_snr(), x_0).abs().max() == 0
+
+
+@pytest.mark.parametrize("t", [1, 500, 999])
+def test_denoising_term_vanishes_at_the_posterior_alone(t: int) -> None:
+    x_0, noise = normal(2, 1, 3, 3).clamp(-1, 1), normal(2, 1, 3, 3, seed=1)
+    at = torch.tensor([t, t])
+    x_t = forward(PAPER, x_0, at, noise)
+    ab, before = PAPER.alpha_bar[t], PAPER.alpha_bar[t - 1]
+    beta = 1 - ab / before
+    mean = (before.sqrt() * beta * x_0 + (1 - beta).sqrt() * (1 - before) * x_t) / (1 - ab)
+    variance = (1 - before) / (1 - ab) * beta
+    exact = denoising_term(PAPER, x_0, x_t, at, mean, variance.log())
+    assert exact.abs().max() < 1e-12
+    moved = denoising_term(PAPER, x_0, x_t, at, mean + 0.01, variance.log())
+    torch.testing.assert_close(
+        moved, (0.5 * 0.01**2 / variance).expand_as(moved), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("deviation", [1e-4, 7e-3, 0.3, 10.0])
+@pytest.mark.parametrize("mean", [-1.0, 0.001, 0.77, 1.5])
+def test_decoder_is_a_distribution_of_bytes(mean: float, deviation: float) -> None:
+    log_variance = torch.tensor(2 * math.log(deviation), dtype=torch.float64)
+    log_mass = -decoder_term(LEVELS, torch.full_like(LEVELS, mean), log_variance)
+    assert abs(log_mass.exp().sum() - 1) < 1e-12
+    edges = (LEVELS[:-1] + LEVELS[1:]) / 2
+    cdf = stats.norm.cdf(edges.numpy(), mean, deviation)
+    expected = torch.from_numpy(cdf).diff()
+    torch.testing.assert_close(log_mass[1:-1].exp(), expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoder_keeps_its_digits_in_the_tails(dtype: torch.dtype) -> None:
+    """A thousand deviations away the mass is e^(−500 000), and its logarithm is still right."""
+    deviation = 1e-3
+    x_0 = LEVELS[[0, 100, 255]].to(dtype)
+    mean = x_0 + torch.tensor([1, -1, -1], dtype=dtype)  # of the first, its bin reaches to −∞
+    log_variance = torch.tensor(2 * math.log(deviation), dtype=dtype)
+    z = (1 - 1 / 255) / deviation
+    expected = -stats.norm.logsf(z)
+    actual = decoder_term(x_0, mean, log_variance)
+    rtol = 1e-5 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(actual, torch.tensor([expected] * 3, dtype=dtype), rtol=rtol, atol=0)
+
+
+def test_variance_of_the_last_step_is_that_before_it() -> None:
+    """As in the original code: −9.817 on the paper's schedule, not the logarithm of zero."""
+    for variance in ("fixed_small", "fixed_large"):
+        assert reverse_log_variance(PAPER, variance, 0).item() == pytest.approx(-9.817, abs=5e-4)
+    assert reverse_log_variance(PAPER, "fixed_large", 1) == PAPER.betas[1].log()
+    half = reverse_log_variance(PAPER, "learned_range", 7, torch.tensor([0.0, 0.5, 1.0]))
+    assert half.exp()[0].item() == pytest.approx(PAPER.posterior_variance[7].item())
+    assert half.exp()[2].item() == pytest.approx(PAPER.betas[7].item())
+    assert half[1].item() == pytest.approx((half[0] + half[2]).item() / 2)
+
+
+# --- improved-diffusion's conventions
+
+
+def their_term(
+    schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: int, x_0_hat: Tensor, log_variance: Tensor
+) -> Tensor:
+    """`_vb_terms_bpd` of improved-diffusion, in its own words: bits per dimension, `[B]`."""
+    ab, before = schedule.alpha_bar[t], schedule.alpha_bar_previous[t]
+    c_x_0 = schedule.betas[t] * before.sqrt() / (1 - ab)
+    c_x_t = (1 - before) * schedule.alphas[t].sqrt() / (1 - ab)
+    true_mean, mean = c_x_0 * x_0 + c_x_t * x_t, c_x_0 * x_0_hat + c_x_t * x_t
+    if t > 0:
+        low = schedule.posterior_variance[t].log()
+        nats = 0.5 * (
+            -1.0 + log_variance - low + (low - log_variance).exp()
+            + (true_mean - mean) ** 2 * (-log_variance).exp()
+        )  # fmt: skip
+    else:
+
+        def cdf(z: Tensor) -> Tensor:
+            return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+        inverse = (-0.5 * log_variance).exp()
+        plus, minus = cdf(inverse * (x_0 - mean + 1 / 255)), cdf(inverse * (x_0 - mean - 1 / 255))
+        nats = -torch.where(
+            x_0 < -0.999,
+            plus.clamp(min=1e-12).log(),
+            torch.where(
+                x_0 > 0.999,
+                (1 - minus).clamp(min=1e-12).log(),
+                (plus - minus).clamp(min=1e-12).log(),
+            ),
+        )
+    return nats.mean((1, 2, 3)) / math.log(2)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_terms_are_improved_diffusions(variance: Variance, clip: bool) -> None:
+    schedule = NoiseSchedule.linear(40, 1e-3, 0.2)
+    images = torch.randint(
+        0, 256, (3, 2, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    images[0, 0, 0, :2] = torch.tensor([0, 255])
+    x_0 = (images.double() / 127.5) - 1
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        t = int(timesteps[0])
+        a, s = schedule.sqrt_alpha_bar[t].float(), schedule.sqrt_one_minus_alpha_bar[t].float()
+        output = (x_t - a * x_0.float()) / s + 0.1 * (5 * x_t).sin()
+        if variance == "learned_range":
+            output = torch.cat([output, (3 * x_t).cos()], 1)
+        seen.append((x_t.double(), output.double()))
+        return output
+
+    terms = bits_per_dim(network, schedule, images, torch.arange(3), variance=variance, clip=clip)
+    assert terms.shape == (3, 41)
+    for t, (x_t, output) in enumerate(seen):
+        a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
+        estimate = (x_t - s * output[:, :2]) / a
+        if clip:
+            estimate = estimate.clamp(-1, 1)
+        low, high = schedule.posterior_log_variance_clipped[t], schedule.betas[t].log()
+        log_variance = {
+            "fixed_small": low,
+            "fixed_large": high if t else low,
+            "learned_range": (output[:, 2:] + 1) / 2 * high + (1 - output[:, 2:]) / 2 * low
+            if variance == "learned_range"
+            else low,
+        }[variance]
+        theirs = their_term(schedule, x_0, x_t, t, estimate, log_variance)
+        # At t = 0 their normal distribution function is approximate.
+        torch.testing.assert_close(terms[:, t], theirs, rtol=1e-5 if t else 2e-3, atol=1e-6)
+
+
+# --- A data set whose likelihood is known
+
+
+def gaussian_pixels(count: int) -> tuple[Tensor, Tensor]:
+    """Images of independent pixels of N(0, 0.3²) in bytes, and each image's −log₂ p a pixel."""
+    edges = (LEVELS[:-1] + LEVELS[1:]) / 2
+    cdf = torch.from_numpy(stats.norm.cdf(edges.numpy(), 0, DEVIATION))
+    u = torch.rand(
+        count, 1, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    images = torch.searchsorted(cdf, u)
+    mass = torch.cat([cdf[:1], cdf.diff(), 1 - cdf[-1:]])
+    return images.to(torch.uint8), -mass.log2()[images].mean((1, 2, 3))
+
+
+def spread(t: int) -> float:
+    """Var(x_0 | x_t): what the best of all denoisers cannot know."""
+    ab = SCHEDULE.alpha_bar[t].item()
+    return DEVIATION**2 * (1 - ab) / (ab * DEVIATION**2 + 1 - ab)
+
+
+def best(prediction: Prediction = "x0", fraction: Callable[[int], float] | None = None):  # type: ignore[no-untyped-def]
+    """The best denoiser of that data set, E[x_0 | x_t], which is linear."""
+
+    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+        t = int(timesteps[0])
+        a, s = SCHEDULE.sqrt_alpha_bar[t], SCHEDULE.sqrt_one_minus_alpha_bar[t]
+        x_t = x_t.double()
+        x_0 = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * x_t
+        output = from_x0(prediction, x_0, x_t, a, s)
+        if fraction is None:
+            return output
+        return torch.cat([output, torch.full_like(output, 2 * fraction(t) - 1)], 1)
+
+    return network
+
+
+def exact_step_variance(t: int) -> float:
+    """Var(x_{t−1} | x_t), over images too; of x_0 itself at t = 0."""
+    posterior = SCHEDULE.posterior_variance[t].item()
+    return posterior + SCHEDULE.posterior_mean_x0[t].item() ** 2 * spread(t)
+
+
+def exact_fraction(t: int) -> float:
+    """Where that variance lies in the learned range."""
+    low, high = SCHEDULE.posterior_log_variance_clipped[t], SCHEDULE.betas[t].log()
+    return ((math.log(exact_step_variance(t)) - low) / (high - low)).item()
+
+
+def expected_terms(variance: Variance) -> Tensor:
+    """The mean of each term over data and noise, in bits: closed forms of Gaussians."""
+    terms = []
+    for t in range(SCHEDULE.timesteps):
+        if variance == "learned_range":
+            sigma2 = exact_step_variance(t)
+        else:
+            sigma2 = (SCHEDULE.betas if variance == "fixed_large" and t else
+                      SCHEDULE.posterior_log_variance_clipped.exp())[t].item()  # fmt: skip
+        if t == 0:
+            # The cross-entropy of a density, and of bins much narrower than it.
+            nats = 0.5 * (math.log(2 * math.pi * sigma2) + spread(0) / sigma2) - math.log(WIDTH)
+        else:
+            low = SCHEDULE.posterior_variance[t].item()
+            error = SCHEDULE.posterior_mean_x0[t].item() ** 2 * spread(t)
+            nats = 0.5 * (math.log(sigma2 / low) - 1 + (low + error) / sigma2)
+        terms.append(nats)
+    ab = SCHEDULE.alpha_bar[-1].item()
+    terms.append(0.5 * (-math.log(1 - ab) - ab + ab * DEVIATION**2))
+    return torch.tensor(terms, dtype=torch.float64) / math.log(2)
+
+
+def expected_gap(variance: Variance) -> float:
+    """Bound − NLL: KL of x_T to the prior, and of each exact reverse step to the model's, in bits.
+
+    By the chain rule, KL(q(x_{0…T}) ‖ p(x_{0…T})). Where the means agree, as they do here, only the
+    ratio of variances is left.
+    """
+    marginal = SCHEDULE.alpha_bar[-1].item() * (DEVIATION**2 - 1) + 1
+    nats = 0.5 * (marginal - 1 - math.log(marginal))
+    for t in range(SCHEDULE.timesteps):
+        if variance == "learned_range":
+            continue
+        large = variance == "fixed_large" and t > 0
+        sigma2 = SCHEDULE.betas[t] if large else SCHEDULE.posterior_log_variance_clipped[t].exp()
+        ratio = exact_step_variance(t) / sigma2.item()
+        nats += 0.5 * (ratio - 1 - math.log(ratio))
+    return nats / math.log(2)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_bound_of_gaussian_pixels(variance: Variance) -> None:
+    images, nll = gaussian_pixels(16)
+    network = best(fraction=exact_fraction if variance == "learned_range" else None)
+    terms = bits_per_dim(
+        network, SCHEDULE, images, torch.arange(16), prediction="x0", variance=variance, clip=False
+    )
+    assert terms.dtype == torch.float64
+    error = terms.std(0) / math.sqrt(16)
+    assert bool(((terms.mean(0) - expected_terms(variance)).abs() < 4 * error + 1e-4).all())
+
+    gap = terms.sum(1) - nll
+    expected = expected_gap(variance)
+    assert expected > 0
+    assert gap.mean() > 0
+    assert abs(gap.mean() - expected) < 4 * gap.std() / math.sqrt(16) + 1e-4
+    assert expected_gap("learned_range") < 0.2 * min(
+        expected_gap("fixed_small"), expected_gap("fixed_large")
+    )
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_bound_does_not_depend_on_what_is_predicted(prediction: Prediction) -> None:
+    images, _ = gaussian_pixels(2)
+    ids = torch.arange(2)
+    expected = bits_per_dim(best(), SCHEDULE, images, ids, prediction="x0")
+    actual = bits_per_dim(best(prediction), SCHEDULE, images, ids, prediction=prediction)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_bound_depends_on_seed_and_id_and_not_on_the_batch() -> None:
+    images, _ = gaussian_pixels(4)
+    ids = torch.tensor([3, 2**40, 7, 9])
+    together = bits_per_dim(best(), SCHEDULE, images, ids, seed=5, prediction="x0")
+    alone = torch.cat([
+        bits_per_dim(best(), SCHEDULE, images[i : i + 1], ids[i : i + 1], seed=5, prediction="x0")
+        for i in range(4)
+    ])  # fmt: skip
+    torch.testing.assert_close(alone, together, rtol=1e-9, atol=0)
+    other = bits_per_dim(best(), SCHEDULE, images, ids, seed=6, prediction="x0")
+    assert not bool((other[:, :-1] == together[:, :-1]).any())
+    assert torch.equal(other[:, -1], together[:, -1])  # the prior's needs no noise
+
+
+def test_labels_reach_the_network() -> None:
+    images, _ = gaussian_pixels(2)
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        return x
+
+    bits_per_dim(network, SCHEDULE, images, torch.arange(2), labels=torch.tensor([4, 5]))
+    assert len(seen) == 10
+    assert all(torch.equal(labels, torch.tensor([4, 5])) for labels in seen)
+
+
+def test_what_has_no_likelihood_is_refused() -> None:
+    images, _ = gaussian_pixels(1)
+    with pytest.raises(ValueError, match="float32"):
+        bits_per_dim(best(), SCHEDULE, images.float(), torch.arange(1))
+    with pytest.raises(ValueError, match="it must have 2"):
+        bits_per_dim(best(), SCHEDULE, images, torch.arange(1), variance="learned_range")

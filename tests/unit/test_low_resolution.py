@@ -1,0 +1,322 @@
+"""Networks that enlarge: what they are shown in training and sampling, and what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_engine.config import RunConfig, TrainingConfig, UNetConfig, digits_upscale
+from ddpm_engine.data import Batch
+from ddpm_engine.errors import UserError
+from ddpm_engine.interop.network import config_entries
+from ddpm_engine.low_resolution import MAX_LEVEL, Augmentation, enlarge, shrink
+from ddpm_engine.objectives import DenoisingObjective, EdmObjective
+from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.samplers import Guidance, build_table, initial_noise, sample, sampling_steps
+from ddpm_engine.samplers import loop as loop_module
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Stream, gaussian_noise
+
+SCHEDULE = NoiseSchedule.linear(100, 1e-3, 0.1)
+IDS = torch.tensor([5, 0, 2**40, 7])
+LABELS = torch.tensor([1, 3, 0, 2])
+SMALL = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+LARGE = (3, 8, 8)
+TINY = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+    num_class_embeds=5,
+    low_resolution=4,
+)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    torch.manual_seed(0)
+    network = UNet(TINY).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network.requires_grad_(False)
+
+
+def stored(count: int) -> Tensor:
+    levels = torch.randint(0, 256, (count, *LARGE), generator=torch.Generator().manual_seed(2))
+    return levels.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
+class Watched:
+    """A network that keeps what it was shown."""
+
+    low_resolution = 4
+    null_class = 4
+    sample_shape = LARGE
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, image: Tensor, levels: Tensor
+    ) -> Tensor:
+        assert image.shape == x.shape
+        assert levels.shape == t.shape
+        self.shown.append((image.clone(), levels.clone()))
+        return x.sin() + 0.3 * image
+
+
+# --- Making small, making large, adding noise
+
+
+def test_shrinking_is_the_mean_of_blocks() -> None:
+    images = stored(2)
+    blocks = images.double().reshape(2, 3, 4, 2, 4, 2).mean((3, 5)) / 127.5 - 1
+    assert torch.allclose(shrink(images, 4).double(), blocks, rtol=0, atol=1e-6)
+    assert torch.allclose(shrink(images / 127.5 - 1, 4).double(), blocks, rtol=0, atol=1e-6)
+
+
+def test_enlarging_interpolates_between_centres() -> None:
+    # Pixel i of n lies at (i + ½) / n. Interpolation reproduces a plane, and goes on flat beyond
+    # the outermost centres.
+    def plane(side: int) -> Tensor:
+        at = (torch.arange(side, dtype=torch.float64) + 0.5) / side
+        at = at.clamp(0.5 / 4, 1 - 0.5 / 4)
+        return (0.7 * at[:, None] - 0.4 * at + 0.1)[None, None]
+
+    assert torch.allclose(enlarge(plane(4), 12), plane(12), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [1, 250, MAX_LEVEL])
+def test_a_level_is_so_many_steps_of_the_linear_chain(level: int) -> None:
+    shown = Augmentation()(SMALL, 8, torch.full_like(IDS, level), 3, IDS)
+    alpha_bar = NoiseSchedule.linear(1000).alpha_bar[level - 1]
+    noise = gaussian_noise(3, IDS, LARGE, 0, Stream.AUGMENTATION_NOISE).double()
+    clean = enlarge(SMALL.double(), 8)
+    expected = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+    torch.testing.assert_close(shown.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_level_zero_is_the_clean_image_to_the_bit() -> None:
+    assert torch.equal(Augmentation()(SMALL, 8, torch.zeros_like(IDS), 3, IDS), enlarge(SMALL, 8))
+
+
+def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
+    augmented = Augmentation()
+    levels = torch.tensor([10, 0, 250, 999])
+    whole = augmented(SMALL, 8, levels, 3, IDS)
+    for k in range(4):
+        part = slice(k, k + 1)
+        assert torch.equal(augmented(SMALL[part], 8, levels[part], 3, IDS[part]), whole[part])
+
+
+# --- In training
+
+
+def conditions_of(levels: int, flip: bool = False) -> Conditions:
+    return Conditions(3, flip, 4, 0.2, 4, Augmentation(), levels)
+
+
+def objective(levels: int, flip: bool = False) -> DenoisingObjective:
+    return DenoisingObjective(SCHEDULE, "eps", conditions_of(levels, flip))
+
+
+@pytest.mark.parametrize("edm", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_shows_the_clean_enlarged_image_at_level_zero(flip: bool, edm: bool) -> None:
+    network, images, positions = Watched(), stored(6), torch.arange(6) + 2**33
+    conditions = conditions_of(1, flip)
+    loss_of = EdmObjective(0.5, conditions) if edm else objective(1, flip)
+    loss_of(network, Batch(images, positions % 4, positions))
+    ((shown, levels),) = network.shown
+    expected = enlarge(shrink(images, 4), 8)
+    mirrored = conditions.flip(positions)
+    if mirrored is not None:
+        assert 0 < int(mirrored.sum()) < 6
+        expected = torch.where(mirrored[:, None, None, None], expected.flip(-1), expected)
+    assert torch.equal(shown, expected)
+    assert levels.tolist() == [0] * 6
+
+
+def test_training_noise_says_nothing_about_augmentation_noise() -> None:
+    # Were the two the same, the network could read the answer off its input.
+    positions = torch.arange(64)
+    network = Watched()
+    black = torch.full((64, *LARGE), 0.0)
+    objective(MAX_LEVEL + 1)(network, Batch(black, positions % 4, positions))
+    ((shown, levels),) = network.shown
+    noise = gaussian_noise(3, positions, LARGE, 0, Stream.TRAINING_NOISE)
+    scale = shown.std((1, 2, 3), keepdim=True)
+    correlation = noise * (shown - shown.mean((1, 2, 3), keepdim=True)) / scale.clamp(min=1e-6)
+    assert abs(float(correlation.mean())) < 4 / (64 * 192) ** 0.5
+    assert levels.min() >= 0
+    assert levels.max() > MAX_LEVEL / 2
+    assert torch.equal(levels, objective(MAX_LEVEL + 1).conditions.levels(positions))
+
+
+def test_loss_does_not_depend_on_the_batch(unet: UNet) -> None:
+    images, positions = stored(6), torch.arange(6) + 2**33
+    loss_of = objective(250, flip=True)
+    whole = loss_of(unet, Batch(images, positions % 4, positions))
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        piece = loss_of(unet, Batch(images[part], positions[part] % 4, positions[part]))
+        torch.testing.assert_close(piece, whole[part], rtol=1e-5, atol=0)
+
+
+# --- The network
+
+
+def test_only_what_low_resolution_needs_is_added(unet: UNet) -> None:
+    plain = UNet(replace(TINY, low_resolution=None)).state_dict()
+    enlarging = unet.state_dict()
+    added = {name for name in enlarging if name.startswith("augmentation_embedding.")}
+    assert enlarging.keys() - added == plain.keys()
+    different = [name for name in plain if plain[name].shape != enlarging[name].shape]
+    assert different == ["conv_in.weight"]
+    assert unet.conv_in.weight.shape[1] == 6
+    assert unet.sample_shape == LARGE
+
+
+def test_prediction_depends_on_image_and_level(unet: UNet) -> None:
+    x, t = initial_noise(0, IDS, LARGE), torch.tensor([3, 50, 99, 0])
+    image, levels = enlarge(SMALL, 8), torch.tensor([0, 10, 20, 249])
+    output = unet(x, t, LABELS, image, levels)
+    assert output.shape == x.shape
+    assert float((unet(x, t, LABELS, image + 0.1, levels) - output).abs().max()) > 1e-3
+    assert float((unet(x, t, LABELS, image, levels + 100) - output).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "shown", "message"),
+    [
+        (TINY, (), "enlarges images of side 4"),
+        (TINY, (enlarge(SMALL, 8),), "enlarges images of side 4"),
+        (replace(TINY, low_resolution=None), (enlarge(SMALL, 8), IDS), "made without"),
+        (replace(TINY, low_resolution=None), (None, IDS), "made without"),
+    ],
+)
+def test_network_refuses_what_does_not_belong_to_it(
+    model: UNetConfig, shown: tuple[Tensor | None, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        UNet(model)(torch.zeros(4, *LARGE), torch.zeros(4), LABELS, *shown)
+
+
+@pytest.mark.parametrize("side", [0, 3, 8, 16])
+def test_sides_that_do_not_divide(side: int) -> None:
+    with pytest.raises(UserError, match=f"low_resolution is {side}: it must divide sample_size=8"):
+        UNet(replace(TINY, low_resolution=side))
+
+
+def test_levels_that_are_none() -> None:
+    for levels in (0, MAX_LEVEL + 2):
+        training = TrainingConfig(augmentation_levels=levels)
+        with pytest.raises(UserError, match=f"augmentation-levels is {levels}"):
+            replace(digits_upscale(), training=training).validate()
+    digits_upscale().validate()
+
+
+def test_diffusers_has_no_such_network() -> None:
+    with pytest.raises(UserError, match=r"model\.low-resolution is 8.*UNet2DModel"):
+        config_entries(digits_upscale().model)
+    assert "low_resolution" not in config_entries(RunConfig().model)
+
+
+# --- In sampling
+
+
+def draw(model: Any, **options: Any) -> Tensor:
+    given: dict[str, Any] = {
+        "sample_ids": IDS, "labels": LABELS, "seed": 3, "steps": 6, "low_resolution": SMALL,
+        "augmentation": 100,
+    }  # fmt: skip
+    return sample(model, SCHEDULE, **{**given, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sampler": "dpm++2m"},
+        {"guidance": Guidance(2.0)},
+        {"guidance": Guidance(2.0, two_passes=True)},
+        {"guidance": Guidance(2.0, interval=(0.5, 2.0)), "cache_interval": 2},
+    ],
+)
+def test_a_picture_is_the_same_in_every_batch(unet: UNet, options: dict[str, Any]) -> None:
+    whole = draw(unet, **options)
+    assert float((whole - draw(unet, **options, low_resolution=-SMALL)).abs().max()) > 0.01
+    torch.testing.assert_close(draw(unet, **options, batch_size=1), whole, rtol=0, atol=2e-4)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = draw(
+        unet, **options, sample_ids=IDS[order], labels=LABELS[order], low_resolution=SMALL[order],
+        batch_size=3,
+    )  # fmt: skip
+    torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=2e-4)
+
+
+def test_every_evaluation_is_shown_the_same_image() -> None:
+    network = Watched()
+    draw(network, guidance=Guidance(2.0), batch_size=2)
+    expected = Augmentation()(SMALL, 8, torch.full_like(IDS, 100), 3, IDS)
+    assert len(network.shown) == 12
+    for number, (image, levels) in enumerate(network.shown):
+        part = expected[:2] if number < 6 else expected[2:]
+        assert torch.equal(image, part.repeat(2, 1, 1, 1))
+        assert levels.tolist() == [100] * 4
+
+
+def test_level_zero_samples_from_the_clean_image() -> None:
+    network = Watched()
+    draw(network, augmentation=0)
+    assert all(torch.equal(image, enlarge(SMALL, 8)) for image, _ in network.shown)
+    assert all(levels.tolist() == [0] * 4 for _, levels in network.shown)
+
+
+def test_steps_one_by_one_are_those_of_sample() -> None:
+    whole = draw(Watched(), sampler="ddim")
+    last = None
+    for step in sampling_steps(
+        Watched(), build_table(SCHEDULE, "ddim", 6), LARGE, seed=3, sample_ids=IDS, labels=LABELS,
+        low_resolution=SMALL, augmentation=100,
+    ):  # fmt: skip
+        last = step.x
+    assert last is not None
+    assert torch.equal(last, whole)
+
+
+def test_captured_steps_see_the_image_of_their_batch(
+    unet: UNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stands for a CUDA graph: what is read while capturing is what is read when replayed.
+    monkeypatch.setattr(loop_module, "captured", lambda step: step)
+    options: dict[str, Any] = {"guidance": Guidance(2.0), "batch_size": 2}
+    assert torch.equal(draw(unet, **options, capture=True), draw(unet, **options, capture=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"low_resolution": None}, "enlarges pictures of side 4; give low_resolution"),
+        ({"low_resolution": SMALL[:2]}, r"low_resolution has shape \(2, 3, 4, 4\)"),
+        ({"low_resolution": enlarge(SMALL, 8)}, r"it must be \(4, 3, 4, 4\)"),
+        ({"augmentation": -1}, r"augmentation is -1; it must lie in \[0, 1000\]"),
+        ({"augmentation": 1001}, "augmentation is 1001"),
+    ],
+)
+def test_sampling_refuses(unet: UNet, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(unet, **options)
+
+
+def test_a_network_that_enlarges_nothing_refuses_small_pictures() -> None:
+    plain = UNet(replace(TINY, low_resolution=None)).eval()
+    with pytest.raises(UserError, match="this network enlarges nothing"):
+        draw(plain)

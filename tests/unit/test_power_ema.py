@@ -1,0 +1,155 @@
+"""Power-function averages: their profiles, and how one is made of others."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import nn
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.training import EMA
+from ddpm_engine.training.power_ema import (
+    LONGEST,
+    Profile,
+    combine,
+    gamma_of,
+    length_of,
+    power_decay,
+)
+
+
+def density(profile: Profile) -> Any:
+    """p of equation 1, zero after its time."""
+    g, t = profile.gamma, profile.time
+    return lambda tau: (g + 1) * tau**g / t ** (g + 1) if tau <= t else 0.0
+
+
+def tracked(trajectory: np.ndarray, gamma: float) -> np.ndarray:
+    """The averages after each step, by the update rule: `[T, …]`."""
+    decay = power_decay(gamma)
+    average, found = np.zeros_like(trajectory[0]), []
+    for updates, value in enumerate(trajectory):
+        average = decay(updates) * average + (1 - decay(updates)) * value
+        found.append(average)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94), (LONGEST, 0.0)])
+def test_lengths_of_the_paper(length: float, gamma: float) -> None:
+    assert gamma_of(length) == pytest.approx(gamma, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [0.001, 0.02, 0.1, 0.2, 0.28])
+def test_a_length_is_the_deviation_of_its_profile(length: float) -> None:
+    gamma = gamma_of(length)
+    assert length_of(gamma) == pytest.approx(length, rel=1e-9)
+    if length < 0.02:  # too narrow for the quadrature
+        return
+    p = density(Profile(gamma, 1))
+    mean, square = (quad(lambda tau, k=k: tau**k * p(tau), 0, 1)[0] for k in (1, 2))
+    assert (square - mean**2) ** 0.5 == pytest.approx(length, rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.3, 6.94, 16.97])
+def test_the_update_rule_gives_the_profile(gamma: float) -> None:
+    """Weights that stay as they are for a step each are averaged with the profile's integrals."""
+    trajectory = np.random.default_rng(0).normal(size=(50, 3))
+    edges = (np.arange(51) / 50) ** (gamma + 1)
+    expected = (np.diff(edges)[:, None] * trajectory).sum(0)
+    np.testing.assert_allclose(tracked(trajectory, gamma)[-1], expected, rtol=1e-10)
+    if gamma == 0:
+        np.testing.assert_allclose(expected, trajectory.mean(0), rtol=1e-12)
+
+
+def test_an_ema_with_that_decay_forgets_how_it_began() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMA(model, power_decay(2.0))
+    values = np.random.default_rng(1).normal(size=(30, 1))
+    for updates, value in enumerate(values):
+        with torch.no_grad():
+            model.weight.fill_(float(value[0]))
+        ema.update(model, updates)
+    assert ema.model.weight.item() == pytest.approx(tracked(values, 2.0)[-1, 0], rel=1e-5)
+
+
+def test_a_known_profile_is_itself() -> None:
+    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), (10, 20, 30))]
+    combination = combine(known, known[2])
+    np.testing.assert_allclose(combination.weights, [0, 0, 1, 0, 0, 0], atol=1e-6)
+    assert combination.misfit < 1e-6
+
+
+@pytest.mark.parametrize("length", [0.03, 0.15])
+def test_the_combination_is_the_nearest_and_the_misfit_its_distance(length: float) -> None:
+    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), (40, 70, 100))]
+    wanted = Profile(gamma_of(length), 100)
+    combination = combine(known, wanted)
+
+    def distance(weights: list[float]) -> float:
+        tau = (np.arange(200_000) + 0.5) / 2000
+        shapes = [np.where(tau <= p.time, [density(p)(1.0)] * tau**p.gamma, 0) for p in known]
+        mixed = sum(w * shape for w, shape in zip(weights, shapes, strict=True))
+        exact = density(wanted)(1.0) * tau**wanted.gamma
+        return float(np.linalg.norm(mixed - exact) / np.linalg.norm(exact))
+
+    nearest = distance(combination.weights)
+    assert nearest == pytest.approx(combination.misfit, rel=1e-3)
+    for i, nudge in itertools.product(range(6), (-0.01, 0.01)):
+        nudged = list(combination.weights)
+        nudged[i] += nudge
+        assert distance(nudged) > nearest
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "length", "misfit"),
+    [(32, 0.08, 0.0008), (32, 0.15, 0.0023), (8, 0.08, 0.011), (8, 0.15, 0.033)],
+)
+def test_how_near_snapshots_come(snapshots: int, length: float, misfit: float) -> None:
+    """As docs/edm.md says, for snapshots of the lengths 0.05 and 0.1 at even distances."""
+    times = range(1000, 1000 * snapshots + 1, 1000)
+    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), times)]
+    wanted = Profile(gamma_of(length), 1000 * snapshots)
+    assert combine(known, wanted).misfit == pytest.approx(misfit, rel=0.06)
+
+
+def test_averages_made_afterwards_are_those_tracked_directly() -> None:
+    """Along a noisy path to a goal, as training is one, with 32 snapshots.
+
+    Half precision, in half the space, would be the larger error, but for far-off lengths.
+    """
+    steps, every = 2048, 64
+    rng = np.random.default_rng(0)
+    t = np.arange(1, steps + 1)[:, None] / steps
+    goal, start, wobble = rng.normal(size=(3, 40))
+    noise = 0.3 * rng.normal(size=(steps, 40)).cumsum(0) / steps**0.5
+    trajectory = goal + (start - goal) * np.exp(-6 * t) + 0.2 * wobble * np.sin(9 * t) + noise
+    kept = [0.05, 0.10]
+    of_length = {length: tracked(trajectory, gamma_of(length)) for length in kept}
+    known, snapshots = [], []
+    for length, time in itertools.product(kept, range(every, steps + 1, every)):
+        known.append(Profile(gamma_of(length), time))
+        snapshots.append(of_length[length][time - 1])
+    stored = np.stack(snapshots)
+    for length, at_most in [(0.03, 1e-2), (0.07, 2e-3), (0.15, 2e-3), (0.2, 1e-2)]:
+        direct = tracked(trajectory, gamma_of(length))[-1]
+        weights = np.array(combine(known, Profile(gamma_of(length), steps)).weights)
+        # Against what the choice of the length decides about.
+        scale = min(np.linalg.norm(of_length[other][-1] - direct) for other in kept)
+        single, half = (
+            np.linalg.norm(weights @ stored.astype(dtype).astype(np.float64) - direct) / scale
+            for dtype in (np.float32, np.float16)
+        )
+        print(f"length {length}: error {single:.1e}, of half precision {half:.1e}")
+        assert single <= at_most
+        assert half > 5 * single or length == 0.2
+
+
+@pytest.mark.parametrize("length", [0.0, -0.1, 0.3, float("nan")])
+def test_lengths_that_no_average_has(length: float) -> None:
+    with pytest.raises(UserError, match="the length of an average is"):
+        gamma_of(length)

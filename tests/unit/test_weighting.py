@@ -1,0 +1,145 @@
+"""Weights of timesteps against the formulas that the papers print, for every prediction."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig
+from ddpm_engine.objectives import DenoisingObjective, build_objective
+from ddpm_engine.objectives.denoising import bound_table
+from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
+from ddpm_engine.prediction import PREDICTIONS, Prediction, from_x0
+from ddpm_engine.process import forward, posterior
+from ddpm_engine.schedule import NoiseSchedule
+
+STEPS = 1000
+SCHEDULE = NoiseSchedule.linear(STEPS)
+BETAS = [1e-4 + (0.02 - 1e-4) * t / (STEPS - 1) for t in range(STEPS)]
+
+
+def alpha_bar(t: int) -> float:
+    return math.prod(1 - beta for beta in BETAS[: t + 1])
+
+
+def snr(t: int) -> float:
+    return alpha_bar(t) / (1 - alpha_bar(t))
+
+
+def check(table: Tensor, expected: dict[int, float]) -> None:
+    assert table.dtype == torch.float64
+    assert table.shape == (STEPS,)
+    for t, weight in expected.items():
+        assert table[t].item() == pytest.approx(weight, rel=1e-9), t
+
+
+AT = (0, 500, STEPS - 1)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr(prediction: Prediction) -> None:
+    """Hang et al. 2023: table of section 3.4."""
+    formula = {
+        "eps": lambda t: min(1, 5 / snr(t)),
+        "x0": lambda t: min(snr(t), 5),
+        "v": lambda t: min(snr(t), 5) / (snr(t) + 1),
+    }[prediction]
+    assert snr(0) > 5 > snr(500)
+    check(min_snr_weights(SCHEDULE, prediction), {t: formula(t) for t in AT})
+
+
+@pytest.mark.parametrize(("gamma", "k"), [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_p2(prediction: Prediction, gamma: float, k: float) -> None:
+    """Choi et al. 2022, equation 8, on ε; the other errors are ε's times 1 / SNR and 1 / ᾱ."""
+    of_eps = {"eps": lambda t: 1.0, "x0": snr, "v": alpha_bar}[prediction]
+    expected = {t: of_eps(t) / (k + snr(t)) ** gamma for t in AT}
+    check(p2_weights(SCHEDULE, prediction, gamma, k), expected)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_vlb(prediction: Prediction) -> None:
+    """Ho et al. 2020, equation 12; for x_0 half a difference of SNRs (Kingma et al. 2021)."""
+
+    def variance(t: int) -> float:
+        return BETAS[t] * (1 - alpha_bar(t - 1)) / (1 - alpha_bar(t))
+
+    def of_eps(t: int) -> float:
+        sigma2 = variance(max(t, 1))
+        return BETAS[t] ** 2 / (2 * sigma2 * (1 - BETAS[t]) * (1 - alpha_bar(t)))
+
+    def of_x0(t: int) -> float:
+        return 1 / (2 * variance(1)) if t == 0 else (snr(t - 1) - snr(t)) / 2
+
+    formula = {"eps": of_eps, "x0": of_x0, "v": lambda t: of_x0(t) / (1 + snr(t))}[prediction]
+    check(vlb_weights(SCHEDULE, prediction), {t: STEPS * formula(t) for t in (*AT, 1)})
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weighted_errors_are_the_same_for_every_prediction(prediction: Prediction) -> None:
+    """One estimate of x_0, said as ε, x_0 or v, has one loss, but for L_simple."""
+    t = torch.tensor([0, 3, 500, 999])
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise, estimate = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
+    x_t = forward(SCHEDULE, x_0, t, noise)
+    a = SCHEDULE.sqrt_alpha_bar[t][:, None, None, None]
+    s = SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
+
+    def squared_error(prediction: Prediction) -> Tensor:
+        target, output = (from_x0(prediction, x, x_t, a, s) for x in (x_0, estimate))
+        return (output - target).square().mean((1, 2, 3))
+
+    for weigh in (min_snr_weights, p2_weights, vlb_weights):
+        ours = weigh(SCHEDULE, prediction)[t] * squared_error(prediction)
+        reference = weigh(SCHEDULE, "x0")[t] * squared_error("x0")
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=0)
+
+    # And that of the bound is T times the KL between the steps, where it is one.
+    means = [posterior(SCHEDULE, x, x_t, t)[0] for x in (x_0, estimate)]
+    kl = (means[0] - means[1]).square().mean((1, 2, 3)) / (2 * SCHEDULE.posterior_variance[t])
+    ours = vlb_weights(SCHEDULE, prediction)[t] * squared_error(prediction)
+    torch.testing.assert_close(ours[1:], STEPS * kl[1:], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_bound_table(prediction: Prediction) -> None:
+    table = bound_table(SCHEDULE, prediction)
+    for t in AT:
+        before = alpha_bar(t - 1) if t else 1.0
+        ab, later = alpha_bar(t), max(t, 1)
+        low = BETAS[later] * (1 - alpha_bar(later - 1)) / (1 - alpha_bar(later))
+        error_of_x0 = {"eps": -math.sqrt((1 - ab) / ab), "x0": 1, "v": -math.sqrt(1 - ab)}
+        mean = BETAS[t] * math.sqrt(before) / (1 - ab) * error_of_x0[prediction]
+        expected = torch.tensor([math.log(low), math.log(BETAS[t]), mean], dtype=torch.float64)
+        torch.testing.assert_close(table[t], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_configuration_names_the_weights(prediction: Prediction) -> None:
+    expected = {
+        "simple": None,
+        "min-snr": min_snr_weights(SCHEDULE, prediction, 3.0),
+        "p2": p2_weights(SCHEDULE, prediction, 0.5, 2.0),
+        "vlb": vlb_weights(SCHEDULE, prediction),
+    }
+    for weighting, table in expected.items():
+        config = RunConfig(
+            diffusion=DiffusionConfig(prediction=prediction),
+            objective=ObjectiveConfig(
+                weighting=weighting,  # type: ignore[arg-type]
+                min_snr_gamma=3.0,
+                p2_gamma=0.5,
+                p2_k=2.0,
+            ),
+        )
+        config.validate()
+        built = build_objective(config, SCHEDULE)
+        assert isinstance(built, DenoisingObjective)
+        if table is None:
+            assert built._weights is None
+        else:
+            assert built._weights is not None
+            torch.testing.assert_close(built._weights, table.float(), rtol=0, atol=0)
