@@ -28,9 +28,10 @@ from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups
 from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
+from tests.tiny import TINY_GREY
 from torch import Tensor, nn
 
-from ddpm_engine.config import PRESETS, UNetConfig
+from ddpm_engine.config import PRESETS
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers import sample
 from ddpm_kernels.dispatch import force_ops
@@ -42,17 +43,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     config = PRESETS["digits"]()
-    small = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    config = replace(config, model=small)
+    config = replace(config, model=TINY_GREY)
     return Subject("small", config, random_unet(config).state_dict(), CPU)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from tests.tiny import TINY
 
-from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig, UNetConfig
+from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data import Example, Source, fetch, write_shards
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
@@ -97,13 +99,11 @@ def config(tmp_path: Path) -> RunConfig:
     return RunConfig(
         out=tmp_path / "run",
         data=DataConfig(workers=0),
-        model=UNetConfig(
-            sample_size=8,
+        model=replace(
+            TINY,
             block_out_channels=(4, 8),
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
         ),
         training=TrainingConfig(steps=4, batch_size=4),
         log=LogConfig(every=1, checkpoint_every=2, sample_every=0, tracker="none"),

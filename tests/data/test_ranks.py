@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.data.conftest import Server, pack
@@ -13,14 +14,14 @@ from tests.distributed.launching import Job, launch, losses
 from ddpm_engine.config import RunConfig
 
 
-def run_at(config: RunConfig, name: str, steps: int = 10, **data: object) -> RunConfig:
+def run_at(config: RunConfig, name: str, steps: int = 10, **data: Any) -> RunConfig:
     """Two epochs of 40 samples, in steps of 8."""
     return replace(
         config,
         out=config.out.with_name(name),
         model=replace(config.model, num_class_embeds=41),
         training=replace(config.training, steps=steps, batch_size=8),
-        data=replace(config.data, **data),  # type: ignore[arg-type]
+        data=replace(config.data, **data),
     )
 
 
@@ -44,7 +45,12 @@ def test_two_ranks_share_a_cache_that_is_too_small(
 ) -> None:
     """With room for a tenth of the set, a rank may have to fetch what the other has let go."""
     folder = pack(server.folder / "set", count=40, per_shard=2)
-    settings = {"window_shards": 1, "workers": 2, "cache": tmp_path / "cache", "cache_gb": 5e-5}
+    settings: dict[str, Any] = {
+        "window_shards": 1,
+        "workers": 2,
+        "cache": tmp_path / "cache",
+        "cache_gb": 5e-5,
+    }
     local = run_at(config, "local", path=folder, **settings)
     remote = run_at(config, "remote", path=f"{server.url}/set", **settings)
     launch([Job(local), Job(remote)], 2)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import (
     DataConfig,
@@ -13,7 +14,6 @@ from ddpm_engine.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    UNetConfig,
 )
 from ddpm_engine.data import open_source, write_shards
 
@@ -41,14 +41,10 @@ def config(shards: Path, tmp_path: Path) -> RunConfig:
     return RunConfig(
         out=tmp_path / "run",
         data=DataConfig(path=shards, workers=0, horizontal_flip=True),
-        model=UNetConfig(
+        model=replace(
+            TINY_GREY,
             sample_size=16,
-            in_channels=1,
-            out_channels=1,
             block_out_channels=(4, 8),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
             norm_num_groups=2,
             num_class_embeds=11,
         ),

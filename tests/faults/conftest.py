@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import (
     DataConfig,
@@ -20,7 +21,6 @@ from ddpm_engine.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    UNetConfig,
     dump_config,
 )
 from ddpm_engine.data import open_source, write_shards
@@ -58,15 +58,11 @@ def tiny(shards: Path) -> RunConfig:
     """Twelve steps, a checkpoint every third; `out` is to be replaced."""
     return RunConfig(
         data=DataConfig(path=shards, workers=0, horizontal_flip=True),
-        model=UNetConfig(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
+        model=replace(
+            TINY_GREY,
             block_out_channels=(8, 8),
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
             dropout=0.1,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import (
     DataConfig,
@@ -18,7 +19,6 @@ from ddpm_engine.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    UNetConfig,
     dump_config,
 )
 from ddpm_engine.data import open_source, write_shards
@@ -42,17 +42,7 @@ def config(shards: Path, tmp_path: Path) -> RunConfig:
     return RunConfig(
         out=tmp_path / "run",
         data=DataConfig(path=shards, workers=0, horizontal_flip=True),
-        model=UNetConfig(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            dropout=0.1,
-        ),
+        model=replace(TINY_GREY, dropout=0.1),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
         training=TrainingConfig(steps=40, batch_size=8, ema_decay=0.9),
         log=LogConfig(every=3, checkpoint_every=10, sample_every=0, tracker="none"),

@@ -187,3 +187,18 @@ def test_it_cannot_be_exported(run_directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.low-resolution is 4"):
         export_pipeline(load_pretrained(run_directory), tmp_path / "exported")
     assert not list(tmp_path.glob("exported*"))
+
+
+def test_figures_of_drawing_from_noise_are_refused(
+    run_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(ROOT / "launch" / "visualize.py")
+    line = [script, "--checkpoint", str(run_directory), "--out", str(tmp_path / "figures")]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    assert stopped.value.code == 2
+    assert "enlarges pictures" in capsys.readouterr().err

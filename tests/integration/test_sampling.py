@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import (
     DataConfig,
@@ -26,7 +28,6 @@ from ddpm_engine.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    UNetConfig,
 )
 from ddpm_engine.data import ShardDataset, index_shards
 from ddpm_engine.drawing import PictureSet
@@ -45,17 +46,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = RunConfig(
         out=tmp_path_factory.mktemp("trained") / "run",
         data=DataConfig(path=shards, workers=0),
-        model=UNetConfig(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            num_class_embeds=11,
-        ),
+        model=replace(TINY_GREY, num_class_embeds=11),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         training=TrainingConfig(steps=40, batch_size=16, ema_decay=0.9),
         log=LogConfig(every=50, checkpoint_every=50, sample_every=0, tracker="none"),

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import TINY
 
-from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, UNetConfig, to_dict
+from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, to_dict
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop import export
 from ddpm_engine.interop.export import export_pipeline
@@ -23,14 +24,7 @@ from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.training.checkpoint import CheckpointStore
 from ddpm_engine.unet import UNet
 
-MODEL = UNetConfig(
-    sample_size=8,
-    block_out_channels=(4, 8),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=2,
-)
+MODEL = replace(TINY, block_out_channels=(4, 8), norm_num_groups=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

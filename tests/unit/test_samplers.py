@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tiny import TINY
 from torch import Tensor
 
-from ddpm_engine.config import UNetConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.prediction import from_x0
 from ddpm_engine.process import posterior
@@ -276,16 +276,7 @@ def test_all_noise_is_bit_identical_in_every_batch(batch_size: int) -> None:
 
 def test_pictures_of_a_network_do_not_depend_on_the_batch() -> None:
     torch.manual_seed(0)
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-    ).eval()
+    unet = UNet(TINY).eval()
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import TINY
 from torch import Tensor, nn
 
 from ddpm_engine.config import UNetConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.unet import UNet, check_shape
 from ddpm_engine.unet import unet as unet_module
-
-TINY = UNetConfig(
-    sample_size=8,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-)
 
 
 def randomised(config: UNetConfig) -> UNet:
