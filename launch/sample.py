@@ -32,6 +32,7 @@ from ddpm_engine.drawing import (
 from ddpm_engine.drawing.progress import Progress
 from ddpm_engine.drawing.recipe import Precision
 from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.flags import numbers
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import Guidance
 from ddpm_engine.samplers.ddpm import Variance
@@ -208,18 +209,6 @@ def check_flags(options: Options, sampler: str) -> None:
     ]:
         if value < 1:
             raise UserError(f"--{flag} is {value}; it must be at least 1")
-
-
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        UserError: anything else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--{flag} is {text!r}; it takes whole numbers, as 17,42") from None
 
 
 def parse_ids(options: Options) -> list[int]:

@@ -21,6 +21,7 @@ from ddpm_engine.drawing import ReferenceImages
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.figures.exhibit import FIGURES, Exhibit, Inapplicable
 from ddpm_engine.evaluation.figures.plane import plane_animation, plane_figure
+from ddpm_engine.flags import numbers
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
 
@@ -54,18 +55,6 @@ class Options:
     """Columns of forward, from 1; default: ten, closer together at first."""
     count: int = 256
     """Pictures for each point of quality."""
-
-
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas.
-
-    Raises:
-        UserError: anything else.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--{flag} is {text!r}; it takes whole numbers, as 1,100,1000") from None
 
 
 def chosen_figures(only: str | None) -> list[str]:
