@@ -152,6 +152,8 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     trained = load_pretrained(config.out)
     seconds = time.monotonic() - started
     budget = options.budget
+    if trained.step != budget.steps:
+        raise UserError(f"stopped at step {trained.step} of {budget.steps}; run it again to go on")
     pictures = sample(
         trained.model,
         trained.schedule,
