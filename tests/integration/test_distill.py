@@ -244,6 +244,17 @@ def test_export_is_refused(
     assert not (tmp_path / "export").exists()
 
 
+def test_the_bound_is_refused(
+    student: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script(
+            "evaluate", "--checkpoint", student, "--metrics", "nll", "--out", tmp_path / "e",
+            "--count", 4,
+        )  # fmt: skip
+    assert "nll is the bound of all timesteps" in capsys.readouterr().err
+
+
 def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -> None:
     known = load_pretrained(teacher).config
     plan = replace(known.distillation, teacher=teacher, steps=2, start_steps=8)

@@ -16,6 +16,7 @@ from ddpm_engine.config import DiffusionConfig, DistillationConfig, RunConfig, T
 from ddpm_engine.data import Batch
 from ddpm_engine.distillation import student_config
 from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import Augmentation
 from ddpm_engine.objectives import ProgressiveDistillation, Teacher
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.distillation import halving
@@ -243,6 +244,50 @@ def test_the_teacher_follows_from_the_state() -> None:
     other.begin_step(5, lambda: pytest.fail("the stage has begun already"))
     x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
     assert torch.equal(ours.target(x, steps, (labels,)), other.target(x, steps, (labels,)))
+
+
+def test_a_learned_variance_is_left_alone() -> None:
+    torch.manual_seed(0)
+    teacher, student = (UNet(replace(TINY_GREY, out_channels=2)) for _ in range(2))
+    plan = DistillationConfig(Path("t"), 2, 8)
+    ours = ProgressiveDistillation(
+        schedule_of("v"), "v", Conditions(seed=0), Teacher(teacher.eval(), "v"), plan, 10
+    )
+    loss = ours(student, Batch(torch.zeros(4, 1, 8, 8), None, torch.arange(4)))
+    loss.mean().backward()
+    gradient = student.conv_out.weight.grad
+    assert gradient is not None
+    assert gradient[0].abs().max() > 0
+    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+
+
+def test_what_the_teacher_is_told() -> None:
+    # A network of classes that enlarges: guidance leads away from no class, not from the image.
+    labels, positions = torch.tensor([3, 5]), torch.arange(2)
+    conditions = Conditions(
+        0, null_class=10, low_resolution=4, augmentation=Augmentation("cpu"), augmentation_levels=9
+    )
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = conditions.told(images, positions, labels, None)
+    seen: list[tuple[Tensor, ...]] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
+            seen.append(arguments)
+            return x
+
+    plan = DistillationConfig(Path("t"), 2, 8, guidance_scale=2.0)
+    teacher = Teacher(cast(UNet, Noting()), "v")
+    ours = ProgressiveDistillation(schedule_of("v"), "v", conditions, teacher, plan, 10)
+    ours.target(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), told)
+    assert [arguments[0].tolist() for arguments in seen] == [
+        [999, 749, 999, 749], [874, 624, 874, 624]
+    ]  # fmt: skip
+    for _, classes, enlarged, levels in seen:
+        assert classes.tolist() == [3, 5, 10, 10]
+        for ours_is, whole in ((enlarged, told[1]), (levels, told[2])):
+            assert whole is not None
+            assert torch.equal(ours_is, torch.cat([whole, whole]))
 
 
 @pytest.mark.parametrize(
