@@ -11,7 +11,7 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,10 +52,10 @@ class Options:
     """Guide the teacher so far towards the class; the result has it built in."""
     prediction: Literal["eps", "x0", "v", "edm"] | None = None
     """What the result predicts; default: as the teacher, but v if that predicts eps."""
-    data: DataConfig = DataConfig()  # noqa: RUF009
-    optimizer: OptimizerConfig = OptimizerConfig()  # noqa: RUF009
-    training: TrainingConfig = TrainingConfig()  # noqa: RUF009
-    log: LogConfig = LogConfig()  # noqa: RUF009
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def plan(options: Options) -> DistillationConfig:
