@@ -293,6 +293,46 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Progressive distillation: a student learns to take one step where its teacher takes two.
+
+    A run is divided into stages of equal length. After each, the student is the next one's teacher.
+    """
+
+    teacher: Path | None = None
+    """Run, checkpoint or diffusers folder to distil; None: ordinary training."""
+    steps: int = 4
+    """Steps of ddim that the last student draws a picture in."""
+    start_steps: int = 64
+    """Steps of ddim that the teacher takes: a power of two times as many."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the teacher, which its students then have built in; None: none.
+    """
+
+    @property
+    def stages(self) -> int:
+        """How often the number of steps is halved."""
+        return (self.start_steps // self.steps).bit_length() - 1
+
+    def stage(self, step: int, training_steps: int) -> int:
+        """The stage, from 0, that optimizer step `step` of `training_steps` belongs to."""
+        return step * self.stages // training_steps
+
+    def student_steps(self, stage: int) -> int:
+        """Steps of ddim that a stage's student takes."""
+        return self.start_steps >> (stage + 1)
+
+    def annealing(self, step: int, training_steps: int) -> float:
+        """Factor of the learning rate, falling linearly from 1 towards 0 in each stage.
+
+        As Salimans & Ho 2022; 1 if nothing is distilled.
+        """
+        if self.teacher is None:
+            return 1.0
+        return 1 - step * self.stages % training_steps / training_steps
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run."""
 
@@ -306,6 +346,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def problems(self) -> list[str]:
         """Everything wrong with the values themselves, each as a sentence."""
@@ -365,6 +406,8 @@ class RunConfig:
         found += self._data_problems()
         found += self._edm_problems()
         found += self._objective_problems()
+        if self.distillation.teacher is not None:
+            found += self._distillation_problems()
         if self.diffusion.zero_terminal_snr:
             if self.diffusion.prediction == "eps":
                 found.append(
@@ -487,6 +530,43 @@ class RunConfig:
                     f"--objective.{name.replace('_', '-')} is {value}, but --diffusion.prediction "
                     "edm has its own weighting and noise levels (p-mean, p-std); leave it out"
                 )
+        return found
+
+    def _distillation_problems(self) -> list[str]:
+        plan, sampling = self.distillation, self.sampling
+        if plan.steps < 1 or plan.stages < 1 or plan.start_steps != plan.steps << plan.stages:
+            return [
+                f"--distillation.start-steps is {plan.start_steps} and --distillation.steps "
+                f"{plan.steps}; the first must be 2, 4, 8, … times the second, as 64 and 4"
+            ]
+        found = []
+        if plan.start_steps > self.diffusion.timesteps:
+            found.append(
+                f"--distillation.start-steps is {plan.start_steps}; there are only "
+                f"--diffusion.timesteps {self.diffusion.timesteps} to visit"
+            )
+        if self.training.steps < plan.stages:
+            found.append(
+                f"--training.steps is {self.training.steps}; from {plan.start_steps} steps to "
+                f"{plan.steps} there are {plan.stages} stages, and each needs one at least"
+            )
+        if plan.guidance_scale is not None and self.model.num_class_embeds is None:
+            found.append(
+                f"--distillation.guidance-scale is {plan.guidance_scale}, but the teacher was "
+                "trained without classes; leave it out"
+            )
+        made_for = SamplingConfig("ddim", plan.steps, "trailing")
+        if replace(sampling, variance=made_for.variance) != made_for:
+            found.append(
+                f"--sampling.* are {sampling.sampler}, {sampling.steps} steps, {sampling.spacing}, "
+                f"eta {sampling.eta}; a distilled network is drawn with by ddim, {plan.steps} "
+                "steps, trailing, eta 0"
+            )
+        learned = self.objective.learned_variance
+        if self.objective != ObjectiveConfig(learned_variance=learned):
+            found.append(
+                "--objective.* say what ordinary training minimises; with a teacher, leave them out"
+            )
         return found
 
     def _data_problems(self) -> list[str]:

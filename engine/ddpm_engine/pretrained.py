@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,12 @@ def _load_run(path: Path, weights: str) -> Pretrained:
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
     model = UNet(config.model)
     load_part(checkpoint.path, weights, model.state_dict())
-    diffusion = config.diffusion
+    plan, diffusion = config.distillation, config.diffusion
+    if plan.teacher is not None:
+        # Of an unfinished distillation, the student has not learnt such long steps yet.
+        stage = plan.stage(max(checkpoint.step - 1, 0), config.training.steps)
+        sampling = replace(config.sampling, steps=plan.student_steps(stage))
+        config = replace(config, sampling=sampling)
     return Pretrained(
         model, diffusion.build_schedule(), config, checkpoint.hash, checkpoint, diffusion.clip
     )

@@ -60,7 +60,7 @@ def test_print_config_shows_what_was_set(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "make_shards", "visualize"])
+@pytest.mark.parametrize("script", ["train", "distill", "sample", "make_shards", "visualize"])
 def test_help(script: str, run: Run) -> None:
     text = done(run(f"launch/{script}.py", "--help"))
     assert "usage" in text

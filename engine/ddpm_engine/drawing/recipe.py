@@ -116,6 +116,7 @@ class Drawing:
         self.recipe = recipe = replace(recipe, sampling=sampling)
         self._check_classes()
         self._check_low_resolution()
+        self._check_distilled()
         self.chain = Chain(
             model,
             pretrained.schedule,
@@ -222,6 +223,35 @@ class Drawing:
         if side is None and self.recipe.low_resolution is not None:
             raise UserError(
                 "--low-resolution is given, but this network enlarges nothing; leave it out"
+            )
+
+    def _check_distilled(self) -> None:
+        config, recipe = self.pretrained.config, self.recipe
+        if config.distillation.teacher is None:
+            return
+        asked, known = recipe.sampling, config.sampling
+        flags = {
+            "sampler": (asked.sampler, known.sampler),
+            "timesteps": (recipe.timesteps, None),
+            "steps": (asked.steps, None if recipe.timesteps else known.steps),
+            "spacing": (asked.spacing, known.spacing),
+            "eta": (asked.eta, known.eta),
+            "cache-interval": (recipe.cache_interval, 1),
+        }
+        for flag, (given, learnt) in flags.items():
+            if given != learnt:
+                raise UserError(
+                    f"--{flag} is {given}, but this network was distilled: it has learnt the "
+                    f"{known.steps} steps of {known.sampler} with {known.spacing} spacing, each "
+                    f"in one evaluation, and no others; leave --{flag} out"
+                )
+        if recipe.guidance is not None:
+            scale = config.distillation.guidance_scale
+            built_in = "none" if scale is None else f"a scale of {scale:g}"
+            raise UserError(
+                f"--guidance-scale is {recipe.guidance.scale:g}, but this network was distilled "
+                f"with {built_in} built in; leave it out, or distil the teacher with another by "
+                "launch/distill.py --guidance-scale"
             )
 
     def _interpolated(self) -> Tensor | None:

@@ -62,7 +62,7 @@ def likelihood_of_real(
 
     Raises:
         UserError: a network that learned no variance if that is asked for, or is of another kind
-            than `bits_per_dim` takes; images that cannot be had; no room.
+            than `bits_per_dim` takes, or was distilled; images that cannot be had; no room.
     """
     variance = variance or pretrained.config.sampling.variance
     model = pretrained.config.model
@@ -70,6 +70,11 @@ def likelihood_of_real(
         raise UserError(
             f"variance is learned_range, but the network has {model.out_channels} outputs, none of "
             "them for it; choose --variance fixed_small or fixed_large"
+        )
+    if pretrained.config.distillation.teacher is not None:
+        raise UserError(
+            "nll is the bound of all timesteps, and this network was distilled: it knows those of "
+            f"its {pretrained.config.sampling.steps} steps; leave nll out of --metrics"
         )
     asked = _asked(pretrained, weights, variance, real, seed)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -43,11 +43,18 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         weights: which of the run's weights they are, for the card.
 
     Raises:
-        UserError: diffusers has no such network, `out` holds something else, or it cannot be
-            written.
+        UserError: diffusers has no such network or no such sampler, `out` holds something else, or
+            it cannot be written.
     """
     out = out.absolute()
     config = pretrained.config
+    if config.distillation.teacher is not None:
+        raise UserError(
+            f"this network was distilled to {config.sampling.steps} steps of ddim that re-derive "
+            "the noise from the clipped image; diffusers' pipelines draw otherwise, and badly. "
+            "Draw from it with launch/sample.py, or export its teacher, "
+            f"{config.distillation.teacher}"
+        )
     shape = network.config_entries(config.model)
     process = scheduler.scheduler_entries(config.diffusion, config.sampling, pretrained.clip)
     if out.exists() and not is_export(out) and not _is_empty_folder(out):

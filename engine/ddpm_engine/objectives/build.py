@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_engine.low_resolution import Augmentation
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.distillation import ProgressiveDistillation, Teacher
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.objectives.timesteps import (
@@ -30,6 +31,7 @@ def build_objective(
     schedule: NoiseSchedule,
     device: torch.device | str = "cpu",
     null_class: int | None = None,
+    teacher: Teacher | None = None,
 ) -> Objective:
     """The objective of a run.
 
@@ -38,6 +40,7 @@ def build_objective(
         schedule: the noise schedule that it describes.
         device: where the network runs.
         null_class: the network's; None if it is unconditional.
+        teacher: on the same device; needed if and only if the run distils one.
     """
     conditions = Conditions(
         config.training.seed,
@@ -48,6 +51,17 @@ def build_objective(
         None if config.model.low_resolution is None else Augmentation(device),
         config.training.augmentation_levels,
     )
+    if teacher is not None:
+        return ProgressiveDistillation(
+            schedule,
+            config.diffusion.prediction,
+            conditions,
+            teacher,
+            config.distillation,
+            config.training.steps,
+            device,
+            clip=config.diffusion.clip,
+        )
     if config.diffusion.prediction == "edm":
         return EdmObjective(
             schedule.sigma_data,

@@ -14,6 +14,8 @@ Network = Callable[..., Tensor]
 Gather = Callable[[Tensor], Tensor]
 """`[N, …]` on every rank → `[ranks · N, …]`, the same on all."""
 
+Averaged = Callable[[], Mapping[str, Tensor]]
+
 
 class Objective(Protocol):
     """The loss of a batch. To write one, inherit this and define `__call__`.
@@ -32,6 +34,16 @@ class Objective(Protocol):
             batch: on any device.
         """
         ...
+
+    def begin_step(self, step: int, averaged: Averaged) -> None:
+        """Prepare for an optimizer step; all ranks call this together.
+
+        Args:
+            step: how many have been done.
+            averaged: gives the averaged weights by name, whole on every rank; to be called on all
+                of them or on none.
+        """
+        return
 
     def end_step(self, gather: Gather | None) -> None:
         """Learn from the losses since the last call, those of all ranks.

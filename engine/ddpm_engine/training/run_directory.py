@@ -26,7 +26,7 @@ _IDENTITY = (
     "model.", "diffusion.", "objective.", "training.seed", "training.batch-size",
     "training.ema-decay", "training.ema-profiles", "training.label-dropout",
     "training.augmentation-levels",
-    "data.horizontal-flip", "data.window-shards",
+    "data.horizontal-flip", "data.window-shards", "distillation.",
 )  # fmt: skip
 # How the same network is computed, rather than which network it is.
 _NOT_IDENTITY = ("model.attention",)
@@ -109,10 +109,12 @@ def _holds_something(out: Path) -> bool:
 def _check_same_run(before: RunConfig, now: RunConfig) -> None:
     old, new = flatten(before), flatten(now)
     changed = {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    # The steps of a distillation are divided into its stages.
+    identity = _IDENTITY if now.distillation.teacher is None else (*_IDENTITY, "training.steps")
     essential = {
         name: values
         for name, values in changed.items()
-        if name.startswith(_IDENTITY) and name not in _NOT_IDENTITY
+        if name.startswith(identity) and name not in _NOT_IDENTITY
     }
     if essential:
         raise UserError(

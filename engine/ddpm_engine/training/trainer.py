@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data import Batch, BatchPositions, make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import atomic_write
-from ddpm_engine.objectives import Objective, build_objective
+from ddpm_engine.objectives import Objective, Teacher, build_objective
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.background_save import BackgroundSaver
 from ddpm_engine.training.checkpoint import SNAPSHOTS, Checkpoint, CheckpointStore, load_part
@@ -25,6 +26,7 @@ from ddpm_engine.training.ranks import agreed
 from ddpm_engine.training.run_directory import claim_run_directory
 from ddpm_engine.training.stop import StopRequest, stop_on_signals
 from ddpm_engine.training.strategies import read_request, start_strategy
+from ddpm_engine.training.strategies.precision import autocast_forward
 from ddpm_engine.training.strategies.strategy import State
 from ddpm_engine.training.warm_up import warm_up
 from ddpm_engine.training.watch import Watch
@@ -60,6 +62,7 @@ class Trainer:
 
         torch.manual_seed(config.training.seed)
         model = UNet(config.model)
+        teacher = self._load_teacher(model)
         self.dataset = open_dataset(config, self.accelerator)
         with agreed(UserError):
             # By one process: two that write one file at a time take it from each other.
@@ -72,7 +75,9 @@ class Trainer:
         if config.training.compile:
             model.compile_regions()
         self.schedule = config.diffusion.build_schedule()
-        self.objective: Objective = build_objective(config, self.schedule, device, model.null_class)
+        self.objective: Objective = build_objective(
+            config, self.schedule, device, model.null_class, teacher
+        )
         if device.type != "cpu" and self.accelerator.num_processes > 1:
             # What the first process of a node compiles, the others find in the cache.
             with self.accelerator.local_main_process_first():
@@ -100,6 +105,22 @@ class Trainer:
         self._bad_steps = 0
         self._failed_checkpoints = 0
         self._bad_samples = 0
+
+    def _load_teacher(self, student: UNet) -> Teacher | None:
+        """The network to distil, if any; the student begins with its weights."""
+        config, device = self.config, self.accelerator.device
+        if config.distillation.teacher is None:
+            return None
+        # That module reads checkpoints, and so imports this package.
+        from ddpm_engine.distillation import load_teacher
+
+        with agreed(UserError):
+            teacher = load_teacher(config, device)
+        student.load_state_dict(teacher.network.state_dict())
+        autocast_forward(teacher.network, config.training.precision, device)
+        if config.training.compile:
+            teacher.network.compile_regions()
+        return teacher
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
@@ -185,6 +206,7 @@ class Trainer:
         training = self.config.training
         # Dropout is the network's only randomness of its own; seeding it leaves no state to save.
         torch.manual_seed(self._dropout_seed())
+        self.objective.begin_step(self.step, self._averaged_weights)
 
         losses = []
         replaced = 0
@@ -252,9 +274,18 @@ class Trainer:
             )
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, from the step alone: how many were done before."""
+        """Linear warm-up, from the step alone: how many were done before; annealed in stages."""
         optimizer = self.config.optimizer
-        return optimizer.learning_rate * min(1.0, (step + 1) / max(optimizer.warmup_steps, 1))
+        warm = min(1.0, (step + 1) / max(optimizer.warmup_steps, 1))
+        annealing = self.config.distillation.annealing(step, self.config.training.steps)
+        return optimizer.learning_rate * warm * annealing
+
+    def _averaged_weights(self) -> dict[str, torch.Tensor]:
+        """The average that is sampled from, whole on every rank; all of them call this together."""
+        return {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.strategy.averages()["ema"].items()
+        }
 
     def _dropout_seed(self) -> int:
         rank = torch.tensor([self.accelerator.process_index])

@@ -1,0 +1,98 @@
+"""Distilling a trained network: what the run is by default, and its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ddpm_engine.config import DistillationConfig, ObjectiveConfig, RunConfig, SamplingConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.objectives import Teacher
+from ddpm_engine.prediction import Prediction
+from ddpm_engine.pretrained import load_pretrained
+
+
+def student_config(
+    teacher: RunConfig,
+    plan: DistillationConfig,
+    out: Path,
+    prediction: Prediction | None = None,
+) -> RunConfig:
+    """The run that distils a teacher, with the teacher's own settings where nothing speaks against.
+
+    A teacher that predicts ε has students that predict v: at the last timesteps, which few steps
+    rest upon, ε̂ says nothing of the image (Salimans & Ho 2022, section 4). Averages are made
+    shorter, over a tenth of a stage, so that they do not reach back to the last; so is the warm-up.
+
+    Args:
+        teacher: the run that trained it.
+        plan: what is distilled.
+        out: directory of the run.
+        prediction: what students predict; None: as the teacher, but v instead of ε.
+    """
+    if prediction is None:
+        prediction = "v" if teacher.diffusion.prediction == "eps" else teacher.diffusion.prediction
+    training, optimizer = teacher.training, teacher.optimizer
+    stage = max(1, training.steps // max(1, plan.stages))
+    shorter = replace(
+        training, ema_decay=min(training.ema_decay, max(0.0, 1 - 10 / stage)), ema_profiles=()
+    )
+    return RunConfig(
+        out=out,
+        data=teacher.data,
+        model=teacher.model,
+        diffusion=replace(teacher.diffusion, prediction=prediction),
+        objective=ObjectiveConfig(learned_variance=teacher.objective.learned_variance),
+        optimizer=replace(optimizer, warmup_steps=min(optimizer.warmup_steps, stage // 10)),
+        training=shorter,
+        sampling=SamplingConfig("ddim", plan.steps, "trailing"),
+        log=replace(teacher.log, sample_steps=plan.steps),
+        distillation=plan,
+    )
+
+
+def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teacher:
+    """The teacher of a run, on a device.
+
+    Raises:
+        UserError: there is none, or it is another network or of another process than its students.
+    """
+    path = config.distillation.teacher
+    if path is None:
+        raise UserError("--distillation.teacher is not given, and there is nothing to distil")
+    teacher = load_pretrained(path, device)
+    theirs, ours = teacher.config, config
+    if replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout) != (
+        ours.model
+    ):
+        raise UserError(
+            f"--distillation.teacher {path} is another network than --model.* describe; students "
+            "have their teacher's: start with launch/distill.py --teacher"
+        )
+    known, wanted = theirs.diffusion.prediction, ours.diffusion.prediction
+    if replace(theirs.diffusion, prediction=wanted) != ours.diffusion:
+        raise UserError(
+            f"--distillation.teacher {path} was trained on another noise schedule than "
+            "--diffusion.* describe; students have their teacher's: start with launch/distill.py "
+            "--teacher"
+        )
+    if (known == "edm") != (wanted == "edm"):
+        raise UserError(
+            f"--diffusion.prediction is {wanted}, but --distillation.teacher {path} predicts "
+            f"{known}; only eps, x0 and v turn into each other"
+        )
+    if teacher.clip != ours.diffusion.clip:
+        raise UserError(
+            f"--distillation.teacher {path} is sampled "
+            f"{'with' if teacher.clip else 'without'} clipping, and its students would be "
+            f"{'with' if ours.diffusion.clip else 'without'}; it cannot be distilled"
+        )
+    if theirs.distillation.teacher is not None:
+        raise UserError(
+            f"--distillation.teacher {path} has been distilled already, to "
+            f"{theirs.sampling.steps} steps; distil its own teacher, "
+            f"{theirs.distillation.teacher}, to fewer"
+        )
+    return Teacher(teacher.model, known)

@@ -1,0 +1,123 @@
+"""Distil a trained model into one of few steps: `accelerate launch launch/distill.py --teacher RUN
+--out DIR --steps 4`.
+
+Progressive distillation (Salimans & Ho 2022), by the trainer of `train.py`. The same command
+resumes; the result is a run as any other, and `sample.py --checkpoint DIR` draws from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ddpm_engine.compile_cache import use_local_compile_cache
+from ddpm_engine.config import (
+    DataConfig,
+    DistillationConfig,
+    LogConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from ddpm_engine.distillation import student_config
+from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.pretrained import load_pretrained
+from ddpm_engine.training import Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Distil a trained model into one of few steps. Run the same command again to resume.
+
+    The sections below are those of train.py; their defaults are the teacher's.
+    """
+
+    teacher: Path
+    """A run directory, one checkpoints/step-… in it, or the folder of a diffusers pipeline."""
+    out: Path
+    """Directory of the distilled run."""
+    steps: int = 4
+    """Steps of ddim, each one network evaluation, that the result draws a picture in."""
+    start_steps: int | None = None
+    """Steps that the teacher takes, 2, 4, 8, … times as many; default: 16 times."""
+    guidance_scale: float | None = None
+    """Guide the teacher so far towards the class; the result has it built in."""
+    prediction: Literal["eps", "x0", "v", "edm"] | None = None
+    """What the result predicts; default: as the teacher, but v if that predicts eps."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def plan(options: Options) -> DistillationConfig:
+    """What is to be distilled."""
+    start = 16 * options.steps if options.start_steps is None else options.start_steps
+    return DistillationConfig(options.teacher, options.steps, start, options.guidance_scale)
+
+
+def parse(arguments: list[str]) -> RunConfig:
+    """The run that the command line asks for; what it leaves open follows from the teacher.
+
+    Raises:
+        UserError: the teacher cannot be loaded.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--teacher", type=Path)
+    chosen, _ = first.parse_known_args(arguments)
+    if chosen.teacher is None or {"-h", "--help"} & set(arguments):
+        tyro.cli(Options, args=arguments)  # says what is missing, or helps, and leaves
+    teacher = load_pretrained(chosen.teacher).config
+    # Twice: the length of a stage, which other defaults follow from, is itself an option.
+    asked = tyro.cli(Options, args=arguments, default=_defaults(teacher, chosen.teacher))
+    told = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
+    run = student_config(told, plan(asked), asked.out, asked.prediction)
+    defaults = replace(
+        asked, data=run.data, optimizer=run.optimizer, training=run.training, log=run.log
+    )
+    options = tyro.cli(Options, args=arguments, default=defaults)
+    return replace(
+        run,
+        data=options.data,
+        optimizer=options.optimizer,
+        training=options.training,
+        log=options.log,
+    )
+
+
+def _defaults(teacher: RunConfig, path: Path) -> Options:
+    return Options(
+        path,
+        tyro.MISSING,
+        data=teacher.data,
+        optimizer=teacher.optimizer,
+        training=teacher.training,
+        log=teacher.log,
+    )
+
+
+def main() -> None:
+    """Parse, distil, and leave with a message that helps if something is wrong."""
+    use_local_compile_cache()
+    with exit_on_user_error():
+        run = parse(sys.argv[1:])
+        main_process = os.environ.get("RANK", "0") == "0"
+        logging.basicConfig(
+            level=logging.INFO if main_process else logging.WARNING,
+            format="%(message)s",
+            stream=sys.stdout,
+        )
+        with logging_redirect_tqdm():
+            Trainer(run).fit()
+
+
+if __name__ == "__main__":
+    main()

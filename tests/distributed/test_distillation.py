@@ -1,0 +1,58 @@
+"""A distillation is the same on any number of processes: the teacher is whole on each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.distributed.launching import FSDP, Job, difference, launch, losses, zero
+
+from ddpm_engine.config import DistillationConfig, RunConfig
+from ddpm_engine.distillation import student_config
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed; pip install 'ddpm-engine[deepspeed]'",
+)
+
+WAYS = {"ddp": {}, "fsdp2": FSDP, "zero1": zero("zero1"), "zero3": zero("zero3")}
+
+
+def last_teacher(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the last stage's teacher, and the stage, as saved."""
+    files = (run / "checkpoints" / "step-00000008" / "objective").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("ddp", "fsdp2"),
+        pytest.param(("zero1",), marks=[pytest.mark.slow, needs_deepspeed]),
+        pytest.param(("zero3",), marks=[pytest.mark.slow, needs_deepspeed]),
+    ],
+    ids="-".join,
+)
+def test_two_processes_distil_as_one(ways: tuple[str, ...], config: RunConfig) -> None:
+    teacher = replace(config, training=replace(config.training, steps=4))
+    plan = DistillationConfig(teacher.out, steps=2, start_steps=8, guidance_scale=2.0)
+
+    def at(name: str) -> RunConfig:
+        run = student_config(teacher, plan, config.out.with_name(name))
+        training = replace(run.training, steps=8, ema_decay=0.5)
+        return replace(run, training=training, log=replace(run.log, checkpoint_every=3))
+
+    launch([Job(teacher), Job(at("one"))], 1)
+    # The second time nothing is left to do, but the state is loaded.
+    for _ in range(2):
+        launch([Job(at(way), WAYS[way]) for way in ways], 2)
+    expected = last_teacher(at("one").out)
+    assert int(expected["stage"]) == 1
+    for way in ways:
+        run = at(way).out
+        assert difference(losses(run), losses(at("one").out)) <= 1e-4
+        torch.testing.assert_close(last_teacher(run), expected, rtol=1e-4, atol=1e-4)

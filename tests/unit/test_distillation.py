@@ -1,0 +1,365 @@
+"""The target of progressive distillation: one step of the student for two of its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tests.tiny import TINY_GREY
+from torch import Tensor, nn
+
+from ddpm_engine.config import DiffusionConfig, DistillationConfig, RunConfig, TrainingConfig
+from ddpm_engine.data import Batch
+from ddpm_engine.distillation import student_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.low_resolution import Augmentation
+from ddpm_engine.objectives import ProgressiveDistillation, Teacher
+from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.objectives.distillation import halving
+from ddpm_engine.preconditioning import preconditioning
+from ddpm_engine.prediction import Prediction, from_x0
+from ddpm_engine.samplers import Guidance, build_table
+from ddpm_engine.samplers.levels import noise_levels
+from ddpm_engine.samplers.reverse_process import ReverseProcess
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Column
+
+KINDS: list[tuple[Prediction, Prediction]] = [
+    ("eps", "eps"), ("x0", "x0"), ("v", "v"), ("edm", "edm"), ("eps", "v"), ("v", "x0"),
+]  # fmt: skip
+"""What teacher and student predict."""
+MEAN, DEVIATION = 0.2, 0.3
+
+
+def schedule_of(kind: Prediction) -> NoiseSchedule:
+    return NoiseSchedule.edm(1000) if kind == "edm" else NoiseSchedule.linear(1000, 1e-4, 0.02)
+
+
+class Optimal(nn.Module):
+    """The best denoiser of images of independent values from N(MEAN, DEVIATION²), in float64.
+
+    E[x_0 ∣ x] = m + a d² (x − a m) / (a² d² + s²).
+    """
+
+    def __init__(self, schedule: NoiseSchedule, prediction: Prediction) -> None:
+        super().__init__()
+        self.schedule, self.prediction = schedule, prediction
+
+    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        if self.prediction == "edm":
+            sigma = (4 * told).exp()[:, None, None, None]
+            c = preconditioning(sigma, self.schedule.sigma_data)
+            y = x / c.input
+            return (posterior_mean(y, torch.ones_like(sigma), sigma) - c.skip * y) / c.out
+        a = self.schedule.sqrt_alpha_bar[told][:, None, None, None]
+        s = self.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
+        return from_x0(self.prediction, posterior_mean(x, a, s), x, a, s)
+
+
+def posterior_mean(x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    return MEAN + a * DEVIATION**2 * (x - a * MEAN) / ((a * DEVIATION).square() + s.square())
+
+
+def objective(
+    teacher: Prediction, student: Prediction, clip: bool = False, steps: int = 8
+) -> ProgressiveDistillation:
+    """Of a first stage from 2 · `steps` to `steps`, with the optimal teacher."""
+    schedule = schedule_of(student)
+    return ProgressiveDistillation(
+        schedule, student, Conditions(seed=3),
+        Teacher(cast(UNet, Optimal(schedule, teacher)), teacher),
+        DistillationConfig(Path("t"), steps // 2, 2 * steps), 10, clip=clip, dtype=torch.float64,
+    )  # fmt: skip
+
+
+def ddim(x: Tensor, x0: Tensor, a: Tensor, s: Tensor, k: int, to: int) -> Tensor:
+    """DDIM as in its paper's equation 12, without noise, from level `k` to level `to`."""
+    return a[to] * x0 + s[to] * (x - a[k] * x0) / s[k]
+
+
+@pytest.mark.parametrize(("teacher", "student"), KINDS)
+def test_one_step_to_the_target_is_two_steps_of_the_teacher(
+    teacher: Prediction, student: Prediction
+) -> None:
+    steps = 8
+    ours = objective(teacher, student, steps=steps)
+    schedule = ours.schedule
+    visited = build_table(schedule, "ddim", 2 * steps).timesteps
+    a, s = noise_levels(schedule, visited)
+    assert torch.equal(ours.tables.student.timesteps, visited[::2])
+    generator = torch.Generator().manual_seed(0)
+    for row in range(steps):
+        x_0 = MEAN + DEVIATION * torch.randn(4, 2, 3, 3, generator=generator).double()
+        noise = torch.randn(4, 2, 3, 3, generator=generator).double()
+        x = a[2 * row] * x_0 + s[2 * row] * noise
+        scale = ours.tables.signal[row] / a[2 * row]
+        target = ours.target(scale * x, torch.full((4,), row))
+        between = ddim(x, posterior_mean(x, a[2 * row], s[2 * row]), a, s, 2 * row, 2 * row + 1)
+        x0 = posterior_mean(between, a[2 * row + 1], s[2 * row + 1])
+        after = ddim(between, x0, a, s, 2 * row + 1, 2 * row + 2)
+        torch.testing.assert_close(
+            ddim(x, target, a, s, 2 * row, 2 * row + 2), after, rtol=1e-9, atol=1e-11
+        )
+        # As Salimans & Ho 2022 write it, algorithm 2.
+        ratio = s[2 * row + 2] / s[2 * row]
+        written = (after - ratio * x) / (a[2 * row + 2] - ratio * a[2 * row])
+        torch.testing.assert_close(target, written, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
+def test_the_table_of_the_student_leads_to_the_end_of_the_teachers(kind: Prediction) -> None:
+    # The rows that sampling executes, scaled states of EDM and all.
+    ours = objective(kind, kind)
+    x = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1)).double()
+    x = x * (ours.tables.signal.square() + ours.tables.sigma.square()).sqrt()[:, None, None, None]
+    target = ours.target(x, torch.arange(8))
+    two, one = (
+        table.rows.T[:, :, None, None, None] for table in (ours.tables.teacher, ours.tables.student)
+    )
+    state = x
+    for half in (0, 1):
+        rows = two[:, half::2]
+        x0 = ours._estimate(state, 2 * torch.arange(8) + half, ())
+        state = rows[Column.X] * state + rows[Column.X0] * x0
+    torch.testing.assert_close(one[Column.X] * x + one[Column.X0] * target, state)
+
+
+def test_clipping_keeps_the_target_in_range() -> None:
+    ours, free = objective("eps", "v", clip=True), objective("eps", "v")
+    x = 3 * torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(2)).double()
+    steps = torch.full((64,), 7)
+    assert free.target(x, steps).abs().max() > 1.5
+    assert ours.target(x, steps).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
+def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction) -> None:
+    ours = objective(kind, kind)
+    images = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(4)).double() * 2 - 1
+    positions = torch.arange(100, 116)
+    seen: dict[str, Tensor] = {}
+
+    def network(x: Tensor, told: Tensor) -> Tensor:
+        seen["x"], seen["told"] = x, told
+        seen["output"] = torch.cos(3 * x).requires_grad_()
+        return seen["output"]
+
+    loss = ours(network, Batch(images, None, positions))
+    steps = ours.draw(positions)
+    assert set(steps.tolist()) > {0, 7}
+    a, s = noise_levels(ours.schedule, ours.tables.student.timesteps)
+    a, s = (level[steps][:, None, None, None] for level in (a, s))
+    if kind == "edm":
+        c = preconditioning(s / a, ours.schedule.sigma_data)
+        x0 = c.skip * seen["x"] / c.input + c.out * seen["output"]
+        assert torch.allclose(seen["told"], c.noise.flatten())
+    else:
+        p, q = {"eps": (1 / a, -s / a), "x0": (0 * a, 0 * a + 1), "v": (a, -s)}[kind]
+        x0 = p * seen["x"] + q * seen["output"]
+        assert torch.equal(seen["told"], ours.tables.student.timesteps[steps])
+    weight = torch.maximum((a / s).square(), torch.ones_like(a))
+    expected = (weight * (x0 - ours.target(seen["x"], steps)).square()).mean((1, 2, 3))
+    torch.testing.assert_close(loss, expected)
+    (ours_gradient,) = torch.autograd.grad(loss.sum(), seen["output"], retain_graph=True)
+    (gradient,) = torch.autograd.grad(expected.sum(), seen["output"])
+    torch.testing.assert_close(ours_gradient, gradient)
+
+
+def test_single_precision_reaches_the_target() -> None:
+    # 512 steps: neighbouring levels are nearly equal.
+    ours = objective("eps", "v", steps=256)
+    x = torch.randn(256, 1, 2, 2, generator=torch.Generator().manual_seed(5)).double()
+    steps = torch.arange(256)
+    exact = ours.target(x, steps)
+    ours.dtype = torch.float32
+    ours._enter(0)
+    assert (ours.target(x.float(), steps) - exact).abs().max() < 1e-3
+
+
+def guided_network() -> UNet:
+    torch.manual_seed(0)
+    network = UNet(replace(TINY_GREY, num_class_embeds=11)).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))  # the last layers begin at zero
+    return network
+
+
+def test_guidance_is_that_of_the_sampler() -> None:
+    # Of a teacher's two steps, each as the sampling loop takes it.
+    network, schedule, scale = guided_network(), schedule_of("eps"), 3.0
+    ours = ProgressiveDistillation(
+        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
+        DistillationConfig(Path("t"), 4, 8, guidance_scale=scale), 10,
+    )  # fmt: skip
+    x, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
+    table = build_table(schedule, "ddim", 8)
+    process = ReverseProcess(
+        network, table, (3, 1, 8, 8), torch.device("cpu"), labelled=True, null_class=10,
+        guidance=Guidance(scale), alpha_bar=schedule.alpha_bar[table.timesteps],
+    )  # fmt: skip
+    process.begin(x, 0, torch.arange(3), labels)
+    for index in (0, 1):
+        process.step(index)
+    steps = torch.zeros(3, dtype=torch.int64)
+    target = ours.target(x, steps, (labels,))
+    row = ours.tables.student.rows[0]
+    torch.testing.assert_close(
+        row[Column.X] * x + row[Column.X0] * target, process.x, rtol=1e-4, atol=1e-5
+    )
+    # It counts, and once only: the next teacher has it built in.
+    ours.begin_step(0, lambda: pytest.fail("no stage has ended"))
+    plain = ProgressiveDistillation(
+        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
+        DistillationConfig(Path("t"), 2, 8), 10,
+    )  # fmt: skip
+    assert (plain.target(x, steps, (labels,)) - target).abs().max() > 0.01
+    guided = ProgressiveDistillation(
+        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
+        DistillationConfig(Path("t"), 2, 8, guidance_scale=scale), 10,
+    )  # fmt: skip
+    for stage in (plain, guided):
+        stage.begin_step(5, network.state_dict)
+    assert torch.equal(plain.target(x, steps, (labels,)), guided.target(x, steps, (labels,)))
+
+
+def test_the_teacher_follows_from_the_state() -> None:
+    def fresh() -> ProgressiveDistillation:
+        return ProgressiveDistillation(
+            schedule_of("eps"), "v", Conditions(seed=0, null_class=10),
+            Teacher(guided_network(), "eps"), DistillationConfig(Path("t"), 2, 8), 10,
+        )  # fmt: skip
+
+    ours, other = fresh(), fresh()
+    weights = {name: 2 * tensor for name, tensor in guided_network().state_dict().items()}
+    for step in range(5):
+        ours.begin_step(step, lambda: pytest.fail("too early"))
+    ours.begin_step(5, lambda: weights)
+    assert ours.tables.student.evaluations == 2
+    other.load({name: tensor.clone() for name, tensor in ours.state().items()})
+    other.begin_step(5, lambda: pytest.fail("the stage has begun already"))
+    x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
+    assert torch.equal(ours.target(x, steps, (labels,)), other.target(x, steps, (labels,)))
+
+
+def test_a_learned_variance_is_left_alone() -> None:
+    torch.manual_seed(0)
+    teacher, student = (UNet(replace(TINY_GREY, out_channels=2)) for _ in range(2))
+    plan = DistillationConfig(Path("t"), 2, 8)
+    ours = ProgressiveDistillation(
+        schedule_of("v"), "v", Conditions(seed=0), Teacher(teacher.eval(), "v"), plan, 10
+    )
+    loss = ours(student, Batch(torch.zeros(4, 1, 8, 8), None, torch.arange(4)))
+    loss.mean().backward()
+    gradient = student.conv_out.weight.grad
+    assert gradient is not None
+    assert gradient[0].abs().max() > 0
+    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+
+
+def test_what_the_teacher_is_told() -> None:
+    # A network of classes that enlarges: guidance leads away from no class, not from the image.
+    labels, positions = torch.tensor([3, 5]), torch.arange(2)
+    conditions = Conditions(
+        0, null_class=10, low_resolution=4, augmentation=Augmentation("cpu"), augmentation_levels=9
+    )
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = conditions.told(images, positions, labels, None)
+    seen: list[tuple[Tensor, ...]] = []
+
+    class Noting(nn.Module):
+        def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
+            seen.append(arguments)
+            return x
+
+    plan = DistillationConfig(Path("t"), 2, 8, guidance_scale=2.0)
+    teacher = Teacher(cast(UNet, Noting()), "v")
+    ours = ProgressiveDistillation(schedule_of("v"), "v", conditions, teacher, plan, 10)
+    ours.target(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), told)
+    assert [arguments[0].tolist() for arguments in seen] == [
+        [999, 749, 999, 749], [874, 624, 874, 624]
+    ]  # fmt: skip
+    for _, classes, enlarged, levels in seen:
+        assert classes.tolist() == [3, 5, 10, 10]
+        for ours_is, whole in ((enlarged, told[1]), (levels, told[2])):
+            assert whole is not None
+            assert torch.equal(ours_is, torch.cat([whole, whole]))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "training_steps", "boundaries"),
+    [
+        (64, 4, 400, [(0, 32), (100, 16), (200, 8), (300, 4)]),
+        (12, 3, 7, [(0, 6), (4, 3)]),
+        (2, 1, 1, [(0, 1)]),
+    ],
+)
+def test_stages(
+    start: int, end: int, training_steps: int, boundaries: list[tuple[int, int]]
+) -> None:
+    plan = DistillationConfig(Path("t"), end, start)
+    assert plan.stages == len(boundaries)
+    steps = [plan.student_steps(plan.stage(k, training_steps)) for k in range(training_steps)]
+    begins = [0, *(k for k in range(1, training_steps) if steps[k] != steps[k - 1])]
+    assert [(k, steps[k]) for k in begins] == boundaries
+    rates = [plan.annealing(k, training_steps) for k in range(training_steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+    for first, last in zip(begins, [*begins[1:], training_steps], strict=True):
+        assert rates[first] == pytest.approx(1, abs=plan.stages / training_steps)
+        assert rates[first:last] == sorted(rates[first:last], reverse=True)
+        assert rates[last - 1] <= 2 * plan.stages / training_steps
+
+
+def test_an_ordinary_run_is_not_annealed() -> None:
+    assert RunConfig().distillation.annealing(700, 1000) == 1
+
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+def plan_of(**changes: Any) -> Change:
+    return lambda run: replace(run, distillation=replace(run.distillation, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (plan_of(steps=3), r"start-steps is 64 .* must be 2, 4, 8, … times"),
+        (plan_of(steps=0), r"--distillation.steps 0"),
+        (plan_of(steps=64), r"must be 2, 4, 8, … times"),
+        (plan_of(start_steps=2048), r"there are only --diffusion.timesteps 1000"),
+        (plan_of(guidance_scale=2.0), r"trained without classes; leave it out"),
+        (lambda r: replace(r, training=TrainingConfig(steps=3)), r"4 stages, and each needs one"),
+        (lambda r: replace(r, sampling=replace(r.sampling, steps=5)), r"drawn with by ddim, 4"),
+        (lambda r: replace(r, sampling=replace(r.sampling, sampler="ddpm")), r"are ddpm, 4 steps"),
+        (
+            lambda r: replace(r, objective=replace(r.objective, offset_noise=0.1)),
+            r"--objective.* say what ordinary training minimises",
+        ),
+    ],
+)  # fmt: skip
+def test_plans_that_cannot_be(change: Change, message: str) -> None:
+    run = student_config(RunConfig(), DistillationConfig(Path("teacher")), Path("out"))
+    run.validate()
+    with pytest.raises(UserError, match=message):
+        change(run).validate()
+
+
+def test_students_of_eps_predict_v() -> None:
+    plan = DistillationConfig(Path("teacher"))
+    for kind, expected in [("eps", "v"), ("x0", "x0"), ("v", "v")]:
+        teacher = RunConfig(diffusion=DiffusionConfig(prediction=cast(Prediction, kind)))
+        assert student_config(teacher, plan, Path("out")).diffusion.prediction == expected
+    assert student_config(RunConfig(), plan, Path("o"), "eps").diffusion.prediction == "eps"
+
+
+def test_eps_cannot_begin_with_noise_alone() -> None:
+    schedule = NoiseSchedule.linear(1000).rescaled_to_zero_terminal_snr()
+    tables = halving(schedule, 4, "v", "x0")
+    assert bool(tables.weights.isfinite().all())
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        halving(schedule, 4, "eps", "v")
