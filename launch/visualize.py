@@ -20,7 +20,7 @@ from ddpm_engine.device import local_device
 from ddpm_engine.drawing import ReferenceImages
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.figures.exhibit import FIGURES, Exhibit, Inapplicable
-from ddpm_engine.evaluation.figures.plane import plane_animation, plane_figure
+from ddpm_engine.evaluation.figures.plane import Plane
 from ddpm_engine.flags import numbers
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
@@ -136,9 +136,10 @@ def show_toy(options: Options, toy: Toy) -> None:
     with tqdm(total=STEPS, unit=" steps", disable=None) as bar:
         model = train_toy(points, schedule, STEPS, options.seed, bar.update)
     still, moving = (options.out / f"{toy}.{kind}" for kind in ("png", "gif"))
-    plane_figure(model, schedule, points, place, options.seed, still)
+    plane = Plane(model, schedule, points, place, options.seed)
+    plane.save_figure(still)
     print(still, flush=True)
-    plane_animation(model, schedule, points, place, options.seed, moving)
+    plane.save_animation(moving)
     print(moving, flush=True)
 
 

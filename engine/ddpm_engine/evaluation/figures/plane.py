@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,81 +29,63 @@ _EXTENT = 3.0
 _ARROWS = 15
 
 
-def plane_figure(
-    model: PointNetwork,
-    schedule: NoiseSchedule,
-    points: Tensor,
-    place: Tensor,
-    seed: int,
-    path: Path,
-) -> None:
-    """Show the forward cloud, the reverse process and the score field at the same timesteps.
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """A trained network of points, and the points that it learnt."""
 
-    Args:
-        model: a trained network.
-        schedule: what it was trained on.
-        points: the data, float32 `[N, 2, 1, 1]`.
-        place: where along the curve each lies, `[N]`: its colour. A drawn point has the colour of
-            where it ends.
-        seed: of all noise.
-        path: of the PNG.
+    model: PointNetwork
+    schedule: NoiseSchedule
+    """What it was trained on."""
+    points: Tensor
+    """The data, float32 `[N, 2, 1, 1]`."""
+    place: Tensor
+    """Where along the curve each lies, `[N]`: its colour. A drawn point has that of where it ends.
     """
-    states = reverse_states(model, schedule, seed, _SHOWN)
-    ends = _place_of(states[-1], points, place)
-    last = schedule.timesteps - 1
-    shown = [0, *(round(share * last) for share in (0.08, 0.2, 0.45, 1))]
-    with saved(path, 10, 6.4, 3, len(shown), palette=True) as (figure, axes):
-        for column, t in enumerate(shown):
-            forward, reverse, field = axes[:, column]
-            forward.set_title(f"t={t + 1}")
-            cloud = noised(points[:_SHOWN], schedule, t, seed)
-            _scatter(forward, cloud, place[:_SHOWN])
-            after = states[: len(states) - t]
-            _trails(reverse, after[-_TRAIL_STEPS:, :_TRAILS])
-            _scatter(reverse, after[-1], ends)
-            _field(field, model, schedule, t)
-            _scatter(field, points[:_SHOWN].flatten(1), size=0.3)
-        for row, label in enumerate(
-            [
-                "forward, $q(x_t)$",
-                r"reverse, $p_\theta(x_{t-1})$",
-                r"score, $-\hat\epsilon/\sigma_t$",
-            ]
-        ):
-            axes[row, 0].set_ylabel(label)
-        figure.suptitle("noise spreads the data out; the learned field pulls it back")
+    seed: int
+    """Of all noise."""
 
+    def save_figure(self, path: Path) -> None:
+        """Show the forward cloud, the reverse process and the score field: a PNG."""
+        model, schedule, points, place = self.model, self.schedule, self.points, self.place
+        states = reverse_states(model, schedule, self.seed, _SHOWN)
+        ends = _place_of(states[-1], points, place)
+        last = schedule.timesteps - 1
+        shown = [0, *(round(share * last) for share in (0.08, 0.2, 0.45, 1))]
+        with saved(path, 10, 6.4, 3, len(shown), palette=True) as (figure, axes):
+            for column, t in enumerate(shown):
+                forward, reverse, field = axes[:, column]
+                forward.set_title(f"t={t + 1}")
+                cloud = noised(points[:_SHOWN], schedule, t, self.seed)
+                _scatter(forward, cloud, place[:_SHOWN])
+                after = states[: len(states) - t]
+                _trails(reverse, after[-_TRAIL_STEPS:, :_TRAILS])
+                _scatter(reverse, after[-1], ends)
+                _field(field, model, schedule, t)
+                _scatter(field, points[:_SHOWN].flatten(1), size=0.3)
+            for row, label in enumerate(
+                [
+                    "forward, $q(x_t)$",
+                    r"reverse, $p_\theta(x_{t-1})$",
+                    r"score, $-\hat\epsilon/\sigma_t$",
+                ]
+            ):
+                axes[row, 0].set_ylabel(label)
+            figure.suptitle("noise spreads the data out; the learned field pulls it back")
 
-def plane_animation(
-    model: PointNetwork,
-    schedule: NoiseSchedule,
-    points: Tensor,
-    place: Tensor,
-    seed: int,
-    path: Path,
-) -> None:
-    """Show noise being pulled back to the data, in the field that pulls it, as a GIF.
-
-    Args:
-        model: a trained network.
-        schedule: what it was trained on.
-        points: the data, float32 `[N, 2, 1, 1]`.
-        place: where along the curve each lies, `[N]`: its colour. A drawn point has the colour of
-            where it ends.
-        seed: of all noise.
-        path: of the GIF.
-    """
-    states = reverse_states(model, schedule, seed, _MOVING)
-    ends = _place_of(states[-1], points, place)
-    frames = []
-    for after in np.linspace(0, schedule.timesteps, _FRAMES).round().astype(int).tolist():
-        t = max(0, schedule.timesteps - 1 - after)
-        with canvas(3.2, 3.45, dpi=100) as (_, axes):
-            _field(axes[0, 0], model, schedule, t, coloured=False)
-            _scatter(axes[0, 0], states[after], ends, size=3)
-            axes[0, 0].set_title(f"t = {schedule.timesteps - after}")
-            frames.append(pixels_of(axes[0, 0].figure))
-    save_gif(frames, path, 100)
+    def save_animation(self, path: Path) -> None:
+        """Show noise being pulled back to the data, in the field that pulls it: a GIF."""
+        model, schedule = self.model, self.schedule
+        states = reverse_states(model, schedule, self.seed, _MOVING)
+        ends = _place_of(states[-1], self.points, self.place)
+        frames = []
+        for after in np.linspace(0, schedule.timesteps, _FRAMES).round().astype(int).tolist():
+            t = max(0, schedule.timesteps - 1 - after)
+            with canvas(3.2, 3.45, dpi=100) as (_, axes):
+                _field(axes[0, 0], model, schedule, t, coloured=False)
+                _scatter(axes[0, 0], states[after], ends, size=3)
+                axes[0, 0].set_title(f"t = {schedule.timesteps - after}")
+                frames.append(pixels_of(axes[0, 0].figure))
+        save_gif(frames, path, 100)
 
 
 def reverse_states(model: PointNetwork, schedule: NoiseSchedule, seed: int, count: int) -> Tensor:
