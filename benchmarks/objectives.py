@@ -326,6 +326,11 @@ def compare(options: Options) -> int:
     unknown = [name for name in options.only if name not in ENTRIES]
     if unknown:
         raise UserError(f"no objective is called {unknown[0]!r}; there are {', '.join(ENTRIES)}")
+    if options.only and (options.result == RESULT or options.document == DOCUMENT):
+        raise UserError(
+            "--only makes a shorter table, which would take the place of the whole one; give "
+            "--result and --document too"
+        )
     names = [name for name in ENTRIES if not options.only or name in options.only or name == BEFORE]
     runs = [(name, seed) for seed in range(options.seeds) for name in names]
     todo = [run for run in runs if finished(options, *run) is None]

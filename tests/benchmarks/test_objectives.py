@@ -95,6 +95,15 @@ def test_an_unknown_objective_is_named(options: Options) -> None:
         compare(replace(options, only=("p3",)))
 
 
+@pytest.mark.parametrize("field", ["result", "document"])
+def test_a_part_does_not_take_the_place_of_the_whole(field: str, options: Options) -> None:
+    given = replace(options, only=("P2",), **{field: getattr(Options(), field)})
+    before = getattr(given, field).read_bytes()
+    with pytest.raises(UserError, match="give --result and --document too"):
+        compare(given)
+    assert getattr(given, field).read_bytes() == before
+
+
 def test_bits_must_fall_for_every_seed() -> None:
     found = {
         objectives.BEFORE: {"bits_per_dim": {"fixed_small": [3.0, 3.2], "fixed_large": [2.9, 3.1]}},
