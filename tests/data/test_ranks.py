@@ -53,8 +53,9 @@ def test_two_ranks_share_a_cache_that_is_too_small(
     }
     local = run_at(config, "local", path=folder, **settings)
     remote = run_at(config, "remote", path=f"{server.url}/set", **settings)
-    launch([Job(local), Job(remote)], 2)
+    outputs = launch([Job(local), Job(remote)], 2)
     assert len(server.requests) > 2 + 2 * 20
+    assert not any("unreadable" in output for output in outputs)
     assert losses(remote.out) == losses(local.out)
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -162,6 +163,22 @@ def test_the_rest_of_a_killed_download_is_cleared(server: Server, tmp_path: Path
         os.close(cache.open(*serve(server, "a", bytes(1000)), 1000))
         assert alive.exists()
     assert not half.exists()
+
+
+def test_a_download_begins_while_others_make_room(server: Server, tmp_path: Path) -> None:
+    """A file that has just got its name is in use already, with nothing in it yet."""
+    # Room for one file: each download first throws out what it can.
+    cache = ShardCache(tmp_path / "cache", 1500)
+    files = [serve(server, name, name.encode() * 1000) for name in "abcdefgh"]
+
+    def read(worker: int) -> None:
+        for url, digest in (files[worker:] + files[:worker]) * 5:
+            descriptor = cache.open(url, digest, 1000)
+            assert len(os.read(descriptor, 2000)) == 1000
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, range(8))) == [None] * 8
 
 
 def _read_all(url: str, directory: Path, limit: int, results: Queue[object]) -> None:

@@ -6,7 +6,7 @@ and gets its name only if the hash is right. Locks are `flock`s, which end with 
 
     locks/NN      exclusive while somebody downloads a file whose key begins so: one download a node
     files/KEY     shared while somebody reads it: such a file is never removed
-    room.lock     exclusive while room is made
+    room.lock     exclusive while room is made and taken
 
 Files that were not opened for longest are removed first.
 """
@@ -108,18 +108,20 @@ class ShardCache:
         if os.fstat(descriptor).st_nlink == 0:  # removed before it was locked
             os.close(descriptor)
             return None
-        os.utime(self._files / key)  # the time of its last use
+        os.utime(descriptor)  # the time of its last use
         return descriptor
 
     def _download(self, key: str, url: str, sha256: str, at_most: int) -> None:
         path = self._files / key
         temporary = path.with_name(key + TEMPORARY_SUFFIX)
         with Body(url) as body:
-            self._make_room(body.length if body.length is not None else at_most)
-            file = open(temporary, "wb")  # noqa: SIM115
-            try:
-                # Locked, it is not taken for the rest of a download that was killed.
+            with _locked(self.directory / "room.lock"):
+                self._make_room(body.length if body.length is not None else at_most)
+                file = open(temporary, "wb")  # noqa: SIM115
+                # Locked before others make room, or they take it for the rest of a download that
+                # was killed.
                 fcntl.flock(file, fcntl.LOCK_EX)
+            try:
                 digest, size = hashlib.sha256(), 0
                 while piece := body.read(_PIECE):
                     digest.update(piece)
@@ -144,18 +146,18 @@ class ShardCache:
         fsync_directory(self._files)
 
     def _make_room(self, needed: int) -> None:
-        with _locked(self.directory / "room.lock"):
-            entries = []
-            for entry in os.scandir(self._files):
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    entries.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
-            excess = sum(size for _, size, _ in entries) + needed - self.limit
-            for _, size, path in sorted(entries):
-                if excess <= 0:
-                    return
-                if _remove_unused(path):
-                    excess -= size
+        """Remove what was not used for longest; by whoever holds the lock of the room."""
+        entries = []
+        for entry in os.scandir(self._files):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                entries.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+        excess = sum(size for _, size, _ in entries) + needed - self.limit
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            if _remove_unused(path):
+                excess -= size
         if excess > 0:
             logger.warning(
                 "the cache %s is %d bytes over its limit, all of it in use: raise --data.cache-gb",
