@@ -16,6 +16,7 @@ setup(
         "triton>=3.6; sys_platform == 'linux'",
         "accelerate>=1.10",
         "cattrs>=24.1",
+        "docstring-parser>=0.15",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",
@@ -23,7 +24,7 @@ setup(
         "scikit-learn>=1.4",
         "tensorboard>=2.16",
         "tqdm>=4.66",
-        "tyro>=0.9.20",
+        "tyro>=1.0",
         "webdataset>=1.0",
     ],
     extras_require={

@@ -15,8 +15,8 @@ from statistics import median
 from unittest import mock
 
 import torch
-import tyro
 
+from ddpm_engine.flags import Positive, parse_options
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, philox, q_sample
 
@@ -30,11 +30,11 @@ WAYS = {
 class Options:
     """Time of the noise, with the reference and in blocks."""
 
-    batch: int = 64
-    """Images."""
-    size: int = 32
+    batch: Positive = 64
+    """Images at a time."""
+    size: Positive = 32
     """Pixels a side."""
-    pairs: int = 51
+    pairs: Positive = 51
     """Timings of each way."""
 
 
@@ -64,7 +64,7 @@ def measure(name: str, work: Callable[[], object], options: Options) -> None:
 
 def main() -> None:
     """Measure the noise, and the step that draws it twice."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     schedule = NoiseSchedule.linear(1000)
     tables = schedule.sqrt_alpha_bar.float(), schedule.sqrt_one_minus_alpha_bar.float()
     shape = (3, options.size, options.size)

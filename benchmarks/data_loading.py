@@ -22,14 +22,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import numpy as np
 import PIL
 import torch
-import tyro
 import webdataset
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned, figure, write_json
@@ -41,6 +40,7 @@ from ddpm_engine.config import PRESETS
 from ddpm_engine.data import Example, ShardDataset, Source, make_loader, write_shards
 from ddpm_engine.data.order import Order
 from ddpm_engine.data.sources import LazyExamples
+from ddpm_engine.flags import Positive, at_least, parse_options
 from ddpm_engine.training import Trainer
 
 BATCH = 64
@@ -54,14 +54,14 @@ Epoch = Callable[[], Iterator[tuple[Any, Any]]]
 class Options:
     """Images a second of reading."""
 
-    images: int = 1024
-    """In each set."""
-    rounds: int = 9
+    images: Positive = 1024
+    """Images in each set."""
+    rounds: Positive = 9
     """Repetitions of each way."""
-    training_steps: int = 60
+    training_steps: Annotated[int, at_least(0)] = 60
     """Steps of the digits preset whose waiting for data is reported; 0: none."""
     json: Path | None = None
-    """Write everything here."""
+    """Write everything into this file."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def waiting_share(steps: int, folder: Path) -> float:
 
 def main() -> int:
     """Measure, print, write."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     machine = facts(CPU) | {"webdataset": webdataset.__version__, "pillow": PIL.__version__}
     found: dict[str, Any] = {}
     print(f"{machine['device']}, load average {machine['load_average']}; one process, no workers\n")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from ddpm_engine.errors import exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
 from ddpm_engine.evaluation.pictures import to_uint8
+from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.samplers import sample
 
@@ -32,18 +32,18 @@ class Options:
 
     checkpoint: Path = Path("runs/digits")
     """A run directory."""
-    count: int = 512
+    count: Positive = 512
     """How many pictures to draw."""
     seed: int = 1
     """Of their noise; the demo's own grid has seed 0."""
-    steps: int | None = None
+    steps: PositiveOrNone = None
     """Network evaluations a picture; default: what the run was configured with."""
 
 
 def main() -> None:
     """Train the classifier, draw, classify, report."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_pretrained(options.checkpoint, device)
         config = pretrained.config

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
-import tyro
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 from torch import Tensor
@@ -34,6 +33,7 @@ from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
+from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
 from ddpm_engine.low_resolution import enlarge, shrink
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.samplers import sample
@@ -50,15 +50,15 @@ class Options:
     small: Path | None = None
     """Enlarge the first pictures of this folder of launch/sample.py; default: real digits."""
     levels: tuple[int, ...] = (0, 50, 100, 200)
-    """Augmentation levels."""
-    count: int = 500
+    """Augmentation levels, in steps of a chain of 1000."""
+    count: Positive = 500
     """Pictures at each level."""
     seed: int = 1
     """Of their noise."""
-    steps: int | None = None
+    steps: PositiveOrNone = None
     """Steps a picture; default: the run's."""
     json: Path | None = None
-    """Write everything here."""
+    """Write everything into this file."""
     picture: Path | None = None
     """Show some here, a column each: given, interpolated, enlarged at the first level, and real."""
 
@@ -71,7 +71,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     """Enlarge at each level, compare, report."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_pretrained(options.checkpoint, device)
         model, side = pretrained.model, pretrained.model.low_resolution

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.figures.style import COLOURS, MARKS, saved
 from ddpm_engine.evaluation.frechet import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.kid import squared_mmd
+from ddpm_engine.flags import at_least, parse_options
 
 SIZE = 16
 
@@ -32,11 +33,11 @@ class Options:
 
     out: Path = Path("docs/pictures/frechet-bias.png")
     """Where the picture goes."""
-    repeats: int = 20
+    repeats: Annotated[int, at_least(2)] = 20
     """Draws for each number of pictures."""
     features: tuple[int, ...] = (16, 64, 256)
     """Features of the normal distributions, D."""
-    largest: int = 25_600
+    largest: Annotated[int, at_least(100)] = 25_600
     """Draws from them at most; it begins at 100 and doubles."""
 
 
@@ -79,7 +80,7 @@ def of_digits(
 
 def main() -> None:
     """Measure, print, draw."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     counts = [100]
     while counts[-1] * 2 <= options.largest:
         counts.append(counts[-1] * 2)

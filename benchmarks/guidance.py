@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
-import tyro
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,6 +41,7 @@ from ddpm_engine.evaluation.digits import (
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.evaluation.precision_recall import precision_recall
+from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import Guidance, sample
 from ddpm_engine.samplers.registry import Sampler
@@ -55,20 +55,20 @@ class Options:
     """A run directory of a class-conditional model of the digits."""
     scales: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     """Guidance scales, ascending; 1 is no guidance."""
-    count: int = 1000
+    count: Positive = 1000
     """Pictures at each scale, of all classes in turn."""
     seed: int = 1
     """Of their noise; the demo's own pictures have seed 0."""
     sampler: Sampler | None = None
-    """Default: the run's."""
-    steps: int | None = None
+    """Which one; default: the run's."""
+    steps: PositiveOrNone = None
     """Steps a picture; default: the run's."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Pictures at a time."""
     json: Path | None = None
-    """Write everything here."""
+    """Write everything into this file."""
     plot: Path | None = None
-    """Draw the curves here."""
+    """Draw the curves into this file."""
 
 
 def drawn_pictures(
@@ -142,7 +142,7 @@ def plot(points: Sequence[dict[str, Any]], accuracy_of_real: float, path: Path) 
 def main() -> None:
     """Draw at each scale, measure, report."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_pretrained(options.checkpoint, device)
         classes = pretrained.model.null_class

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,11 +29,12 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.flags import parse_options
 from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.aot import TARGETS, Code, Launch, compile_launch, recorded_launches
 from ddpm_kernels.assembly import KINDS, count_kinds
@@ -44,15 +44,18 @@ MODEL = (
     "measurement."
 )
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class Options:
     """Bytes, instructions and a roofline of each kernel, without a GPU."""
 
     targets: str = ",".join(TARGETS)
-    """To compile for, comma-separated."""
+    """What to compile for, comma-separated."""
     dtypes: str = "bfloat16"
-    """Of the network's output and activations, comma-separated."""
+    """Types of the network's output and activations, comma-separated, of bfloat16, float16 and
+    float32."""
     out: Path = Path(__file__).parent / "results"
     """Folder for kernel_roofline.json and kernel_roofline.png."""
 
@@ -756,13 +759,17 @@ def _bars(
     axes.legend(frameon=False, loc="best")
 
 
+@exit_on_user_error()
 def main() -> None:
     """Count, print, and write the results."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     targets, dtypes = options.targets.split(","), options.dtypes.split(",")
     unknown = [target for target in targets if target not in DEVICES]
     if unknown:
-        sys.exit(f"error: unknown target {unknown[0]!r}; choose from {', '.join(DEVICES)}")
+        raise UserError(f"--targets has {unknown[0]!r}; there are {', '.join(DEVICES)}")
+    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
+    if unknown:
+        raise UserError(f"--dtypes has {unknown[0]!r}; there are {', '.join(DTYPES)}")
     rows: list[Row] = []
     comparisons: list[dict[str, Any]] = []
     for dtype in dtypes:

@@ -21,8 +21,8 @@ from statistics import median
 from typing import Literal
 
 import torch
-import tyro
 
+from ddpm_engine.flags import Positive, parse_options
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import denoising_loss, q_sample
 
@@ -33,14 +33,14 @@ WAYS = ("engine", "textbook")
 class Options:
     """Peak memory of noising and loss."""
 
-    batch: int = 64
-    """Images."""
-    size: int = 128
+    batch: Positive = 64
+    """Images at a time."""
+    size: Positive = 128
     """Pixels a side."""
-    repeats: int = 3
+    repeats: Positive = 3
     """Processes of each kind; the median is reported."""
     only: Literal["engine", "textbook"] | None = None
-    """Measure one way in this process and print its bytes."""
+    """Measure one way in this process and print its bytes; default: both."""
 
 
 def peak_bytes() -> int:
@@ -82,7 +82,7 @@ def measure(options: Options) -> int:
 
 def main() -> None:
     """Measure both ways in turn, or one of them here."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     if options.only is not None:
         print(measure(options))
         return

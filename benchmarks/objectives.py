@@ -25,13 +25,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import numpy as np
 import torch
-import tyro
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 
@@ -41,9 +40,11 @@ from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
 from ddpm_engine.evaluation.pictures import to_uint8
 from ddpm_engine.files import atomic_write
+from ddpm_engine.flags import Positive, at_least, parse_options
 from ddpm_engine.likelihood import bits_per_dim
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import sample
+from ddpm_engine.samplers.registry import Sampler
 from ddpm_engine.training import Trainer
 from ddpm_engine.training.dataset import prepare_shards
 
@@ -84,15 +85,15 @@ WITHIN = 1.5
 class Budget:
     """What every objective gets."""
 
-    steps: int = 700
+    steps: Positive = 700
     """Optimizer steps, batches of 64."""
-    pictures: int = 1000
-    """Drawn for each distance."""
-    sampler: str = "heun"
+    pictures: Annotated[int, at_least(2)] = 1000
+    """Pictures drawn for each distance."""
+    sampler: Sampler = "heun"
     """Which sampler draws them."""
-    sampling_steps: int = 18
+    sampling_steps: Positive = 18
     """Steps a picture; with heun each but the last is two evaluations."""
-    likelihoods: int = 48
+    likelihoods: Positive = 48
     """Real digits whose likelihood is taken, T evaluations each."""
 
 
@@ -102,11 +103,11 @@ class Options:
 
     budget: Budget = Budget()
     """What each gets."""
-    seeds: int = 2
+    seeds: Positive = 2
     """Runs of each objective."""
     only: tuple[str, ...] = ()
     """Names of those to compare; default: all."""
-    at_once: int = 2
+    at_once: Positive = 2
     """Runs side by side, one thread each."""
     out: Path = Path("runs/objectives")
     """Where runs and what they gave are kept."""
@@ -325,7 +326,7 @@ def compare(options: Options) -> int:
     """Measure what is missing, and report; the exit status."""
     unknown = [name for name in options.only if name not in ENTRIES]
     if unknown:
-        raise UserError(f"no objective is called {unknown[0]!r}; there are {', '.join(ENTRIES)}")
+        raise UserError(f"--only names {unknown[0]!r}; there are {', '.join(ENTRIES)}")
     if options.only and (options.result == RESULT or options.document == DOCUMENT):
         raise UserError(
             "--only makes a shorter table, which would take the place of the whole one; give "
@@ -359,7 +360,7 @@ def compare(options: Options) -> int:
 def main() -> int:
     """Compare, or measure one."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         if options.entry is None:
             return compare(options)
         found = measure(options, options.entry, options.seed)

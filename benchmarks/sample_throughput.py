@@ -22,7 +22,6 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import torch
-import tyro
 from benchmarks.throughput import equal_quality as quality
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.measuring import Measured, measure
@@ -33,6 +32,7 @@ from benchmarks.throughput.sampling import Job, SamplerName
 from benchmarks.throughput.subject import subject_of
 
 from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.flags import Device, Positive, PositiveOrNone, parse_options
 
 JOBS = {"digits": Job(16, 50), "photos": Job(8, 20), "cifar10": Job(2, 5), "celebahq256": Job(1, 2)}
 """Minutes of two cores at most. Speeds of longer chains are not extrapolated from them."""
@@ -46,15 +46,15 @@ class Options:
     """Whose network, with random weights."""
     checkpoint: Path | None = None
     """A run directory: its network instead, with its weights."""
-    batch: int | None = None
+    batch: PositiveOrNone = None
     """Pictures at once; default: 16, 8, 2 or 1, by preset."""
-    steps: int | None = None
+    steps: PositiveOrNone = None
     """Network evaluations a picture, a divisor of T; default: 50, 20, 5 or 2, by preset."""
     samplers: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm++2m")
     """Which samplers."""
-    rounds: int = 7
+    rounds: Positive = 7
     """Repetitions of each way."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Where, such as cuda."""
     json: Path | None = None
     """Write everything here."""
@@ -130,7 +130,7 @@ def compare_quality(options: Options) -> None:
 def main() -> int:
     """Run one of the two comparisons."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         if options.equal_quality:
             compare_quality(options)
             return 0

@@ -12,15 +12,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from ddpm_engine.flags import at_least, parse_options
 from ddpm_engine.samplers import CoefficientTable
 from ddpm_engine.samplers.levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS
@@ -46,7 +47,7 @@ class Options:
 
     out: Path = Path("docs/pictures/solver-convergence.png")
     """Where the picture goes."""
-    doublings: int = 6
+    doublings: Annotated[int, at_least(2)] = 6
     """Evaluations go from 8 up in so many doublings."""
 
 
@@ -87,7 +88,7 @@ def final_state(schedule: NoiseSchedule, table: CoefficientTable, start: np.ndar
 
 def main() -> None:
     """Measure, print, draw."""
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     schedule = NoiseSchedule.linear()
     known = log_sigma(schedule).numpy()
     start = np.linspace(-2.5, 2.5, PIXELS)

@@ -22,7 +22,6 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import torch
-import tyro
 from benchmarks.throughput import training
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.profile import shares_by_operation
@@ -33,6 +32,7 @@ from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, 
 from benchmarks.throughput.watching import peak_tensor_bytes
 
 from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.flags import Device, Positive, PositiveOrNone, parse_options
 
 BATCHES = {"digits": 64, "photos": 32, "cifar10": 4, "celebahq256": 1}
 
@@ -43,18 +43,18 @@ class Options:
 
     preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
     """Whose network and optimizer."""
-    batch: int | None = None
+    batch: PositiveOrNone = None
     """Images a step; default: 64 (the preset's), 4 or 1, by preset."""
-    rounds: int = 15
+    rounds: Positive = 15
     """Repetitions of each way."""
-    steps: int = 2
+    steps: Positive = 2
     """Training steps of a repetition."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Where, such as cuda."""
     json: Path | None = None
-    """Write everything here."""
+    """Write everything into this file."""
     plot: Path | None = None
-    """Write a plot here."""
+    """Write a plot into this file."""
     profile: bool = False
     """Show which operations of the engine's eager step take the time (on a CPU)."""
 
@@ -137,7 +137,7 @@ def cells(row: Row) -> list[str]:
 def main() -> int:
     """Measure, print, write."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         device = torch.device(options.device)
         subject = subject_of(options.preset, None, device)
         model = replace(subject.config.model, dropout=0.0)

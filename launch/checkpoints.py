@@ -14,11 +14,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.flags import PositiveOrNone, at_least, parse_command
 from ddpm_engine.training import CheckpointStore
 from ddpm_engine.training.average import average_checkpoints, reconstruct_average
 from ddpm_engine.training.checkpoint import SNAPSHOTS, glance, verify
@@ -60,8 +61,8 @@ def verify_checkpoints(run: tyro.conf.Positional[Path]) -> int:
 
 def prune(
     run: tyro.conf.Positional[Path],
-    keep: int = 2,
-    keep_every: int | None = None,
+    keep: Annotated[int, at_least(2)] = 2,
+    keep_every: PositiveOrNone = None,
     delete: bool = False,
 ) -> int:
     """Show which old checkpoints would be deleted, and with --delete delete them.
@@ -71,13 +72,9 @@ def prune(
     Args:
         run: a run directory.
         keep: how many of the newest to keep, at least two.
-        keep_every: keep those at multiples of this many steps as well.
+        keep_every: keep those at multiples of this many steps as well; default: of none.
         delete: delete them.
     """
-    if keep < 2 or (keep_every is not None and keep_every < 1):
-        raise UserError(
-            f"--keep is {keep} and --keep-every {keep_every}; keep at least 2, every 1 or more"
-        )
     store = _store(run, keep, keep_every)
     try:
         with lock_run_directory(run):
@@ -109,8 +106,8 @@ def average(
     Args:
         run: a run directory.
         out: folder to make.
-        steps: of the checkpoints, as 1000 2000; None: all.
-        shares: of each of them in the mean, as 1 2; None: equal.
+        steps: of the checkpoints, as 1000 2000; default: all.
+        shares: of each of them in the mean, as 1 2; default: equal.
         weights: average the averaged weights, or those of the steps themselves.
     """
     store = _store(run)
@@ -136,7 +133,7 @@ def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | N
         length: deviation of what the average remembers, as a share of the training so far; 0.1
             remembers mostly the last tenth or two.
         out: folder to make.
-        step: at the end of which step, one that there is a snapshot of; None: the newest.
+        step: at the end of which step, one that there is a snapshot of; default: the newest.
     """
     store = CheckpointStore(run / SNAPSHOTS)
     snapshots = []
@@ -176,7 +173,7 @@ def main() -> None:
         "ema": ema,
     }
     with exit_on_user_error():
-        sys.exit(tyro.extras.subcommand_cli_from_dict(commands))
+        sys.exit(parse_command(commands))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ resumes; the result is a run as any other, and `sample.py --checkpoint DIR` draw
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -29,6 +28,7 @@ from ddpm_engine.config import (
 )
 from ddpm_engine.distillation import student_config
 from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.flags import parse_options
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.training import Trainer
 
@@ -70,20 +70,17 @@ def parse(arguments: list[str]) -> RunConfig:
     Raises:
         UserError: the teacher cannot be loaded.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--teacher", type=Path)
-    chosen, _ = first.parse_known_args(arguments)
-    if chosen.teacher is None or {"-h", "--help"} & set(arguments):
-        tyro.cli(Options, args=arguments)  # says what is missing, or helps, and leaves
-    teacher = load_pretrained(chosen.teacher).config
-    # Twice: the length of a stage, which other defaults follow from, is itself an option.
-    asked = tyro.cli(Options, args=arguments, default=_defaults(teacher, chosen.teacher))
+    # Before anything is loaded, so that help and what is said of a mistake do not wait.
+    path = parse_options(Options, arguments).teacher
+    teacher = load_pretrained(path).config
+    # Twice more: the length of a stage, which other defaults follow from, is itself an option.
+    asked = parse_options(Options, arguments, default=_defaults(teacher, path))
     told = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
     run = student_config(told, plan(asked), asked.out, asked.prediction)
     defaults = replace(
         asked, data=run.data, optimizer=run.optimizer, training=run.training, log=run.log
     )
-    options = tyro.cli(Options, args=arguments, default=defaults)
+    options = parse_options(Options, arguments, default=defaults)
     return replace(
         run,
         data=options.data,

@@ -37,6 +37,7 @@ from ddpm_engine.evaluation.evaluate import (
 )
 from ddpm_engine.evaluation.features import FeaturesName, default_cache, feature_network
 from ddpm_engine.evaluation.images import open_reference
+from ddpm_engine.flags import parse_options
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import Guidance
 from ddpm_engine.samplers.ddpm import Variance
@@ -52,13 +53,13 @@ class DrawingOptions:
     """How pictures are drawn; for more than this, draw with launch/sample.py and give --samples."""
 
     seed: int = 0
-    """Of all noise."""
+    """Of all noise: another seed, other pictures."""
     weights: Literal["ema", "model"] = "ema"
     """Of a run: averaged weights, or those of the last step."""
     sampler: Sampler | None = None
     """Which one; default: the run's."""
     steps: int | None = None
-    """Steps a picture; default: what the run was configured with."""
+    """Steps a picture, one or two network evaluations each; default: the run's."""
     spacing: Spacing | None = None
     """Which timesteps are visited; default: the run's."""
     variance: Variance | None = None
@@ -69,9 +70,10 @@ class DrawingOptions:
     """Class of picture 0, 1, 2, ..., and again from the first. all: every class in turn, the
     default of a class-conditional network; none: no class."""
     guidance_scale: float | None = None
-    """Go so far towards the class; 1 is no guidance."""
+    """Go so far towards the class, 1 being no guidance; default: 1."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only while the noise level sigma is above the first and at most the second."""
+    """Guide only while the noise level sigma is above the first and at most the second; default:
+    always."""
     batch_size: int = 64
     """Pictures at a time, in each process."""
     precision: Precision = "no"
@@ -105,8 +107,8 @@ class Options:
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
     """Which: fid, kid, is, precision-recall, accuracy (of the classes of drawn digits), nll."""
     count: int | None = None
-    """How many pictures; default: 50000, or all of --samples. For nll, how many real images;
-    default: all."""
+    """How many pictures, and for nll real images; default: 50000, or all of --samples, and for nll
+    all."""
     out: Path | None = None
     """Folder of pictures, features and reports; default: one by settings, in RUN/evaluation."""
     drawing: DrawingOptions = DrawingOptions()
@@ -279,7 +281,7 @@ def main() -> None:
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_user_error():
-        options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
+        options = parse_options(Options, omit_prefixes=True)
         check(options)
         metrics = parse_metrics(options)
         # No process needs to know more of the others, and none ever waits for one.

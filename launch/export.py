@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.flags import parse_options
 from ddpm_engine.interop.export import export_pipeline
 from ddpm_engine.pretrained import load_pretrained
 
@@ -32,7 +31,7 @@ class Options:
 def main() -> None:
     """Load, write."""
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         pretrained = load_pretrained(options.checkpoint, weights=options.weights)
         export_pipeline(pretrained, options.out, options.weights)
         print(f"{options.out} is written; README.md in it says how to load it")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,19 +23,20 @@ from ddpm_engine.data import Manifest, index_shards, open_source, write_shards
 from ddpm_engine.data import verify as find_damage
 from ddpm_engine.data.forked import usable_cores
 from ddpm_engine.data.manifest import Shard
-from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
 
 
 def pack(
     source: tyro.conf.Positional[str],
     out: Path,
-    size: int | None = None,
+    size: PositiveOrNone = None,
     channels: Literal[1, 3] | None = None,
-    per_shard: int = 10_000,
+    per_shard: Positive = 10_000,
     image_format: Annotated[
         Literal["png", "jpg", "webp", "npy"], tyro.conf.arg(name="format")
     ] = "png",
-    processes: int | None = None,
+    processes: PositiveOrNone = None,
 ) -> int:
     """Pack a source into shards (also: make_shards.py index DIR, make_shards.py verify DIR).
 
@@ -42,11 +44,11 @@ def pack(
         source: a folder of images (class folders become labels), an .npz file, CIFAR's binary
             version, an IDX file, hf:NAME[:SPLIT], digits, or photos.
         out: folder to make.
-        size: cut the central square and resize it to so many pixels a side.
-        channels: convert to 1 (grey) or 3 (RGB).
+        size: cut the central square and resize it to so many pixels a side; default: as they are.
+        channels: convert to 1 (grey) or 3 (RGB); default: as they are.
         per_shard: images of each shard.
-        image_format: png, webp and npy are lossless.
-        processes: that pack at the same time; default: one a core. The bytes are the same.
+        image_format: of each image; png, webp and npy are lossless.
+        processes: that pack at the same time, to the same bytes; default: one a core.
     """
     opened = open_source(source)
     # disable=None: a bar on a terminal, nothing in a log.
@@ -58,7 +60,7 @@ def pack(
     return 0
 
 
-def index(directory: tyro.conf.Positional[Path], processes: int | None = None) -> int:
+def index(directory: tyro.conf.Positional[Path], processes: PositiveOrNone = None) -> int:
     """Index WebDataset shards made elsewhere.
 
     Args:
@@ -103,11 +105,17 @@ def main() -> None:
     """Run the command named by the first argument; anything else is a source to pack."""
     arguments = sys.argv[1:]
     commands = {"index": index, "verify": verify}
-    command = commands.get(arguments[0]) if arguments else None
+    first = arguments[0] if arguments else ""
+    command = commands.get(first)
     with exit_on_user_error():
+        meant = get_close_matches(first, commands, n=1)
+        if command is None and meant and not Path(first).exists():
+            raise UserError(
+                f"there is no {first!r} to pack, and no such command; did you mean {meant[0]}?"
+            )
         if command is None:
-            sys.exit(tyro.cli(pack, args=arguments))
-        sys.exit(tyro.cli(command, args=arguments[1:], prog=f"make_shards.py {arguments[0]}"))
+            sys.exit(parse_options(pack, arguments))
+        sys.exit(parse_options(command, arguments[1:], prog=f"make_shards.py {first}"))
 
 
 if __name__ == "__main__":

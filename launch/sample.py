@@ -32,7 +32,7 @@ from ddpm_engine.drawing import (
 from ddpm_engine.drawing.progress import Progress
 from ddpm_engine.drawing.recipe import Precision
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.flags import numbers
+from ddpm_engine.flags import numbers, parse_options
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.samplers import Guidance
 from ddpm_engine.samplers.ddpm import Variance
@@ -49,17 +49,17 @@ class SamplerOptions:
     sampler: Sampler | None = None
     """Which one; default: the run's."""
     steps: int | None = None
-    """Steps a picture; default: what the run was configured with."""
+    """Steps a picture, one or two network evaluations each; default: the run's."""
     spacing: Spacing | None = None
     """Which timesteps are visited; default: the run's."""
     timesteps: Numbers = None
-    """Visit exactly these instead, such as 999,750,500,250,0."""
+    """Visit exactly these instead, such as 999,750,500,250,0; default: see --spacing."""
     variance: Variance | None = None
     """Variance of ddpm; default: the run's."""
     eta: float | None = None
     """Share of fresh noise in ddim, 0 to 1; default: the run's."""
     threshold: float | None = None
-    """Bound estimates of the image at this quantile of theirs (0.995) instead of at 1."""
+    """Bound estimates of the image at this quantile of theirs, such as 0.995; default: at 1."""
     cache_interval: int = 1
     """Recompute the network's deep levels at every so many-th step only; 1: always."""
 
@@ -76,11 +76,12 @@ class ClassOptions:
     --interpolate, which say by themselves what to draw. With --low-resolution: the classes of those
     pictures."""
     guidance_scale: float | None = None
-    """Go so far towards the class; 1 is no guidance."""
+    """Go so far towards the class, 1 being no guidance; default: 1."""
     guidance_rescale: float | None = None
-    """Bring the guided prediction's deviation back, 0 (not) to 1 (wholly)."""
+    """Bring the guided prediction's deviation back, 0 (not) to 1 (wholly); default: 0."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only while the noise level sigma is above the first and at most the second."""
+    """Guide only while the noise level sigma is above the first and at most the second; default:
+    always."""
     two_passes: bool = False
     """Evaluate class and no class one after the other: half the memory."""
 
@@ -90,20 +91,21 @@ class ImageOptions:
     """Beginning with images, keeping parts of them, and going from picture to picture."""
 
     images: Path | None = None
-    """An image, or a folder: picture k goes with image k, and again from the first."""
+    """An image, or a folder: picture k goes with image k, and again from the first; default: begin
+    with noise."""
     strength: float | None = None
     """Share of the steps taken from the noised image, 0 to 1; default 0.5, without a mask."""
     mask: Path | None = None
-    """Paint only where this image is white; the rest of --images stays."""
+    """Paint only where this image is white, and keep the rest of --images; default: everywhere."""
     draws: int | None = None
-    """With a mask: take each step so often, so that the parts meet."""
+    """With a mask: take each step so often, so that the parts meet; default: 1."""
     interpolate: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """COUNT pictures that lead from picture A of the seed to picture B."""
     low_resolution: Path | None = None
     """For a network that enlarges: a folder of this script, whose picture k becomes picture k; or
     an image, or a folder of images, as --images takes them."""
     augmentation: int | None = None
-    """Noise these first by so many steps of a chain of 1000; default 0."""
+    """Noise these first by so many steps of a chain of 1000; default: 0."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class MachineOptions:
     format: Format = "png"
     """png: a file each; tar: WebDataset shards of PNGs, tar-npy: of arrays; npz: of NumPy's."""
     per_shard: int | None = None
-    """Pictures of a shard; default 1024."""
+    """Pictures of a shard; default: 1024."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Options:
     ids: Numbers = None
     """Make just these pictures of the seed, such as 17,42, instead of COUNT."""
     seed: int = 0
-    """Of all noise."""
+    """Of all noise: another seed, other pictures."""
     weights: Literal["ema", "model"] = "ema"
     """Of a run: averaged weights, or those of the last step."""
     sampler: SamplerOptions = SamplerOptions()
@@ -316,7 +318,7 @@ def main() -> None:
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_user_error():
-        options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
+        options = parse_options(Options, omit_prefixes=True)
         # No process needs to know more of the others, and none ever waits for one.
         rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
         ids = parse_ids(options)

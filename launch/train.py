@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddpm_engine.compile_cache import use_local_compile_cache
 from ddpm_engine.config import PRESETS, RunConfig, dump_config, load_config
 from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.flags import parse_options
 from ddpm_engine.training import Trainer
 
 
@@ -52,7 +53,7 @@ def parse(arguments: list[str]) -> Options:
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
-    return tyro.cli(Options, args=arguments, default=Options(run=defaults))
+    return parse_options(Options, arguments, default=Options(run=defaults))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from ddpm_engine.drawing import ReferenceImages
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.figures.exhibit import FIGURES, Exhibit, Inapplicable
 from ddpm_engine.evaluation.figures.plane import Plane
-from ddpm_engine.flags import numbers
+from ddpm_engine.flags import numbers, parse_options
 from ddpm_engine.pretrained import Pretrained, load_pretrained
 from ddpm_engine.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
 
@@ -39,18 +39,18 @@ class Options:
     data: Path | None = None
     """Shards of real images; default: those of the run."""
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
-    """Just these: real-and-drawn, forward, reverse, loss, schedules, quality, bound,
-    interpolation, denoising."""
+    """Just these of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
+    interpolation, denoising; default: all."""
     samples: Path | None = None
     """Pictures that launch/sample.py drew as PNGs, for real-and-drawn; default: drawn now."""
     photo: Path | None = None
     """An image for denoising; default: the first of the data."""
     seed: int = 0
-    """Of all noise."""
+    """Of all noise: another seed, other pictures."""
     ids: tuple[int, int] = (4, 2)
     """Pictures of the seed: reverse shows the first, interpolation what lies between the two."""
     steps: int | None = None
-    """Steps of a drawn picture; default: the run's."""
+    """Steps of a drawn picture, one or two network evaluations each; default: the run's."""
     timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
     """Columns of forward, from 1; default: ten, closer together at first."""
     count: int = 256
@@ -147,7 +147,7 @@ def main() -> None:
     """Show a run or a toy."""
     use_local_compile_cache()
     with exit_on_user_error():
-        options = tyro.cli(Options)
+        options = parse_options(Options)
         if options.toy is not None and options.checkpoint is None:
             show_toy(options, options.toy)
         elif options.checkpoint is not None and options.toy is None:

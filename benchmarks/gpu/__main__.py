@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -31,11 +32,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = reports.ROOT / "benchmarks" / "results"
-    parser.add_argument("--out", type=Path, default=default, help="folder of the results")
-    parser.add_argument("--quick", action="store_true", help="about a minute's worth of it")
-    parser.add_argument("--checks-only", action="store_true", help="measure nothing")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=reports.ROOT / "benchmarks" / "results",
+        help="folder of the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="about a minute's worth of it (default: all)"
+    )
+    parser.add_argument(
+        "--checks-only", action="store_true", help="measure nothing (default: measure, too)"
+    )
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        meant = get_close_matches(unknown[0], ["--out", "--quick", "--checks-only"], n=1)
+        advice = f"; did you mean {meant[0]}?" if meant else ""
+        parser.error(f"there is no option {unknown[0]}{advice}")
+    return options
 
 
 def run(plan: Plan, results_of: Callable[[str, Plan], Iterator[Result]]) -> list[Result]:

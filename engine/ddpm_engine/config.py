@@ -38,11 +38,11 @@ class UNetConfig:
     down_block_types: tuple[Literal["DownBlock2D", "AttnDownBlock2D"], ...] = (
         "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D",
     )  # fmt: skip
-    """For each level on the way down, whether it attends."""
+    """Which levels attend, on the way down."""
     up_block_types: tuple[Literal["UpBlock2D", "AttnUpBlock2D"], ...] = (
         "UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
-    """For each level on the way up (lowest resolution first), whether it attends."""
+    """Which attend, on the way up, lowest first."""
     layers_per_block: int = 2
     """Residual blocks of each level on the way down (one more on the way up)."""
     attention_head_dim: int | None = None
@@ -50,13 +50,13 @@ class UNetConfig:
     norm_num_groups: int = 32
     """Groups of every GroupNorm."""
     attn_norm_num_groups: int | None = None
-    """Groups of the middle attention's norm; None: as the others, or no norm with scale_shift."""
+    """Those of the middle attention; None: the same, or no norm if scale_shift."""
     norm_eps: float = 1e-6
     """Epsilon of every GroupNorm."""
     dropout: float = 0.0
-    """Dropout rate inside the residual blocks."""
+    """Share of activations dropped inside the residual blocks, 0 to 1."""
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
-    """How the time embedding enters: added, or as scale and shift of the second norm."""
+    """The time embedding is added, or is scale and shift of the second norm."""
     downsample_padding: int = 0
     """0: pad right and bottom by one, as the paper's code; 1: pad all sides."""
     mid_block_scale_factor: float = 1.0
@@ -68,10 +68,10 @@ class UNetConfig:
     num_class_embeds: int | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
     low_resolution: int | None = None
-    """Side of the small image that the network enlarges, a divisor of the sample size; None: it is
-    shown none."""
+    """Side in pixels of the small image that the network enlarges, a divisor of the sample size;
+    None: it is shown none."""
     attention: Literal["sdpa", "xformers", "auto"] = "sdpa"
-    """Attention kernel: torch's scaled_dot_product_attention, xformers', or the best available."""
+    """Whose kernel: torch's, xformers', or the best available."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,19 @@ class DiffusionConfig:
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
     """Shape of the noise schedule; edm: log sigma rises linearly."""
     timesteps: int = 1000
-    """T, the length of the chain."""
+    """T, the length of the chain, in steps."""
     beta_start: float = 1e-4
     """First beta of the linear schedule."""
     beta_end: float = 0.02
     """Last beta of the linear schedule."""
     betas: tuple[float, ...] | None = None
-    """The betas themselves, one for each timestep, if no shape describes them."""
+    """The betas themselves, one for each timestep; None: the shape describes them."""
     sigma_min: float = 0.002
     """First noise level sigma of the edm schedule, where sampling ends."""
     sigma_max: float = 80.0
     """Last noise level of the edm schedule, where sampling begins."""
     sigma_data: float = 0.5
-    """Deviation of the images' values that edm prediction is made for."""
+    """Deviation of the images' values, of −1 to 1, that edm prediction is made for."""
     prediction: Prediction = "eps"
     """What the network predicts: the noise, the clean image or the velocity; edm: a mixture of
     image and noise, at any noise level (Karras et al. 2022), with the edm schedule."""
@@ -150,13 +150,13 @@ class ObjectiveConfig:
     logit_mean: float = 0.0
     """logit-normal: mean of log(t / (T − t))."""
     logit_std: float = 1.0
-    """logit-normal: standard deviation of it."""
+    """logit-normal: standard deviation of log(t / (T − t))."""
     offset_noise: float = 0.0
-    """Standard deviation of noise added to each channel as a whole."""
+    """Standard deviation of noise added to each channel as a whole; images span −1 to 1."""
     p_mean: float = -1.2
     """edm prediction: mean of the log of the noise levels sigma that are trained."""
     p_std: float = 1.2
-    """edm prediction: standard deviation of it."""
+    """edm prediction: standard deviation of that log."""
 
 
 def is_location(path: str) -> bool:
@@ -202,11 +202,11 @@ class OptimizerConfig:
     """AdamW with linear warm-up."""
 
     learning_rate: float = 2e-4
-    """Peak learning rate."""
+    """Learning rate at its highest, after the warm-up."""
     warmup_steps: int = 5000
     """Steps over which the learning rate rises from zero."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments."""
+    """Decay of the first and second moments, a step."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
@@ -228,12 +228,13 @@ class TrainingConfig:
     seed: int = 0
     """Of weights, data order and all noise."""
     ema_decay: float = 0.9999
-    """Decay of the weight average that is sampled from (it warms up from 0.1)."""
+    """Decay, a step, of the weight average that is sampled from (it warms up from 0.1)."""
     ema_profiles: tuple[float, ...] = ()
-    """Lengths of further, power-function averages, as 0.05 0.1; snapshots of them are kept, of
-    which checkpoints.py makes the average of any length after training."""
+    """Lengths of further, power-function averages, in shares of the training so far, as 0.05 0.1;
+    snapshots of them are kept, of which checkpoints.py makes the average of any length afterwards.
+    """
     label_dropout: float = 0.1
-    """Share of labels replaced by the null class (class-conditional models)."""
+    """Share of labels, 0 to 1, replaced by the null class (class-conditional models)."""
     augmentation_levels: int = 250
     """Noise of the small image: drawn from 0 (none) to this − 1 steps (low-resolution models)."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -247,7 +248,7 @@ class TrainingConfig:
     max_bad_steps: int = 10
     """Stop after this many non-finite gradients in a row; each is skipped."""
     timeout_seconds: int = 300
-    """After the first step, end a run whose ranks wait for one of them for longer than this."""
+    """After the first step, end a run whose ranks wait for one of them for so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class LogConfig:
     checkpoint_every: int = 10_000
     """Steps between checkpoints."""
     checkpoint_overlap: int = 1
-    """Steps that training may be ahead of a checkpoint being written before it waits for it."""
+    """Steps that training may be ahead of a checkpoint being written, before it waits for it."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep, two at least."""
     keep_every: int | None = None
@@ -350,7 +351,16 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Everything wrong with the values themselves, each as a sentence."""
-        at_least = [
+        at_least: list[tuple[str, int | None, int]] = [
+            ("model.sample-size", self.model.sample_size, 1),
+            ("model.in-channels", self.model.in_channels, 1),
+            ("model.layers-per-block", self.model.layers_per_block, 1),
+            ("model.norm-num-groups", self.model.norm_num_groups, 1),
+            ("model.attention-head-dim", self.model.attention_head_dim, 1),
+            ("model.attn-norm-num-groups", self.model.attn_norm_num_groups, 1),
+            ("model.num-class-embeds", self.model.num_class_embeds, 1),
+            ("model.low-resolution", self.model.low_resolution, 1),
+            ("diffusion.timesteps", self.diffusion.timesteps, 1),
             ("training.steps", self.training.steps, 1),
             ("training.batch-size", self.training.batch_size, 1),
             ("training.accumulation", self.training.accumulation, 1),
@@ -365,19 +375,23 @@ class RunConfig:
             ("log.checkpoint-every", self.log.checkpoint_every, 1),
             ("log.checkpoint-overlap", self.log.checkpoint_overlap, 0),
             ("log.keep-checkpoints", self.log.keep_checkpoints, 2),
+            ("log.keep-every", self.log.keep_every, 1),
             ("log.snapshot-every", self.log.snapshot_every, 1),
             ("log.sample-every", self.log.sample_every, 0),
             ("log.sample-count", self.log.sample_count, 1),
             ("log.sample-steps", self.log.sample_steps, 1),
+            ("sampling.steps", self.sampling.steps, 1),
         ]
         found = [
             f"--{flag} is {value}; it must be at least {least}"
             for flag, value, least in at_least
-            if value < least
+            if value is not None and value < least
         ]
         for flag, positive in [
             ("optimizer.learning-rate", self.optimizer.learning_rate),
             ("optimizer.clip-norm", self.optimizer.clip_norm),
+            ("model.norm-eps", self.model.norm_eps),
+            ("model.mid-block-scale-factor", self.model.mid_block_scale_factor),
         ]:
             if not positive > 0:
                 found.append(f"--{flag} is {positive}; it must be positive")
@@ -388,6 +402,18 @@ class RunConfig:
         ]:
             if not 0 <= rate < 1:
                 found.append(f"--{flag} is {rate}; it must lie in [0, 1)")
+        for flag, value in [
+            ("optimizer.eps", self.optimizer.eps),
+            ("optimizer.weight-decay", self.optimizer.weight_decay),
+        ]:
+            if not value >= 0:
+                found.append(f"--{flag} is {value}; it must not be negative")
+        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
+            found.append(f"--optimizer.betas are {self.optimizer.betas}; each must lie in [0, 1)")
+        if self.model.downsample_padding not in (0, 1):
+            found.append(
+                f"--model.downsample-padding is {self.model.downsample_padding}; it must be 0 or 1"
+            )
         if self.training.augmentation_levels > MAX_LEVEL + 1:
             found.append(
                 f"--training.augmentation-levels is {self.training.augmentation_levels}; it must "

@@ -2,7 +2,112 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import docstring_parser
+import torch
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
 from ddpm_engine.errors import UserError
+
+T = TypeVar("T")
+
+
+def at_least(least: int, or_none: bool = False) -> PrimitiveConstructorSpec[int | None]:
+    """For `Annotated[int, at_least(2)]`: smaller numbers are refused, with the flag named."""
+
+    def number(words: list[str]) -> int | None:
+        if or_none and words == ["None"]:
+            return None
+        try:
+            value = int(words[0])
+        except ValueError:
+            raise ValueError(f"{words[0]!r} is not a whole number") from None
+        if value < least:
+            raise ValueError(f"{value} is too small: it must be at least {least}")
+        return value
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|INT" if or_none else "INT",
+        instance_from_str=number,
+        is_instance=lambda value: isinstance(value, int) or (or_none and value is None),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Positive = Annotated[int, at_least(1)]
+"""How many: a whole number from 1."""
+PositiveOrNone = Annotated[int | None, at_least(1, or_none=True)]
+"""As `Positive`, or None."""
+
+
+def _device(words: list[str]) -> str:
+    try:
+        return str(torch.device(words[0]))
+    except RuntimeError:
+        raise ValueError(
+            f"{words[0]!r} is no device; give cpu, cuda or one such as cuda:1"
+        ) from None
+
+
+Device = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="DEVICE",
+        instance_from_str=_device,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
+"""Where torch computes."""
+
+
+def parse_options(
+    options: Callable[..., T],
+    arguments: Sequence[str] | None = None,
+    *,
+    default: T | None = None,
+    prog: str | None = None,
+    omit_prefixes: bool = False,
+) -> T:
+    """Read a command line into a dataclass, or call a function with it.
+
+    An attribute's docstring is the help of its flag. If it ends in `; default: X.`, the help shows
+    X as the default instead of the value, which is then one that stands for X, such as None.
+    Something wrong, and `--help`, end the process: with status 2 and the flags that may have been
+    meant, or 0.
+
+    Args:
+        options: a dataclass, or a function with an `Args:` section.
+        arguments: of the command line; None: the process's own.
+        default: where defaults come from, if not from the class.
+        prog: name of the program; None: the script's.
+        omit_prefixes: name the fields of a section `--field`, not `--section.field`.
+    """
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    config = (tyro.conf.OmitArgPrefixes,) if omit_prefixes else ()
+    with _registry():
+        return tyro.cli(options, args=arguments, prog=prog, config=config, **given)
+
+
+def parse_command(commands: dict[str, Callable[..., T]]) -> T:
+    """Call the function named by the first argument, with the rest; help as `parse_options`."""
+    with _registry():
+        return tyro.extras.subcommand_cli_from_dict(commands)
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -19,3 +124,56 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--{flag} is {text!r}; it takes whole numbers, as 17,42") from None
+
+
+@cache
+def _registry() -> ConstructorRegistry:
+    registry = ConstructorRegistry()
+    registry.struct_rule(_rule)
+    return registry
+
+
+def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """As tyro's own, but for the help: see `parse_options`."""
+    if info.type.__module__.startswith("tyro."):  # what it wraps others in
+        return None
+    if dataclasses.is_dataclass(info.type):
+        defaults = {f.name: _default(f, info.default) for f in dataclasses.fields(info.type)}
+    elif inspect.isfunction(info.type):
+        parameters = inspect.signature(info.type).parameters
+        defaults = {
+            name: tyro.MISSING_NONPROP if p.default is p.empty else p.default
+            for name, p in parameters.items()
+        }
+    else:
+        return None
+    kinds = get_type_hints(info.type, include_extras=True)
+    texts = {
+        part.arg_name: " ".join((part.description or "").split())
+        for part in docstring_parser.parse_from_object(info.type).params
+    }
+    fields = []
+    for name, default in defaults.items():
+        text, hint = _help(texts.get(name, ""))
+        kind: Any = Annotated[kinds[name], tyro.conf.arg(help_behavior_hint=hint)]
+        fields.append(StructFieldSpec(name, kind, default, text or None))
+    return StructConstructorSpec(info.type, tuple(fields))
+
+
+def _default(field: dataclasses.Field[Any], instance: Any) -> Any:
+    if dataclasses.is_dataclass(instance):
+        return getattr(instance, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return tyro.MISSING_NONPROP
+
+
+def _help(text: str) -> tuple[str, Callable[[str], str]]:
+    """Of a docstring, what to say of the flag, and how to show its value as the default."""
+    said = re.fullmatch(r"(.*?)(?:[;,.] |^)default:? ([^;]+)\.", text, re.IGNORECASE)
+    unset = "None" if said is None else said[2]
+    if said is not None:
+        text = f"{said[1]}." if said[1] else ""
+    return text, lambda value: f"(default: {unset if value in ('None', '') else value})"

@@ -60,13 +60,6 @@ def test_print_config_shows_what_was_set(run: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", ["train", "distill", "sample", "make_shards", "visualize"])
-def test_help(script: str, run: Run) -> None:
-    text = done(run(f"launch/{script}.py", "--help"))
-    assert "usage" in text
-    assert max(map(len, text.splitlines())) <= 120
-
-
 def test_the_default_run_makes_its_shards(run: Run, tmp_path: Path) -> None:
     arguments = [
         "--training.steps", "1", "--training.batch-size", "2", "--log.sample-every", "0",
