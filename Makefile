@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
+# A comma within an argument of `call`.
+, := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo objectives test test-cluster gpu lint clean
@@ -15,12 +17,14 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # An install that fails or is interrupted leaves the mark `incomplete`, and the next one then starts
-# from nothing: pip cannot be trusted to mend what it left half done.
+# from nothing: pip cannot be trusted to mend what it left half done. Nor can what is left of an
+# interrupted `rm`, which may have taken the mark: without python, which goes first, it is not used.
 define install
 	@if [ -e $(VENV)/incomplete ] || ! $(BIN)/python -c '' 2>/dev/null; then \
-	    rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); \
+	    rm -rf $(BIN) && rm -rf $(VENV); \
 	fi
-	@rm -f $(VENV)/installed $(VENV)/installed-test && touch $(VENV)/incomplete
+	@mkdir -p $(VENV) && rm -f $(VENV)/installed* && touch $(VENV)/incomplete
+	@[ -e $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
 	@rm $(VENV)/incomplete
 	@touch $@
@@ -35,9 +39,8 @@ $(VENV)/installed-test: setup.py constraints.txt
 
 # DeepSpeed, for the tests of ZeRO; in its own step, since it is large and few need it.
 $(VENV)/installed-cluster: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e '.[test,deepspeed]'
-	@touch $@
+	$(call install,[test$(,)deepspeed])
+	@touch $(VENV)/installed $(VENV)/installed-test $@
 
 install: $(VENV)/installed  ## make .venv with the engine in it
 

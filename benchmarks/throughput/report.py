@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.throughput.measuring import Measured, Operations, Row
 from benchmarks.throughput.timing import Spread
 
+from ddpm_engine.files import atomic_write
+
 LEGEND = """\
 images/s: median [quartiles]. ×ref: over the reference, median [quartiles] of paired repetitions.
 MiB: peak of tensors beyond the weights. outside: share of the time outside the U-Net. of peak: what
@@ -111,9 +113,9 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a report."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(values, indent=1, default=plain, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(values, indent=1, default=plain, ensure_ascii=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def plot_bars(path: Path, title: str, named: dict[str, Spread]) -> None:

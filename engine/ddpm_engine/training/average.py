@@ -123,7 +123,10 @@ def reconstruct_average(
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Nothing may be there, but what is left of an average that was interrupted."""
+    store = CheckpointStore(out / "checkpoints")
+    rest = {store.directory, *store.leftovers()}
+    if out.exists() and (not out.is_dir() or {*out.iterdir(), *store.directory.glob("*")} - rest):
         raise UserError(f"{out} exists; choose another folder for the average")
 
 
