@@ -139,7 +139,7 @@ def main() -> int:
     with exit_on_user_error():
         options = tyro.cli(Options)
         device = torch.device(options.device)
-        subject = subject_of(options.preset, None, device)
+        subject = preset_subject(options.preset, device)
         model = replace(subject.config.model, dropout=0.0)
         subject = replace(subject, config=replace(subject.config, model=model))
         size = options.batch or BATCHES[options.preset]
