@@ -28,7 +28,7 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.profile import shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import aligned, figure, plot_bars, write_json
-from benchmarks.throughput.subject import Subject, subject_of
+from benchmarks.throughput.subject import Subject, preset_subject
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, timed
 from benchmarks.throughput.watching import peak_tensor_bytes
 

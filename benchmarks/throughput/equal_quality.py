@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,7 +29,7 @@ from benchmarks.throughput.gallery import Gallery, Method
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
 from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, peer_way, reference_way
-from benchmarks.throughput.subject import SEED, Subject, counted_noise
+from benchmarks.throughput.subject import SEED, Subject
 from benchmarks.throughput.timing import interleaved, rates, speed_ups, timed
 
 from ddpm_engine.errors import UserError
@@ -187,7 +188,7 @@ def ddim_by_hand(subject: Subject, count: int, steps: int) -> torch.Tensor:
     alpha_bar = torch.cat([subject.schedule.alpha_bar, torch.ones(1).double()]).float()
     visited = [*spaced_timesteps(subject.schedule.timesteps, steps, "trailing").tolist(), -1]
     x = torch.randn((count, *subject.unet.sample_shape))
-    for t, after in zip(visited, visited[1:], strict=False):
+    for t, after in pairwise(visited):
         a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         v = subject.unet(x, torch.full((count,), t))
         x0 = (a * x - s * v).clamp(-1, 1)
@@ -242,9 +243,7 @@ def measure_speed(
     progress(f"timing {len(points) + len(peers) + 1} ways in turn, {rounds} rounds")
 
     def ours(point: dict[str, Any]) -> Callable[[], object]:
-        method = Method(
-            point["sampler"], point["steps"], point["cache_interval"], point["student"]
-        )
+        method = Method(point["sampler"], point["steps"], point["cache_interval"], point["student"])
         return partial(gallery.draw, method, SEED, 0, TIMED)
 
     def theirs(point: dict[str, Any]) -> Callable[[], object]:
@@ -254,7 +253,7 @@ def measure_speed(
 
     textbook = reference_way(subject, Job(TIMED, subject.schedule.timesteps))
     measured = {f"{point['name']} {point['steps']}": point for point in [*points, *peers]}
-    draws = {REFERENCE: textbook.draw}
+    draws: dict[str, Callable[[], object]] = {REFERENCE: textbook.draw}
     draws |= {f"{point['name']} {point['steps']}": ours(point) for point in points}
     draws |= {f"{point['name']} {point['steps']}": theirs(point) for point in peers}
     gallery.draw(Method("ddpm", 1), SEED, 0, TIMED)  # compiles
