@@ -11,6 +11,9 @@ from typing import Any
 from benchmarks.throughput.measuring import Measured, Operations, Row
 from benchmarks.throughput.timing import Spread
 
+from ddpm_engine.errors import UserError
+from ddpm_engine.files import atomic_write
+
 LEGEND = """\
 images/s: median [quartiles]. ×ref: over the reference, median [quartiles] of paired repetitions.
 MiB: peak of tensors beyond the weights. outside: share of the time outside the U-Net. of peak: what
@@ -114,6 +117,22 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(
         json.dumps(values, indent=1, default=plain, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def write_between_marks(document: Path, script: str, lines: list[str]) -> None:
+    """Put what a script has found into a document, between its marks.
+
+    Raises:
+        UserError: there are no marks.
+    """
+    begin, end = f"<!-- begin: {script} -->", "<!-- end -->"
+    text = document.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not mark or not closed:
+        raise UserError(f"{document} has no place for the table: {begin} … {end}")
+    with atomic_write(document) as file:
+        file.write("\n".join([before + begin, "", *lines, "", end + after]).encode())
 
 
 def plot_bars(path: Path, title: str, named: dict[str, Spread]) -> None:
