@@ -159,6 +159,27 @@ def test_killed_and_resumed_to_the_bit(
     assert_same(out, student)
 
 
+def test_consistency_killed_and_resumed_to_the_bit(
+    teacher: Path, tmp_path: Path, script: Script, run: Run
+) -> None:
+    consistency = ("--method", "consistency")
+    script("distill", *command(teacher, tmp_path / "whole"), *consistency)
+    rates = [row[3] for row in log(tmp_path / "whole")]
+    assert rates[-1] < 0.2 * max(rates)  # annealed once: the teacher stays
+    state = tensors(tmp_path / "whole", STEPS)
+    assert int(state["objective.stage"]) == 1
+    assert [name for name in state if name.startswith("objective.")] == ["objective.stage"]
+    assert load_pretrained(tmp_path / "whole").config.sampling.steps == 2
+
+    out = tmp_path / "killed"
+    arguments = json.loads((tmp_path / "whole" / "config.json").read_text()) | {"out": str(out)}
+    (tmp_path / "run.json").write_text(json.dumps(arguments))
+    killed = run(tmp_path / "run.json", "9", code=KILLED)  # in the middle of the second stage
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    script("distill", *command(teacher, out), *consistency)
+    assert_same(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("at", [4, 6], ids=["in the first stage", "between stages"])
 def test_resumed_to_the_bit(
     at: int, student: Path, teacher: Path, tmp_path: Path, script: Script
@@ -281,6 +302,10 @@ def test_a_distillation_does_not_change_its_stages(student: Path) -> None:
         (
             replace(config, distillation=replace(config.distillation, guidance_scale=3.0)),
             "distillation.guidance-scale was 2.0 and is now 3.0",
+        ),
+        (
+            replace(config, distillation=replace(config.distillation, method="consistency")),
+            "distillation.method was progressive and is now consistency",
         ),
     ]:
         with pytest.raises(UserError, match=message):
