@@ -46,9 +46,11 @@ GUIDED_STEPS = 100
 """Of ddpm, by which the teacher of classes is asked for digits, as `make demo` does."""
 
 STAGE = 1000
-"""Optimizer steps of each halving, and of each model of consistency distillation twice as many."""
+"""Optimizer steps of each halving."""
+BUDGET = 1500
+"""Optimizer steps of each model of consistency distillation."""
 START = 32
-"""Steps of the teachers of progressive distillation; those of consistency are START too."""
+"""Most steps that a teacher takes."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ CLASSES = Training("digits-classes", "train", ("--preset", "digits-classes"), 30
 HALVINGS = START.bit_length() - 1
 PROGRESSIVE = distilled("digits-progressive", "digits", "progressive", 1, HALVINGS * STAGE)
 CONSISTENCY = {
-    steps: distilled(f"digits-consistency-{steps}", "digits", "consistency", steps, 2 * STAGE)
+    steps: distilled(f"digits-consistency-{steps}", "digits", "consistency", steps, BUDGET)
     for steps in EVALUATIONS
 }
 

@@ -256,6 +256,27 @@ def test_other_ways_to_draw_are_refused(
     assert not (tmp_path / "drawn").exists()
 
 
+def test_teacher_and_student_side_by_side(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "both.png"
+    script = LAUNCH.parent / "benchmarks" / "side_by_side.py"
+    arguments = (
+        "--checkpoint", teacher, "--distilled", student, "--out", out, "--steps", 4,
+        "--count", 20, "--rounds", 1,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (script, *arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "ddpm, 4 steps, guided: " in said
+    assert "distilled to 2 steps: " in said
+    assert said.count("s for 20, ") == 2
+    shown = np.asarray(Image.open(out).convert("L"))
+    assert shown[:, : shown.shape[1] // 2].std() > 10
+    assert shown[:, shown.shape[1] // 2 :].std() > 10
+
+
 def test_export_is_refused(
     student: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
