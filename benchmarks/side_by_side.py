@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
+import numpy as np
 import torch
 import tyro
 from benchmarks.throughput.gallery import Gallery, Method, students_of
@@ -98,15 +99,17 @@ def main() -> None:
 def show(grids: dict[str, Any], path: Path) -> None:
     """Grids beside each other, a row for each class; pictures uint8 `[N, H, W, 1]`, by title."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(grids), figsize=(5 * len(grids), 5.4))
+    figure, panels = plt.subplots(1, len(grids), figsize=(5 * len(grids), 5.6))
     for axes, (title, pictures) in zip(panels, grids.items(), strict=True):
-        count, height, width, _ = pictures.shape
+        framed = np.pad(pictures[..., 0], ((0, 0), (1, 1), (1, 1)), constant_values=64)
+        count, height, width = framed.shape
         # Picture k is of class k mod 10: each row of the grid, one class.
-        rows = pictures[..., 0].reshape(count // CLASSES, CLASSES, height, width)
+        rows = framed.reshape(count // CLASSES, CLASSES, height, width)
         grid = rows.transpose(1, 2, 0, 3).reshape(CLASSES * height, count // CLASSES * width)
         axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
         axes.set_title(title, fontsize=11)
-        axes.axis("off")
+        axes.set_xticks([])
+        axes.set_yticks([])
     finish(figure, path)
 
 
