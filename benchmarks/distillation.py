@@ -47,7 +47,7 @@ GUIDED_STEPS = 100
 
 STAGE = 1000
 """Optimizer steps of each halving."""
-BUDGET = 1500
+BUDGET = 1000
 """Optimizer steps of each model of consistency distillation."""
 START = 32
 """Most steps that a teacher takes."""
