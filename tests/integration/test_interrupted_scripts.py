@@ -121,7 +121,7 @@ def test_figures(trained: Path, tmp_path: Path) -> None:
 
 def test_an_average_of_checkpoints(trained: Path, tmp_path: Path) -> None:
     """Which refuses a folder that holds anything, but for the rest of an interrupted one."""
-    arguments = ["average", trained, "--out"]
+    arguments: list[str | Path] = ["average", trained, "--out"]
     assert run("checkpoints.py", *arguments, tmp_path / "whole") == 0
     whole = contents(tmp_path / "whole")
     for kills in range(100):
