@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
+FAST := runs/digits-fast
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo objectives test test-cluster gpu lint clean
+.PHONY: help install demo demo-fast objectives distillation test test-cluster gpu lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -51,6 +52,17 @@ demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, sho
 	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"
 	@echo "and with $(PICTURES)/samples/grid.png, where each row was asked to be one digit"
 
+# Four steps instead of a hundred, with the guidance of `make demo` built in.
+demo-fast: $(VENV)/installed  ## distil the demo's model to four steps; show both side by side
+	$(BIN)/accelerate launch launch/train.py --preset digits-classes
+	$(BIN)/accelerate launch launch/distill.py --teacher $(RUN) --out $(FAST) \
+	    --steps 4 --start-steps 16 --guidance-scale 2 --training.steps 1000
+	$(BIN)/python launch/sample.py --checkpoint $(FAST) --out $(FAST)/pictures/samples --count 100
+	$(BIN)/python benchmarks/side_by_side.py --checkpoint $(RUN) --distilled $(FAST) \
+	    --out $(FAST)/pictures/side-by-side.png
+	@echo
+	@echo "Look at $(FAST)/pictures/side-by-side.png"
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,6 +84,9 @@ gpu:  ## check and measure the kernels on this machine's GPU
 
 objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour
 	$(BIN)/python benchmarks/objectives.py $(ARGS)
+
+distillation: $(VENV)/installed  ## distil digits by every method and compare; about two hours
+	$(BIN)/python benchmarks/distillation.py $(ARGS)
 
 clean:  ## remove .venv and caches; data and runs stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import tyro
 from benchmarks.throughput.machine import facts
-from benchmarks.throughput.report import write_json
+from benchmarks.throughput.report import write_between_marks, write_json
 
 from ddpm_engine.config import PRESETS, RunConfig
 from ddpm_engine.errors import UserError, exit_on_user_error
@@ -50,7 +50,6 @@ from ddpm_engine.training.dataset import prepare_shards
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 DOCUMENT = ROOT / "docs" / "objectives.md"
-BEGIN, END = "<!-- begin: benchmarks/objectives.py -->", "<!-- end -->"
 
 ENTRIES: dict[str, dict[str, Any]] = {
     "simple ε": {},
@@ -305,22 +304,6 @@ def table(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_table(document: Path, lines: list[str]) -> None:
-    """Put the table between its marks.
-
-    Raises:
-        UserError: there are no marks.
-    """
-    text = document.read_text(encoding="utf-8")
-    before, mark, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise UserError(f"{document} has no place for the table: {BEGIN} … {END}")
-    content = "\n".join([before + BEGIN, "", *lines, "", END + after])
-    with atomic_write(document) as file:
-        file.write(content.encode())
-
-
 def compare(options: Options) -> int:
     """Measure what is missing, and report; the exit status."""
     unknown = [name for name in options.only if name not in ENTRIES]
@@ -346,7 +329,7 @@ def compare(options: Options) -> int:
     lines = table(found)
     print("\n" + "\n".join(lines))
     write_json(options.result, found)
-    write_table(options.document, lines)
+    write_between_marks(options.document, "benchmarks/objectives.py", lines)
 
     far = [name for name, entry in found["objectives"].items() if entry["times_simple"] > WITHIN]
     for name in far:

@@ -9,7 +9,7 @@ all of them.
 
 By default the network is that of the preset with random weights: speed does not depend on them.
 With `--equal-quality`, which takes about an hour and a trained model of the digits, the question is
-how many steps each sampler needs for the quality of a thousand.
+how many steps each sampler, and each model distilled from it, needs for the quality of a thousand.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import torch
 import tyro
 from benchmarks.throughput import equal_quality as quality
+from benchmarks.throughput.gallery import students_of
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.measuring import Measured, measure
 from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import plot_bars, plot_quality, table, write_json
 from benchmarks.throughput.sampling import Job, SamplerName
-from benchmarks.throughput.subject import subject_of
+from benchmarks.throughput.subject import Subject, preset_subject, subject_of
 
 from ddpm_engine.errors import UserError, exit_on_user_error
 
@@ -64,6 +65,8 @@ class Options:
     """Show which operations of the network take the time (on a CPU)."""
     equal_quality: bool = False
     """Find the steps that each sampler needs, and write benchmarks/results/equal_quality.json."""
+    distilled: tuple[Path, ...] = ()
+    """With `--equal-quality`: what launch/distill.py has made of the run, too."""
     thoroughness: quality.Settings = field(default_factory=quality.Settings)
     """Of `--equal-quality`."""
 
@@ -73,12 +76,19 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def subject_asked_for(options: Options, device: torch.device) -> Subject:
+    """A preset's network, or that of a run."""
+    if options.checkpoint is None:
+        return preset_subject(options.preset, device)
+    return subject_of(options.checkpoint, device)
+
+
 def compare_speed(options: Options) -> Measured:
     """Measure, print, write."""
     device = torch.device(options.device)
     default = JOBS[options.preset]
     job = Job(options.batch or default.batch, options.steps or default.steps)
-    subject = subject_of(options.preset, options.checkpoint, device)
+    subject = subject_asked_for(options, device)
     machine = facts(device)
     measured = measure(subject, job, options.samplers, options.rounds, progress)
     machine["load_average_after"] = facts(device)["load_average"]
@@ -118,13 +128,15 @@ def compare_quality(options: Options) -> None:
             "give --checkpoint runs/digits"
         )
     device = torch.device(options.device)
-    subject = subject_of(options.preset, options.checkpoint, device)
-    found = quality.run(subject, options.checkpoint, options.thoroughness, progress)
+    subject = subject_of(options.checkpoint, device)
+    students = students_of(options.distilled, device)
+    folder = options.checkpoint / "pictures-by-method"
+    found = quality.run(subject, students, folder, options.thoroughness, progress)
     print("\n".join(quality.table(found)))
     write_json(options.json or quality.RESULT, found)
     if options.plot is not None:
         reference = {**found["reference"], "name": quality.REFERENCE}
-        plot_quality(options.plot, subject.name, [reference, *found["points"]])
+        plot_quality(options.plot, subject.name, [reference, *found["peers"], *found["points"]])
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.profile import shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import aligned, figure, plot_bars, write_json
-from benchmarks.throughput.subject import Subject, subject_of
+from benchmarks.throughput.subject import Subject, preset_subject
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, timed
 from benchmarks.throughput.watching import peak_tensor_bytes
 
@@ -139,7 +139,7 @@ def main() -> int:
     with exit_on_user_error():
         options = tyro.cli(Options)
         device = torch.device(options.device)
-        subject = subject_of(options.preset, None, device)
+        subject = preset_subject(options.preset, device)
         model = replace(subject.config.model, dropout=0.0)
         subject = replace(subject, config=replace(subject.config, model=model))
         size = options.batch or BATCHES[options.preset]

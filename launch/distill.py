@@ -1,8 +1,9 @@
 """Distil a trained model into one of few steps: `accelerate launch launch/distill.py --teacher RUN
 --out DIR --steps 4`.
 
-Progressive distillation (Salimans & Ho 2022), by the trainer of `train.py`. The same command
-resumes; the result is a run as any other, and `sample.py --checkpoint DIR` draws from it.
+Progressive distillation (Salimans & Ho 2022) or multistep consistency distillation (Heek et al.
+2024), by the trainer of `train.py`. The same command resumes; the result is a run as any other, and
+`sample.py --checkpoint DIR` draws from it.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ class Options:
     """A run directory, one checkpoints/step-… in it, or the folder of a diffusers pipeline."""
     out: Path
     """Directory of the distilled run."""
+    method: Literal["progressive", "consistency"] = "progressive"
+    """Learn two steps of the last student at a time, or to agree with oneself one step later."""
     steps: int = 4
     """Steps of ddim, each one network evaluation, that the result draws a picture in."""
     start_steps: int | None = None
-    """Steps that the teacher takes, 2, 4, 8, … times as many; default: 16 times."""
+    """Most steps that a teacher takes, 2, 4, 8, … times as many; default: 16 times."""
     guidance_scale: float | None = None
     """Guide the teacher so far towards the class; the result has it built in."""
     prediction: Literal["eps", "x0", "v", "edm"] | None = None
@@ -64,7 +67,9 @@ class Options:
 def plan(options: Options) -> DistillationConfig:
     """What is to be distilled."""
     start = 16 * options.steps if options.start_steps is None else options.start_steps
-    return DistillationConfig(options.teacher, options.steps, start, options.guidance_scale)
+    return DistillationConfig(
+        options.teacher, options.method, options.steps, start, options.guidance_scale
+    )
 
 
 def parse(arguments: list[str]) -> RunConfig:

@@ -1,39 +1,41 @@
-"""Steps that each sampler needs to draw digits as well as ddpm does in a thousand, and its speed.
+"""Evaluations that each way needs to draw digits as well as ddpm does in a thousand, and its speed.
 
 Steps are raised until the Fréchet distance to the real digits is at most 5% above that of ddpm on
 all timesteps. A seed's luck is larger than that, and samplers that begin from the same noise share
 some of it: what is compared is the mean over the same seeds. What cached features cost is measured
-as well.
+as well, and distilled networks in the steps that they were made for.
+
 Speeds are over that of the textbook loop, which draws the pictures of ddpm on all timesteps: that
-it does is checked first. Pictures are kept on disk as they are drawn, so that a run that was
-stopped goes on where it was.
+it does is checked first, and so is that the textbook's few lines of DDIM draw what a distilled
+network does. Diffusers' pipelines draw what the engine draws, which is checked as well, and are
+timed beside it. Pictures are kept on disk as they are drawn, so that a run that was stopped goes on
+where it was.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
+from benchmarks.throughput.gallery import Gallery, Method
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
-from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, reference_way
+from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, peer_way, reference_way
 from benchmarks.throughput.subject import SEED, Subject
 from benchmarks.throughput.timing import interleaved, rates, speed_ups, timed
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.samplers import sample
+from ddpm_engine.samplers.spacing import spaced_timesteps
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "equal_quality.json"
 SAMPLERS = ("ddpm", "ddim", "dpm++2m", "unipc")
@@ -63,85 +65,28 @@ class Settings:
 
 TIMED = 64
 """Pictures of a timed repetition: what a thousand steps allow in a minute."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way of drawing."""
-
-    sampler: str
-    steps: int
-    cache_interval: int = 1
-    """As in `sample`."""
-
-    @property
-    def name(self) -> str:
-        """In tables and plots, apart from the steps."""
-        cached = "" if self.cache_interval == 1 else f", cached ×{self.cache_interval}"
-        return self.sampler + cached
-
-    @property
-    def file_name(self) -> str:
-        """Beginning of the names of its pictures' files."""
-        cached = "" if self.cache_interval == 1 else f"-cached{self.cache_interval}"
-        return f"{self.sampler}-{self.steps}{cached}"
-
-
-class Gallery:
-    """Pictures of a subject, drawn when they are first asked for and kept on disk.
-
-    Args:
-        subject: its fastest network draws.
-        folder: where a folder of these weights is made.
-        settings: how many, and how many at a time.
-    """
-
-    def __init__(self, subject: Subject, folder: Path, settings: Settings) -> None:
-        self.subject, self.settings = subject, settings
-        digest = hashlib.sha256()
-        for name, weights in subject.weights.items():
-            digest.update(name.encode() + weights.cpu().numpy().tobytes())
-        self.folder = folder / digest.hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def draw(self, method: Method, seed: int, first: int, count: int) -> torch.Tensor:
-        """Pictures first … first + count − 1 of a seed, float32 `[count, C, H, W]`."""
-        config = self.subject.config
-        return sample(
-            self.subject.fastest,
-            self.subject.schedule,
-            sample_ids=torch.arange(first, first + count, device=self.subject.device),
-            seed=seed,
-            sampler=method.sampler,
-            steps=method.steps,
-            cache_interval=method.cache_interval,
-            variance=config.sampling.variance,
-            prediction=config.diffusion.prediction,
-            batch_size=count,
-        )
-
-    def pictures(self, method: Method, seed: int) -> np.ndarray:
-        """All pictures of a seed, uint8 `[N, H, W, C]`."""
-        parts = []
-        for first in range(0, self.settings.samples, self.settings.batch):
-            count = min(self.settings.batch, self.settings.samples - first)
-            path = self.folder / f"{method.file_name}-{seed}-{first}-{count}.npy"
-            if not path.exists():
-                unfinished = path.with_suffix(".part")
-                with unfinished.open("wb") as file:
-                    np.save(file, to_uint8(self.draw(method, seed, first, count)))
-                unfinished.rename(path)
-            parts.append(np.load(path))
-        return np.concatenate(parts)
+COMPARED = 2
+"""Pictures by which two ways are compared."""
 
 
 def run(
-    subject: Subject, checkpoint: Path, settings: Settings, progress: Callable[[str], None]
+    subject: Subject,
+    students: Mapping[str, Subject],
+    folder: Path,
+    settings: Settings,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure; returns what is written to `RESULT`.
 
+    Args:
+        subject: whose pictures in all its timesteps are the standard.
+        students: distilled from it, as in `Gallery`; each draws in the steps that it was made for.
+        folder: keeps the pictures.
+        settings: how thoroughly.
+        progress: is told what is going on.
+
     Raises:
-        UserError: the subject does not draw digits.
+        UserError: the subject does not draw digits, or a way draws other pictures than it should.
     """
     channels, size, _ = subject.unet.sample_shape
     if channels != 1:
@@ -150,14 +95,14 @@ def run(
     features = digit_classifier(size).features
     real = features(real_digits(size).images)
     all_real = moments([real])
-    gallery = Gallery(subject, checkpoint / "equal_quality", settings)
+    gallery = Gallery(subject, folder, settings.batch, students)
 
     def point(method: Method) -> dict[str, Any]:
         seeds = max(settings.seeds, settings.spread) if method.steps <= FEW else settings.seeds
         distances = []
         for seed in range(seeds):
             started = time.monotonic()
-            drawn = features(gallery.pictures(method, seed))
+            drawn = features(gallery.pictures(method, seed, settings.samples))
             distances.append(frechet_distance(moments([drawn]), all_real))
             spent = time.monotonic() - started
             progress(
@@ -172,23 +117,35 @@ def run(
         }
 
     total = subject.schedule.timesteps
-    same_pictures(gallery, total)
+    textbook = textbook_way(gallery, Method("ddpm", total))
+    same_pictures(gallery, Method("ddpm", total), textbook)
     standard = point(Method("ddpm", total))
     limit = (1 + settings.tolerance) * standard["distance"]
     points = [standard]
-    enough: dict[str, dict[str, Any]] = {}
+    enough: dict[str, int] = {}
     for sampler in SAMPLERS:
         for steps in settings.steps:
             points.append(point(Method(sampler, steps)))
             if points[-1]["distance"] <= limit:
-                enough[sampler] = points[-1]
+                enough[sampler] = steps
                 points.append(point(Method(sampler, steps, cache_interval=2)))
                 break
+    for name, student in students.items():
+        method = student_method(name, student)
+        same_pictures(gallery, method, textbook_way(gallery, method))
+        points.append(point(method))
+        if points[-1]["distance"] <= limit:
+            enough[method.name] = min(method.steps, enough.get(method.name, method.steps))
 
-    reference = measure_speed(gallery, points, progress)
+    peers = peer_points(gallery, [Method("ddpm", total), *(
+        Method(sampler, enough[sampler], clip=clip)
+        for sampler, clip in [("ddim", True), ("dpm++2m", False)] if sampler in enough
+    )], point)  # fmt: skip
+    reference = measure_speed(gallery, points, peers, settings.rounds, progress)
     return {
         "machine": machine,
         "subject": subject.name,
+        "students": {name: student.name for name, student in students.items()},
         "settings": asdict(settings),
         "distance_of_half_the_real_digits_to_the_other": frechet_distance(
             moments([real[::2]]), moments([real[1::2]])
@@ -201,51 +158,108 @@ def run(
             **reference,
         },
         "points": points,
-        "enough": {sampler: found["steps"] for sampler, found in enough.items()},
+        "peers": peers,
+        "enough": enough,
     }
 
 
-def same_pictures(gallery: Gallery, steps: int) -> None:
-    """Check that the textbook loop draws what ddpm on all timesteps draws.
+def student_method(name: str, student: Subject) -> Method:
+    """How a distilled network draws."""
+    sampling = student.config.sampling
+    return Method(sampling.sampler, sampling.steps or student.schedule.timesteps, student=name)
+
+
+def textbook_way(gallery: Gallery, method: Method) -> Way:
+    """The same pictures in the textbook's words."""
+    if method.student is None:
+        return reference_way(gallery.subject, Job(COMPARED, method.steps))
+    student = gallery.students[method.student]
+    return Way(
+        REFERENCE, method.sampler, student.unet,
+        lambda: ddim_by_hand(student, COMPARED, method.steps), textbook_noise=True,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def ddim_by_hand(subject: Subject, count: int, steps: int) -> torch.Tensor:
+    """DDIM without noise, for a network that predicts v (Song et al. 2021, equation 12)."""
+    if subject.config.diffusion.prediction != "v":
+        raise UserError(f"{subject.name} predicts {subject.config.diffusion.prediction}, not v")
+    alpha_bar = torch.cat([subject.schedule.alpha_bar, torch.ones(1).double()]).float()
+    visited = [*spaced_timesteps(subject.schedule.timesteps, steps, "trailing").tolist(), -1]
+    x = torch.randn((count, *subject.unet.sample_shape))
+    for t, after in pairwise(visited):
+        a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
+        v = subject.unet(x, torch.full((count,), t))
+        x0 = (a * x - s * v).clamp(-1, 1)
+        noise = (x - a * x0) / s
+        x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
+    return x
+
+
+def same_pictures(gallery: Gallery, method: Method, standard: Way) -> None:
+    """Check that a method draws the pictures of another way.
 
     Raises:
-        UserError: it does not; then its speed says nothing.
+        UserError: it does not; then speeds of the two say nothing.
     """
-    subject, count = gallery.subject, 2
+    drawing = gallery.network(method)
     ours = Way(
-        "ddpm",
-        "ddpm",
-        subject.fastest,
-        lambda: gallery.draw(Method("ddpm", steps), SEED, 0, count),
-        standard=reference_way(subject, Job(count, steps)),
-    )
-    if (problem := check(ours, {}, subject.device).problem) is not None:
-        raise UserError(f"the engine and the textbook loop draw different pictures: {problem}")
+        method.name, method.sampler, drawing.fastest,
+        lambda: gallery.draw(method, SEED, 0, COMPARED), standard=standard,
+    )  # fmt: skip
+    if (problem := check(ours, {}, drawing.device).problem) is not None:
+        raise UserError(
+            f"the engine ({method.name}) and {standard.name} draw different pictures: {problem}"
+        )
+
+
+def peer_points(
+    gallery: Gallery, methods: list[Method], point: Callable[[Method], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Diffusers' ways to draw what the engine draws: quality is the engine's. Empty without it."""
+    found = []
+    for method in methods:
+        way = peer_way(gallery.subject, Job(COMPARED, method.steps), method.sampler, "trailing")
+        if way is not None:
+            same_pictures(gallery, method, way)
+            found.append({**point(method), "name": way.name})
+    return found
 
 
 def measure_speed(
-    gallery: Gallery, points: list[dict[str, Any]], progress: Callable[[str], None]
+    gallery: Gallery,
+    points: list[dict[str, Any]],
+    peers: list[dict[str, Any]],
+    rounds: int,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Time the textbook loop and every point in turn; add to each its speed, and over the loop's.
 
     Returns:
         The speed of the textbook loop.
     """
-    settings, subject = gallery.settings, gallery.subject
-    progress(f"timing {len(points)} points and the reference in turn, {settings.rounds} rounds")
+    subject, device = gallery.subject, gallery.subject.device
+    progress(f"timing {len(points) + len(peers) + 1} ways in turn, {rounds} rounds")
 
-    def time_point(point: dict[str, Any]) -> float:
-        method = Method(point["sampler"], point["steps"], point["cache_interval"])
-        return timed(lambda: gallery.draw(method, SEED, 0, TIMED), subject.device)
+    def ours(point: dict[str, Any]) -> Callable[[], object]:
+        method = Method(point["sampler"], point["steps"], point["cache_interval"], point["student"])
+        return partial(gallery.draw, method, SEED, 0, TIMED)
+
+    def theirs(point: dict[str, Any]) -> Callable[[], object]:
+        way = peer_way(subject, Job(TIMED, point["steps"]), point["sampler"], "trailing")
+        assert way is not None
+        return way.draw
 
     textbook = reference_way(subject, Job(TIMED, subject.schedule.timesteps))
-    works: dict[str, Callable[[], float]] = {
-        REFERENCE: lambda: timed(textbook.draw, subject.device)
-    }
-    keys = [f"{point['name']} {point['steps']}" for point in points]
-    works |= {key: partial(time_point, point) for key, point in zip(keys, points, strict=True)}
-    time_point({"sampler": "ddpm", "steps": 1, "cache_interval": 1})  # compiles
-    seconds = interleaved(settings.rounds, works)
+    measured = {f"{point['name']} {point['steps']}": point for point in [*points, *peers]}
+    draws: dict[str, Callable[[], object]] = {REFERENCE: textbook.draw}
+    draws |= {f"{point['name']} {point['steps']}": ours(point) for point in points}
+    draws |= {f"{point['name']} {point['steps']}": theirs(point) for point in peers}
+    gallery.draw(Method("ddpm", 1), SEED, 0, TIMED)  # compiles
+    seconds = interleaved(
+        rounds, {name: partial(timed, draw, device) for name, draw in draws.items()}
+    )
 
     def speed(key: str) -> dict[str, Any]:
         found = rates(seconds[key], TIMED)
@@ -255,7 +269,7 @@ def measure_speed(
             "speed_up": speed_ups(seconds[REFERENCE], seconds[key]).median,
         }
 
-    for key, point in zip(keys, points, strict=True):
+    for key, point in measured.items():
         point |= speed(key)
     return speed(REFERENCE)
 
@@ -278,15 +292,16 @@ def table(found: dict[str, Any]) -> list[str]:
         return [name, str(point["steps"]), spread, f"{rate:.2f}", f"{faster:.1f}"]
 
     rows = [row(REFERENCE, reference)]
-    for sampler in SAMPLERS:
-        steps = found["enough"].get(sampler)
-        if steps is None:
-            most = max(found["settings"]["steps"])
-            rows.append([sampler, f"> {most}", "–", "–", "–"])
+    rows += [row(peer["name"], peer) for peer in found["peers"]]
+    needed = found["enough"]
+    for name in dict.fromkeys([*SAMPLERS, *needed]):
+        if name not in needed:
+            rows.append([name, f"> {max(found['settings']['steps'])}", "–", "–", "–"])
         rows += [
             row(point["name"], point)
             for point in found["points"]
-            if (point["sampler"], point["steps"]) == (sampler, steps)
+            if point["name"].removesuffix(", cached ×2") == name
+            and point["steps"] == needed.get(name)
         ]
     machine, settings = found["machine"], found["settings"]
     return [

@@ -11,6 +11,9 @@ from typing import Any
 from benchmarks.throughput.measuring import Measured, Operations, Row
 from benchmarks.throughput.timing import Spread
 
+from ddpm_engine.errors import UserError
+from ddpm_engine.files import atomic_write
+
 LEGEND = """\
 images/s: median [quartiles]. ×ref: over the reference, median [quartiles] of paired repetitions.
 MiB: peak of tensors beyond the weights. outside: share of the time outside the U-Net. of peak: what
@@ -116,6 +119,22 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     )
 
 
+def write_between_marks(document: Path, script: str, lines: list[str]) -> None:
+    """Put what a script has found into a document, between its marks.
+
+    Raises:
+        UserError: there are no marks.
+    """
+    begin, end = f"<!-- begin: {script} -->", "<!-- end -->"
+    text = document.read_text(encoding="utf-8")
+    before, mark, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not mark or not closed:
+        raise UserError(f"{document} has no place for the table: {begin} … {end}")
+    with atomic_write(document) as file:
+        file.write("\n".join([before + begin, "", *lines, "", end + after]).encode())
+
+
 def plot_bars(path: Path, title: str, named: dict[str, Spread]) -> None:
     """Images a second of each way, with quartiles."""
     plt = pyplot()
@@ -134,42 +153,65 @@ def plot_bars(path: Path, title: str, named: dict[str, Spread]) -> None:
 
 
 def plot_quality(path: Path, title: str, points: list[dict[str, Any]]) -> None:
-    """Images a second against the Fréchet distance, a line for each sampler.
+    """Images a second against the Fréchet distance, a line for each method.
 
     Args:
         path: of the picture.
         title: above it.
-        points: each with name, steps, images_per_second and distance; one name is one line. What
-            follows a comma in a name is a variant: of the same colour, with open marks.
+        points: each with name, steps, images_per_second and distance; one name is one line, and the
+            first point is what to reach. What follows a comma in a name is a variant: of the same
+            colour, with open marks.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 5))
-    colours = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    figure, axes = plt.subplots(figsize=(8, 5))
     names = list(dict.fromkeys(point["name"] for point in points))
-    families = list(dict.fromkeys(name.partition(",")[0] for name in names))
+    looks = looks_of(names)
+    standard = points[0]
+    axes.axhline(standard["distance"], color="#000000", linestyle=":", linewidth=1)
     for name in names:
-        family, _, variant = name.partition(",")
-        colour = colours[families.index(family) % len(colours)]
         line = sorted(
             (point for point in points if point["name"] == name), key=lambda p: p["steps"]
         )
         speeds = [point["images_per_second"] for point in line]
-        axes.plot(
-            speeds, [point["distance"] for point in line], "o-", label=name, color=colour,
-            markerfacecolor="white" if variant else colour,
-        )  # fmt: skip
+        axes.plot(speeds, [point["distance"] for point in line], label=name, **looks[name])
         for point, speed in zip(line, speeds, strict=True):
             axes.annotate(
                 str(point["steps"]), (speed, point["distance"]),
-                textcoords="offset points", xytext=(4, 4), fontsize=8,
+                textcoords="offset points", xytext=(4, 5), fontsize=8,
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("images/s; beside each point its steps")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:.2g}")
+    axes.set_xlabel("images/s; beside each point, evaluations of the network a picture")
     axes.set_ylabel("Fréchet distance to the real digits")
     axes.set_title(title)
-    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     finish(figure, path)
+
+
+def looks_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colours and marks: black the textbook, grey the peers, orange the distilled."""
+    colours = iter(["#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442"])
+    marks = {"diffusers": iter("os^v<>"), "distilled": iter("Dv^s")}
+    fixed = {"reference": "#000000", "diffusers": "#888888", "distilled": "#D55E00"}
+    found: dict[str, dict[str, Any]] = {}
+    families: dict[str, str] = {}
+    for name in names:
+        family = name.partition(",")[0]
+        kind = family.split()[0]
+        if family not in families:
+            families[family] = fixed[kind] if kind in fixed else next(colours)
+        colour = families[family]
+        variant = name != family and kind not in marks
+        found[name] = {
+            "color": colour,
+            "marker": next(marks[kind], "x") if kind in marks else "*" if kind in fixed else "o",
+            "markerfacecolor": "white" if variant else colour,
+            "markersize": 12 if kind == "reference" else 6,
+        }
+    return found
 
 
 def pyplot() -> Any:

@@ -112,8 +112,17 @@ def ways_of(subject: Subject, job: Job, sampler: str, reference: Way) -> list[Wa
 
 
 def reference_way(subject: Subject, job: Job) -> Way:
-    """Algorithm 2, textbook fashion, on the engine's eager network."""
-    variance = subject.config.sampling.variance
+    """Algorithm 2, textbook fashion, on the engine's eager network.
+
+    Raises:
+        UserError: the network predicts something else than the noise, or its variance.
+    """
+    variance, prediction = subject.config.sampling.variance, subject.config.diffusion.prediction
+    if prediction != "eps":
+        raise UserError(
+            f"the network of {subject.name} predicts {prediction}; the textbook loop knows "
+            "networks that predict the noise (eps) only"
+        )
     if variance == "learned_range":
         raise UserError("the textbook loop has fixed variances only, and this run learned its own")
     diffusion = GaussianDiffusion(
@@ -126,8 +135,10 @@ def reference_way(subject: Subject, job: Job) -> Way:
     )
 
 
-def peer_way(subject: Subject, job: Job, sampler: str) -> Way | None:
-    """Diffusers' pipeline; None if it is not installed."""
+def peer_way(
+    subject: Subject, job: Job, sampler: str, spacing: Spacing | None = None
+) -> Way | None:
+    """Diffusers' pipeline, by default with its own spacing; None if it is not installed."""
     try:
         import diffusers
     except ImportError:
@@ -135,7 +146,7 @@ def peer_way(subject: Subject, job: Job, sampler: str) -> Way | None:
     options: dict[str, Any] = {
         "num_train_timesteps": subject.schedule.timesteps,
         "trained_betas": subject.schedule.betas.numpy(),
-        "timestep_spacing": SPACINGS[sampler],
+        "timestep_spacing": spacing or SPACINGS[sampler],
     }
     call: dict[str, Any] = {}
     if sampler == "ddpm":

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_engine.config import PRESETS, RunConfig
-from ddpm_engine.errors import UserError
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.schedule import NoiseSchedule
 from ddpm_engine.unet import UNet
@@ -90,23 +89,19 @@ class Subject:
         return model.to(self.device).eval().requires_grad_(False)
 
 
-def subject_of(preset: str, checkpoint: Path | None, device: torch.device) -> Subject:
-    """A preset's network with random weights, or that of a run.
+def preset_subject(preset: str, device: torch.device) -> Subject:
+    """A preset's network with random weights."""
+    config = PRESETS[preset]()
+    return Subject(f"{preset}, random weights", config, random_unet(config).state_dict(), device)
+
+
+def subject_of(checkpoint: Path, device: torch.device) -> Subject:
+    """The network of a run.
 
     Raises:
-        UserError: the run has no checkpoint, or its network does not predict the noise.
+        UserError: the run has no checkpoint.
     """
-    if checkpoint is None:
-        config = PRESETS[preset]()
-        return Subject(
-            f"{preset}, random weights", config, random_unet(config).state_dict(), device
-        )
     pretrained = load_pretrained(checkpoint)
-    if pretrained.config.diffusion.prediction != "eps":
-        raise UserError(
-            f"the network of {checkpoint} predicts {pretrained.config.diffusion.prediction}; "
-            "the textbook loop knows networks that predict the noise (eps) only"
-        )
     step = "" if pretrained.step is None else f", step {pretrained.step}"
     name = f"{checkpoint}{step}"
     return Subject(name, pretrained.config, pretrained.model.state_dict(), device)

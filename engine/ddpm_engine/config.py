@@ -294,24 +294,28 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Progressive distillation: a student learns to take one step where its teacher takes two.
+    """Learning to take one step of ddim where the teacher takes many.
 
-    A run is divided into stages of equal length. After each, the student is the next one's teacher.
+    A run is divided into stages of equal length. In those of `progressive` distillation the student
+    takes half as many steps as before and is the next stage's teacher; in those of `consistency`
+    distillation the teacher takes twice as many.
     """
 
     teacher: Path | None = None
     """Run, checkpoint or diffusers folder to distil; None: ordinary training."""
+    method: Literal["progressive", "consistency"] = "progressive"
+    """Learn two steps of the last student at a time, or to agree with oneself one step later."""
     steps: int = 4
     """Steps of ddim that the last student draws a picture in."""
     start_steps: int = 64
-    """Steps of ddim that the teacher takes: a power of two times as many."""
+    """Most steps of ddim that a teacher takes: a power of two times as many."""
     guidance_scale: float | None = None
     """Classifier-free guidance of the teacher, which its students then have built in; None: none.
     """
 
     @property
     def stages(self) -> int:
-        """How often the number of steps is halved."""
+        """How often the number of steps is halved, or doubled."""
         return (self.start_steps // self.steps).bit_length() - 1
 
     def stage(self, step: int, training_steps: int) -> int:
@@ -320,16 +324,23 @@ class DistillationConfig:
 
     def student_steps(self, stage: int) -> int:
         """Steps of ddim that a stage's student takes."""
-        return self.start_steps >> (stage + 1)
+        return self.start_steps >> (stage + 1) if self.method == "progressive" else self.steps
+
+    def teacher_steps(self, stage: int) -> int:
+        """Steps of ddim that a stage's teacher takes."""
+        return (
+            self.start_steps >> stage if self.method == "progressive" else 2 * self.steps << stage
+        )
 
     def annealing(self, step: int, training_steps: int) -> float:
-        """Factor of the learning rate, falling linearly from 1 towards 0 in each stage.
+        """Factor of the learning rate: from 1 linearly towards 0, or 1 if nothing is distilled.
 
-        As Salimans & Ho 2022; 1 if nothing is distilled.
+        With each new teacher of `progressive` it begins again, as in Salimans & Ho 2022.
         """
         if self.teacher is None:
             return 1.0
-        return 1 - step * self.stages % training_steps / training_steps
+        repeats = self.stages if self.method == "progressive" else 1
+        return 1 - step * repeats % training_steps / training_steps
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ddpm_engine.errors import UserError
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
     document = tmp_path / "objectives.md"
-    document.write_text(f"before\n{objectives.BEGIN}\nold\n{objectives.END}\nafter\n")
+    mark = "<!-- begin: benchmarks/objectives.py -->"
+    document.write_text(f"before\n{mark}\nold\n<!-- end -->\nafter\n")
     return Options(
         seeds=2, out=tmp_path / "runs", result=tmp_path / "result.json", document=document
     )

@@ -22,6 +22,7 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
+from benchmarks.throughput.gallery import Gallery, Method
 from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
@@ -31,7 +32,7 @@ from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
 from tests.tiny import TINY_GREY
 from torch import Tensor, nn
 
-from ddpm_engine.config import PRESETS
+from ddpm_engine.config import PRESETS, SamplingConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers import sample
 from ddpm_kernels.dispatch import force_ops
@@ -345,49 +346,86 @@ def test_equal_quality_goes_on_where_it_was(
     settings = equal_quality.Settings(
         samples=150, seeds=1, spread=2, steps=(2, 4), tolerance=1e9, batch=75, rounds=1
     )
-    found = equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
-    assert found["enough"] == dict.fromkeys(equal_quality.SAMPLERS, 2)
-    # The standard; then each sampler, which is good enough at once, and with cached features.
-    assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4]
-    assert [len(point["distances"]) for point in found["points"]] == [2] * 9
+    students = {"progressive 3": student_of(short(subject), 3)}
+
+    def measured(settings: equal_quality.Settings) -> dict[str, Any]:
+        return equal_quality.run(short(subject), students, tmp_path, settings, lambda _: None)
+
+    found = measured(settings)
+    assert found["enough"] == {
+        **dict.fromkeys(equal_quality.SAMPLERS, 2), "distilled, progressive": 3
+    }  # fmt: skip
+    # The standard; then each sampler, which is good enough at once, and with cached features; and
+    # the student.
+    assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4, 1]
+    assert [len(point["distances"]) for point in found["points"]] == [2] * 10
+    # What diffusers draws is what the engine draws.
+    assert [(peer["name"], peer["steps"]) for peer in found["peers"]] == [
+        ("diffusers DDPMPipeline", 8), ("diffusers DDIMPipeline", 2), ("diffusers DPMSolver++", 2)
+    ]  # fmt: skip
+    assert found["peers"][0]["distances"] == found["points"][0]["distances"]
+    assert all(peer["images_per_second"] > 0 for peer in found["peers"])
     assert all(point["distance"] == point["distances"][0] for point in found["points"])
     assert found["reference"]["distances"] == found["points"][0]["distances"]
     assert found["reference"]["speed_up"] == 1
     assert all(line for line in equal_quality.table(found))
 
     drawn: list[tuple[str, int]] = []
-    original = equal_quality.Gallery.draw
+    original = Gallery.draw
 
-    def draw(self: Any, method: equal_quality.Method, *rest: int) -> Tensor:
+    def draw(self: Any, method: Method, *rest: int) -> Tensor:
         drawn.append((method.name, method.steps))
         return original(self, method, *rest)
 
-    monkeypatch.setattr(equal_quality.Gallery, "draw", draw)
+    monkeypatch.setattr(Gallery, "draw", draw)
     monkeypatch.setattr(equal_quality, "same_pictures", lambda *_: None)
     monkeypatch.setattr(equal_quality, "measure_speed", lambda *_: {})
-    again = equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
+    again = measured(settings)
     assert drawn == []
     keys = ("sampler", "steps", "distances")
     assert [[p[k] for k in keys] for p in again["points"]] == [
         [p[k] for k in keys] for p in found["points"]
     ]
     next(tmp_path.rglob("ddim-2-1-75-75.npy")).unlink()
-    equal_quality.run(short(subject), tmp_path, settings, lambda _: None)
+    measured(settings)
     assert drawn == [("ddim", 2)]
     strict = replace(settings, tolerance=-1.0, samples=75)
-    none = equal_quality.run(short(subject), tmp_path, strict, lambda _: None)
+    none = measured(strict)
     assert none["enough"] == {}
 
 
 def test_equal_quality_needs_a_textbook_loop_that_draws_the_same(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = equal_quality.Gallery(short(subject), tmp_path, equal_quality.Settings())
-    equal_quality.same_pictures(gallery, 8)
-    original = equal_quality.Gallery.draw
-    monkeypatch.setattr(equal_quality.Gallery, "draw", lambda *a: 1.01 * original(*a))
+    gallery, method = Gallery(short(subject), tmp_path), Method("ddpm", 8)
+    standard = equal_quality.textbook_way(gallery, method)
+    equal_quality.same_pictures(gallery, method, standard)
+    original = Gallery.draw
+    monkeypatch.setattr(Gallery, "draw", lambda *a: 1.01 * original(*a))
     with pytest.raises(UserError, match="differs from reference"):
-        equal_quality.same_pictures(gallery, 8)
+        equal_quality.same_pictures(gallery, method, standard)
+
+
+def test_a_student_that_draws_something_else_is_not_timed(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_of(short(subject), 4)
+    gallery = Gallery(short(subject), tmp_path, students={"consistency 4": student})
+    method = equal_quality.student_method("consistency 4", student)
+    equal_quality.same_pictures(gallery, method, equal_quality.textbook_way(gallery, method))
+    fewer = replace(method, steps=2)
+    with pytest.raises(UserError, match="2 network evaluations, not 4"):
+        equal_quality.same_pictures(gallery, fewer, equal_quality.textbook_way(gallery, method))
+
+
+def student_of(subject: Subject, steps: int) -> Subject:
+    """The same weights, as if they had been distilled to so many steps and predicted v."""
+    config = replace(
+        subject.config,
+        diffusion=replace(subject.config.diffusion, prediction="v"),
+        sampling=SamplingConfig("ddim", steps, "trailing"),
+    )
+    return replace(subject, config=config)
 
 
 def short(subject: Subject) -> Subject:

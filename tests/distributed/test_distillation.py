@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,24 +23,30 @@ needs_deepspeed = pytest.mark.skipif(
 WAYS = {"ddp": {}, "fsdp2": FSDP, "zero1": zero("zero1"), "zero3": zero("zero3")}
 
 
-def last_teacher(run: Path) -> dict[str, torch.Tensor]:
-    """The weights of the last stage's teacher, and the stage, as saved."""
+def learnt(run: Path) -> dict[str, torch.Tensor]:
+    """The stage as saved, and the weights of its teacher if that was a student."""
     files = (run / "checkpoints" / "step-00000008" / "objective").glob("*.safetensors")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+slow = [pytest.mark.slow, needs_deepspeed]
+
+
 @pytest.mark.parametrize(
-    "ways",
+    ("method", "ways"),
     [
-        ("ddp", "fsdp2"),
-        pytest.param(("zero1",), marks=[pytest.mark.slow, needs_deepspeed]),
-        pytest.param(("zero3",), marks=[pytest.mark.slow, needs_deepspeed]),
+        ("progressive", ("ddp", "fsdp2")),
+        # The student is asked for its own estimates, too.
+        ("consistency", ("ddp", "fsdp2")),
+        pytest.param("progressive", ("zero1",), marks=slow),
+        pytest.param("consistency", ("zero3",), marks=slow),
     ],
-    ids="-".join,
 )
-def test_two_processes_distil_as_one(ways: tuple[str, ...], config: RunConfig) -> None:
+def test_two_processes_distil_as_one(
+    method: Literal["progressive", "consistency"], ways: tuple[str, ...], config: RunConfig
+) -> None:
     teacher = replace(config, training=replace(config.training, steps=4))
-    plan = DistillationConfig(teacher.out, steps=2, start_steps=8, guidance_scale=2.0)
+    plan = DistillationConfig(teacher.out, method, steps=2, start_steps=8, guidance_scale=2.0)
 
     def at(name: str) -> RunConfig:
         run = student_config(teacher, plan, config.out.with_name(name))
@@ -50,9 +57,9 @@ def test_two_processes_distil_as_one(ways: tuple[str, ...], config: RunConfig) -
     # The second time nothing is left to do, but the state is loaded.
     for _ in range(2):
         launch([Job(at(way), WAYS[way]) for way in ways], 2)
-    expected = last_teacher(at("one").out)
+    expected = learnt(at("one").out)
     assert int(expected["stage"]) == 1
     for way in ways:
         run = at(way).out
         assert difference(losses(run), losses(at("one").out)) <= 1e-4
-        torch.testing.assert_close(last_teacher(run), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(learnt(run), expected, rtol=1e-4, atol=1e-4)

@@ -159,6 +159,27 @@ def test_killed_and_resumed_to_the_bit(
     assert_same(out, student)
 
 
+def test_consistency_killed_and_resumed_to_the_bit(
+    teacher: Path, tmp_path: Path, script: Script, run: Run
+) -> None:
+    consistency = ("--method", "consistency")
+    script("distill", *command(teacher, tmp_path / "whole"), *consistency)
+    rates = [row[3] for row in log(tmp_path / "whole")]
+    assert rates[-1] < 0.2 * max(rates)  # annealed once: the teacher stays
+    state = tensors(tmp_path / "whole", STEPS)
+    assert int(state["objective.stage"]) == 1
+    assert [name for name in state if name.startswith("objective.")] == ["objective.stage"]
+    assert load_pretrained(tmp_path / "whole").config.sampling.steps == 2
+
+    out = tmp_path / "killed"
+    arguments = json.loads((tmp_path / "whole" / "config.json").read_text()) | {"out": str(out)}
+    (tmp_path / "run.json").write_text(json.dumps(arguments))
+    killed = run(tmp_path / "run.json", "9", code=KILLED)  # in the middle of the second stage
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    script("distill", *command(teacher, out), *consistency)
+    assert_same(out, tmp_path / "whole")
+
+
 @pytest.mark.parametrize("at", [4, 6], ids=["in the first stage", "between stages"])
 def test_resumed_to_the_bit(
     at: int, student: Path, teacher: Path, tmp_path: Path, script: Script
@@ -235,6 +256,27 @@ def test_other_ways_to_draw_are_refused(
     assert not (tmp_path / "drawn").exists()
 
 
+def test_teacher_and_student_side_by_side(
+    student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "both.png"
+    script = LAUNCH.parent / "benchmarks" / "side_by_side.py"
+    arguments = (
+        "--checkpoint", teacher, "--distilled", student, "--out", out, "--steps", 4,
+        "--count", 20, "--rounds", 1,
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in (script, *arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "ddpm, 4 steps, guided: " in said
+    assert "distilled to 2 steps: " in said
+    assert said.count("s for 20, ") == 2
+    shown = np.asarray(Image.open(out).convert("L"))
+    assert shown[:, : shown.shape[1] // 2].std() > 10
+    assert shown[:, shown.shape[1] // 2 :].std() > 10
+
+
 def test_an_export_draws_the_same_pictures(
     student: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,6 +345,10 @@ def test_a_distillation_does_not_change_its_stages(student: Path) -> None:
         (
             replace(config, distillation=replace(config.distillation, guidance_scale=3.0)),
             "distillation.guidance-scale was 2.0 and is now 3.0",
+        ),
+        (
+            replace(config, distillation=replace(config.distillation, method="consistency")),
+            "distillation.method was progressive and is now consistency",
         ),
     ]:
         with pytest.raises(UserError, match=message):

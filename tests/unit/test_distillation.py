@@ -1,4 +1,4 @@
-"""The target of progressive distillation: one step of the student for two of its teacher."""
+"""The targets of distillation: one step of the student for two, its teacher's or its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from ddpm_engine.data import Batch
 from ddpm_engine.distillation import student_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.low_resolution import Augmentation
-from ddpm_engine.objectives import ProgressiveDistillation, Teacher
+from ddpm_engine.objectives import Teacher
 from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.objectives.distillation import halving
+from ddpm_engine.objectives.distillation import (
+    DISTILLATIONS,
+    ConsistencyDistillation,
+    Distillation,
+    ProgressiveDistillation,
+    jumps,
+)
 from ddpm_engine.preconditioning import preconditioning
 from ddpm_engine.prediction import Prediction, from_x0
 from ddpm_engine.samplers import Guidance, build_table
@@ -65,16 +71,57 @@ def posterior_mean(x: Tensor, a: Tensor, s: Tensor) -> Tensor:
     return MEAN + a * DEVIATION**2 * (x - a * MEAN) / ((a * DEVIATION).square() + s.square())
 
 
-def objective(
+def plan_to(steps: int, start: int, **settings: Any) -> DistillationConfig:
+    return DistillationConfig(Path("t"), steps=steps, start_steps=start, **settings)
+
+
+def progressive(
     teacher: Prediction, student: Prediction, clip: bool = False, steps: int = 8
 ) -> ProgressiveDistillation:
-    """Of a first stage from 2 · `steps` to `steps`, with the optimal teacher."""
+    """A first stage from 2 · `steps` to `steps`, with the optimal teacher."""
     schedule = schedule_of(student)
     return ProgressiveDistillation(
         schedule, student, Conditions(seed=3),
         Teacher(cast(UNet, Optimal(schedule, teacher)), teacher),
-        DistillationConfig(Path("t"), steps // 2, 2 * steps), 10, clip=clip, dtype=torch.float64,
+        plan_to(steps // 2, 2 * steps), 10, clip=clip, dtype=torch.float64,
     )  # fmt: skip
+
+
+def consistency(
+    teacher: Prediction, student: Prediction, clip: bool = False, steps: int = 4
+) -> ConsistencyDistillation:
+    """The last stage of two: 4 · `steps` steps of the optimal teacher."""
+    schedule = schedule_of(student)
+    ours = ConsistencyDistillation(
+        schedule, student, Conditions(seed=3),
+        Teacher(cast(UNet, Optimal(schedule, teacher)), teacher),
+        plan_to(steps, 4 * steps, method="consistency"), 10, clip=clip, dtype=torch.float64,
+    )  # fmt: skip
+    ours.begin_step(9, lambda: pytest.fail("the teacher stays"))
+    return ours
+
+
+METHODS = [progressive, consistency]
+Make = Callable[..., Distillation]
+
+
+def optimal_student(ours: Distillation) -> nn.Module:
+    return Optimal(ours.schedule, ours.prediction)
+
+
+def begins(ours: Distillation) -> list[tuple[int, int]]:
+    """Levels where steps of the student begin, and those where they end."""
+    levels = sorted(set(ours.draw(torch.arange(1000)).tolist()))
+    stage = int(ours._stage)
+    stride = ours.plan.teacher_steps(stage) // ours.plan.student_steps(stage)
+    return [(level, (level // stride + 1) * stride) for level in levels]
+
+
+def test_where_steps_begin() -> None:
+    assert begins(progressive("v", "v", steps=4)) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert begins(consistency("v", "v", steps=2)) == [
+        *((level, 4) for level in range(4)), *((level, 8) for level in range(4, 8))
+    ]  # fmt: skip
 
 
 def ddim(x: Tensor, x0: Tensor, a: Tensor, s: Tensor, k: int, to: int) -> Tensor:
@@ -82,64 +129,89 @@ def ddim(x: Tensor, x0: Tensor, a: Tensor, s: Tensor, k: int, to: int) -> Tensor
     return a[to] * x0 + s[to] * (x - a[k] * x0) / s[k]
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("teacher", "student"), KINDS)
-def test_one_step_to_the_target_is_two_steps_of_the_teacher(
-    teacher: Prediction, student: Prediction
+def test_one_step_to_the_target_is_two_steps(
+    method: Make, teacher: Prediction, student: Prediction
 ) -> None:
-    steps = 8
-    ours = objective(teacher, student, steps=steps)
+    ours = method(teacher, student)
     schedule = ours.schedule
-    visited = build_table(schedule, "ddim", 2 * steps).timesteps
+    visited = build_table(schedule, "ddim", 16).timesteps
     a, s = noise_levels(schedule, visited)
-    assert torch.equal(ours.tables.student.timesteps, visited[::2])
+    # The student's own steps are among the teacher's.
+    stage = int(ours._stage)
+    steps = ours.plan.student_steps(stage)
+    assert torch.equal(build_table(schedule, "ddim", steps).timesteps, visited[:: 16 // steps])
     generator = torch.Generator().manual_seed(0)
-    for row in range(steps):
+    for level, end in begins(ours):
         x_0 = MEAN + DEVIATION * torch.randn(4, 2, 3, 3, generator=generator).double()
         noise = torch.randn(4, 2, 3, 3, generator=generator).double()
-        x = a[2 * row] * x_0 + s[2 * row] * noise
-        scale = ours.tables.signal[row] / a[2 * row]
-        target = ours.target(scale * x, torch.full((4,), row))
-        between = ddim(x, posterior_mean(x, a[2 * row], s[2 * row]), a, s, 2 * row, 2 * row + 1)
-        x0 = posterior_mean(between, a[2 * row + 1], s[2 * row + 1])
-        after = ddim(between, x0, a, s, 2 * row + 1, 2 * row + 2)
-        torch.testing.assert_close(
-            ddim(x, target, a, s, 2 * row, 2 * row + 2), after, rtol=1e-9, atol=1e-11
-        )
+        x = a[level] * x_0 + s[level] * noise
+        scale = ours.tables.signal[level] / a[level]
+        target = ours.target(optimal_student(ours), scale * x, torch.full((4,), level))
+        after = ddim(x, posterior_mean(x, a[level], s[level]), a, s, level, level + 1)
+        if end > level + 1:
+            x0 = posterior_mean(after, a[level + 1], s[level + 1])
+            after = ddim(after, x0, a, s, level + 1, end)
+        torch.testing.assert_close(ddim(x, target, a, s, level, end), after, rtol=1e-9, atol=1e-11)
         # As Salimans & Ho 2022 write it, algorithm 2.
-        ratio = s[2 * row + 2] / s[2 * row]
-        written = (after - ratio * x) / (a[2 * row + 2] - ratio * a[2 * row])
+        ratio = s[end] / s[level]
+        written = (after - ratio * x) / (a[end] - ratio * a[level])
         torch.testing.assert_close(target, written, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
-def test_the_table_of_the_student_leads_to_the_end_of_the_teachers(kind: Prediction) -> None:
+def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Prediction) -> None:
     # The rows that sampling executes, scaled states of EDM and all.
-    ours = objective(kind, kind)
+    ours = progressive(kind, kind)
+    levels = 2 * torch.arange(8)
     x = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1)).double()
-    x = x * (ours.tables.signal.square() + ours.tables.sigma.square()).sqrt()[:, None, None, None]
-    target = ours.target(x, torch.arange(8))
+    deviation = (ours.tables.signal.square() + ours.tables.sigma.square()).sqrt()
+    x = x * deviation[levels][:, None, None, None]
+    target = ours.target(optimal_student(ours), x, levels)
     two, one = (
-        table.rows.T[:, :, None, None, None] for table in (ours.tables.teacher, ours.tables.student)
+        table.rows.T[:, :, None, None, None]
+        for table in (ours.tables.teacher, build_table(ours.schedule, "ddim", 8, prediction=kind))
     )
     state = x
     for half in (0, 1):
         rows = two[:, half::2]
-        x0 = ours._estimate(state, 2 * torch.arange(8) + half, ())
+        x0 = ours._teachers_estimate(state, levels + half, ())
         state = rows[Column.X] * state + rows[Column.X0] * x0
     torch.testing.assert_close(one[Column.X] * x + one[Column.X0] * target, state)
 
 
-def test_clipping_keeps_the_target_in_range() -> None:
-    ours, free = objective("eps", "v", clip=True), objective("eps", "v")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_perfect_student_has_nothing_to_learn(method: Make) -> None:
+    # Of images that are all the same, one step of ddim goes as far as many.
+    ours = method("v", "v")
+    image = torch.full((4, 1, 2, 2), 0.3).double()
+
+    class Constant(nn.Module):
+        def forward(self, x: Tensor, told: Tensor) -> Tensor:
+            a = ours.schedule.sqrt_alpha_bar[told][:, None, None, None]
+            s = ours.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
+            return from_x0("v", image.expand_as(x), x, a, s)
+
+    ours.teacher = Teacher(cast(UNet, Constant()), "v")
+    for level, _ in begins(ours):
+        x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(level)).double()
+        torch.testing.assert_close(ours.target(Constant(), x, torch.full((4,), level)), image)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clipping_keeps_the_target_in_range(method: Make) -> None:
+    ours, free = method("eps", "v", clip=True), method("eps", "v")
     x = 3 * torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(2)).double()
-    steps = torch.full((64,), 7)
-    assert free.target(x, steps).abs().max() > 1.5
-    assert ours.target(x, steps).abs().max() <= 1
+    levels, student = torch.full((64,), 14), optimal_student(ours)
+    assert free.target(student, x, levels).abs().max() > 1.5
+    assert ours.target(student, x, levels).abs().max() <= 1
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
-def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction) -> None:
-    ours = objective(kind, kind)
+def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: Make) -> None:
+    ours = method(kind, kind)
     images = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(4)).double() * 2 - 1
     positions = torch.arange(100, 116)
     seen: dict[str, Tensor] = {}
@@ -151,7 +223,7 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction) -> None:
 
     loss = ours(network, Batch(images, None, positions))
     steps = ours.draw(positions)
-    assert set(steps.tolist()) > {0, 7}
+    assert len(set(steps.tolist())) > 4
     a, s = noise_levels(ours.schedule, ours.tables.student.timesteps)
     a, s = (level[steps][:, None, None, None] for level in (a, s))
     if kind == "edm":
@@ -163,22 +235,26 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction) -> None:
         x0 = p * seen["x"] + q * seen["output"]
         assert torch.equal(seen["told"], ours.tables.student.timesteps[steps])
     weight = torch.maximum((a / s).square(), torch.ones_like(a))
-    expected = (weight * (x0 - ours.target(seen["x"], steps)).square()).mean((1, 2, 3))
+    target = ours.target(lambda x, told: torch.cos(3 * x), seen["x"].detach(), steps)
+    expected = (weight * (x0 - target).square()).mean((1, 2, 3))
     torch.testing.assert_close(loss, expected)
     (ours_gradient,) = torch.autograd.grad(loss.sum(), seen["output"], retain_graph=True)
     (gradient,) = torch.autograd.grad(expected.sum(), seen["output"])
     torch.testing.assert_close(ours_gradient, gradient)
 
 
-def test_single_precision_reaches_the_target() -> None:
-    # 512 steps: neighbouring levels are nearly equal.
-    ours = objective("eps", "v", steps=256)
-    x = torch.randn(256, 1, 2, 2, generator=torch.Generator().manual_seed(5)).double()
-    steps = torch.arange(256)
-    exact = ours.target(x, steps)
+@pytest.mark.parametrize(("method", "steps"), [(progressive, 256), (consistency, 128)])
+def test_single_precision_reaches_the_target(method: Make, steps: int) -> None:
+    # 512 steps of the teacher: neighbouring levels are nearly equal.
+    ours = method("eps", "v", steps=steps)
+    levels = torch.tensor([level for level, _ in begins(ours)])
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(len(levels), 1, 2, 2, generator=generator).double()
+    exact = ours.target(optimal_student(ours), x, levels)
     ours.dtype = torch.float32
-    ours._enter(0)
-    assert (ours.target(x.float(), steps) - exact).abs().max() < 1e-3
+    ours._enter(int(ours._stage))
+    found = ours.target(optimal_student(ours), x.float(), levels)
+    assert (found - exact).abs().max() < 1e-3
 
 
 def guided_network() -> UNet:
@@ -189,13 +265,21 @@ def guided_network() -> UNet:
     return network
 
 
+def unasked(*_: object) -> Tensor:
+    pytest.fail("the student has no say in this")
+
+
 def test_guidance_is_that_of_the_sampler() -> None:
     # Of a teacher's two steps, each as the sampling loop takes it.
     network, schedule, scale = guided_network(), schedule_of("eps"), 3.0
-    ours = ProgressiveDistillation(
-        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
-        DistillationConfig(Path("t"), 4, 8, guidance_scale=scale), 10,
-    )  # fmt: skip
+
+    def distillation(**settings: Any) -> Distillation:
+        plan = plan_to(2, 8, **settings)
+        return DISTILLATIONS[plan.method](
+            schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"), plan, 10
+        )
+
+    ours = distillation(guidance_scale=scale)
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
     table = build_table(schedule, "ddim", 8)
     process = ReverseProcess(
@@ -203,35 +287,44 @@ def test_guidance_is_that_of_the_sampler() -> None:
         guidance=Guidance(scale), alpha_bar=schedule.alpha_bar[table.timesteps],
     )  # fmt: skip
     process.begin(x, 0, torch.arange(3), labels)
-    for index in (0, 1):
-        process.step(index)
-    steps = torch.zeros(3, dtype=torch.int64)
-    target = ours.target(x, steps, (labels,))
-    row = ours.tables.student.rows[0]
+    process.step(0)
+    after_one = process.x.clone()
+    process.step(1)
+    first = torch.zeros(3, dtype=torch.int64)
+    target = ours.target(unasked, x, first, (labels,))
+    row = build_table(schedule, "ddim", 4, prediction="v").rows[0].float()
     torch.testing.assert_close(
         row[Column.X] * x + row[Column.X0] * target, process.x, rtol=1e-4, atol=1e-5
     )
     # It counts, and once only: the next teacher has it built in.
     ours.begin_step(0, lambda: pytest.fail("no stage has ended"))
-    plain = ProgressiveDistillation(
-        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
-        DistillationConfig(Path("t"), 2, 8), 10,
-    )  # fmt: skip
-    assert (plain.target(x, steps, (labels,)) - target).abs().max() > 0.01
-    guided = ProgressiveDistillation(
-        schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"),
-        DistillationConfig(Path("t"), 2, 8, guidance_scale=scale), 10,
-    )  # fmt: skip
-    for stage in (plain, guided):
+    plain = distillation()
+    assert (plain.target(unasked, x, first, (labels,)) - target).abs().max() > 0.01
+    for stage in (plain, ours):
         stage.begin_step(5, network.state_dict)
-    assert torch.equal(plain.target(x, steps, (labels,)), guided.target(x, steps, (labels,)))
+    assert torch.equal(
+        plain.target(unasked, x, first, (labels,)), ours.target(unasked, x, first, (labels,))
+    )
+
+    # A teacher that stays is guided in every stage, and the student that it leads to is not.
+    ours = distillation(method="consistency", guidance_scale=scale)
+    ours.begin_step(5, lambda: pytest.fail("the teacher stays"))
+    seen: list[Tensor] = []
+
+    def student(x: Tensor, told: Tensor, classes: Tensor) -> Tensor:
+        assert torch.equal(classes, labels)
+        seen.append(x)
+        return x
+
+    ours.target(student, x, first, (labels,))
+    torch.testing.assert_close(seen[0], after_one, rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_follows_from_the_state() -> None:
     def fresh() -> ProgressiveDistillation:
         return ProgressiveDistillation(
             schedule_of("eps"), "v", Conditions(seed=0, null_class=10),
-            Teacher(guided_network(), "eps"), DistillationConfig(Path("t"), 2, 8), 10,
+            Teacher(guided_network(), "eps"), plan_to(2, 8), 10,
         )  # fmt: skip
 
     ours, other = fresh(), fresh()
@@ -239,17 +332,19 @@ def test_the_teacher_follows_from_the_state() -> None:
     for step in range(5):
         ours.begin_step(step, lambda: pytest.fail("too early"))
     ours.begin_step(5, lambda: weights)
-    assert ours.tables.student.evaluations == 2
+    assert ours.tables.student.evaluations == 4
     other.load({name: tensor.clone() for name, tensor in ours.state().items()})
     other.begin_step(5, lambda: pytest.fail("the stage has begun already"))
-    x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
-    assert torch.equal(ours.target(x, steps, (labels,)), other.target(x, steps, (labels,)))
+    x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 2])
+    assert torch.equal(
+        ours.target(unasked, x, steps, (labels,)), other.target(unasked, x, steps, (labels,))
+    )
 
 
 def test_a_learned_variance_is_left_alone() -> None:
     torch.manual_seed(0)
     teacher, student = (UNet(replace(TINY_GREY, out_channels=2)) for _ in range(2))
-    plan = DistillationConfig(Path("t"), 2, 8)
+    plan = plan_to(2, 8)
     ours = ProgressiveDistillation(
         schedule_of("v"), "v", Conditions(seed=0), Teacher(teacher.eval(), "v"), plan, 10
     )
@@ -276,10 +371,10 @@ def test_what_the_teacher_is_told() -> None:
             seen.append(arguments)
             return x
 
-    plan = DistillationConfig(Path("t"), 2, 8, guidance_scale=2.0)
+    plan = plan_to(2, 8, guidance_scale=2.0)
     teacher = Teacher(cast(UNet, Noting()), "v")
     ours = ProgressiveDistillation(schedule_of("v"), "v", conditions, teacher, plan, 10)
-    ours.target(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), told)
+    ours.target(unasked, torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), told)
     assert [arguments[0].tolist() for arguments in seen] == [
         [999, 749, 999, 749], [874, 624, 874, 624]
     ]  # fmt: skip
@@ -301,7 +396,7 @@ def test_what_the_teacher_is_told() -> None:
 def test_stages(
     start: int, end: int, training_steps: int, boundaries: list[tuple[int, int]]
 ) -> None:
-    plan = DistillationConfig(Path("t"), end, start)
+    plan = plan_to(end, start)
     assert plan.stages == len(boundaries)
     steps = [plan.student_steps(plan.stage(k, training_steps)) for k in range(training_steps)]
     begins = [0, *(k for k in range(1, training_steps) if steps[k] != steps[k - 1])]
@@ -312,6 +407,14 @@ def test_stages(
         assert rates[first] == pytest.approx(1, abs=plan.stages / training_steps)
         assert rates[first:last] == sorted(rates[first:last], reverse=True)
         assert rates[last - 1] <= 2 * plan.stages / training_steps
+
+
+def test_stages_of_a_teacher_of_more_and_more_steps() -> None:
+    plan = DistillationConfig(Path("t"), "consistency", steps=2, start_steps=16)
+    assert [plan.teacher_steps(stage) for stage in range(plan.stages)] == [4, 8, 16]
+    assert [plan.student_steps(stage) for stage in range(plan.stages)] == [2, 2, 2]
+    rates = [plan.annealing(step, 10) for step in range(10)]
+    assert rates == pytest.approx([1 - k / 10 for k in range(10)])
 
 
 def test_an_ordinary_run_is_not_annealed() -> None:
@@ -359,7 +462,9 @@ def test_students_of_eps_predict_v() -> None:
 
 def test_eps_cannot_begin_with_noise_alone() -> None:
     schedule = NoiseSchedule.linear(1000).rescaled_to_zero_terminal_snr()
-    tables = halving(schedule, 4, "v", "x0")
-    assert bool(tables.weights.isfinite().all())
+    for steps in (1, 4):
+        tables = jumps(schedule, steps, 8, "v", "x0")
+        assert bool(tables.weights.isfinite().all())
+        assert bool(((tables.share >= 0) & (tables.share <= 1)).all())
     with pytest.raises(UserError, match="zero terminal SNR"):
-        halving(schedule, 4, "eps", "v")
+        jumps(schedule, 4, 8, "eps", "v")

@@ -6,7 +6,7 @@
 | `build`        | the one that a configuration asks for                                        |
 | `denoising`    | the objectives of DDPM and what followed, on a chain of T timesteps          |
 | `edm`          | the objective of EDM, at any noise level                                     |
-| `distillation` | a student of half as many steps                                              |
+| `distillation` | a student that takes one step for many of its teacher                        |
 | `weighting`    | the weight of each timestep's squared error: a table                         |
 | `timesteps`    | how often each timestep is trained: a table                                  |
 | `conditions`   | what all do alike: mirrored images, dropped labels, small images to enlarge  |
@@ -14,7 +14,7 @@
 
 from ddpm_engine.objectives.build import build_objective
 from ddpm_engine.objectives.denoising import DenoisingObjective
-from ddpm_engine.objectives.distillation import ProgressiveDistillation, Teacher
+from ddpm_engine.objectives.distillation import Teacher
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.objective import Objective
 
@@ -22,7 +22,6 @@ __all__ = [
     "DenoisingObjective",
     "EdmObjective",
     "Objective",
-    "ProgressiveDistillation",
     "Teacher",
     "build_objective",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_engine.low_resolution import Augmentation
 from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
-from ddpm_engine.objectives.distillation import ProgressiveDistillation, Teacher
+from ddpm_engine.objectives.distillation import DISTILLATIONS, Teacher
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.objectives.timesteps import (
@@ -52,7 +52,7 @@ def build_objective(
         config.training.augmentation_levels,
     )
     if teacher is not None:
-        return ProgressiveDistillation(
+        return DISTILLATIONS[config.distillation.method](
             schedule,
             config.diffusion.prediction,
             conditions,
