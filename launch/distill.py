@@ -33,6 +33,9 @@ from ddpm_engine.flags import parse_options
 from ddpm_engine.pretrained import load_pretrained
 from ddpm_engine.training import Trainer
 
+# Flags of a run that have shorter names here.
+RENAMED = {"--distillation.": "--", "--diffusion.prediction": "--prediction"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -109,7 +112,7 @@ def _defaults(teacher: RunConfig, path: Path) -> Options:
 def main() -> None:
     """Parse, distil, and leave with a message that helps if something is wrong."""
     use_local_compile_cache()
-    with exit_on_user_error():
+    with exit_on_user_error(RENAMED):
         run = parse(sys.argv[1:])
         main_process = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(

@@ -1,7 +1,9 @@
 """Write a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
 
-The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; of an EDM
-network it holds the parts, and the card the loop that draws. Diffusers need not be installed.
+The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; that of a
+distilled network is for `DDIMPipeline`, and the card has the call that draws in the steps it was
+distilled to. Of an EDM network the folder holds the parts, and the card the loop that draws.
+Diffusers need not be installed.
 """
 
 from __future__ import annotations

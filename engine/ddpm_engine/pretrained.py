@@ -105,6 +105,11 @@ def _load_diffusers(path: Path) -> Pretrained:
             "and nothing says that the last of these classes stands for no class, as it does in "
             "this engine: load the network with UNet.from_pretrained and give labels yourself"
         )
-    config = RunConfig(model=shape, diffusion=process.diffusion, sampling=process.sampling)
+    config = RunConfig(
+        model=shape,
+        diffusion=process.diffusion,
+        sampling=process.sampling,
+        distillation=process.distillation,
+    )
     schedule = process.diffusion.build_schedule()
     return Pretrained(loaded.model, schedule, config, loaded.hash, clip=process.clip)

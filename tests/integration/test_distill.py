@@ -277,13 +277,35 @@ def test_teacher_and_student_side_by_side(
     assert shown[:, shown.shape[1] // 2 :].std() > 10
 
 
-def test_export_is_refused(
+def test_an_export_draws_the_same_pictures(
     student: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        script("export", "--checkpoint", student, "--out", tmp_path / "export")
-    assert "was distilled" in capsys.readouterr().err
-    assert not (tmp_path / "export").exists()
+    """By this engine, which also refuses what it refuses of the run."""
+    script("export", "--checkpoint", student, "--out", tmp_path / "export")
+    draw = ("--count", 2)
+    script("sample", "--checkpoint", student, "--out", tmp_path / "ours", *draw)
+    script("sample", "--checkpoint", tmp_path / "export", "--out", tmp_path / "theirs", *draw)
+    first, second = (
+        np.asarray(Image.open(tmp_path / name / "00000001.png")) for name in ("ours", "theirs")
+    )
+    assert np.array_equal(first, second)
+    for wrong in (("--steps", 4), ("--guidance-scale", 3)):
+        with pytest.raises(SystemExit):
+            script("sample", "--checkpoint", tmp_path / "export", "--out", tmp_path / "no", *wrong)
+        assert "this network was distilled" in capsys.readouterr().err
+
+
+def test_errors_name_the_flags_that_there_are(
+    teacher: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, message in [
+        (("--start-steps", 12), "error: --start-steps is 12 and --steps 2; the first must be 2,"),
+        (("--prediction", "edm"), "error: --prediction is edm"),
+    ]:
+        with pytest.raises(SystemExit):
+            script("distill", *command(teacher, tmp_path / "run"), *wrong)
+        assert message in capsys.readouterr().err
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_bound_is_refused(

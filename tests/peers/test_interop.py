@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, UNetConfig
+from ddpm_engine.config import (
+    DiffusionConfig,
+    DistillationConfig,
+    RunConfig,
+    SamplingConfig,
+    UNetConfig,
+)
+from ddpm_engine.errors import UserError
 from ddpm_engine.interop.export import export_pipeline
 from ddpm_engine.interop.network import read_config
 from ddpm_engine.interop.scheduler import read_scheduler, scheduler_entries
@@ -22,6 +29,7 @@ from ddpm_engine.unet import UNet
 from ddpm_kernels import Stream, gaussian_noise
 
 diffusers = pytest.importorskip("diffusers")
+from diffusers.pipelines.ddim import pipeline_ddim  # noqa: E402
 from diffusers.pipelines.ddpm import pipeline_ddpm  # noqa: E402
 from diffusers.schedulers import scheduling_ddpm  # noqa: E402
 
@@ -324,6 +332,109 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
     assert drawn.std() > 0.1
     assert difference <= 1e-4
+
+
+def distilled(steps: int, model: UNetConfig | None = None, **diffusion: Any) -> Pretrained:
+    """As if a run had distilled it."""
+    return ours(
+        model,
+        diffusion=DiffusionConfig(**diffusion),
+        sampling=SamplingConfig("ddim", steps, "trailing"),
+        distillation=DistillationConfig(Path("runs/teacher"), steps=steps, guidance_scale=2.0),
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    "diffusion",
+    [{"prediction": "v"}, {"prediction": "x0", "schedule": "cosine"},
+     {"prediction": "v", "zero_terminal_snr": True}],
+)  # fmt: skip
+def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
+    diffusion: dict[str, Any], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Called as the card says; and what the folder says of the distillation outlives diffusers."""
+    pretrained = distilled(steps, **diffusion)
+    export_pipeline(pretrained, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "DDIMPipeline" in code
+
+    ids = torch.tensor([3, 2**40, 0, 9])
+    initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: initial)
+    names: dict[str, Any] = {}
+    code = code.replace("DIR", str(tmp_path / "export")).replace(
+        "eta=0.0,", 'eta=0.0, output_type="np",'
+    )
+    exec(code, names)
+    expected = torch.from_numpy(names["images"])
+
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "export")
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    pipeline.save_pretrained(tmp_path / "again")
+    back = load_pretrained(tmp_path / "again")
+    assert_same_bits(back.model, pretrained.model)
+    assert back.config.sampling == pretrained.config.sampling
+    assert back.config.distillation == replace(
+        pretrained.config.distillation, teacher=Path("teacher")
+    )
+    drawn = sample(
+        back.model, back.schedule, sample_ids=ids, seed=6, sampler="ddim", steps=steps,
+        spacing="trailing", prediction=back.config.diffusion.prediction, clip=back.clip,
+    )  # fmt: skip
+    actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    difference = (actual - expected).abs().max().item()
+    print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
+    assert expected.std() > 0.1
+    assert difference <= 1e-4
+
+
+def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop is run as it is written there; no pipeline passes labels on."""
+    pretrained = distilled(4, UNetConfig(**TINY, num_class_embeds=5), prediction="v")
+    export_pipeline(pretrained, tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "from `teacher`, to 4 steps; guidance 2 is built in" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    ids, labels = torch.tensor([3, 2**40, 0, 9]), torch.tensor([0, 4, 2, 1])
+    initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
+    monkeypatch.setattr(torch, "randn", lambda *shape: initial if shape == (4, 3, 8, 8) else None)
+    names: dict[str, Any] = {"labels": labels}
+    exec(code.replace("DIR", str(tmp_path / "export")), names)
+    monkeypatch.undo()
+    drawn = sample(
+        pretrained.model, pretrained.schedule, sample_ids=ids, seed=6, sampler="ddim", steps=4,
+        spacing="trailing", prediction="v", labels=labels,
+    )  # fmt: skip
+    difference = (drawn - names["x"]).abs().max().item()
+    print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
+    assert drawn.std() > 0.1
+    assert difference <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "reason"),
+    [
+        (lambda: distilled(3, prediction="v"), "3 does not divide the 1000 of the schedule"),
+        (
+            lambda: distilled(4, schedule="edm", prediction="edm"),
+            "EDMEulerScheduler visits other noise levels",
+        ),
+        (
+            lambda: distilled(4, UNetConfig(**TINY, out_channels=6), prediction="v"),
+            "DDIMPipeline does not know networks that predict a variance",
+        ),
+    ],
+)
+def test_a_distilled_network_that_no_scheduler_of_theirs_draws_from(
+    pretrained: Callable[[], Pretrained], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"{reason}.* or export its teacher, runs/teacher"):
+        export_pipeline(pretrained(), tmp_path / "export")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_published_cifar10_configuration(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""A SLURM of our own: one controller and two nodes, all of them on this machine."""
+"""A SLURM of our own: one controller and three nodes, all of them on this machine."""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -14,8 +15,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "scancel", "taskset")
-# The first must have a name that resolves: it is where ranks meet.
-NODES = (socket.gethostname(), socket.gethostname() + "-b")
+# The first must have a name that resolves: it is where ranks meet. The last is a spare.
+NODES = tuple(socket.gethostname() + suffix for suffix in ("", "-b", "-c"))
 GPUS = 8
 _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"
 
@@ -25,7 +26,7 @@ SlurmctldHost={nodes[0]}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
 # Ranks meet at a port made of the job's id: two of these clusters must not have the same ones.
-FirstJobId={ports[0]}
+FirstJobId={first_job}
 AuthType=auth/munge
 # A requeued job waits until its old credentials have expired: two minutes, if this is not said.
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
@@ -46,12 +47,21 @@ SlurmdParameters=config_overrides
 NodeName=DEFAULT CPUs=32 Gres=gpu:{gpus}
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=tests Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
+NodeName={nodes[2]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[3]} Weight=2
+PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 SchedulerParameters=sched_interval=1
 ReturnToService=2
-SlurmdTimeout=10
+# A machine that is busy answers late, and is not dead: a test says when a node is (`miss_node`).
+SlurmdTimeout=0
+MessageTimeout=30
 KillWait=10
 """
+
+_SHOW_JOBS = ("scontrol", "show", "jobs", "--oneliner")
+_SHOW_NODES = ("scontrol", "show", "nodes", "--oneliner")
+# Fields of jobs and nodes that say why something waits.
+_TELLING = "JobId|JobState|Restarts|StartTime|NodeList|NodeName|State|Reason"
+_ALWAYS_SAID = re.compile(r"gres\.conf|mpi/|MPI|cgroup\.conf|select/cons_tres|MCSParameters")
 
 
 class ClusterError(RuntimeError):
@@ -73,7 +83,7 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """Two nodes of 32 processors and 8 GPUs, by their own account.
+    """Two nodes of 32 processors and 8 GPUs, by their own account, and a spare for one that dies.
 
     Args:
         folder: empty; its path is short enough for a socket.
@@ -90,12 +100,13 @@ class Cluster:
         }
         self._daemons = ExitStack()
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        ports = _free_ports(1 + len(NODES))
+        # Never written again: a daemon that starts may read it at any moment.
         (folder / "slurm.conf").write_text(
             _SLURM_CONF.format(
-                folder=folder, ports=_free_ports(3), nodes=NODES,
-                gpus=GPUS,
+                folder=folder, ports=ports, first_job=20 * ports[0], nodes=NODES, gpus=GPUS
             )
-        )  # fmt: skip
+        )
         for gpu in range(GPUS):
             (folder / f"gpu{gpu}").touch()
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
@@ -111,11 +122,10 @@ class Cluster:
                 f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munged.pid",
                 f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munged.log",
             )  # fmt: skip
-            wait_for("munged", (self.folder / "munge.socket").exists, seconds=20)
+            self.wait_for("munged", (self.folder / "munge.socket").exists, seconds=20)
             self._start("slurmctld", "-D", "-c")
             for node in NODES:
                 self.start_node(node)
-            wait_for("the nodes", lambda: self.idle() == len(NODES), seconds=60)
         except ClusterError as error:
             self._daemons.close()
             logs = sorted(self.folder.glob("*.out"))
@@ -131,19 +141,42 @@ class Cluster:
             self.command("scancel", "--user=root", "--signal=KILL", "--full")
             self.command("scancel", "--user=root")
             with suppress(ClusterError):
-                wait_for("the jobs to end", lambda: not self.processes(), seconds=30)
+                self.wait_for("the jobs to end", lambda: not self.processes(), seconds=30)
         for pid in self.processes():
             _kill(pid)
         self._daemons.close()
 
+    def mend(self) -> None:
+        """Make all nodes wait for work, whatever the last test has left of them."""
+        self.command("scancel", "--user=root")
+        for node, daemon in self._nodes.items():
+            if daemon.poll() is not None:
+                self.start_node(node)
+            elif re.search("DOWN|DRAIN|FAIL", self.node_states()[node]):
+                self.command("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.wait_for("idle nodes", lambda: set(self.node_states().values()) == {"IDLE"}, 120)
+
     def start_node(self, node: str) -> None:
-        """Start a node's daemon."""
-        # A core each, so that two ranks do not fight for all of them.
+        """Start a node's daemon; returns when it has registered, and the node gets work.
+
+        Raises:
+            ClusterError: the daemon has ended at once, or is not heard of in two minutes.
+        """
+        if node in self._nodes:
+            self.miss_node(node)  # so that only a new registration makes it serve
+        # A core each, so that two ranks do not fight for all of them; the spare has the second's.
         cores = sorted(os.sched_getaffinity(0))
-        core = cores[NODES.index(node) % len(cores)]
-        self._nodes[node] = self._start(
-            "taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node
-        )
+        core = cores[min(NODES.index(node), 1) % len(cores)]
+        daemon = self._start("taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node)
+        self._nodes[node] = daemon
+
+        def serves() -> bool:
+            return self.node_states()[node] in ("IDLE", "MIXED", "ALLOCATED")
+
+        self.wait_for(f"node {node}", lambda: daemon.poll() is not None or serves(), 120)
+        if daemon.poll() is not None:
+            said = _last_lines(self.folder / "taskset.out", 15)
+            raise ClusterError(f"the daemon of {node} ended with {daemon.returncode}:\n{said}")
 
     def kill_node(self, node: str) -> None:
         """Let a node's daemon die; jobs' processes stay, until whoever they talk to has gone."""
@@ -158,27 +191,27 @@ class Cluster:
         for pid in [k for k in keepers if _status(k).get("Name") == "slurmstepd"] + lost:
             _kill(pid)
 
-    def wait_for_nodes(self, seconds: int) -> None:
-        """How long SLURM waits for a node's daemon before it takes it for dead."""
-        conf = self.folder / "slurm.conf"
-        conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
-        self.command("scontrol", "reconfigure")
+    def miss_node(self, node: str) -> None:
+        """Let SLURM take a node for dead, as it does by itself after its SlurmdTimeout."""
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=missed")
 
-    def idle(self) -> int:
-        """How many nodes wait for work."""
-        states = re.findall(r" State=(\S+)", self.command("scontrol", "show", "nodes"))
-        return states.count("IDLE")
+    def node_states(self) -> dict[str, str]:
+        """What SLURM says of each node, such as `IDLE` or `DOWN+NOT_RESPONDING`."""
+        return dict(re.findall(r"NodeName=(\S+) .* State=(\S+)", self.command(*_SHOW_NODES)))
 
     def command(self, *arguments: str | Path) -> str:
         """What one of SLURM's commands prints.
 
         Raises:
-            ClusterError: it failed.
+            ClusterError: it failed, or did not end in a minute.
         """
-        done = subprocess.run(
-            list(map(str, arguments)), env=self.environment, capture_output=True, text=True,
-            timeout=60, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                list(map(str, arguments)), env=self.environment, capture_output=True, text=True,
+                timeout=60, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(str(error)) from None
         if done.returncode:
             raise ClusterError(f"{arguments}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -208,10 +241,41 @@ class Cluster:
         """States of a job, or of all tasks of an array."""
         return set(re.findall(r"\bJobState=(\S+)", self.command("scontrol", "show", "job", job)))
 
-    def wait_until_over(self, job: str, seconds: float) -> None:
-        """Wait until a job, or all tasks of an array, have ended one way or another."""
+    def is_over(self, job: str) -> bool:
+        """Whether a job, or all tasks of an array, have ended one way or another."""
         active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"}
-        wait_for(f"job {job}", lambda: not self.states(job) & active, seconds)
+        return not self.states(job) & active
+
+    def wait_for(self, what: str, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            ClusterError: it did not in this time; with what the cluster says of itself.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(ClusterError):
+                if condition():
+                    return
+            if time.monotonic() > deadline:
+                raise ClusterError(f"waited {seconds:.0f} s for {what}\n{self.account()}")
+            time.sleep(0.2)
+
+    def account(self) -> str:
+        """State of every job and node, with its reason, and the last that was logged."""
+        lines = []
+        for arguments in (_SHOW_JOBS, _SHOW_NODES):
+            try:
+                shown = self.command(*arguments)
+            except ClusterError as error:
+                shown = str(error)
+            for line in shown.splitlines():
+                fields = re.findall(rf"\b(?:{_TELLING})=.*?(?= \w+=|$)", line)
+                lines.append(" ".join(fields) or line)
+        for daemon, count in (("slurmctld", 15), *((f"slurmd-{node}", 5) for node in NODES)):
+            log = self.folder / f"{daemon}.log"
+            lines += [f"{log.name}:", _last_lines(log, count)]
+        return "\n".join(lines)
 
     def processes(self) -> list[int]:
         """Processes of this cluster's jobs."""
@@ -239,22 +303,6 @@ def on_node(pid: int, node: str) -> bool:
     return f"SLURMD_NODENAME={node}" in _environment(pid)
 
 
-def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until a condition holds.
-
-    Raises:
-        ClusterError: it did not in this time.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        with suppress(ClusterError):
-            if condition():
-                return
-        if time.monotonic() > deadline:
-            raise ClusterError(f"waited {seconds} s for {what}")
-        time.sleep(0.2)
-
-
 def _environment(pid: int) -> list[str]:
     """Variables of a process; none if it has ended."""
     with suppress(OSError):
@@ -270,12 +318,25 @@ def _status(pid: int) -> dict[str, str]:
     return {}
 
 
+def _last_lines(log: Path, count: int) -> str:
+    """Without what every daemon says when it starts."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return "\n".join([line for line in lines if not _ALWAYS_SAID.search(line)][-count:])
+
+
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Above those where ranks meet, below those that a system hands out by itself.
+
+    So nobody takes the port of a daemon that is dead for a while.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(30_000, 32_768), 2768):
+        with socket.socket() as attempt, suppress(OSError):
+            attempt.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def _end(daemon: subprocess.Popen[bytes]) -> None:

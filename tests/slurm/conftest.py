@@ -33,11 +33,18 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as started:
         yield started
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """One whose nodes wait for work."""
+    shared_cluster.mend()
+    return shared_cluster
 
 
 @pytest.fixture(scope="session")

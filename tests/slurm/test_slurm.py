@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from tests.slurm.cluster import NODES, Cluster, on_node, wait_for
+from tests.slurm.cluster import NODES, Cluster, ClusterError, on_node
 from tests.slurm.conftest import ENVIRONMENT, OPTIONS, ROOT
 
 from ddpm_engine.config import RunConfig, dump_config
@@ -55,8 +55,20 @@ class Job:
         training = replace(self.config.training, steps=steps)
         self.file.write_text(dump_config(replace(self.config, training=training)))
 
+    def wait_for(self, what: str, condition: Callable[[], bool], seconds: float = START) -> None:
+        """Wait until a condition holds; an error ends with what the job has printed last."""
+        try:
+            self.cluster.wait_for(what, condition, seconds)
+        except ClusterError as error:
+            said = "\n".join(self.text().splitlines()[-30:])
+            raise ClusterError(f"{error}\njob {self.id}:\n{said}") from None
+
     def wait_for_step(self, step: int) -> None:
-        wait_for(f"step {step}: {self.text()}", lambda: self.rows()[-1:] >= [(step, 0.0)], START)
+        self.wait_for(f"step {step}", lambda: self.rows()[-1:] >= [(step, 0.0)])
+
+    def wait_until_over(self, seconds: float = START) -> None:
+        """Wait until it has ended one way or another."""
+        self.wait_for("the job's end", lambda: self.cluster.is_over(self.id), seconds)
 
     def rows(self) -> list[tuple[int, float]]:
         """Steps and losses logged so far."""
@@ -85,7 +97,7 @@ class Job:
         return found
 
     def finish(self) -> None:
-        self.cluster.wait_until_over(self.id, 2 * START)
+        self.wait_until_over(2 * START)
         assert self.cluster.field(self.id, "JobState") == "COMPLETED", self.text()
 
 
@@ -95,7 +107,7 @@ def job(cluster: Cluster, config: RunConfig, request: pytest.FixtureRequest) -> 
     yield job
     if job.id:
         cluster.command("scancel", job.id)
-        wait_for("the job's processes", lambda: not cluster.processes(), 30)
+        cluster.wait_for("the job's processes to end", lambda: not cluster.processes(), 30)
 
 
 def train_alone(config: RunConfig, steps: int) -> list[tuple[int, float]]:
@@ -138,7 +150,7 @@ def test_the_signal_before_the_time_limit(job: Job) -> None:
     job.wait_for_step(30)
     # Within the scripts' five minutes of the end.
     job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=5")
-    wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1", START)
+    job.wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1")
     job.cluster.command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     stopped = job.checkpoints()[-1]
     job.plan(stopped + 10)
@@ -153,7 +165,7 @@ def test_requeued_by_an_operator(job: Job) -> None:
     job.submit(FOREVER)
     job.wait_for_step(30)
     job.cluster.command("scontrol", "requeue", job.id)
-    wait_for("its end", lambda: not job.ranks(), START)
+    job.wait_for("its end", lambda: not job.ranks())
     # SLURM says SIGTERM first, upon which the run saves.
     stopped = job.checkpoints()[-1]
     assert stopped % 20
@@ -164,21 +176,16 @@ def test_requeued_by_an_operator(job: Job) -> None:
 
 @pytest.mark.parametrize("job", [LAUNCHED], indirect=True)
 def test_a_node_dies(job: Job) -> None:
-    """SLURM requeues the job; it waits for the node, and continues from the last checkpoint."""
+    """SLURM requeues the job; it continues from the last checkpoint on the nodes that are left."""
     job.submit(FOREVER)
     job.wait_for_step(30)
     job.cluster.lose_node(NODES[1])
-    try:
-        wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1", START)
-        # A node that comes back is told to kill what it ran, by the job's id, which stays the same:
-        # one that comes back this early could kill the new start.
-        job.cluster.command("scontrol", "hold", job.id)
-        wait_for("the end of its processes", lambda: not job.cluster.processes(), START)
-        stopped = job.checkpoints()[-1]
-        job.plan(stopped + 10)
-    finally:
-        job.cluster.start_node(NODES[1])
-    wait_for("both nodes", lambda: job.cluster.idle() == len(NODES), START)
+    job.cluster.miss_node(NODES[1])
+    job.wait_for("the requeue", lambda: job.cluster.field(job.id, "Restarts") == "1")
+    job.cluster.command("scontrol", "hold", job.id)
+    job.wait_for("the end of its processes", lambda: not job.cluster.processes())
+    stopped = job.checkpoints()[-1]
+    job.plan(stopped + 10)
     job.cluster.command("scontrol", "release", job.id)
     job.finish()
     assert_went_on_from(stopped, job, stopped + 10)
@@ -187,20 +194,18 @@ def test_a_node_dies(job: Job) -> None:
 @pytest.mark.parametrize("job", [DIRECT], indirect=True)
 def test_a_rank_dies_with_its_nodes_daemon(job: Job) -> None:
     """The job would end long before SLURM misses the node; the script finds that it is at fault."""
-    job.cluster.wait_for_nodes(600)
-    try:
-        job.submit(FOREVER)
-        job.wait_for_step(30)
-        job.cluster.kill_node(NODES[1])
-        os.kill(next(rank for rank in job.ranks() if on_node(rank, NODES[1])), signal.SIGKILL)
-        said = f"does not answer: requeueing job {job.id}\n"
-        wait_for("the requeue", lambda: said in job.text(), 2 * START)
-        wait_for("the end of its processes", lambda: not job.ranks(), START)
-        stopped = job.checkpoints()[-1]
-        job.plan(stopped + 10)
-    finally:
-        job.cluster.start_node(NODES[1])
-        job.cluster.wait_for_nodes(10)
+    job.submit(FOREVER)
+    job.wait_for_step(30)
+    job.cluster.kill_node(NODES[1])
+    os.kill(next(rank for rank in job.ranks() if on_node(rank, NODES[1])), signal.SIGKILL)
+    said = f"does not answer: requeueing job {job.id}\n"
+    job.wait_for("the requeue", lambda: said in job.text(), 2 * START)
+    job.wait_for("the end of its processes", lambda: not job.ranks())
+    stopped = job.checkpoints()[-1]
+    job.plan(stopped + 10)
+    # What SLURM could not tell the daemon, it says again a minute later, by the numbers of job and
+    # step, which stay the same: on a node that came back now, it would kill the new start.
+    job.cluster.miss_node(NODES[1])
     job.finish()
     assert job.cluster.field(job.id, "Restarts") == "1"
     assert_went_on_from(stopped, job, stopped + 10)
@@ -214,7 +219,7 @@ def test_a_rank_is_killed(job: Job) -> None:
     job.submit(FOREVER)
     job.wait_for_step(30)
     os.kill(job.ranks()[-1], signal.SIGKILL)
-    job.cluster.wait_until_over(job.id, START)
+    job.wait_until_over()
     assert job.cluster.field(job.id, "JobState") == "FAILED"
     said = re.search(
         r"training failed with status \d+: see .* Submit again to continue (.*)\n", job.text()
@@ -273,7 +278,7 @@ def test_the_tasks_of_an_array_draw_each_picture_once(
         },
         ROOT,
     )
-    cluster.wait_until_over(array, START)
+    cluster.wait_for("the end of the array", lambda: cluster.is_over(array), START)
     said = "".join((tmp_path / f"task-{task}.out").read_text() for task in (0, 1))
     assert cluster.states(array) == {"COMPLETED"}, said
     assert sorted(map(int, notes.read_text().split())) == list(range(24))

@@ -50,6 +50,11 @@ def model_card(pretrained: Pretrained, weights: str) -> str:
         "sampler and steps of the run": f"{sampling.sampler}, "
         + str(sampling.steps or diffusion.timesteps),
     }
+    distillation = pretrained.config.distillation
+    if distillation.teacher is not None:
+        process["distilled"] = f"from `{distillation.teacher.name}`, to {sampling.steps} steps"
+        if distillation.guidance_scale is not None:
+            process["distilled"] += f"; guidance {distillation.guidance_scale:g} is built in"
     if shape.num_class_embeds is not None:
         process["classes"] = (
             f"{shape.num_class_embeds - 1}, and label {shape.num_class_embeds - 1} for no class"
@@ -82,6 +87,8 @@ def _usage(pretrained: Pretrained) -> list[str]:
     sampling = pretrained.config.sampling
     all_steps = pretrained.config.diffusion.timesteps
     steps = sampling.steps or all_steps
+    labelled = pretrained.model.null_class is not None
+    distilled = pretrained.config.distillation.teacher is not None
     theirs = [f"    batch_size=4, num_inference_steps={steps}"]
     if sampling.spacing == "trailing":
         theirs = [
@@ -90,8 +97,20 @@ def _usage(pretrained: Pretrained) -> list[str]:
             f"    batch_size=4, num_inference_steps={all_steps}",
         ]
     if pretrained.config.diffusion.prediction == "edm":
-        diffusers = _edm_usage(pretrained, steps)
-    elif pretrained.model.null_class is None:
+        diffusers = _loop(pretrained, "EDMEulerScheduler", steps)
+    elif distilled and labelled:
+        diffusers = _loop(pretrained, "DDIMScheduler", steps, ", use_clipped_model_output=True")
+    elif distilled:
+        diffusers = [
+            "from diffusers import DDIMPipeline", "",
+            'images = DDIMPipeline.from_pretrained("DIR")(',
+            "    batch_size=4,",
+            f"    num_inference_steps={steps},",
+            "    eta=0.0,",
+            "    use_clipped_model_output=True,",
+            ").images",
+        ]  # fmt: skip
+    elif not labelled:
         diffusers = [
             "from diffusers import DDPMPipeline", "",
             'images = DDPMPipeline.from_pretrained("DIR")(',
@@ -107,27 +126,35 @@ def _usage(pretrained: Pretrained) -> list[str]:
         ]  # fmt: skip
     command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
     ours = ["from ddpm_engine.unet import UNet", "", 'unet = UNet.from_pretrained("DIR")']
+    note = []
+    if distilled:
+        note = [
+            "The network has learnt these steps and no others: with another number of them, with "
+            "`eta`, or without re-deriving the noise from the clipped image "
+            "(`use_clipped_model_output`), the pictures are worse.", "",
+        ]  # fmt: skip
     return [
-        "With diffusers:", "", "```python", *diffusers, "```", "",
+        "With diffusers:", "", "```python", *diffusers, "```", "", *note,
         "With ddpm-engine:", "", "```", command, "```", "", "```python", *ours, "```", "",
     ]  # fmt: skip
 
 
-def _edm_usage(pretrained: Pretrained, steps: int) -> list[str]:
+def _loop(pretrained: Pretrained, scheduler: str, steps: int, options: str = "") -> list[str]:
+    """What draws where no pipeline does, with `options` for each step of the scheduler."""
     shape = pretrained.config.model
     labelled = pretrained.model.null_class is not None
     labels = ", class_labels=labels" if labelled else ""
     return [
-        "import torch", "from diffusers import EDMEulerScheduler, UNet2DModel", "",
+        "import torch", f"from diffusers import {scheduler}, UNet2DModel", "",
         'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
-        'scheduler = EDMEulerScheduler.from_pretrained("DIR", subfolder="scheduler")',
+        f'scheduler = {scheduler}.from_pretrained("DIR", subfolder="scheduler")',
         f"scheduler.set_timesteps({steps})",
         f"x = torch.randn(4, {shape.in_channels}, {shape.sample_size}, {shape.sample_size})",
         "x = x * scheduler.init_noise_sigma",
         "with torch.no_grad():",
         "    for t in scheduler.timesteps:",
         f"        output = unet(scheduler.scale_model_input(x, t), t{labels}).sample",
-        "        x = scheduler.step(output, t, x).prev_sample",
+        f"        x = scheduler.step(output, t, x{options}).prev_sample",
         "# x is around [-1, 1]",
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.files import TEMPORARY_SUFFIX, atomic_write, fsync_directory
 from ddpm_engine.interop import network, scheduler
@@ -21,18 +22,15 @@ from ddpm_engine.interop.weights import SAFETENSORS
 from ddpm_engine.pretrained import Pretrained
 from ddpm_engine.unet import UNet
 
-_PIPELINE = {
-    "_class_name": "DDPMPipeline",
-    "scheduler": ["diffusers", scheduler.CLASS],
-    "unet": ["diffusers", network.CLASS],
-}
+_PIPELINES = {scheduler.CLASS: "DDPMPipeline", scheduler.DDIM_CLASS: "DDIMPipeline"}
 
 
 def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> None:
-    """Write a model as `DDPMPipeline.save_pretrained` would, and a card; diffusers is not needed.
+    """Write a model as a pipeline of diffusers would, and a card; diffusers is not needed.
 
-    For an EDM network, which no pipeline of diffusers draws with, network and scheduler are written
-    without saying that they are one; the card has the loop that draws.
+    A distilled network is a `DDIMPipeline`, any other a `DDPMPipeline`. For an EDM network, which
+    no pipeline of diffusers draws with, network and scheduler are written without saying that they
+    are one; the card has the loop that draws.
 
     The folder is written beside `out` and renamed: `out` is whole or not there. An earlier export
     at `out` is replaced.
@@ -43,20 +41,17 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         weights: which of the run's weights they are, for the card.
 
     Raises:
-        UserError: diffusers has no such network or no such sampler, `out` holds something else, or
-            it cannot be written.
+        UserError: diffusers has no such network or no sampler that takes the steps it was distilled
+            to, `out` holds something else, or it cannot be written.
     """
     out = out.absolute()
     config = pretrained.config
     if config.distillation.teacher is not None:
-        raise UserError(
-            f"this network was distilled to {config.sampling.steps} steps of ddim that re-derive "
-            "the noise from the clipped image; diffusers' pipelines draw otherwise, and badly. "
-            "Draw from it with launch/sample.py, or export its teacher, "
-            f"{config.distillation.teacher}"
-        )
+        _check_distilled(config)
     shape = network.config_entries(config.model)
-    process = scheduler.scheduler_entries(config.diffusion, config.sampling, pretrained.clip)
+    process = scheduler.scheduler_entries(
+        config.diffusion, config.sampling, pretrained.clip, config.distillation
+    )
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
         raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
     temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
@@ -67,8 +62,10 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         _write_weights(pretrained.model, temporary / "unet" / SAFETENSORS)
         _write_json(temporary / "unet" / NETWORK_CONFIG, shape)
         _write_json(temporary / "scheduler" / SCHEDULER_CONFIG, process)
-        if process["_class_name"] == scheduler.CLASS:
-            _write_json(temporary / INDEX, _PIPELINE)
+        sampler = process["_class_name"]
+        if sampler in _PIPELINES:
+            parts = {"scheduler": ["diffusers", sampler], "unet": ["diffusers", network.CLASS]}
+            _write_json(temporary / INDEX, {"_class_name": _PIPELINES[sampler], **parts})
         with atomic_write(temporary / "README.md") as file:
             file.write(model_card(pretrained, weights).encode())
         _put_in_place(temporary, out)
@@ -78,6 +75,27 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_distilled(config: RunConfig) -> None:
+    """Refuse what no sampler of diffusers takes the steps of."""
+    steps, timesteps, shape = config.sampling.steps, config.diffusion.timesteps, config.model
+    if config.diffusion.prediction == "edm":
+        reason = "EDMEulerScheduler visits other noise levels"
+    elif steps is None or timesteps % steps:
+        reason = (
+            f"DDIMScheduler takes strides of whole timesteps, and {steps} does not divide the "
+            f"{timesteps} of the schedule"
+        )
+    elif shape.out_channels != shape.in_channels:
+        reason = "DDIMPipeline does not know networks that predict a variance"
+    else:
+        return
+    raise UserError(
+        f"this network was distilled to {steps} steps of ddim that no sampler of diffusers takes: "
+        f"{reason}. Draw from it with launch/sample.py, or export its teacher, "
+        f"{config.distillation.teacher}"
+    )
 
 
 def _write_weights(model: UNet, file: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from ddpm_engine.config import DiffusionConfig, SamplingConfig
+from ddpm_engine.config import DiffusionConfig, DistillationConfig, SamplingConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.entries import Entries
 from ddpm_engine.samplers.ddpm import Variance
 from ddpm_engine.samplers.spacing import Spacing
 
 CLASS = "DDPMScheduler"
+DDIM_CLASS = "DDIMScheduler"
 EDM_CLASS = "EDMEulerScheduler"
 _PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # `fixed_small_log` takes the logarithm and back.
@@ -26,6 +27,9 @@ _EDM_CHOICES = {
     "prediction_type": "epsilon",  # what it calls F; the other choice has −F
     "final_sigmas_type": "zero",
 }
+
+# An entry of ours. What begins with an underscore diffusers does not read, and saves again.
+_DISTILLED = "_distilled"
 
 # Entries that do not change a picture: what only dynamic thresholding reads, which is refused, and
 # which array library an early version was to use.
@@ -42,12 +46,15 @@ class Process:
     """Sampler, spacing and variance; for what a scheduler leaves open, our defaults."""
     clip: bool
     """Whether estimates of x_0 are clipped to [-1, 1]."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """What an export of ours says of a distilled network; of any other, that it is none."""
 
 
 def read_scheduler(file: Path) -> Process:
     """Read the configuration of a `DDPMScheduler`, `DDIMScheduler` or `EDMEulerScheduler`.
 
-    The first two share the process, and the second is drawn from with ddim and no noise. Where the
+    The first two share the process, and the second is drawn from with ddim and no noise, in the
+    steps that it was distilled to if an export of ours says so. Where the
     last timestep visited is not 0, as with trailing spacing and fewer than all steps, a
     `DDPMScheduler` adds noise to the finished picture, and our sampler does not.
 
@@ -58,8 +65,8 @@ def read_scheduler(file: Path) -> Process:
     kind = entries.take("_class_name", str, "nothing")
     if kind == EDM_CLASS:
         return _read_edm(entries)
-    if kind not in (CLASS, "DDIMScheduler"):
-        known = f"this engine reads {CLASS}, DDIMScheduler and {EDM_CLASS}"
+    if kind not in (CLASS, DDIM_CLASS):
+        known = f"this engine reads {CLASS}, {DDIM_CLASS} and {EDM_CLASS}"
         entries.refuse("_class_name", kind, known)
     entries.require("thresholding", (False,), False)
     entries.require("rescale_betas_zero_snr", (False,), False)
@@ -71,6 +78,7 @@ def read_scheduler(file: Path) -> Process:
     if spacing not in get_args(Spacing):
         entries.refuse("timestep_spacing", spacing, f"it must be one of {get_args(Spacing)}")
     sampling: dict[str, Any] = {"spacing": spacing}
+    distillation = DistillationConfig()
     if kind == CLASS:
         variance = entries.take("variance_type", str, "fixed_small")
         sampling["variance"] = _VARIANCES.get(variance, variance)
@@ -79,21 +87,31 @@ def read_scheduler(file: Path) -> Process:
     else:
         entries.require("set_alpha_to_one", (True,), True)
         sampling["sampler"] = "ddim"
+        distillation = _read_distilled(entries)
+        if distillation.teacher is not None:
+            sampling["steps"] = distillation.steps
+            if spacing != "trailing":
+                entries.refuse(
+                    "timestep_spacing", spacing, "this network was distilled to trailing"
+                )
     entries.finish(_IGNORED)
     try:
         diffusion.build_schedule()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Process(diffusion, SamplingConfig(**sampling), clip)
+    return Process(diffusion, SamplingConfig(**sampling), clip, distillation)
 
 
 def scheduler_entries(
-    diffusion: DiffusionConfig, sampling: SamplingConfig, clip: bool
+    diffusion: DiffusionConfig,
+    sampling: SamplingConfig,
+    clip: bool,
+    distillation: DistillationConfig | None = None,
 ) -> dict[str, Any]:
     """The `scheduler_config.json` of the scheduler that is this process.
 
-    That of EDM is an `EDMEulerScheduler`, any other a `DDPMScheduler`. A schedule whose shape
-    diffusers does not have is written beta by beta.
+    That of EDM is an `EDMEulerScheduler`, that of a distilled network a `DDIMScheduler`, any other
+    a `DDPMScheduler`. A schedule whose shape diffusers does not have is written beta by beta.
     """
     if diffusion.prediction == "edm":
         return {
@@ -105,9 +123,8 @@ def scheduler_entries(
             **_EDM_CHOICES,
         }
     schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(diffusion.schedule)
-    as_betas = schedule is None or diffusion.betas is not None
-    return {
-        "_class_name": CLASS,
+    as_betas = schedule is None or diffusion.betas is not None or diffusion.zero_terminal_snr
+    process = {
         "num_train_timesteps": diffusion.timesteps,
         "beta_schedule": schedule or "linear",
         "beta_start": diffusion.beta_start,
@@ -116,7 +133,6 @@ def scheduler_entries(
         "prediction_type": {ours: name for name, ours in _PREDICTIONS.items()}[
             diffusion.prediction
         ],
-        "variance_type": sampling.variance,
         "clip_sample": clip,
         "clip_sample_range": 1.0,
         "thresholding": False,
@@ -124,6 +140,14 @@ def scheduler_entries(
         "steps_offset": 0,
         "rescale_betas_zero_snr": False,
     }
+    if distillation is None or distillation.teacher is None:
+        return {"_class_name": CLASS, **process, "variance_type": sampling.variance}
+    distilled = {
+        "teacher": distillation.teacher.name,
+        "steps": sampling.steps,
+        "guidance_scale": distillation.guidance_scale,
+    }
+    return {"_class_name": DDIM_CLASS, **process, "set_alpha_to_one": True, _DISTILLED: distilled}
 
 
 def _read_edm(entries: Entries) -> Process:
@@ -143,6 +167,20 @@ def _read_edm(entries: Entries) -> Process:
     except UserError as error:
         raise UserError(f"{entries.path}: {error}") from None
     return Process(diffusion, SamplingConfig(sampler="euler"), diffusion.clip)
+
+
+def _read_distilled(entries: Entries) -> DistillationConfig:
+    match entries.take_any(_DISTILLED, None):
+        case None:
+            return DistillationConfig()
+        case {
+            "teacher": str(teacher),
+            "steps": int(steps),
+            "guidance_scale": None | int() | float() as scale,
+        }:
+            return DistillationConfig(Path(teacher), steps=steps, guidance_scale=scale)
+        case other:
+            entries.refuse(_DISTILLED, other, "it must have teacher, steps and guidance_scale")
 
 
 def _read_process(entries: Entries) -> DiffusionConfig:
