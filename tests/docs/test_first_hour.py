@@ -28,6 +28,7 @@ from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data import open_shards, open_source, write_shards
 from ddpm_engine.evaluation.pictures import grid
 from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_kernels.triton_shim import HAS_TRITON
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,7 +163,7 @@ def test_pictures_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
     assert "1 process(es)" in printed
     rows = (reader.folder / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4]
-    assert len(list((reader.folder / "drawn-there").glob("*.tar"))) == 1
+    assert len(list((reader.folder / "drawn-there" / "shards").glob("*.tar"))) == 1
 
 
 def test_a_checkpoint_of_diffusers(reader: Reader) -> None:
@@ -213,6 +214,7 @@ def test_a_sampler_more(reader: Reader) -> None:
     assert reader.pixels("renoised.png").ndim == 2
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheels for this platform")
 def test_a_kernel_more(reader: Reader) -> None:
     printed = reader.follow("add-a-kernel.md")
     assert "8 passed" in printed
