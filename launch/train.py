@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,6 +53,10 @@ def parse(arguments: list[str]) -> Options:
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
+    flags = {argument.partition("=")[0] for argument in arguments}
+    if "--data.path" in flags and "--data.source" not in flags:
+        # It is what the other folder is made from: a mistyped path must not be filled with digits.
+        defaults = replace(defaults, data=replace(defaults.data, source=None))
     return parse_options(Options, arguments, default=Options(run=defaults))
 
 

@@ -16,6 +16,8 @@ from ddpm_engine.schedule import NoiseSchedule
 from ddpm_engine.training.checkpoint import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.unet import UNet
 
+_FROM_THE_HUB = ". To fetch one from the Hugging Face hub: hf download NAME --local-dir DIR"
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -71,7 +73,7 @@ def _load_run(path: Path, weights: str) -> Pretrained:
         raise UserError(
             f"there is no usable checkpoint in {path}{':' if reasons else ''}{reasons}\n"
             "       give a run directory of launch/train.py, one of its checkpoints/step-…, or the "
-            "folder of a diffusers model"
+            f"folder of a diffusers model{'' if path.exists() else _FROM_THE_HUB}"
         )
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
     model = UNet(config.model)

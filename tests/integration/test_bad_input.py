@@ -59,9 +59,13 @@ def test_missing_shards(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_shards_of_another_size_or_kind(config: RunConfig) -> None:
-    refuse(changed(config, "model", sample_size=16), "8×8", "--model.sample-size is 16")
+    refuse(changed(config, "model", sample_size=16), "8×8", "16×16", "give --model.sample-size 8,")
+    other = changed(config, "model", sample_size=16, in_channels=3, out_channels=3)
     refuse(
-        changed(config, "model", in_channels=3, out_channels=3), "1 channels", "in-channels is 3"
+        other,
+        "8×8 with 1 channels",
+        "give --model.sample-size 8 --model.in-channels 1 --model.out-channels 1, or",
+        "make_shards.py --size 16 --channels 3",
     )
 
 
@@ -211,6 +215,8 @@ def test_a_checkpoint_of_another_architecture(config: RunConfig, tmp_path: Path)
 def test_no_checkpoint_to_load(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no usable checkpoint in .*nothing"):
         load_pretrained(tmp_path / "nothing")
+    with pytest.raises(UserError, match="hf download"):
+        load_pretrained(Path("google/ddpm-cifar10-32"))
 
 
 def test_every_checkpoint_is_damaged(config: RunConfig) -> None:
@@ -263,6 +269,8 @@ def test_configuration_files_that_are_none(tmp_path: Path) -> None:
         (["--training.steps", "many"], "many"),
         (["--config", "nowhere.json"], "there is no configuration at nowhere.json"),
         (["--training.batch-size", "0"], "--training.batch-size is 0; it must be at least 1"),
+        # The preset's own images are not what anybody wants in another folder.
+        (["--data.path", "data/mien"], "no folder of shards at data/mien"),
     ],
 )
 def test_train_refuses_without_a_traceback(

@@ -125,6 +125,9 @@ def test_input_that_cannot_be_packed_is_named(
     stray = images / "class0" / "notes.txt"
     stray.write_text("hello")
     assert f"{stray} is not an image" in script.refused(images, "--out", out)
+    (images / "class1" / "holiday.heic").write_text("hello")
+    assert ", nor are 1 more: move" in script.refused(images, "--out", out)
+    (images / "class1" / "holiday.heic").unlink()
     stray.unlink()
     assert not out.exists()
     (images / "class1" / "z.png").write_bytes(encode(PIXELS[0][:, :4], "png"))

@@ -247,7 +247,9 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, or it is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder of shards at {folder}; make one with 'make_shards.py SOURCE'")
+        raise UserError(
+            f"no folder of shards at {folder}; make one with 'make_shards.py SOURCE --out {folder}'"
+        )
     if not (folder / MANIFEST_NAME).exists():
         raise UserError(
             f"{folder} has no {MANIFEST_NAME}: index shards made elsewhere with "

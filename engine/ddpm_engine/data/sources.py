@@ -204,12 +204,13 @@ def _folder(root: Path) -> Source:
         if not found:
             raise UserError(f"class folder {folder} holds no images: fill it or remove it")
         labelled += [(file, label) for file in found]
-    for file, _ in labelled:
-        if _extension(file) not in EXTENSIONS:
-            raise UserError(
-                f"{file} is not an image ({', '.join(EXTENSIONS)}): move it out of {root}, hide it "
-                "with a leading dot, or convert it"
-            )
+    strays = [file for file, _ in labelled if _extension(file) not in EXTENSIONS]
+    if strays:
+        others = f", nor are {len(strays) - 1} more" if len(strays) > 1 else ""
+        raise UserError(
+            f"{strays[0]} is not an image ({', '.join(EXTENSIONS)}){others}: move it out of "
+            f"{root}, hide it with a leading dot, or convert it"
+        )
 
     def load(number: int) -> Example:
         file, label = labelled[number]

@@ -123,18 +123,24 @@ def _stream(config: RunConfig) -> ShardStream:
 
 def _check_images(config: RunConfig, shards: ShardSet) -> None:
     """Refuse to resize without a word: images of one size must have the network's."""
-    stored = shards.manifest
-    for flag, has, wants in [
-        ("model.sample-size", stored.height, config.model.sample_size),
-        ("model.sample-size", stored.width, config.model.sample_size),
-        ("model.in-channels", stored.channels, config.model.in_channels),
-    ]:
-        if has is not None and has != wants:
-            raise UserError(
-                f"images in {shards.storage} are {stored.height}×{stored.width} with "
-                f"{stored.channels} channels but --{flag} is {wants}; set it to {has}, or make "
-                "the shards anew with launch/make_shards.py --size"
-            )
+    stored, model = shards.manifest, config.model
+    size, channels = model.sample_size, model.in_channels
+    change, repack = [], []
+    if any(side not in (None, size) for side in (stored.height, stored.width)):
+        repack.append(f"--size {size}")
+        if stored.height == stored.width:
+            change.append(f"--model.sample-size {stored.height}")
+    if stored.channels not in (None, channels):
+        repack.append(f"--channels {channels}")
+        outputs = model.out_channels // channels * (stored.channels or channels)
+        change += [f"--model.in-channels {stored.channels}", f"--model.out-channels {outputs}"]
+    if repack:
+        fitting = f"give {' '.join(change)}, or make" if change else "make"
+        raise UserError(
+            f"images in {shards.storage} are {stored.height}×{stored.width} with "
+            f"{stored.channels} channels, but the network's are {size}×{size} with {channels}; "
+            f"{fitting} the shards anew with launch/make_shards.py {' '.join(repack)}"
+        )
 
 
 def _check_classes(first: ShardSet, other: ShardSet) -> None:
