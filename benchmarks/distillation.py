@@ -45,12 +45,14 @@ SAMPLERS = ("ddim", "dpm++2m", "unipc")
 GUIDED_STEPS = 100
 """Of ddpm, by which the teacher of classes is asked for digits, as `make demo` does."""
 
-STAGE = 1000
+START = 128
+"""Steps of the first teacher of progressive distillation: the error of DDIM in these stays."""
+STAGE = 600
 """Optimizer steps of each halving."""
+CONSISTENCY_START = 32
+"""Most steps that the teacher of consistency distillation takes."""
 BUDGET = 1000
-"""Optimizer steps of each model of consistency distillation."""
-START = 32
-"""Most steps that a teacher takes."""
+"""Optimizer steps of each of its models."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,15 @@ class Training:
         return runs / self.run / "checkpoints" / f"step-{step or self.steps:08d}"
 
 
-def distilled(run: str, teacher: str, method: str, steps: int, training_steps: int) -> Training:
-    """Distilling `teacher` to `steps` steps, with a checkpoint kept of each stage."""
+def distilled(
+    run: str, method: str, steps: int, start: int, training_steps: int, kept: int
+) -> Training:
+    """Distilling the teacher to `steps` steps; every so many optimizer steps are `kept`."""
     words = (
-        "--teacher", f"RUNS/{teacher}", "--method", method, "--steps", str(steps),
-        "--start-steps", str(START), "--training.steps", str(training_steps),
-        "--log.keep-every", str(STAGE), "--log.sample-every", "0",
+        "--teacher", f"RUNS/{TEACHER.run}", "--method", method, "--steps", str(steps),
+        "--start-steps", str(start), "--training.steps", str(training_steps),
+        "--log.checkpoint-every", str(kept), "--log.keep-every", str(kept),
+        "--log.sample-every", "0",
     )  # fmt: skip
     return Training(run, "distill", words, training_steps)
 
@@ -111,9 +116,11 @@ def distilled(run: str, teacher: str, method: str, steps: int, training_steps: i
 TEACHER = Training("digits", "train", ("--preset", "digits"), 3000)
 CLASSES = Training("digits-classes", "train", ("--preset", "digits-classes"), 3000)
 HALVINGS = START.bit_length() - 1
-PROGRESSIVE = distilled("digits-progressive", "digits", "progressive", 1, HALVINGS * STAGE)
+PROGRESSIVE = distilled("digits-progressive", "progressive", 1, START, HALVINGS * STAGE, kept=STAGE)
 CONSISTENCY = {
-    steps: distilled(f"digits-consistency-{steps}", "digits", "consistency", steps, BUDGET)
+    steps: distilled(
+        f"digits-consistency-{steps}", "consistency", steps, CONSISTENCY_START, BUDGET, kept=BUDGET
+    )
     for steps in EVALUATIONS
 }
 
@@ -145,7 +152,7 @@ def train(training: Training, runs: Path) -> None:
 def students_by_evaluations(runs: Path) -> list[Path]:
     """A checkpoint for each method and number of evaluations."""
     halved = [
-        PROGRESSIVE.checkpoint(runs, (START // steps).bit_length() * STAGE - STAGE)
+        PROGRESSIVE.checkpoint(runs, ((START // steps).bit_length() - 1) * STAGE)
         for steps in EVALUATIONS
     ]
     return halved + [training.checkpoint(runs) for training in CONSISTENCY.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,8 @@ class Gallery:
             part = min(self.batch, count - first)
             path = self._folder(method) / f"{method.file_name}-{seed}-{first}-{part}.npy"
             if not path.exists():
-                unfinished = path.with_suffix(".part")
+                # Two commands may draw the same at the same time.
+                unfinished = path.with_suffix(f".{os.getpid()}.part")
                 with unfinished.open("wb") as file:
                     np.save(file, to_uint8(self.draw(method, seed, first, part)))
                 unfinished.rename(path)
