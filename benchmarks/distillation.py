@@ -42,6 +42,8 @@ PLOT = ROOT / "docs" / "pictures" / "distillation.png"
 
 EVALUATIONS = (1, 2, 4, 8)
 SAMPLERS = ("ddim", "dpm++2m", "unipc")
+GUIDANCE_SCALE = 2.0
+"""Of the teacher that knows classes."""
 GUIDED_STEPS = 100
 """Of ddpm, by which the teacher of classes is asked for digits, as `make demo` does."""
 
@@ -69,8 +71,6 @@ class Options:
     """Pictures drawn by ddpm in all timesteps, once; what is compared with it is of as many."""
     guided_pictures: Positive = 2000
     """Pictures of which the classes are judged."""
-    guidance_scale: float = 2.0
-    """Of the teacher that knows classes."""
     result: Path = RESULT
     """Write everything here."""
     document: Path = DOCUMENT
@@ -125,13 +125,16 @@ CONSISTENCY = {
 }
 
 
-def guided(options: Options) -> Training:
-    """The teacher of classes, with guidance built in; as `make demo-fast` distils it."""
-    words = (
-        "--teacher", "RUNS/digits-classes", "--guidance-scale", f"{options.guidance_scale:g}",
-        "--steps", "4", "--start-steps", "16", "--training.steps", str(STAGE),
-    )  # fmt: skip
-    return Training("digits-fast", "distill", words, STAGE)
+# As `make demo-fast` distils it.
+GUIDED = Training(
+    "digits-fast",
+    "distill",
+    (
+        "--teacher", f"RUNS/{CLASSES.run}", "--guidance-scale", f"{GUIDANCE_SCALE:g}",
+        "--steps", "4", "--start-steps", "16", "--training.steps", "1000",
+    ),
+    1000,
+)  # fmt: skip
 
 
 def train(training: Training, runs: Path) -> None:
@@ -210,15 +213,15 @@ def measure_classes(options: Options, progress: Callable[[str], None]) -> dict[s
     """Shares classified as asked: of the guided teacher, and with guidance built in."""
     runs, device = options.runs, torch.device("cpu")
     teacher = subject_of(CLASSES.checkpoint(runs), device)
-    students = students_of([guided(options).checkpoint(runs)], device)
+    students = students_of([GUIDED.checkpoint(runs)], device)
     gallery = Gallery(teacher, runs / CLASSES.run / "pictures-by-method", students=students)
     size = teacher.unet.sample_shape[-1]
     classifier, real = digit_classifier(size), real_digits(size)
     statistics = moments([classifier.features(real.images)])
     ((name, student),) = students.items()
     methods = {
-        "teacher, guided": Method("ddpm", GUIDED_STEPS, guidance=options.guidance_scale),
-        "teacher, guided, as few steps": Method("ddim", 4, guidance=options.guidance_scale),
+        "teacher, guided": Method("ddpm", GUIDED_STEPS, guidance=GUIDANCE_SCALE),
+        "teacher, guided, as few steps": Method("ddim", 4, guidance=GUIDANCE_SCALE),
         "distilled, guidance built in": Method("ddim", 4, student=name),
     }
     found = {}
@@ -232,7 +235,7 @@ def measure_classes(options: Options, progress: Callable[[str], None]) -> dict[s
         }
         progress(f"{row}: {found[row]['accuracy']:.1%} classified as asked")
     return {
-        "scale": options.guidance_scale,
+        "scale": GUIDANCE_SCALE,
         "teacher": teacher.name,
         "rows": found,
         "student": student.name,
@@ -362,7 +365,7 @@ def main() -> int:
         def progress(line: str) -> None:
             print(line, flush=True)
 
-        for training in (TEACHER, CLASSES, PROGRESSIVE, *CONSISTENCY.values(), guided(options)):
+        for training in (TEACHER, CLASSES, PROGRESSIVE, *CONSISTENCY.values(), GUIDED):
             train(training, options.runs)
         machine = facts(torch.device("cpu"))
         settings = {

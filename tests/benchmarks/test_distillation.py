@@ -13,13 +13,12 @@ from benchmarks.distillation import (
     CLASSES,
     CONSISTENCY,
     EVALUATIONS,
+    GUIDED,
     PROGRESSIVE,
     SAMPLERS,
     TEACHER,
-    Options,
     Training,
     goals,
-    guided,
     students_by_evaluations,
     tables,
 )
@@ -69,7 +68,7 @@ def test_each_checkpoint_draws_in_the_steps_that_it_stands_for(parse: Any) -> No
         run = parse(CONSISTENCY[steps])
         assert (run.distillation.method, run.sampling.steps) == ("consistency", steps)
         assert checkpoint == run.out / "checkpoints" / f"step-{run.training.steps:08d}"
-    fast = parse(guided(Options()))
+    fast = parse(GUIDED)
     assert (fast.distillation.guidance_scale, fast.sampling.steps) == (2.0, 4)
 
 
