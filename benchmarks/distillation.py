@@ -41,6 +41,8 @@ DOCUMENT = ROOT / "docs" / "distillation.md"
 PLOT = ROOT / "docs" / "pictures" / "distillation.png"
 
 EVALUATIONS = (1, 2, 4, 8)
+MANY = 50
+"""Steps in which ddim gets as close as it can: the distance of the path that is distilled."""
 SAMPLERS = ("ddim", "dpm++2m", "unipc")
 GUIDANCE_SCALE = 2.0
 """Of the teacher that knows classes."""
@@ -183,6 +185,8 @@ def measure_few(options: Options, progress: Callable[[str], None]) -> dict[str, 
     standard = gallery.pictures(Method("ddpm", total), 0, options.reference_pictures)
     reference = distance(standard)
     progress(f"ddpm, {total} evaluations: {reference:.3f} ({options.reference_pictures} pictures)")
+    path = distance(gallery.pictures(Method("ddim", MANY), 0, options.reference_pictures))
+    progress(f"ddim, {MANY} evaluations: {path:.3f} ({options.reference_pictures} pictures)")
     points = []
     for name in [*SAMPLERS, "progressive", "consistency"]:
         for steps in EVALUATIONS:
@@ -203,6 +207,7 @@ def measure_few(options: Options, progress: Callable[[str], None]) -> dict[str, 
             progress(f"{method.name}, {steps} evaluations: {found['mean']:.3f}")
     return {
         "reference": {"evaluations": total, "distance": reference},
+        "path": {"evaluations": MANY, "distance": path},
         "points": points,
         "teacher": teacher.name,
         "students": {name: student.name for name, student in students.items()},
@@ -284,13 +289,14 @@ def tables(found: dict[str, Any]) -> list[str]:
         cells = " | ".join(cell(by[name, steps]) for steps in EVALUATIONS)
         shown = name if name.startswith("distilled") else f"`{name}`"
         lines.append(f"| {shown} | {cells} |")
-    reference = few["reference"]
+    reference, path = few["reference"], few["path"]
     lines += [
         "",
         f"Fréchet distance to the 1,797 real digits, {options['pictures']} pictures: mean of "
         f"{options['seeds']} seeds, and their range. `ddpm` in {reference['evaluations']} "
         f"evaluations has {reference['distance']:.3f}, of {options['reference_pictures']} pictures "
-        "of the first seed; of as many of that seed:",
+        f"of the first seed, and `ddim` in {path['evaluations']}, the path that is distilled, "
+        f"{path['distance']:.3f}; of as many of that seed:",
         "",
         "| evaluations | " + " | ".join(map(str, EVALUATIONS)) + " |",
         "|---" * (len(EVALUATIONS) + 1) + "|",

@@ -116,7 +116,11 @@ def found(four: float, one: float, accuracy: float) -> dict[str, Any]:
         "settings": {
             "pictures": 5000, "seeds": 2, "reference_pictures": 2000, "guided_pictures": 2000
         },
-        "few": {"reference": {"evaluations": 1000, "distance": 0.5}, "points": points},
+        "few": {
+            "reference": {"evaluations": 1000, "distance": 0.5},
+            "path": {"evaluations": 50, "distance": 0.6},
+            "points": points,
+        },
         "classes": {
             "scale": 2.0,
             "rows": {
