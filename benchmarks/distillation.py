@@ -352,7 +352,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     reference = few["reference"]
     axes.axhline(
         reference["distance"], color="#000000", linestyle=":",
-        label=f"ddpm, {reference['evaluations']} evaluations",
+        label=f"ddpm, {reference['evaluations']} evaluations, "
+        f"{found['settings']['reference_pictures']} pictures",
     )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the network")
     axes.set_ylabel("Fréchet distance to the real digits")
