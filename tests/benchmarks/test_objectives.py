@@ -92,7 +92,7 @@ def test_another_budget_is_another_measurement(options: Options) -> None:
 
 
 def test_an_unknown_objective_is_named(options: Options) -> None:
-    with pytest.raises(UserError, match="no objective is called 'p3'"):
+    with pytest.raises(UserError, match="--only names 'p3'"):
         compare(replace(options, only=("p3",)))
 
 
