@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from tests.slurm.cluster import NODES, Cluster, ClusterError, on_node
+from tests.slurm.cluster import NODES, Cluster, ClusterError
 from tests.slurm.conftest import ENVIRONMENT, OPTIONS, ROOT
 
 from ddpm_engine.config import RunConfig, dump_config
@@ -189,28 +189,6 @@ def test_a_node_dies(job: Job) -> None:
     job.cluster.command("scontrol", "release", job.id)
     job.finish()
     assert_went_on_from(stopped, job, stopped + 10)
-
-
-@pytest.mark.parametrize("job", [DIRECT], indirect=True)
-def test_a_rank_dies_with_its_nodes_daemon(job: Job) -> None:
-    """The job would end long before SLURM misses the node; the script finds that it is at fault."""
-    job.submit(FOREVER)
-    job.wait_for_step(30)
-    job.cluster.kill_node(NODES[1])
-    os.kill(next(rank for rank in job.ranks() if on_node(rank, NODES[1])), signal.SIGKILL)
-    said = f"does not answer: requeueing job {job.id}\n"
-    job.wait_for("the requeue", lambda: said in job.text(), 2 * START)
-    job.wait_for("the end of its processes", lambda: not job.ranks())
-    stopped = job.checkpoints()[-1]
-    job.plan(stopped + 10)
-    # What SLURM could not tell the daemon, it says again a minute later, by the numbers of job and
-    # step, which stay the same: on a node that came back now, it would kill the new start.
-    job.cluster.miss_node(NODES[1])
-    job.finish()
-    assert job.cluster.field(job.id, "Restarts") == "1"
-    assert_went_on_from(stopped, job, stopped + 10)
-    (noted,) = job.out.with_name("run-logs").glob("*-node-failures")
-    assert len(noted.read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("job", [DIRECT], indirect=True)
