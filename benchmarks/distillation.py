@@ -269,27 +269,38 @@ def goals(found: dict[str, Any]) -> dict[str, bool]:
     }  # fmt: skip
 
 
+def by_evaluations(
+    points: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    """A Markdown table: a row for each method, a column for each number of evaluations."""
+    by = {(point["name"], point["evaluations"]): point for point in points}
+    lines = [
+        "| evaluations | " + " | ".join(map(str, EVALUATIONS)) + " |",
+        "|---" * (len(EVALUATIONS) + 1) + "|",
+    ]
+    for name in dict.fromkeys(name for name, _ in by):
+        shown = name if name.startswith("distilled") else f"`{name}`"
+        cells = " | ".join(cell(by[name, steps]) for steps in EVALUATIONS)
+        lines.append(f"| {shown} | {cells} |")
+    return lines
+
+
 def tables(found: dict[str, Any]) -> list[str]:
     """Markdown: distances, classes, goals, and where they were measured."""
     few, classes, machine, options = (
         found[key] for key in ("few", "classes", "machine", "settings")
     )
-    by = {(point["name"], point["evaluations"]): point for point in few["points"]}
-    names = list(dict.fromkeys(name for name, _ in by))
-    lines = [
-        "| evaluations | " + " | ".join(map(str, EVALUATIONS)) + " |",
-        "|---" * (len(EVALUATIONS) + 1) + "|",
-    ]
+    reference, path = few["reference"], few["path"]
 
-    def cell(point: dict[str, Any]) -> str:
+    def spread_of(point: dict[str, Any]) -> str:
         each = point["distance"]["each"]
         return f"{point['distance']['mean']:.2f} ({min(each):.2f} – {max(each):.2f})"
 
-    for name in names:
-        cells = " | ".join(cell(by[name, steps]) for steps in EVALUATIONS)
-        shown = name if name.startswith("distilled") else f"`{name}`"
-        lines.append(f"| {shown} | {cells} |")
-    reference, path = few["reference"], few["path"]
+    def compared(point: dict[str, Any]) -> str:
+        distance, times = point["seed_0_of_as_many_as_the_reference"], point["times_the_reference"]
+        return f"{distance:.3f} (× {times:.2f})"
+
+    lines = by_evaluations(few["points"], spread_of)
     lines += [
         "",
         f"Fréchet distance to the 1,797 real digits, {options['pictures']} pictures: mean of "
@@ -298,17 +309,8 @@ def tables(found: dict[str, Any]) -> list[str]:
         f"of the first seed, and `ddim` in {path['evaluations']}, the path that is distilled, "
         f"{path['distance']:.3f}; of as many of that seed:",
         "",
-        "| evaluations | " + " | ".join(map(str, EVALUATIONS)) + " |",
-        "|---" * (len(EVALUATIONS) + 1) + "|",
+        *by_evaluations(few["points"], compared),
     ]
-    for name in names:
-        cells = " | ".join(
-            f"{by[name, n]['seed_0_of_as_many_as_the_reference']:.3f} "
-            f"(× {by[name, n]['times_the_reference']:.2f})"
-            for n in EVALUATIONS
-        )
-        shown = name if name.startswith("distilled") else f"`{name}`"
-        lines.append(f"| {shown} | {cells} |")
     lines += [
         "",
         f"With classes and a guidance scale of {classes['scale']:g}, {options['guided_pictures']} "

@@ -109,10 +109,10 @@ class Gallery:
 
     def pictures(self, method: Method, seed: int, count: int) -> np.ndarray:
         """The first pictures of a seed, uint8 `[count, H, W, C]`."""
-        parts = []
+        parts, folder = [], self._folder(method)
         for first in range(0, count, self.batch):
             part = min(self.batch, count - first)
-            path = self._folder(method) / f"{method.file_name}-{seed}-{first}-{part}.npy"
+            path = folder / f"{method.file_name}-{seed}-{first}-{part}.npy"
             if not path.exists():
                 # Two commands may draw the same at the same time.
                 unfinished = path.with_suffix(f".{os.getpid()}.part")
