@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -334,27 +334,35 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     assert difference <= 1e-4
 
 
-def distilled(steps: int, model: UNetConfig | None = None, **diffusion: Any) -> Pretrained:
+def distilled(
+    steps: int,
+    model: UNetConfig | None = None,
+    method: Literal["progressive", "consistency"] = "progressive",
+    **diffusion: Any,
+) -> Pretrained:
     """As if a run had distilled it."""
     return ours(
         model,
         diffusion=DiffusionConfig(**diffusion),
         sampling=SamplingConfig("ddim", steps, "trailing"),
-        distillation=DistillationConfig(Path("runs/teacher"), steps=steps, guidance_scale=2.0),
+        distillation=DistillationConfig(Path("runs/teacher"), method, steps, guidance_scale=2.0),
     )
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(
+    ("method", "steps"), [("progressive", 1), ("progressive", 4), ("consistency", 4)]
+)
 @pytest.mark.parametrize(
     "diffusion",
     [{"prediction": "v"}, {"prediction": "x0", "schedule": "cosine"},
      {"prediction": "v", "zero_terminal_snr": True}],
 )  # fmt: skip
 def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
-    diffusion: dict[str, Any], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    diffusion: dict[str, Any], method: Literal["progressive", "consistency"], steps: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Called as the card says; and what the folder says of the distillation outlives diffusers."""
-    pretrained = distilled(steps, **diffusion)
+    pretrained = distilled(steps, method=method, **diffusion)
     export_pipeline(pretrained, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
@@ -397,7 +405,7 @@ def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
     pretrained = distilled(4, UNetConfig(**TINY, num_class_embeds=5), prediction="v")
     export_pipeline(pretrained, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "from `teacher`, to 4 steps; guidance 2 is built in" in card
+    assert "from `teacher`, to 4 steps, by progressive distillation; guidance 2 is built in" in card
     code = card.split("```python\n")[1].split("```")[0]
     ids, labels = torch.tensor([3, 2**40, 0, 9]), torch.tensor([0, 4, 2, 1])
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)

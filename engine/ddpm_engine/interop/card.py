@@ -52,7 +52,10 @@ def model_card(pretrained: Pretrained, weights: str) -> str:
     }
     distillation = pretrained.config.distillation
     if distillation.teacher is not None:
-        process["distilled"] = f"from `{distillation.teacher.name}`, to {sampling.steps} steps"
+        process["distilled"] = (
+            f"from `{distillation.teacher.name}`, to {sampling.steps} steps, by "
+            f"{distillation.method} distillation"
+        )
         if distillation.guidance_scale is not None:
             process["distilled"] += f"; guidance {distillation.guidance_scale:g} is built in"
     if shape.num_class_embeds is not None:

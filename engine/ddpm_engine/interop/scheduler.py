@@ -144,6 +144,7 @@ def scheduler_entries(
         return {"_class_name": CLASS, **process, "variance_type": sampling.variance}
     distilled = {
         "teacher": distillation.teacher.name,
+        "method": distillation.method,
         "steps": sampling.steps,
         "guidance_scale": distillation.guidance_scale,
     }
@@ -175,12 +176,15 @@ def _read_distilled(entries: Entries) -> DistillationConfig:
             return DistillationConfig()
         case {
             "teacher": str(teacher),
+            "method": "progressive" | "consistency" as method,
             "steps": int(steps),
             "guidance_scale": None | int() | float() as scale,
         }:
-            return DistillationConfig(Path(teacher), steps=steps, guidance_scale=scale)
+            return DistillationConfig(Path(teacher), method, steps, guidance_scale=scale)
         case other:
-            entries.refuse(_DISTILLED, other, "it must have teacher, steps and guidance_scale")
+            entries.refuse(
+                _DISTILLED, other, "it must have teacher, method, steps and guidance_scale"
+            )
 
 
 def _read_process(entries: Entries) -> DiffusionConfig:
