@@ -59,7 +59,7 @@ def moving_strip(
 
 def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str], path: Path) -> None:
     """Write two grids next to each other; both uint8 `[B, H, W, C]`."""
-    with saved(path, 8, 4.15, 1, 2) as (_, axes):
+    with saved(path, 8, 4.3, 1, 2) as (_, axes):
         for column, images in enumerate((left, right)):
             show_image(axes[0, column], np.asarray(grid(images)))
             axes[0, column].set_title(titles[column])
