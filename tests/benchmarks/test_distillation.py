@@ -100,7 +100,7 @@ def found(four: float, one: float, accuracy: float) -> dict[str, Any]:
             "name": name,
             "evaluations": steps,
             "distance": {"mean": distance, "each": [distance, distance + 0.1]},
-            "seed_0_of_as_many_as_the_reference": distance,
+            "of_as_many_as_the_reference": {"mean": distance, "each": [distance, distance + 0.2]},
             "times_the_reference": distance / 0.5,
         }
 
@@ -117,8 +117,8 @@ def found(four: float, one: float, accuracy: float) -> dict[str, Any]:
             "pictures": 5000, "seeds": 2, "reference_pictures": 2000, "guided_pictures": 2000
         },
         "few": {
-            "reference": {"evaluations": 1000, "distance": 0.5},
-            "path": {"evaluations": 50, "distance": 0.6},
+            "reference": {"evaluations": 1000, "distance": {"mean": 0.5, "each": [0.5]}},
+            "path": {"evaluations": 50, "distance": {"mean": 0.6, "each": [0.6]}},
             "points": points,
         },
         "classes": {
@@ -149,7 +149,8 @@ def test_goals_and_tables(
     text = "\n".join(tables(measured))
     assert text.count("**no**") == met.count(False)
     assert "| `ddim` | 7.20 (7.20 – 7.30) | 3.60" in text
-    assert f"{values[0]:.3f} (× {values[0] / 0.5:.2f})" in text
+    of_as_many = f"{values[0]:.2f} ({values[0]:.2f} – {values[0] + 0.2:.2f})"
+    assert f"{of_as_many}, × {values[0] / 0.5:.2f}" in text
     distillation.plot(measured, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
