@@ -2,8 +2,9 @@
 --out DIR --steps 4`.
 
 Progressive distillation (Salimans & Ho 2022) or multistep consistency distillation (Heek et al.
-2024), by the trainer of `train.py`. The same command resumes; the result is a run as any other, and
-`sample.py --checkpoint DIR` draws from it.
+2024), and after one of these, moment matching (Salimans et al. 2024), by the trainer of `train.py`.
+The same command resumes; the result is a run as any other, and `sample.py --checkpoint DIR` draws
+from it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ddpm_engine.compile_cache import use_local_compile_cache
 from ddpm_engine.config import (
     DataConfig,
     DistillationConfig,
+    DistillationMethod,
     LogConfig,
     OptimizerConfig,
     RunConfig,
@@ -48,12 +50,16 @@ class Options:
     """A run directory, one checkpoints/step-… in it, or the folder of a diffusers pipeline."""
     out: Path
     """Directory of the distilled run."""
-    method: Literal["progressive", "consistency"] = "progressive"
-    """Learn two steps of the last student at a time, or to agree with oneself one step later."""
+    method: DistillationMethod = "progressive"
+    """Learn two steps of the last student at a time; to agree with oneself one step later; or, from
+    a student of these, to draw what the teacher expects."""
     steps: int = 4
-    """Steps of ddim, each one network evaluation, that the result draws a picture in."""
+    """Steps, each one network evaluation, that the result draws a picture in."""
     start_steps: int | None = None
-    """Most steps that a teacher takes, 2, 4, 8, … times as many; default: 16 times."""
+    """Most steps that a teacher takes, 2, 4, 8, … times as many; with moments, as many; default:
+    16 times, or as many."""
+    student: Path | None = None
+    """Run distilled to as many steps, which moments goes on from."""
     guidance_scale: float | None = None
     """Guide the teacher so far towards the class; the result has it built in."""
     prediction: Literal["eps", "x0", "v", "edm"] | None = None
@@ -66,10 +72,13 @@ class Options:
 
 def plan(options: Options) -> DistillationConfig:
     """What is to be distilled."""
-    start = 16 * options.steps if options.start_steps is None else options.start_steps
+    start = options.start_steps
+    if start is None:
+        start = options.steps * (1 if options.method == "moments" else 16)
     return DistillationConfig(
-        options.teacher, options.method, options.steps, start, options.guidance_scale
-    )
+        options.teacher, options.method, options.steps, start, options.guidance_scale,
+        options.student,
+    )  # fmt: skip
 
 
 def parse(arguments: list[str]) -> RunConfig:

@@ -293,30 +293,47 @@ class LogConfig:
     """Where Accelerate sends the metrics, besides the run's metrics.jsonl."""
 
 
+DistillationMethod = Literal["progressive", "consistency", "moments"]
+
+
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learning to take one step of ddim where the teacher takes many.
+    """Learning to take one step where the teacher takes many.
 
     A run is divided into stages of equal length. In those of `progressive` distillation the student
     takes half as many steps as before and is the next stage's teacher; in those of `consistency`
-    distillation the teacher takes twice as many.
+    distillation the teacher takes twice as many. `moments` has one stage, and no steps of its
+    teacher: it makes a student of another method better.
     """
 
     teacher: Path | None = None
     """Run, checkpoint or diffusers folder to distil; None: ordinary training."""
-    method: Literal["progressive", "consistency"] = "progressive"
-    """Learn two steps of the last student at a time, or to agree with oneself one step later."""
+    method: DistillationMethod = "progressive"
+    """Learn two steps of the last student at a time, to agree with oneself one step later, or to
+    draw what the teacher expects."""
     steps: int = 4
-    """Steps of ddim that the last student draws a picture in."""
+    """Steps that the last student draws a picture in: of ddim, or with `moments`, of ddpm."""
     start_steps: int = 64
-    """Most steps of ddim that a teacher takes: a power of two times as many."""
+    """Most steps of ddim that a teacher takes: a power of two times as many; with `moments`, as
+    many."""
     guidance_scale: float | None = None
     """Classifier-free guidance of the teacher, which its students then have built in; None: none.
     """
+    student: Path | None = None
+    """Run that has been distilled to as many steps, to go on from with `moments`."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the last student draws."""
+        if self.method == "moments":
+            return SamplingConfig("ddpm", self.steps, "trailing", "fixed_small")
+        return SamplingConfig("ddim", self.steps, "trailing")
 
     @property
     def stages(self) -> int:
-        """How often the number of steps is halved, or doubled."""
+        """How often the number of steps is halved, or doubled; or 1."""
+        if self.method == "moments":
+            return 1
         return (self.start_steps // self.steps).bit_length() - 1
 
     def stage(self, step: int, training_steps: int) -> int:
@@ -571,12 +588,21 @@ class RunConfig:
 
     def _distillation_problems(self) -> list[str]:
         plan, sampling = self.distillation, self.sampling
-        if plan.steps < 1 or plan.stages < 1 or plan.start_steps != plan.steps << plan.stages:
+        if plan.method == "moments":
+            found = self._moments_problems()
+        elif plan.steps < 1 or plan.stages < 1 or plan.start_steps != plan.steps << plan.stages:
             return [
                 f"--distillation.start-steps is {plan.start_steps} and --distillation.steps "
                 f"{plan.steps}; the first must be 2, 4, 8, … times the second, as 64 and 4"
             ]
-        found = []
+        else:
+            found = []
+            if plan.student is not None:
+                found.append(
+                    f"--distillation.student is {plan.student}, but students of {plan.method} "
+                    "distillation begin as their teacher; leave it out, or choose "
+                    "--distillation.method moments"
+                )
         if plan.start_steps > self.diffusion.timesteps:
             found.append(
                 f"--distillation.start-steps is {plan.start_steps}; there are only "
@@ -592,17 +618,50 @@ class RunConfig:
                 f"--distillation.guidance-scale is {plan.guidance_scale}, but the teacher was "
                 "trained without classes; leave it out"
             )
-        made_for = SamplingConfig("ddim", plan.steps, "trailing")
-        if replace(sampling, variance=made_for.variance) != made_for:
+        made_for = plan.sampling
+        if made_for.sampler == "ddim":
+            made_for = replace(made_for, variance=sampling.variance)  # it has no say there
+        if sampling != made_for:
             found.append(
                 f"--sampling.* are {sampling.sampler}, {sampling.steps} steps, {sampling.spacing}, "
-                f"eta {sampling.eta}; a distilled network is drawn with by ddim, {plan.steps} "
-                "steps, trailing, eta 0"
+                f"{sampling.variance}, eta {sampling.eta}; a network of this distillation is drawn "
+                f"with by {made_for.sampler}, {plan.steps} steps, trailing, {made_for.variance}, "
+                "eta 0"
             )
         learned = self.objective.learned_variance
         if self.objective != ObjectiveConfig(learned_variance=learned):
             found.append(
                 "--objective.* say what ordinary training minimises; with a teacher, leave them out"
+            )
+        return found
+
+    def _moments_problems(self) -> list[str]:
+        plan, found = self.distillation, []
+        if plan.steps < 1 or plan.start_steps != plan.steps:
+            found.append(
+                f"--distillation.start-steps is {plan.start_steps} and --distillation.steps "
+                f"{plan.steps}; moments takes no more of its teacher, so both must be the same"
+            )
+        if plan.student is None:
+            found.append(
+                "--distillation.method is moments, which goes on from a student: distil the "
+                f"teacher to {plan.steps} steps by progressive distillation first, and name that "
+                "run with --distillation.student"
+            )
+        if self.diffusion.prediction == "edm":
+            found.append(
+                "--distillation.method is moments and the teacher predicts edm; its samplers have "
+                "no ancestral steps, so choose progressive or consistency"
+            )
+        if self.training.precision == "fp16":
+            found.append(
+                "--distillation.method is moments and --training.precision fp16, in which the "
+                "critic's gradients would vanish; use bf16 or no"
+            )
+        if self.objective.learned_variance:
+            found.append(
+                "--distillation.method is moments, whose steps have the posterior's variance, and "
+                "the teacher has learnt its own; choose progressive or consistency"
             )
         return found
 
@@ -621,6 +680,12 @@ class RunConfig:
         if not data.cache_gb > 0:
             found.append(f"--data.cache-gb is {data.cache_gb}; it must be positive")
         return found
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, from the step alone: how many were done before; annealed in stages."""
+        warm = min(1.0, (step + 1) / max(self.optimizer.warmup_steps, 1))
+        annealing = self.distillation.annealing(step, self.training.steps)
+        return self.optimizer.learning_rate * warm * annealing
 
     def validate(self) -> None:
         """Check the values themselves.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ddpm_engine.config import DistillationConfig, ObjectiveConfig, RunConfig, SamplingConfig
+from ddpm_engine.config import DistillationConfig, ObjectiveConfig, RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.objectives import Teacher
 from ddpm_engine.prediction import Prediction
 from ddpm_engine.pretrained import load_pretrained
+from ddpm_engine.unet import UNet
+
+MOMENTS_RATE = 0.15
+"""Learning rate of moment matching, in units of that which the teacher was trained with."""
 
 
 def student_config(
@@ -26,6 +31,9 @@ def student_config(
     rest upon, ε̂ says nothing of the image (Salimans & Ho 2022, section 4). Averages are made
     shorter, over a tenth of a stage, so that they do not reach back to the last; so is the warm-up.
 
+    Moment matching is slower, and remembers less: two networks chase each other. Its Adam is that
+    of Salimans et al. (2024, appendix).
+
     Args:
         teacher: the run that trained it.
         plan: what is distilled.
@@ -39,15 +47,19 @@ def student_config(
     shorter = replace(
         training, ema_decay=min(training.ema_decay, max(0.0, 1 - 10 / stage)), ema_profiles=()
     )
+    optimizer = replace(optimizer, warmup_steps=min(optimizer.warmup_steps, stage // 10))
+    if plan.method == "moments":
+        rate = MOMENTS_RATE * optimizer.learning_rate
+        optimizer = replace(optimizer, learning_rate=rate, betas=(0.0, 0.99))
     return RunConfig(
         out=out,
         data=teacher.data,
         model=teacher.model,
         diffusion=replace(teacher.diffusion, prediction=prediction),
         objective=ObjectiveConfig(learned_variance=teacher.objective.learned_variance),
-        optimizer=replace(optimizer, warmup_steps=min(optimizer.warmup_steps, stage // 10)),
+        optimizer=optimizer,
         training=shorter,
-        sampling=SamplingConfig("ddim", plan.steps, "trailing"),
+        sampling=plan.sampling,
         log=replace(teacher.log, sample_steps=plan.steps),
         distillation=plan,
     )
@@ -95,4 +107,29 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             f"{theirs.sampling.steps} steps; distil its own teacher, "
             f"{theirs.distillation.teacher}, to fewer"
         )
-    return Teacher(teacher.model, known)
+    if config.distillation.method != "moments":
+        return Teacher(teacher.model, known)
+    critic = deepcopy(teacher.model).requires_grad_(True)
+    return Teacher(teacher.model, known, _load_student(config, device), critic)
+
+
+def _load_student(config: RunConfig, device: torch.device | str) -> UNet:
+    """The network that moment matching goes on from."""
+    path = config.distillation.student
+    assert path is not None, "validated"
+    student = load_pretrained(path, device)
+    theirs, ours = student.config, config
+    if theirs.distillation.teacher is None or theirs.sampling.steps != ours.distillation.steps:
+        raise UserError(
+            f"--distillation.student {path} has not been distilled to "
+            f"{ours.distillation.steps} steps, which moments goes on from; distil the teacher to "
+            "as many by progressive distillation first"
+        )
+    same_network = replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout)
+    if (same_network, theirs.diffusion) != (ours.model, ours.diffusion):
+        raise UserError(
+            f"--distillation.student {path} is not a student of --distillation.teacher: its "
+            "network, noise schedule or prediction is another; name one that the same teacher was "
+            "distilled to, with --prediction as it was then"
+        )
+    return student.model

@@ -180,6 +180,37 @@ def test_consistency_killed_and_resumed_to_the_bit(
     assert_same(out, tmp_path / "whole")
 
 
+def test_moments_killed_and_resumed_to_the_bit(
+    student: Path, teacher: Path, tmp_path: Path, script: Script, run: Run
+) -> None:
+    def words(out: Path) -> tuple[object, ...]:
+        return (
+            "--teacher", teacher, "--out", out, "--method", "moments", "--student", student,
+            "--steps", 2, "--guidance-scale", 2, "--training.steps", STEPS, "--log.every", 1,
+            "--log.checkpoint-every", 2, "--log.sample-every", STEPS, "--log.sample-count", 4,
+        )  # fmt: skip
+
+    script("distill", *words(tmp_path / "whole"))
+    state, original = tensors(tmp_path / "whole", STEPS), load_pretrained(teacher).model
+    learnt = [
+        name for name, weight in original.named_parameters()
+        if not torch.equal(state[f"objective.critic.{name}"], weight)
+    ]  # fmt: skip
+    assert len(learnt) > 10
+    assert float(state[f"objective.step.{learnt[0]}"]) == STEPS
+    made = load_pretrained(tmp_path / "whole").config.sampling
+    assert (made.sampler, made.steps, made.variance) == ("ddpm", 2, "fixed_small")
+
+    out = tmp_path / "killed"
+    arguments = json.loads((tmp_path / "whole" / "config.json").read_text()) | {"out": str(out)}
+    (tmp_path / "run.json").write_text(json.dumps(arguments))
+    killed = run(tmp_path / "run.json", "9", code=KILLED)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    script("distill", *words(out))
+    assert_same(out, tmp_path / "whole")
+    draw_and_compare(out, script, tmp_path / "drawn")
+
+
 @pytest.mark.parametrize("at", [4, 6], ids=["in the first stage", "between stages"])
 def test_resumed_to_the_bit(
     at: int, student: Path, teacher: Path, tmp_path: Path, script: Script
@@ -204,18 +235,25 @@ def test_resumed_to_the_bit(
     assert_same(out, student)
 
 
-def test_pictures_are_those_of_the_library(student: Path, script: Script, tmp_path: Path) -> None:
-    script("sample", "--checkpoint", student, "--out", tmp_path / "drawn", "--count", 3)
-    manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
-    assert [manifest[k] for k in ("sampler", "steps", "spacing")] == ["ddim", 2, "trailing"]
+def draw_and_compare(student: Path, script: Script, out: Path) -> None:
+    """What sample.py draws, when it is told nothing, is what the library draws in two steps."""
     pretrained = load_pretrained(student)
+    sampler = pretrained.config.sampling.sampler
+    script("sample", "--checkpoint", student, "--out", out, "--count", 3)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [manifest[k] for k in ("sampler", "steps", "spacing")] == [sampler, 2, "trailing"]
     expected = sample(
-        pretrained.model, pretrained.schedule, sample_ids=[0, 1, 2], sampler="ddim", steps=2,
-        prediction="v", labels=torch.arange(3),
+        pretrained.model, pretrained.schedule, sample_ids=[0, 1, 2], sampler=sampler, steps=2,
+        prediction="v", labels=torch.arange(3), variance="fixed_small",
     )  # fmt: skip
     for k, picture in enumerate(to_uint8(expected)):
-        file = np.asarray(Image.open(tmp_path / "drawn" / f"{k:08d}.png"))
+        file = np.asarray(Image.open(out / f"{k:08d}.png"))
         assert np.abs(file.astype(int) - picture[..., 0].astype(int)).max() <= 1
+
+
+def test_pictures_are_those_of_the_library(student: Path, script: Script, tmp_path: Path) -> None:
+    assert load_pretrained(student).config.sampling.sampler == "ddim"
+    draw_and_compare(student, script, tmp_path / "drawn")
 
 
 def test_a_checkpoint_is_drawn_from_in_the_steps_that_it_has_learnt(

@@ -236,6 +236,7 @@ class Drawing:
             "steps": (asked.steps, None if recipe.timesteps else known.steps),
             "spacing": (asked.spacing, known.spacing),
             "eta": (asked.eta, known.eta),
+            "variance": (asked.variance, known.variance),
             "cache-interval": (recipe.cache_interval, 1),
         }
         for flag, (given, learnt) in flags.items():

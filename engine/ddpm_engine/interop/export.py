@@ -80,7 +80,9 @@ def export_pipeline(pretrained: Pretrained, out: Path, weights: str = "ema") -> 
 def _check_distilled(config: RunConfig) -> None:
     """Refuse what no sampler of diffusers takes the steps of."""
     steps, timesteps, shape = config.sampling.steps, config.diffusion.timesteps, config.model
-    if config.diffusion.prediction == "edm":
+    if config.distillation.method == "moments":
+        reason = "of networks made by moment matching no export is written yet"
+    elif config.diffusion.prediction == "edm":
         reason = "EDMEulerScheduler visits other noise levels"
     elif steps is None or timesteps % steps:
         reason = (
@@ -92,8 +94,8 @@ def _check_distilled(config: RunConfig) -> None:
     else:
         return
     raise UserError(
-        f"this network was distilled to {steps} steps of ddim that no sampler of diffusers takes: "
-        f"{reason}. Draw from it with launch/sample.py, or export its teacher, "
+        f"this network was distilled to {steps} steps of {config.sampling.sampler} that no sampler "
+        f"of diffusers takes: {reason}. Draw from it with launch/sample.py, or export its teacher, "
         f"{config.distillation.teacher}"
     )
 

@@ -7,6 +7,7 @@
 | `denoising`    | the objectives of DDPM and what followed, on a chain of T timesteps          |
 | `edm`          | the objective of EDM, at any noise level                                     |
 | `distillation` | a student that takes one step for many of its teacher                        |
+| `moments`      | a student whose pictures a teacher expects, as far as a critic can tell      |
 | `weighting`    | the weight of each timestep's squared error: a table                         |
 | `timesteps`    | how often each timestep is trained: a table                                  |
 | `conditions`   | what all do alike: mirrored images, dropped labels, small images to enlarge  |

@@ -12,6 +12,7 @@ from ddpm_engine.objectives.conditions import Conditions
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.distillation import DISTILLATIONS, Teacher
 from ddpm_engine.objectives.edm import EdmObjective
+from ddpm_engine.objectives.moments import MomentMatching
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.objectives.timesteps import (
     ImportanceTimesteps,
@@ -51,6 +52,19 @@ def build_objective(
         None if config.model.low_resolution is None else Augmentation(device),
         config.training.augmentation_levels,
     )
+    if teacher is not None and config.distillation.method == "moments":
+        return MomentMatching(
+            schedule,
+            config.diffusion.prediction,
+            conditions,
+            teacher,
+            config.distillation,
+            config.learning_rate,
+            config.optimizer.betas,
+            config.optimizer.clip_norm,
+            device,
+            clip=config.diffusion.clip,
+        )
     if teacher is not None:
         return DISTILLATIONS[config.distillation.method](
             schedule,

@@ -68,6 +68,10 @@ class Teacher:
     """In eval mode; progressive distillation replaces its weights after each stage."""
     prediction: Prediction
     """What it predicts, until it is replaced."""
+    student: UNet | None = None
+    """What the student begins as, where that is not the teacher; moment matching needs it."""
+    critic: UNet | None = None
+    """A copy of the teacher, to be trained; moment matching needs it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,18 +287,9 @@ class Distillation(Objective, ABC):
 
     def _evaluate(self, x: Tensor, noise: Tensor, told: Told) -> Tensor:
         """What the teacher predicts, guided if it is to be."""
-        network, scale, channels = self.teacher.network, self.plan.guidance_scale, x.shape[1]
-        if scale is None or not self._guided():
-            return network(x, noise, *told)[:, :channels].to(self.dtype)
-        labels, *rest = told
-        assert labels is not None, "guidance needs labels"
-        null = torch.full_like(labels, self.conditions.null_class or 0)
-        doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in rest]
-        both = network(
-            torch.cat([x, x]), torch.cat([noise, noise]), torch.cat([labels, null]), *doubled
-        )
-        conditional, unconditional = both[:, :channels].to(self.dtype).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        scale = self.plan.guidance_scale if self._guided() else None
+        null = self.conditions.null_class
+        return guided(self.teacher.network, x, noise, told, scale, null, self.dtype)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -362,6 +357,35 @@ DISTILLATIONS: dict[str, type[Distillation]] = {
     "consistency": ConsistencyDistillation,
 }
 """By `DistillationConfig.method`."""
+
+
+def guided(
+    network: Network, x: Tensor, noise: Tensor, told: Told, scale: float | None,
+    null_class: int | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What a network predicts, without its variance, shaped as `x` in `dtype`.
+
+    Args:
+        network: the teacher's.
+        x: `[B, C, H, W]`.
+        noise: what it is told of the noise, `[B]`.
+        told: what `Conditions.told` says of the samples.
+        scale: of classifier-free guidance, or None.
+        null_class: the label of no class, needed for guidance.
+        dtype: of the result and of the arithmetic.
+    """
+    channels = x.shape[1]
+    if scale is None:
+        return network(x, noise, *told)[:, :channels].to(dtype)
+    labels, *rest = told
+    assert labels is not None, "guidance needs labels"
+    null = torch.full_like(labels, null_class or 0)
+    doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in rest]
+    both = network(
+        torch.cat([x, x]), torch.cat([noise, noise]), torch.cat([labels, null]), *doubled
+    )
+    conditional, unconditional = both[:, :channels].to(dtype).chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def _noise(table: CoefficientTable, levels: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class Trainer:
         self._bad_samples = 0
 
     def _load_teacher(self, student: UNet) -> Teacher | None:
-        """The network to distil, if any; the student begins with its weights."""
+        """The network to distil, if any, and what else that takes; the student gets its weights."""
         config, device = self.config, self.accelerator.device
         if config.distillation.teacher is None:
             return None
@@ -116,10 +116,11 @@ class Trainer:
 
         with agreed(UserError):
             teacher = load_teacher(config, device)
-        student.load_state_dict(teacher.network.state_dict())
-        autocast_forward(teacher.network, config.training.precision, device)
-        if config.training.compile:
-            teacher.network.compile_regions()
+        student.load_state_dict((teacher.student or teacher.network).state_dict())
+        for network in (teacher.network, *filter(None, [teacher.critic])):
+            autocast_forward(network, config.training.precision, device)
+            if config.training.compile:
+                network.compile_regions()
         return teacher
 
     def fit(self) -> None:
@@ -225,7 +226,7 @@ class Trainer:
                     last=piece == training.accumulation,
                 )
             )
-        norm_value = self.strategy.step(self._learning_rate(self.step))
+        norm_value = self.strategy.step(self.config.learning_rate(self.step))
         loss = torch.stack(losses).mean()
         own = torch.tensor([float(bool(stop)), replaced], device=loss.device)
         loss_sum, asked, replaced = self.accelerator.reduce(
@@ -272,13 +273,6 @@ class Trainer:
                 f"named above), more than --data.max-bad-samples {allowed}. Check them with "
                 f"'launch/make_shards.py verify {self.config.data.path}'"
             )
-
-    def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, from the step alone: how many were done before; annealed in stages."""
-        optimizer = self.config.optimizer
-        warm = min(1.0, (step + 1) / max(optimizer.warmup_steps, 1))
-        annealing = self.config.distillation.annealing(step, self.config.training.steps)
-        return optimizer.learning_rate * warm * annealing
 
     def _averaged_weights(self) -> dict[str, torch.Tensor]:
         """The average that is sampled from, whole on every rank; all of them call this together."""
@@ -423,7 +417,7 @@ class Trainer:
         values = {
             "loss": window.loss / max(window.steps, 1),
             "grad_norm": window.grad_norm / max(window.steps, 1),
-            "learning_rate": self._learning_rate(self.step - 1),
+            "learning_rate": self.config.learning_rate(self.step - 1),
             "samples_seen": self.step * batch_size,
             "skipped_steps": window.skipped,
             "bad_samples": self._bad_samples,

@@ -1,0 +1,240 @@
+"""Moment matching: where a step leads, what moves a student, and what its critic learns."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tests.unit.test_distillation import DEVIATION, MEAN, guided_network
+from torch import Tensor, nn
+
+from ddpm_engine.config import DiffusionConfig, DistillationConfig, RunConfig, TrainingConfig
+from ddpm_engine.data import Batch
+from ddpm_engine.distillation import student_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.objectives import Teacher
+from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.objectives.moments import MomentMatching
+from ddpm_engine.prediction import Prediction, from_x0
+from ddpm_engine.samplers.ddpm import ddpm_table
+from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.unet import UNet
+from ddpm_kernels import Column, Stream, gaussian_noise
+
+SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 0.02)
+
+
+class Believer(nn.Module):
+    """The best denoiser of images of independent values from N(mean, DEVIATION²), in float64."""
+
+    def __init__(self, prediction: Prediction, mean: float = MEAN) -> None:
+        super().__init__()
+        self.prediction = prediction
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        a = SCHEDULE.sqrt_alpha_bar[timesteps][:, None, None, None]
+        s = SCHEDULE.sqrt_one_minus_alpha_bar[timesteps][:, None, None, None]
+        share = a * DEVIATION**2 / ((a * DEVIATION).square() + s.square())
+        return from_x0(self.prediction, self.mean + share * (x - a * self.mean), x, a, s)
+
+
+class Constant(nn.Module):
+    """Draws one grey, whatever it sees; predicts x_0."""
+
+    def __init__(self, grey: float) -> None:
+        super().__init__()
+        self.grey = nn.Parameter(torch.tensor(grey, dtype=torch.float64))
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.grey.expand_as(x)
+
+
+def matching(
+    teacher: nn.Module, critic: nn.Module, kind: Prediction = "eps", rate: float = 0.02,
+    **settings: Any,
+) -> MomentMatching:  # fmt: skip
+    plan = DistillationConfig(Path("t"), "moments", steps=4, start_steps=4, student=Path("s"))
+    given = {"prediction": "x0", "conditions": Conditions(seed=3), **settings}
+    return MomentMatching(
+        SCHEDULE, given["prediction"], given["conditions"],
+        Teacher(cast(UNet, teacher), kind, critic=cast(UNet, critic)),
+        plan, lambda _: rate, (0.0, 0.99), 1.0, dtype=torch.float64,
+    )  # fmt: skip
+
+
+def batch(count: int = 8, first: int = 0) -> Batch:
+    images = torch.full((count, 1, 4, 4), 150, dtype=torch.uint8)
+    return Batch(images, None, torch.arange(first, first + count))
+
+
+def test_jumps_are_as_long_as_a_step_at_most() -> None:
+    ours = matching(Believer("eps"), Believer("eps"))
+    before, after = ours.draw(torch.arange(5000))
+    assert bool((after >= 0).all())
+    assert int(after.min()) < 5
+    assert int(before.max()) == 999
+    length = before - after
+    assert (int(length.min()), int(length.max())) == (1, 250)
+    again = ours.draw(torch.arange(5000).flip(0))
+    assert torch.equal(again[0].flip(0), before)
+
+
+@pytest.mark.parametrize("pair", [(999, 749), (249, 0), (500, 499)])
+def test_samples_are_taken_on_as_ancestral_sampling_does(pair: tuple[int, int]) -> None:
+    ours = matching(Believer("eps"), Believer("eps"))
+    table = ddpm_table(SCHEDULE, torch.tensor(pair), "x0", "fixed_small").rows[0]
+    torch.manual_seed(0)
+    x, x0 = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
+    before, after = (torch.tensor([t, t]) for t in pair)
+    positions = torch.tensor([5, 2**40])
+    noise = gaussian_noise(3, positions, (1, 4, 4), 1, Stream.TRAINING_NOISE)
+    expected = table[Column.X] * x + table[Column.X0] * x0 + table[Column.NOISE] * noise
+    torch.testing.assert_close(ours.taken_on(x, x0, before, after, positions), expected)
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_a_student_is_moved_by_what_critic_and_teacher_disagree_on(kind: Prediction) -> None:
+    """By twice the difference, over the mean error; and not at all where they agree."""
+    for theirs, moved in [(0.5, True), (MEAN, False)]:
+        ours = matching(Believer(kind), Believer(kind, theirs), kind)
+        student, here = Constant(0.4), batch()
+        loss = ours(student, here)
+        assert loss.shape == (8,)
+        before, after = ours.draw(here.positions)
+        x0 = torch.full((8, 1, 4, 4), 0.4, dtype=torch.float64)
+        images = 150 / 127.5 - 1
+        a = SCHEDULE.sqrt_alpha_bar[before][:, None, None, None]
+        s = SCHEDULE.sqrt_one_minus_alpha_bar[before][:, None, None, None]
+        noise = gaussian_noise(3, here.positions, (1, 4, 4), 0, Stream.TRAINING_NOISE)
+        x = ours.taken_on(a * images + s * noise, x0, before, after, here.positions)
+        a = SCHEDULE.sqrt_alpha_bar[after][:, None, None, None]
+        s = SCHEDULE.sqrt_one_minus_alpha_bar[after][:, None, None, None]
+        share = a * DEVIATION**2 / ((a * DEVIATION).square() + s.square())
+        expected, believed = (
+            (mean + share * (x - a * mean)).clamp(-1, 1) for mean in (MEAN, theirs)
+        )
+        error = (x0 - expected).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.02)
+        gradient = 2 * (believed - expected) / error
+        torch.testing.assert_close(loss, gradient.square().mean((1, 2, 3)) / 2)
+        (found,) = torch.autograd.grad(loss.sum(), [student.grey])
+        torch.testing.assert_close(found, gradient.mean((1, 2, 3)).sum())
+        assert (float(loss.detach().max()) > 1e-3) == moved
+
+
+def trained(ours: MomentMatching, student: nn.Module, steps: int, rate: float) -> None:
+    optimizer = torch.optim.Adam(student.parameters(), lr=rate, betas=(0.0, 0.99))
+    for step in range(steps):
+        ours.begin_step(step, dict)
+        optimizer.zero_grad()
+        ours(student, batch(first=8 * step)).mean().backward()
+        optimizer.step()
+        ours.end_step(lambda tensor: tensor)
+
+
+def test_the_critic_learns_the_mean_of_what_is_drawn_and_expected() -> None:
+    critic = Believer("x0")
+    ours = matching(Believer("x0"), critic, "x0")
+    trained(ours, Constant(0.8), 300, rate=0.0)
+    # It sees 0.8, and believes that there are deviations from it: half-way, or a little less.
+    assert MEAN + 0.2 < critic.mean.item() < 0.8
+
+
+def test_a_student_learns_to_draw_what_the_teacher_expects() -> None:
+    student = Constant(0.9)
+    trained(matching(Believer("eps"), Believer("eps")), student, 600, rate=0.01)
+    assert student.grey.item() == pytest.approx(MEAN, abs=0.1)
+
+
+def test_what_lies_beyond_the_range_is_pulled_back() -> None:
+    student = Constant(1.7)
+    loss = matching(Believer("eps"), Believer("eps"))(student, batch())
+    (found,) = torch.autograd.grad(loss.mean(), [student.grey])
+    assert float(found) == pytest.approx(2 * 0.7)
+
+
+def test_pieces_of_a_batch_teach_as_the_whole_does() -> None:
+    critics = []
+    for pieces in (1, 2):
+        critic = Believer("v", 0.7)
+        ours = matching(Believer("v"), critic, "v", conditions=Conditions(seed=3))
+        ours.begin_step(0, dict)
+        for piece in range(pieces):
+            ours(Constant(0.4), batch(8 // pieces, piece * 8 // pieces))
+        ours.end_step(lambda tensor: torch.cat([tensor, tensor]))
+        critics.append(critic.mean.item())
+    assert critics[0] != 0.7
+    assert critics[1] == pytest.approx(critics[0], abs=1e-12)
+
+
+def test_a_step_that_is_skipped_teaches_nothing() -> None:
+    critic = Believer("v", 0.7)
+    ours = matching(Believer("v"), critic, "v")
+    before = {name: tensor.clone() for name, tensor in ours.state().items()}
+    ours(Constant(0.4), batch())
+    ours.end_step(None)
+    assert critic.mean.grad is None
+    for name, tensor in ours.state().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_critic_follows_from_the_state() -> None:
+    ours, student = matching(Believer("v"), Believer("v"), "v"), Constant(0.4)
+    trained(ours, student, 5, rate=0.01)
+    other = matching(Believer("v"), Believer("v"), "v")
+    other.load({name: tensor.clone() for name, tensor in ours.state().items()})
+    twin = deepcopy(student)
+    trained(ours, student, 5, rate=0.01)
+    trained(other, twin, 5, rate=0.01)
+    assert torch.equal(student.grey, twin.grey)
+    assert ours.state().keys() == other.state().keys()
+    for name, tensor in ours.state().items():
+        assert torch.equal(tensor, other.state()[name])
+
+
+def test_the_teacher_is_guided_and_its_critic_is_not() -> None:
+    """With a scale of 1 guidance changes nothing; with another it moves the student."""
+    conditions = Conditions(seed=0, null_class=10)
+    losses = []
+    for scale in (None, 1.0, 3.0):
+        network = guided_network().eval().requires_grad_(False)
+        ours = MomentMatching(
+            SCHEDULE, "v", conditions,
+            Teacher(network, "eps", critic=deepcopy(network).requires_grad_(True)),
+            DistillationConfig(Path("t"), "moments", 4, 4, scale, Path("s")),
+            lambda _: 1e-3, (0.0, 0.99), 1.0,
+        )  # fmt: skip
+        images = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
+        labels = torch.arange(4)
+        losses.append(ours(guided_network(), Batch(images, labels, torch.arange(4))).detach())
+    # Teacher and critic agree; what is left is drawn beyond the range.
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=0)
+    assert float((losses[2] - losses[0]).min()) > 1e-4
+
+
+MOMENTS = DistillationConfig(Path("teacher"), "moments", 4, 4, student=Path("student"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "message"),
+    [
+        ({"student": None}, {}, "goes on from a student"),
+        ({"start_steps": 64}, {}, "moments takes no more of its teacher"),
+        ({"steps": 0, "start_steps": 0}, {}, "--distillation.steps 0"),
+        ({}, {"training": TrainingConfig(precision="fp16")}, "critic's gradients would vanish"),
+        ({}, {"diffusion": DiffusionConfig(schedule="edm", prediction="edm")}, "predicts edm"),
+        ({"method": "progressive", "start_steps": 8}, {}, "begin as their teacher; leave it out"),
+    ],
+)
+def test_plans_that_cannot_be(plan: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    run = student_config(RunConfig(), MOMENTS, Path("out"))
+    run.validate()
+    assert (run.sampling.sampler, run.sampling.variance) == ("ddpm", "fixed_small")
+    assert run.optimizer.learning_rate < RunConfig().optimizer.learning_rate
+    changed = replace(run, distillation=replace(MOMENTS, **plan), **changes)
+    with pytest.raises(UserError, match=message):
+        changed.validate()
