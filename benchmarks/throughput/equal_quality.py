@@ -25,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from benchmarks.throughput.gallery import Gallery, Method
+from benchmarks.throughput.gallery import Gallery, Method, student_method
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
 from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, peer_way, reference_way
@@ -165,12 +165,6 @@ def run(
     }
 
 
-def student_method(name: str, student: Subject) -> Method:
-    """How a distilled network draws."""
-    sampling = student.config.sampling
-    return Method(sampling.sampler, sampling.steps or student.schedule.timesteps, student=name)
-
-
 def textbook_way(gallery: Gallery, method: Method) -> Way:
     """The same pictures in the textbook's words."""
     if method.student is None:
@@ -178,24 +172,33 @@ def textbook_way(gallery: Gallery, method: Method) -> Way:
     student = gallery.students[method.student]
     return Way(
         REFERENCE, method.sampler, student.unet,
-        lambda: ddim_by_hand(student, COMPARED, method.steps), textbook_noise=True,
+        lambda: by_hand(student, COMPARED, method), textbook_noise=True,
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def ddim_by_hand(subject: Subject, count: int, steps: int) -> torch.Tensor:
-    """DDIM without noise, for a network that predicts v (Song et al. 2021, equation 12)."""
+def by_hand(subject: Subject, count: int, method: Method) -> torch.Tensor:
+    """DDIM, for a network that predicts v (Song et al. 2021, equations 12 and 16).
+
+    Without noise, or with so much that it is ancestral sampling with the smaller variance.
+    """
+    eta = {"ddim": 0.0, "ddpm": 1.0}[method.sampler]
     if subject.config.diffusion.prediction != "v":
         raise UserError(f"{subject.name} predicts {subject.config.diffusion.prediction}, not v")
     alpha_bar = torch.cat([subject.schedule.alpha_bar, torch.ones(1).double()]).float()
-    visited = [*spaced_timesteps(subject.schedule.timesteps, steps, "trailing").tolist(), -1]
+    timesteps = spaced_timesteps(subject.schedule.timesteps, method.steps, "trailing")
+    visited = [*timesteps.tolist(), -1]
     x = torch.randn((count, *subject.unet.sample_shape))
     for t, after in pairwise(visited):
         a, s = alpha_bar[t].sqrt(), (1 - alpha_bar[t]).sqrt()
         v = subject.unet(x, torch.full((count,), t))
         x0 = (a * x - s * v).clamp(-1, 1)
         noise = (x - a * x0) / s
-        x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after]).sqrt() * noise
+        alpha = alpha_bar[t] / alpha_bar[after]
+        fresh = eta * ((1 - alpha_bar[after]) / (1 - alpha_bar[t]) * (1 - alpha)).sqrt()
+        x = alpha_bar[after].sqrt() * x0 + (1 - alpha_bar[after] - fresh**2).sqrt() * noise
+        if fresh > 0:
+            x += fresh * torch.randn(x.shape)
     return x
 
 

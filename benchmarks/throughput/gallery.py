@@ -65,6 +65,12 @@ def students_of(checkpoints: Sequence[Path], device: torch.device) -> dict[str, 
     return found
 
 
+def student_method(name: str, student: Subject) -> Method:
+    """How a distilled network draws."""
+    sampling = student.config.sampling
+    return Method(sampling.sampler, sampling.steps or student.schedule.timesteps, student=name)
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Pictures by method, seed and number.

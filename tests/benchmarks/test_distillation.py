@@ -14,6 +14,7 @@ from benchmarks.distillation import (
     CONSISTENCY,
     EVALUATIONS,
     GUIDED,
+    MOMENTS,
     PROGRESSIVE,
     SAMPLERS,
     TEACHER,
@@ -64,10 +65,14 @@ def test_each_checkpoint_draws_in_the_steps_that_it_stands_for(parse: Any) -> No
         assert plan.student_steps(plan.stage(done - 1, PROGRESSIVE.steps)) == steps
         assert done % parse(PROGRESSIVE).log.keep_every == 0
         assert done % parse(PROGRESSIVE).log.checkpoint_every == 0
-    for steps, checkpoint in zip(EVALUATIONS, students[4:], strict=True):
+    for steps, checkpoint in zip(EVALUATIONS, students[4:8], strict=True):
         run = parse(CONSISTENCY[steps])
         assert (run.distillation.method, run.sampling.steps) == ("consistency", steps)
         assert checkpoint == run.out / "checkpoints" / f"step-{run.training.steps:08d}"
+    run = parse(MOMENTS)
+    assert (run.sampling.sampler, run.sampling.steps) == ("ddpm", 4)
+    assert run.distillation.student == students[EVALUATIONS.index(4)]
+    assert students[8:] == [run.out / "checkpoints" / f"step-{run.training.steps:08d}"]
     fast = parse(GUIDED)
     assert (fast.distillation.guidance_scale, fast.sampling.steps) == (2.0, 4)
 
@@ -107,6 +112,7 @@ def found(four: float, one: float, accuracy: float) -> dict[str, Any]:
     points = [point(name, n, 7.2 / n) for name in SAMPLERS for n in EVALUATIONS]
     for name in ("distilled, progressive", "distilled, consistency"):
         points += [point(name, n, {1: one, 4: four}.get(n, 0.6)) for n in EVALUATIONS]
+    points.append(point("distilled, moments", 4, 0.8))
     row = {"sampler": "ddim", "steps": 4, "distance": 1.0}
     return {
         "machine": {
@@ -149,6 +155,7 @@ def test_goals_and_tables(
     text = "\n".join(tables(measured))
     assert text.count("**no**") == met.count(False)
     assert "| `ddim` | 7.20 (7.20 – 7.30) | 3.60" in text
+    assert "| distilled, moments | – | – | 0.80 (0.80 – 0.90) | – |" in text
     of_as_many = f"{values[0]:.2f} ({values[0]:.2f} – {values[0] + 0.2:.2f})"
     assert f"{of_as_many}, × {values[0] / 0.5:.2f}" in text
     distillation.plot(measured, tmp_path / "plot.png")

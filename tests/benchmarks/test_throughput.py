@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
-from benchmarks.throughput.gallery import Gallery, Method
+from benchmarks.throughput.gallery import Gallery, Method, student_method
 from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.report import table
 from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
@@ -406,24 +406,25 @@ def test_equal_quality_needs_a_textbook_loop_that_draws_the_same(
         equal_quality.same_pictures(gallery, method, standard)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_a_student_that_draws_something_else_is_not_timed(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampler: Literal["ddim", "ddpm"], subject: Subject, tmp_path: Path
 ) -> None:
-    student = student_of(short(subject), 4)
+    student = student_of(short(subject), 4, sampler)
     gallery = Gallery(short(subject), tmp_path, students={"consistency 4": student})
-    method = equal_quality.student_method("consistency 4", student)
+    method = student_method("consistency 4", student)
     equal_quality.same_pictures(gallery, method, equal_quality.textbook_way(gallery, method))
     fewer = replace(method, steps=2)
     with pytest.raises(UserError, match="2 network evaluations, not 4"):
         equal_quality.same_pictures(gallery, fewer, equal_quality.textbook_way(gallery, method))
 
 
-def student_of(subject: Subject, steps: int) -> Subject:
+def student_of(subject: Subject, steps: int, sampler: Literal["ddim", "ddpm"] = "ddim") -> Subject:
     """The same weights, as if they had been distilled to so many steps and predicted v."""
     config = replace(
         subject.config,
         diffusion=replace(subject.config.diffusion, prediction="v"),
-        sampling=SamplingConfig("ddim", steps, "trailing"),
+        sampling=SamplingConfig(sampler, steps, "trailing", "fixed_small"),
     )
     return replace(subject, config=config)
 

@@ -37,6 +37,8 @@ from ddpm_kernels import Stream, gaussian_noise, q_sample, random_integers
 if TYPE_CHECKING:
     from ddpm_engine.config import DistillationConfig
 
+CRITIC_RATE = 4.0
+"""Learning rate of the critic, in units of the student's: it has to keep up with the student."""
 _LEAST_ERROR = 0.02
 """Of x̃ against the teacher's estimate, in the weight: at low noise the two are nearly one."""
 _AFTER = 1
@@ -47,7 +49,8 @@ class MomentMatching(Objective):
     """How far what a student draws is from what its teacher expects, in every step's surroundings.
 
     The loss of a sample is half the mean square of the gradient in its x̃. The critic learns with
-    every optimizer step by Adam, at the rate of the student; it is whole on every rank.
+    every optimizer step by Adam, at `CRITIC_RATE` times the rate of the student; it is whole on
+    every rank.
 
     Args:
         schedule: the noise schedule.
@@ -55,7 +58,7 @@ class MomentMatching(Objective):
         conditions: mirrored images and dropped labels; with the seed of timesteps and noise.
         teacher: on the device, with a critic.
         plan: number of steps, and guidance of the teacher.
-        rate: the learning rate of an optimizer step.
+        rate: the student's learning rate in an optimizer step.
         betas: of Adam.
         clip_norm: the longest gradient of the critic.
         device: where the networks run.
@@ -166,9 +169,9 @@ class MomentMatching(Objective):
         return factors[0] * x0 + factors[1] * x + factors[2] * noise
 
     def begin_step(self, step: int, averaged: Averaged) -> None:
-        """See `Objective`: the learning rate is the student's."""
+        """See `Objective`: the learning rate follows the student's."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            group["lr"] = CRITIC_RATE * self.rate(step)
 
     def end_step(self, gather: Gather | None) -> None:
         """See `Objective`: the critic takes a step, by the mean gradient of all ranks."""
