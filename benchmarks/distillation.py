@@ -327,13 +327,14 @@ def tables(found: dict[str, Any]) -> list[str]:
         times = point["times_the_reference"]
         return f"{shown(point['of_as_many_as_the_reference'])}, × {times:.2f}"
 
+    seeds = len(reference["distance"]["each"])
     lines = by_evaluations(few["points"], lambda point: shown(point["distance"]))
     lines += [
         "",
         f"Fréchet distance to the 1,797 real digits, {options['pictures']} pictures: mean of "
         f"{options['seeds']} seeds, and their range. Of {options['reference_pictures']} pictures, "
         f"`ddpm` in {reference['evaluations']} evaluations has {shown(reference['distance'])}, of "
-        f"{len(reference['distance']['each'])} seed(s), and `ddim` in {path['evaluations']}, "
+        f"{seeds} seed{'s' * (seeds > 1)}, and `ddim` in {path['evaluations']}, "
         f"the path that is distilled, {shown(path['distance'])}. Of as many, and over `ddpm`'s:",
         "",
         *by_evaluations(few["points"], compared),
