@@ -53,7 +53,7 @@ START = 128
 """Steps of the first teacher of progressive distillation: the error of DDIM in these stays."""
 STAGE = 600
 """Optimizer steps of each halving."""
-CONSISTENCY_START = 128
+CONSISTENCY_START = 32
 """Most steps that the teacher of consistency distillation takes."""
 BUDGET = 1000
 """Optimizer steps of each of its models."""
