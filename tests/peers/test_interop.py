@@ -398,6 +398,20 @@ def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
     assert difference <= 1e-4
 
 
+def test_an_export_that_does_not_say_by_which_method(tmp_path: Path) -> None:
+    """Earlier ones did not: their networks were distilled progressively."""
+    export_pipeline(distilled(4, prediction="v"), tmp_path / "export")
+    path = tmp_path / "export" / "scheduler" / "scheduler_config.json"
+    entries = json.loads(path.read_text())
+    del entries["_distilled"]["method"]
+    path.write_text(json.dumps(entries))
+    plan = load_pretrained(tmp_path / "export").config.distillation
+    assert (plan.method, plan.steps, plan.guidance_scale) == ("progressive", 4, 2.0)
+    path.write_text(json.dumps(entries | {"_distilled": [4]}))
+    with pytest.raises(UserError, match="it must have teacher, method, steps and guidance_scale"):
+        load_pretrained(tmp_path / "export")
+
+
 def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

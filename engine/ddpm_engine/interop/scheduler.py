@@ -171,7 +171,11 @@ def _read_edm(entries: Entries) -> Process:
 
 
 def _read_distilled(entries: Entries) -> DistillationConfig:
-    match entries.take_any(_DISTILLED, None):
+    entry = entries.take_any(_DISTILLED, None)
+    if isinstance(entry, dict):
+        # Exports did not always say by which method.
+        entry = {"method": "progressive", **entry}
+    match entry:
         case None:
             return DistillationConfig()
         case {

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -117,11 +118,12 @@ class Trainer:
         with agreed(UserError):
             teacher = load_teacher(config, device)
         student.load_state_dict((teacher.student or teacher.network).state_dict())
-        for network in (teacher.network, *filter(None, [teacher.critic])):
+        for network in filter(None, (teacher.network, teacher.critic)):
             autocast_forward(network, config.training.precision, device)
             if config.training.compile:
                 network.compile_regions()
-        return teacher
+        # Its weights are taken; it would stay in memory as long as the run.
+        return replace(teacher, student=None)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
