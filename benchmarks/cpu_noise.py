@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from ddpm_engine.flags import Positive, parse_options
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.cli.options import Positive, parse_options
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, philox, q_sample
 
 WAYS = {

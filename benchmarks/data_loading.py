@@ -36,12 +36,14 @@ from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, 
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddpm_engine.config import PRESETS
-from ddpm_engine.data import Example, ShardDataset, Source, make_loader, write_shards
-from ddpm_engine.data.order import Order
-from ddpm_engine.data.sources import LazyExamples
-from ddpm_engine.flags import Positive, at_least, parse_options
-from ddpm_engine.training import Trainer
+from ddpm_engine.cli.options import Positive, at_least, parse_options
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.loader import make_loader
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import Example, LazyExamples, Source
+from ddpm_engine.data.shuffle import Order
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.training.trainer import Trainer
 
 BATCH = 64
 CPU = torch.device("cpu")

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
 from ddpm_engine.errors import exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.sampler import sample
 
 SURE = 0.9
 
@@ -45,7 +45,7 @@ def main() -> None:
     with exit_on_user_error():
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        pretrained = load_pretrained(options.checkpoint, device)
+        pretrained = load_model(options.checkpoint, device)
         config = pretrained.config
         size = config.model.sample_size
         classifier = digit_classifier(size)

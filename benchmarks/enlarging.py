@@ -28,15 +28,15 @@ from benchmarks.throughput.report import write_json
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm_engine.drawing import DrawnImages
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
+from ddpm_engine.diffusion.super_resolution import enlarge, shrink
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
-from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
-from ddpm_engine.low_resolution import enlarge, shrink
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
+from ddpm_engine.evaluation.fid import frechet_distance, moments
+from ddpm_engine.generation.input_images import SamplesAsInput
+from ddpm_engine.images.grid import grid, save_png, to_uint8
+from ddpm_engine.samplers.sampler import sample
 
 SHOWN = 12
 
@@ -50,7 +50,7 @@ class Options:
     small: Path | None = None
     """Enlarge the first pictures of this folder of launch/sample.py; default: real digits."""
     levels: tuple[int, ...] = (0, 50, 100, 200)
-    """Augmentation levels, in steps of a chain of 1000."""
+    """NoiseConditioningAugmentation levels, in steps of a chain of 1000."""
     count: Positive = 500
     """Pictures at each level."""
     seed: int = 1
@@ -73,7 +73,7 @@ def main() -> None:
     with exit_on_user_error():
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        pretrained = load_pretrained(options.checkpoint, device)
+        pretrained = load_model(options.checkpoint, device)
         model, side = pretrained.model, pretrained.model.low_resolution
         if side is None or model.null_class is not None:
             raise UserError(
@@ -89,7 +89,7 @@ def main() -> None:
         if options.small is None:
             given = shrink(originals, side)
         else:
-            given = DrawnImages(options.small, (channels, side, side)).of(ids)
+            given = SamplesAsInput(options.small, (channels, side, side)).of(ids)
         given = given.to(device)
         classifier = digit_classifier(size)
         theirs = moments([classifier.features(real.images)])

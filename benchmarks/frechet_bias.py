@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ddpm_engine.cli.options import at_least, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.figures.style import COLOURS, MARKS, saved
-from ddpm_engine.evaluation.frechet import Moments, frechet_distance, moments
+from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.kid import squared_mmd
-from ddpm_engine.flags import at_least, parse_options
+from ddpm_engine.plots.style import COLOURS, MARKS, saved
 
 SIZE = 16
 

@@ -30,6 +30,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.digits import (
     DigitClassifier,
@@ -38,13 +41,11 @@ from ddpm_engine.evaluation.digits import (
     real_digits,
     seen_and_unseen,
 )
-from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.evaluation.pictures import to_uint8
+from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.evaluation.precision_recall import precision_recall
-from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import Guidance, sample
-from ddpm_engine.samplers.registry import Sampler
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.config import SamplerName
+from ddpm_engine.samplers.sampler import sample
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Options:
     """Pictures at each scale, of all classes in turn."""
     seed: int = 1
     """Of their noise; the demo's own pictures have seed 0."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """Which one; default: the run's."""
     steps: PositiveOrNone = None
     """Steps a picture; default: the run's."""
@@ -72,7 +73,7 @@ class Options:
 
 
 def drawn_pictures(
-    pretrained: Pretrained, options: Options, scale: float, labels: torch.Tensor, bar: tqdm[Any]
+    pretrained: LoadedModel, options: Options, scale: float, labels: torch.Tensor, bar: tqdm[Any]
 ) -> np.ndarray:
     """Pictures 0 … N − 1 of the seed, of these classes: uint8 `[N, H, W, 1]`."""
     chosen: dict[str, Any] = {"sampler": options.sampler, "steps": options.steps}
@@ -144,7 +145,7 @@ def main() -> None:
     with exit_on_user_error():
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        pretrained = load_pretrained(options.checkpoint, device)
+        pretrained = load_model(options.checkpoint, device)
         classes = pretrained.model.null_class
         if classes != 10:
             raise UserError(f"--checkpoint {options.checkpoint} is no model of ten digits")

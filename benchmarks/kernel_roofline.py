@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ddpm_engine.cli.options import parse_options
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.flags import parse_options
 from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.aot import TARGETS, Code, Launch, compile_launch, recorded_launches
 from ddpm_kernels.assembly import KINDS, count_kinds

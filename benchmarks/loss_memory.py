@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-from ddpm_engine.flags import Positive, parse_options
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.cli.options import Positive, parse_options
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import denoising_loss, q_sample
 
 WAYS = ("engine", "textbook")

@@ -34,19 +34,20 @@ import torch
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 
-from ddpm_engine.config import PRESETS, RunConfig
+from ddpm_engine.atomic_io import atomic_write
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import Positive, at_least, parse_options
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.packing.pack import prepare_shards
+from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.files import atomic_write
-from ddpm_engine.flags import Positive, at_least, parse_options
-from ddpm_engine.likelihood import bits_per_dim
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.samplers.registry import Sampler
-from ddpm_engine.training import Trainer
-from ddpm_engine.training.dataset import prepare_shards
+from ddpm_engine.evaluation.fid import frechet_distance, moments
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.config import SamplerName
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
@@ -88,7 +89,7 @@ class Budget:
     """Optimizer steps, batches of 64."""
     pictures: Annotated[int, at_least(2)] = 1000
     """Pictures drawn for each distance."""
-    sampler: Sampler = "heun"
+    sampler: SamplerName = "heun"
     """Which sampler draws them."""
     sampling_steps: Positive = 18
     """Steps a picture; with heun each but the last is two evaluations."""
@@ -149,7 +150,7 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     config = configuration(options, name, seed)
     started = time.monotonic()
     Trainer(config).fit()
-    trained = load_pretrained(config.out)
+    trained = load_model(config.out)
     seconds = time.monotonic() - started
     budget = options.budget
     if trained.step != budget.steps:
@@ -180,7 +181,7 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def bits(trained: Pretrained, images: torch.Tensor, variance: str) -> float:
+def bits(trained: LoadedModel, images: torch.Tensor, variance: str) -> float:
     """Mean bound of these images in bits per dimension."""
     terms = bits_per_dim(
         trained.model,

@@ -23,11 +23,11 @@ from benchmarks.throughput.report import finish, pyplot
 from benchmarks.throughput.subject import subject_of
 from benchmarks.throughput.timing import interleaved, timed
 
+from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.errors import UserError, exit_on_user_error
 from ddpm_engine.evaluation.digits import digit_classifier
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.flags import Positive, parse_options
-from ddpm_engine.samplers.registry import Sampler
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.config import SamplerName
 
 CLASSES = 10
 
@@ -42,7 +42,7 @@ class Options:
     """What launch/distill.py has made of it."""
     out: Path = Path("runs/digits-fast/pictures/side-by-side.png")
     """The picture."""
-    sampler: Sampler = "ddpm"
+    sampler: SamplerName = "ddpm"
     """The teacher's."""
     steps: Positive = 100
     """The teacher's, for a picture."""

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ddpm_engine.flags import at_least, parse_options
-from ddpm_engine.samplers import CoefficientTable
-from ddpm_engine.samplers.levels import log_sigma, noise_levels
+from ddpm_engine.cli.options import at_least, parse_options
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import reverse_step
 
 MEANS, WEIGHTS, DEVIATION = np.array([-1.0, -0.2, 0.8]), np.array([0.3, 0.3, 0.4]), 0.4

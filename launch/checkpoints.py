@@ -18,11 +18,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, glance, verify
+from ddpm_engine.cli.options import PositiveOrNone, at_least, parse_command
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.flags import PositiveOrNone, at_least, parse_command
-from ddpm_engine.training import CheckpointStore
-from ddpm_engine.training.average import average_checkpoints, reconstruct_average
-from ddpm_engine.training.checkpoint import SNAPSHOTS, glance, verify
 from ddpm_engine.training.run_directory import lock_run_directory
 
 

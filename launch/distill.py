@@ -19,21 +19,15 @@ from typing import Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.config import (
-    DataConfig,
-    DistillationConfig,
-    DistillationMethod,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from ddpm_engine.distillation import student_config
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.cli.options import parse_options
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.flags import parse_options
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer
+from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
+from ddpm_engine.runtime import use_local_compile_cache
+from ddpm_engine.training.teacher import student_config
+from ddpm_engine.training.trainer import Trainer
 
 # Flags of a run that have shorter names here.
 RENAMED = {"--distillation.": "--", "--diffusion.prediction": "--prediction"}
@@ -89,7 +83,7 @@ def parse(arguments: list[str]) -> RunConfig:
     """
     # Before anything is loaded, so that help and what is said of a mistake do not wait.
     path = parse_options(Options, arguments).teacher
-    teacher = load_pretrained(path).config
+    teacher = load_model(path).config
     # Twice more: the length of a stage, which other defaults follow from, is itself an option.
     asked = parse_options(Options, arguments, default=_defaults(teacher, path))
     told = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))

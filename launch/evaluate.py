@@ -20,29 +20,25 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.data import is_stream
-from ddpm_engine.device import local_device
-from ddpm_engine.drawing import Drawing, Recipe
-from ddpm_engine.drawing.recipe import Precision
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import parse_options
+from ddpm_engine.data.stream import is_stream
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.evaluation.bound import likelihood_of_real
-from ddpm_engine.evaluation.compare import PIECE, Division
-from ddpm_engine.evaluation.evaluate import (
+from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
+from ddpm_engine.evaluation.metrics import PIECE, Division
+from ddpm_engine.evaluation.nll import likelihood_of_real
+from ddpm_engine.evaluation.run import (
     Steps,
     Subject,
     compare_with_real,
     drawn_subject,
     folder_subject,
 )
-from ddpm_engine.evaluation.features import FeaturesName, default_cache, feature_network
-from ddpm_engine.evaluation.images import open_reference
-from ddpm_engine.flags import parse_options
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import Guidance
-from ddpm_engine.samplers.ddpm import Variance
-from ddpm_engine.samplers.registry import Sampler
-from ddpm_engine.samplers.spacing import Spacing
+from ddpm_engine.evaluation.sources import open_reference
+from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
+from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.config import SamplerName, Spacing, Variance
 
 COMPARING = ("fid", "kid", "is", "precision-recall", "accuracy")
 METRICS = (*COMPARING, "nll")
@@ -56,7 +52,7 @@ class DrawingOptions:
     """Of all noise: another seed, other pictures."""
     weights: Literal["ema", "model"] = "ema"
     """Of a run: averaged weights, or those of the last step."""
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """Which one; default: the run's."""
     steps: int | None = None
     """Steps a picture, one or two network evaluations each; default: the run's."""
@@ -158,7 +154,7 @@ def check(options: Options) -> None:
         raise UserError("--guidance-interval needs --guidance-scale; give that too")
 
 
-def recipe(options: DrawingOptions, pretrained: Pretrained) -> Recipe:
+def recipe(options: DrawingOptions, pretrained: LoadedModel) -> Recipe:
     """What the options ask for, with the run's own sampling where they say nothing."""
     chosen = {
         name: value
@@ -189,7 +185,7 @@ def recipe(options: DrawingOptions, pretrained: Pretrained) -> Recipe:
     )
 
 
-def folder_of(options: Options, pretrained: Pretrained | None) -> Path:
+def folder_of(options: Options, pretrained: LoadedModel | None) -> Path:
     """Where evaluations live: --out, or beside what is evaluated, never within a checkpoint."""
     if options.out is not None:
         return options.out
@@ -210,7 +206,7 @@ def name_of(drawing: Drawing, weights: str | None) -> str:
     return f"{sampling.sampler}-{sampling.steps}-seed{drawing.recipe.seed}-{digest[:8]}"
 
 
-def location(options: Options, pretrained: Pretrained | None) -> str:
+def location(options: Options, pretrained: LoadedModel | None) -> str:
     """Where the real images are.
 
     Raises:
@@ -230,7 +226,7 @@ def location(options: Options, pretrained: Pretrained | None) -> str:
 
 
 def compare(
-    options: Options, pretrained: Pretrained | None, device: torch.device, division: Division
+    options: Options, pretrained: LoadedModel | None, device: torch.device, division: Division
 ) -> Path | None:
     """Draw, if there is a network, and measure the pictures."""
     out, show = folder_of(options, pretrained), division.rank == 0
@@ -259,7 +255,7 @@ def compare(
     )
 
 
-def bound(options: Options, pretrained: Pretrained, division: Division) -> Path | None:
+def bound(options: Options, pretrained: LoadedModel, division: Division) -> Path | None:
     """Take the bound of the real images."""
     channels, height, width = pretrained.model.sample_shape
     real = open_reference(location(options, pretrained), (height, width, channels), options.count)
@@ -289,7 +285,7 @@ def main() -> None:
         division, device = Division(rank, ranks, options.piece), local_device()
         pretrained = None
         if options.checkpoint is not None:
-            pretrained = load_pretrained(options.checkpoint, device, options.drawing.weights)
+            pretrained = load_model(options.checkpoint, device, options.drawing.weights)
             if pretrained.model.low_resolution is not None:
                 raise UserError(
                     f"--checkpoint {options.checkpoint} enlarges pictures: draw some with "

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.cli.options import parse_options
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.flags import parse_options
-from ddpm_engine.interop.export import export_pipeline
-from ddpm_engine.pretrained import load_pretrained
+from ddpm_engine.export.pipeline import export_pipeline
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main() -> None:
     """Load, write."""
     with exit_on_user_error():
         options = parse_options(Options)
-        pretrained = load_pretrained(options.checkpoint, weights=options.weights)
+        pretrained = load_model(options.checkpoint, weights=options.weights)
         export_pipeline(pretrained, options.out, options.weights)
         print(f"{options.out} is written; README.md in it says how to load it")
 

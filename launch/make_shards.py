@@ -19,12 +19,13 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from ddpm_engine.data import Manifest, index_shards, open_source, write_shards
-from ddpm_engine.data import verify as find_damage
-from ddpm_engine.data.forked import usable_cores
-from ddpm_engine.data.manifest import Shard
+from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
+from ddpm_engine.data.packing.pack import index_shards, write_shards
+from ddpm_engine.data.packing.process_map import usable_cores
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.shards.manifest import Manifest, Shard
+from ddpm_engine.data.shards.verify import verify as find_damage
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.flags import Positive, PositiveOrNone, parse_options
 
 
 def pack(

@@ -16,28 +16,23 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.device import local_device
-from ddpm_engine.drawing import (
-    Drawing,
-    DrawnImages,
-    Format,
-    PictureSet,
-    Recipe,
-    ReferenceImages,
-    fill,
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import numbers, parse_options
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.generation.input_images import (
+    InputImages,
+    SamplesAsInput,
     read_mask,
     small_images,
 )
-from ddpm_engine.drawing.progress import Progress
-from ddpm_engine.drawing.recipe import Precision
-from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.flags import numbers, parse_options
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import Guidance
-from ddpm_engine.samplers.ddpm import Variance
-from ddpm_engine.samplers.registry import Sampler
-from ddpm_engine.samplers.spacing import Spacing
+from ddpm_engine.generation.progress import Progress
+from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
+from ddpm_engine.generation.sample_dir import SampleDir
+from ddpm_engine.generation.sample_formats import Format
+from ddpm_engine.generation.work_sharing import fill
+from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.config import SamplerName, Spacing, Variance
 
 Numbers = Annotated[str | None, tyro.conf.arg(metavar="K,K,...")]
 
@@ -46,7 +41,7 @@ Numbers = Annotated[str | None, tyro.conf.arg(metavar="K,K,...")]
 class SamplerOptions:
     """How the reverse process is solved."""
 
-    sampler: Sampler | None = None
+    sampler: SamplerName | None = None
     """Which one; default: the run's."""
     steps: int | None = None
     """Steps a picture, one or two network evaluations each; default: the run's."""
@@ -224,7 +219,7 @@ def parse_ids(options: Options) -> list[int]:
 
 
 def parse_classes(
-    options: Options, null_class: int | None, small: DrawnImages | ReferenceImages | None
+    options: Options, null_class: int | None, small: SamplesAsInput | InputImages | None
 ) -> tuple[int, ...] | None:
     """The classes to go through, or None for no class."""
     asked, image = options.classes, options.image
@@ -257,7 +252,7 @@ def parse_guidance(options: ClassOptions) -> Guidance | None:
     return replace(guidance, interval=options.guidance_interval)
 
 
-def recipe(options: Options, pretrained: Pretrained) -> Recipe:
+def recipe(options: Options, pretrained: LoadedModel) -> Recipe:
     """What the options ask for, with the run's own sampling where they say nothing."""
     solver, image = options.sampler, options.image
     chosen = {
@@ -290,7 +285,7 @@ def recipe(options: Options, pretrained: Pretrained) -> Recipe:
         classes=parse_classes(options, pretrained.model.null_class, small),
         guidance=parse_guidance(options.classes),
         threshold=solver.threshold,
-        images=None if image.images is None else ReferenceImages(image.images, shape),
+        images=None if image.images is None else InputImages(image.images, shape),
         strength=strength,
         mask=None if image.mask is None else read_mask(image.mask, shape[-1]),
         draws=image.draws or 1,
@@ -322,7 +317,7 @@ def main() -> None:
         # No process needs to know more of the others, and none ever waits for one.
         rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
         ids = parse_ids(options)
-        pretrained = load_pretrained(options.checkpoint, local_device(), options.weights)
+        pretrained = load_model(options.checkpoint, local_device(), options.weights)
         asked = recipe(options, pretrained)
         machine = options.machine
         progress: Progress | None = None
@@ -334,7 +329,7 @@ def main() -> None:
         drawing = Drawing(pretrained, asked, on_step)
         weights = None if pretrained.checkpoint is None else options.weights
         settings = {**drawing.settings(), "weights": weights}
-        pictures = PictureSet(options.out, settings, machine.format)
+        pictures = SampleDir(options.out, settings, machine.format)
         wanted = set(ids)
         before = len(wanted & pictures.ids())
         if before == len(ids) and pictures.grid.exists():

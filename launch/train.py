@@ -16,11 +16,12 @@ from typing import Annotated, Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.config import PRESETS, RunConfig, dump_config, load_config
+from ddpm_engine.cli.options import parse_options
+from ddpm_engine.config import RunConfig, dump_config, load_config
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.flags import parse_options
-from ddpm_engine.training import Trainer
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.runtime import use_local_compile_cache
+from ddpm_engine.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from ddpm_engine.compile_cache import use_local_compile_cache
-from ddpm_engine.device import local_device
-from ddpm_engine.drawing import ReferenceImages
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import numbers, parse_options
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.evaluation.figures.exhibit import FIGURES, Exhibit, Inapplicable
-from ddpm_engine.evaluation.figures.plane import Plane
-from ddpm_engine.flags import numbers, parse_options
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
+from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable
+from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
+from ddpm_engine.figures.toy_2d import Plane
+from ddpm_engine.generation.input_images import InputImages
+from ddpm_engine.runtime import local_device, use_local_compile_cache
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def chosen_figures(only: str | None) -> list[str]:
     return names
 
 
-def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhibit:
+def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhibit:
     """What the options ask to see.
 
     Raises:
@@ -107,7 +106,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhib
         samples=options.samples,
         photo=None
         if photo is None
-        else ReferenceImages(photo, trained.model.sample_shape, "--photo").of([0])[0],
+        else InputImages(photo, trained.model.sample_shape, "--photo").of([0])[0],
         count=options.count,
     )
 
@@ -115,7 +114,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: Pretrained) -> Exhib
 def show_run(options: Options, checkpoint: Path) -> None:
     """Draw a run's figures; those that do not apply are named, or refused if asked for."""
     names = chosen_figures(options.only)
-    exhibit = exhibit_of(options, checkpoint, load_pretrained(checkpoint, local_device()))
+    exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
     options.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ddpm_engine.config import UNetConfig
+from ddpm_engine.networks.unet.config import UNetConfig
 
 TINY = UNetConfig(
     sample_size=8,

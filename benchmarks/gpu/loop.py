@@ -13,10 +13,11 @@ from benchmarks.gpu.compare import Comparison, equal, largest
 from benchmarks.gpu.timing import Measurement, Timer, interleaved
 from torch import Tensor, nn
 
-from ddpm_engine.config import UNetConfig
-from ddpm_engine.samplers import Guidance, sample
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.samplers.sampler import sample
 
 Model = Callable[..., Tensor]
 SEED = 3

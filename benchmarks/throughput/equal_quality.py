@@ -34,8 +34,8 @@ from benchmarks.throughput.timing import interleaved, rates, speed_ups, timed
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.samplers.spacing import spaced_timesteps
+from ddpm_engine.evaluation.fid import frechet_distance, moments
+from ddpm_engine.samplers.timesteps import spaced_timesteps
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "equal_quality.json"
 SAMPLERS = ("ddpm", "ddim", "dpm++2m", "unipc")

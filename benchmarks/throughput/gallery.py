@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from benchmarks.throughput.subject import Subject, subject_of
 
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.samplers import Guidance, sample
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.sampler import sample
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.throughput.measuring import Measured, Operations, Row
 from benchmarks.throughput.timing import Spread
 
+from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import atomic_write
 
 LEGEND = """\
 images/s: median [quartiles]. ×ref: over the reference, median [quartiles] of paired repetitions.

@@ -14,10 +14,9 @@ from benchmarks.throughput.watching import inputs_of
 from torch import Tensor, nn
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers import sample
-from ddpm_engine.samplers.ddpm import Variance
-from ddpm_engine.samplers.spacing import Spacing
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.samplers.config import Spacing, Variance
+from ddpm_engine.samplers.sampler import sample
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 REFERENCE = "reference"

@@ -13,10 +13,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ddpm_engine.config import PRESETS, RunConfig
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import RunConfig
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.presets import PRESETS
 from ddpm_kernels import Stream, gaussian_noise
 
 SEED = 0
@@ -101,7 +102,7 @@ def subject_of(checkpoint: Path, device: torch.device) -> Subject:
     Raises:
         UserError: the run has no checkpoint.
     """
-    pretrained = load_pretrained(checkpoint)
+    pretrained = load_model(checkpoint)
     step = "" if pretrained.step is None else f", step {pretrained.step}"
     name = f"{checkpoint}{step}"
     return Subject(name, pretrained.config, pretrained.model.state_dict(), device)

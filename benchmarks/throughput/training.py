@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from benchmarks.throughput.subject import SEED, Subject
 from torch import Tensor, nn
 
-from ddpm_engine.data import Batch
-from ddpm_engine.objectives import DenoisingObjective
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.training import EMA
-from ddpm_engine.training.ema import warmed_up
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.training.ema import EMA, warmed_up
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
 

@@ -3,7 +3,7 @@
 | to do this                      | look in                                             |
 |---------------------------------|-----------------------------------------------------|
 | the diffusion process           | `schedule`, `process`, `prediction`, `objectives`   |
-| draw pictures                   | `samplers.sample`, `pretrained.load_pretrained`     |
+| draw pictures                   | `samplers.sample`, `pretrained.load_model`     |
 | the network                     | `unet.UNet`                                         |
 | what enlarges small pictures    | `low_resolution`                                    |
 | pack and read images            | `data`                                              |

@@ -24,9 +24,10 @@ from benchmarks.distillation import (
     tables,
 )
 
-from ddpm_engine.config import PRESETS, RunConfig
+from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import Pretrained
+from ddpm_engine.presets import PRESETS
 
 
 @pytest.fixture
@@ -40,14 +41,14 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "distill", script)  # tyro looks its types up there
     spec.loader.exec_module(script)
 
-    def teacher(path: Path) -> Pretrained:
+    def teacher(path: Path) -> LoadedModel:
         known = PRESETS[path.name]()
-        return Pretrained(None, None, known, "")  # type: ignore[arg-type]
+        return LoadedModel(None, None, known, "")  # type: ignore[arg-type]
 
     def parsed(training: Training) -> RunConfig:
         command = training.command(Path("runs"))
         assert command[:2] == [sys.executable, str(launch)]
-        monkeypatch.setattr(script, "load_pretrained", teacher)
+        monkeypatch.setattr(script, "load_model", teacher)
         run: RunConfig = script.parse(command[2:])
         run.validate()
         return run

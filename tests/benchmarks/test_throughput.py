@@ -32,9 +32,10 @@ from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
 from tests.tiny import TINY_GREY
 from torch import Tensor, nn
 
-from ddpm_engine.config import PRESETS, SamplingConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers import sample
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.sampler import sample
 from ddpm_kernels.dispatch import force_ops
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,11 @@ import pytest
 from accelerate.state import AcceleratorState
 from tests.tiny import TINY
 
-from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig
-from ddpm_engine.data import Example, Source, fetch, write_shards
+from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import Example, Source
+from ddpm_engine.data.remote import fetch
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
 

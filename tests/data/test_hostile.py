@@ -27,10 +27,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tests.data.conftest import PIXELS, pack
 
-from ddpm_engine.data import ShardDataset, encode, index_shards, open_shards, verify
-from ddpm_engine.data.manifest import Shard, index_dtype, parse_index, parse_manifest
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.packing.pack import index_shards
+from ddpm_engine.data.shards.manifest import (
+    Shard,
+    index_dtype,
+    open_shards,
+    parse_index,
+    parse_manifest,
+)
+from ddpm_engine.data.shards.verify import verify
 from ddpm_engine.data.tar import MAX_HEADER, BoundedTarInfo, scan_tar
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import encode
 
 PNG = encode(PIXELS[0], "png")
 BLOCK = 512

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from tests.data.conftest import PIXELS, pack
 
 from ddpm_engine.config import RunConfig, load_config
-from ddpm_engine.data import Example, MixedDataset, Mixture, ShardDataset, Source, write_shards
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.mixture import MixedDataset, Mixture
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import Example, Source
 from ddpm_engine.errors import UserError
-from ddpm_engine.training import Trainer
+from ddpm_engine.training.trainer import Trainer
 
 weightings = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 

@@ -16,10 +16,13 @@ import pytest
 from tests.data.conftest import PIXELS, Server, pack
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.data import ShardCache, ShardDataset, fetch, open_shards
-from ddpm_engine.data.fetch import ATTEMPTS, FetchError
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.remote import fetch
+from ddpm_engine.data.remote.cache import ShardCache
+from ddpm_engine.data.remote.fetch import ATTEMPTS, FetchError
+from ddpm_engine.data.shards.manifest import open_shards
 from ddpm_engine.errors import UserError
-from ddpm_engine.training import Trainer
+from ddpm_engine.training.trainer import Trainer
 
 LIMIT = 10**8
 

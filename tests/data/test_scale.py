@@ -9,8 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ddpm_engine.data import Manifest, Order, Shard, ShardSet, order, rank_positions
-from ddpm_engine.data.manifest import MAX_OPEN_INDEXES
+from ddpm_engine.data import shuffle as order
+from ddpm_engine.data.shards.manifest import MAX_OPEN_INDEXES, Manifest, Shard, ShardSet
+from ddpm_engine.data.shuffle import Order, rank_positions
 
 SHARDS, PER_SHARD, WORLD = 100_000, 10_000, 1024
 

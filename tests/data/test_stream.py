@@ -17,9 +17,11 @@ import pytest
 from tests.data.conftest import PIXELS, Server, pack
 
 from ddpm_engine.config import RunConfig, load_config
-from ddpm_engine.data import BatchPositions, ShardStream, encode, is_stream, make_batches
+from ddpm_engine.data.loader import BatchPositions, make_batches
+from ddpm_engine.data.stream import ShardStream, is_stream
 from ddpm_engine.errors import UserError
-from ddpm_engine.training import Trainer
+from ddpm_engine.images.codec import encode
+from ddpm_engine.training.trainer import Trainer
 
 SHARDS = "shard-{000000..000002}.tar"
 

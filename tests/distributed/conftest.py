@@ -8,14 +8,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from tests.tiny import TINY_GREY
 
-from ddpm_engine.config import (
-    DataConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from ddpm_engine.data import open_source, write_shards
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, Job, difference, launch, losses, zero
 
-from ddpm_engine.config import DistillationConfig, DistillationMethod, RunConfig
-from ddpm_engine.distillation import student_config
+from ddpm_engine.config import RunConfig
+from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
+from ddpm_engine.training.teacher import student_config
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

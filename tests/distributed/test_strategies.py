@@ -19,12 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
 
-from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig, dump_config
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, load_part, verify
+from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import CheckpointStore, Trainer, load_part, verify
-from ddpm_engine.training.checkpoint import SNAPSHOTS
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.training.trainer import Trainer
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -44,12 +46,12 @@ def at(config: RunConfig, name: str, **training: Any) -> RunConfig:
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
     """Compare weights and averages of the newest checkpoints; snapshots must agree with them."""
     for weights in ("model", "ema", "ema-0.1"):
-        a = load_pretrained(ours, weights=weights).model.state_dict()
-        b = load_pretrained(theirs, weights=weights).model.state_dict()
+        a = load_model(ours, weights=weights).model.state_dict()
+        b = load_model(theirs, weights=weights).model.state_dict()
         assert a.keys() == b.keys()
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
     for run in (ours, theirs):
-        averaged = load_pretrained(run, weights="ema-0.1")
+        averaged = load_model(run, weights="ema-0.1")
         kept = UNet(averaged.model.config)
         newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
         load_part(newest, "ema-0.1", kept.state_dict())

@@ -34,13 +34,16 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from ddpm_engine.config import UNetConfig, load_config
-from ddpm_engine.data import Batch
+from ddpm_engine.config import load_config
+from ddpm_engine.data.dataset import Batch
 from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.objectives import DenoisingObjective, Objective
-from ddpm_engine.training import Trainer, accelerator, trainer
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.training import accelerator, trainer
 from ddpm_engine.training.strategies import loss_scale
-from ddpm_engine.unet import UNet
+from ddpm_engine.training.trainer import Trainer
 
 GRACE_SECONDS = 2.0
 """Between the failure of a rank and the end of those that wait for it."""

@@ -24,10 +24,14 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tests.tiny import TINY, TINY_GREY
 
-from ddpm_engine.config import DataConfig, LogConfig, RunConfig, TrainingConfig
-from ddpm_engine.data import open_shards, open_source, write_shards
-from ddpm_engine.evaluation.pictures import grid
-from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.images.grid import grid
+from ddpm_engine.training.trainer import Trainer
 from ddpm_kernels.triton_shim import HAS_TRITON
 
 ROOT = Path(__file__).parents[2]

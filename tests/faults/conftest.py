@@ -15,15 +15,10 @@ from typing import Any
 import pytest
 from tests.tiny import TINY_GREY
 
-from ddpm_engine.config import (
-    DataConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    dump_config,
-)
-from ddpm_engine.data import open_source, write_shards
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
 
 ROOT = Path(__file__).parents[2]
 

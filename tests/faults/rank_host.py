@@ -31,11 +31,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, load_config
-from ddpm_engine.data import Batch
+from ddpm_engine.data.dataset import Batch
 from ddpm_engine.errors import UserError, exit_on_user_error
-from ddpm_engine.objectives import DenoisingObjective
-from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.training.trainer import Trainer
 
 PATIENCE_SECONDS = 14.0
 """Between the failure of a rank and the end of the others by force."""

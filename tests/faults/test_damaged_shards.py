@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.data import ShardDataset
+from ddpm_engine.data.dataset import ShardDataset
 
 Launch = Callable[..., Any]
 Damage = Callable[[Path, list[int]], set[int]]

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
+from ddpm_engine.checkpoints.store import CheckpointStore, verify
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training import CheckpointStore
-from ddpm_engine.training.checkpoint import verify
 
 Launch = Callable[..., Any]
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.store import MAX_MANIFEST_BYTES, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer
-from ddpm_engine.training.checkpoint import MAX_MANIFEST_BYTES, verify
+from ddpm_engine.training.trainer import Trainer
 
 Damage = Callable[[Path, dict[str, Any]], None]
 
@@ -111,7 +111,7 @@ def test_manifests_that_are_none(text: str, checkpoint: Path) -> None:
     assert found is None
     assert len(problems) == 1
     with pytest.raises(UserError, match="no usable checkpoint"):
-        load_pretrained(checkpoint)
+        load_model(checkpoint)
 
 
 def test_a_manifest_without_end(checkpoint: Path) -> None:
@@ -162,7 +162,7 @@ def test_files_whose_hashes_agree(harm: Callable[[Path], None], checkpoint: Path
     seal(checkpoint, manifest)
     assert verify(checkpoint)[1] == []
     with pytest.raises(UserError, match=r"ema cannot be read|another architecture"):
-        load_pretrained(checkpoint)
+        load_model(checkpoint)
     assert not (checkpoint.parent / "witness").exists()
 
 
@@ -172,7 +172,7 @@ def test_files_that_no_manifest_names(checkpoint: Path) -> None:
     (checkpoint / "ema" / "more.safetensors").unlink()
     # What is no safetensors file is never opened.
     (checkpoint / "ema" / "data.pkl").write_bytes(pickle.dumps(Bomb(checkpoint.parent / "witness")))
-    load_pretrained(checkpoint)
+    load_model(checkpoint)
     assert not (checkpoint.parent / "witness").exists()
 
 

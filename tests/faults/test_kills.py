@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm_engine.checkpoints.store import CheckpointStore, verify
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training import CheckpointStore
-from ddpm_engine.training.checkpoint import verify
 
 Launch = Callable[..., Any]
 

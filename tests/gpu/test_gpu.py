@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_engine.samplers import Guidance, build_table
-from ddpm_engine.samplers.reverse_process import ReverseProcess
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels.dispatch import force_ops
 
 ROOT = Path(__file__).parents[2]
@@ -199,7 +200,7 @@ def test_what_is_captured_takes_nothing_from_the_host() -> None:
     norm = inputs.moved(inputs.of_group_norm_silu((2, 12, 5, 7), 2, torch.float32, True), meta)
     of_loss, of_norm = checks.loss_upstream(batch["prediction"]), checks.norm_upstream(norm["x"])
     table = build_table(NoiseSchedule.linear(1000), "dpm++3m", 6)
-    chain = ReverseProcess(
+    chain = StepRunner(
         loop.small_unet(CPU, classes=5).to(meta), table, (3, 3, 16, 16), meta, labelled=True,
         guidance=Guidance(2.0, rescale=0.7), alpha_bar=torch.full((6,), 0.5), threshold=0.9,
         capture=lambda step: step,

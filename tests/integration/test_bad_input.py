@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_engine import cpu
-from ddpm_engine.config import PRESETS, RunConfig, dump_config, from_dict, load_config, to_dict
-from ddpm_engine.data import open_shards
+from ddpm_engine import runtime as cpu
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import RunConfig, dump_config, from_dict, load_config, to_dict
+from ddpm_engine.data.shards.manifest import open_shards
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer, accelerator
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.training import accelerator
+from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -214,9 +216,9 @@ def test_a_checkpoint_of_another_architecture(config: RunConfig, tmp_path: Path)
 
 def test_no_checkpoint_to_load(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no usable checkpoint in .*nothing"):
-        load_pretrained(tmp_path / "nothing")
+        load_model(tmp_path / "nothing")
     with pytest.raises(UserError, match="hf download"):
-        load_pretrained(Path("google/ddpm-cifar10-32"))
+        load_model(Path("google/ddpm-cifar10-32"))
 
 
 def test_every_checkpoint_is_damaged(config: RunConfig) -> None:
@@ -225,7 +227,7 @@ def test_every_checkpoint_is_damaged(config: RunConfig) -> None:
     with pytest.raises(UserError, match="none of the checkpoints"):
         Trainer(config).fit()
     with pytest.raises(UserError, match="never finished"):
-        load_pretrained(config.out)
+        load_model(config.out)
 
 
 # --- Configurations

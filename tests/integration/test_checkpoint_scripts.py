@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.posthoc_average import average_checkpoints
+from ddpm_engine.checkpoints.store import CheckpointStore, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import CheckpointStore, Trainer
-from ddpm_engine.training.average import average_checkpoints
-from ddpm_engine.training.checkpoint import verify
 from ddpm_engine.training.run_directory import lock_run_directory
+from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -110,7 +110,7 @@ def test_average(trained: Path, run: Run, tmp_path: Path) -> None:
         load_file(next((trained / f"checkpoints/step-{step:08d}/ema").glob("*.safetensors")))
         for step in (4, 10)
     )
-    mean = load_pretrained(out).model.state_dict()
+    mean = load_model(out).model.state_dict()
     assert mean.keys() == four.keys()
     for name in mean:
         expected = (0.25 * four[name].double() + 0.75 * ten[name].double()).float()
@@ -122,7 +122,7 @@ def test_average(trained: Path, run: Run, tmp_path: Path) -> None:
     again = run("launch/checkpoints.py", "average", trained, *arguments)
     assert (again.returncode, "exists" in again.stderr) == (2, True)
     with pytest.raises(UserError, match="holds no part 'model'"):
-        load_pretrained(out, weights="model")
+        load_model(out, weights="model")
 
 
 def test_shares_that_do_not_fit(trained: Path, tmp_path: Path) -> None:

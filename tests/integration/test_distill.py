@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig
-from ddpm_engine.distillation import student_config
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.training import Trainer
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.teacher import student_config
+from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 Script = Callable[..., None]
@@ -39,7 +39,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from ddpm_engine.config import load_config
-from ddpm_engine.training import Trainer
+from ddpm_engine.training.trainer import Trainer
 
 trainer = Trainer(load_config(Path(sys.argv[1])))
 step = trainer._train_step
@@ -129,7 +129,7 @@ def test_a_teacher_is_distilled(student: Path, teacher: Path) -> None:
     state = tensors(student, STEPS)
     assert int(state["objective.stage"]) == 1
     # The second stage's teacher is the first stage's student, not the run that was distilled.
-    original = load_pretrained(teacher).model.state_dict()
+    original = load_model(teacher).model.state_dict()
     taught = [name for name in original if name.startswith(("conv_out", "mid_block"))]
     assert not all(torch.equal(state[f"objective.teacher.{n}"], original[n]) for n in taught)
     preview = np.asarray(Image.open(student / "samples" / f"step-{STEPS:08d}.png"))
@@ -137,7 +137,7 @@ def test_a_teacher_is_distilled(student: Path, teacher: Path) -> None:
 
 
 def test_the_student_begins_with_its_teachers_weights(teacher: Path, tmp_path: Path) -> None:
-    known = load_pretrained(teacher)
+    known = load_model(teacher)
     plan = replace(known.config.distillation, teacher=teacher, steps=2, start_steps=8)
     trainer = Trainer(student_config(known.config, plan, tmp_path / "run"))
     with trainer.strategy.averaged() as average:
@@ -169,7 +169,7 @@ def test_consistency_killed_and_resumed_to_the_bit(
     state = tensors(tmp_path / "whole", STEPS)
     assert int(state["objective.stage"]) == 1
     assert [name for name in state if name.startswith("objective.")] == ["objective.stage"]
-    assert load_pretrained(tmp_path / "whole").config.sampling.steps == 2
+    assert load_model(tmp_path / "whole").config.sampling.steps == 2
 
     out = tmp_path / "killed"
     arguments = json.loads((tmp_path / "whole" / "config.json").read_text()) | {"out": str(out)}
@@ -191,14 +191,14 @@ def test_moments_killed_and_resumed_to_the_bit(
         )  # fmt: skip
 
     script("distill", *words(tmp_path / "whole"))
-    state, original = tensors(tmp_path / "whole", STEPS), load_pretrained(teacher).model
+    state, original = tensors(tmp_path / "whole", STEPS), load_model(teacher).model
     learnt = [
         name for name, weight in original.named_parameters()
         if not torch.equal(state[f"objective.critic.{name}"], weight)
     ]  # fmt: skip
     assert len(learnt) > 10
     assert float(state[f"objective.step.{learnt[0]}"]) == STEPS
-    made = load_pretrained(tmp_path / "whole").config.sampling
+    made = load_model(tmp_path / "whole").config.sampling
     assert (made.sampler, made.steps, made.variance) == ("ddpm", 2, "fixed_small")
 
     out = tmp_path / "killed"
@@ -216,7 +216,7 @@ def test_resumed_to_the_bit(
     at: int, student: Path, teacher: Path, tmp_path: Path, script: Script
 ) -> None:
     out = tmp_path / "student"
-    config = replace(load_pretrained(student).config, out=out)
+    config = replace(load_model(student).config, out=out)
     trainer = Trainer(config)
     train_step = trainer._train_step
 
@@ -237,7 +237,7 @@ def test_resumed_to_the_bit(
 
 def draw_and_compare(student: Path, script: Script, out: Path) -> None:
     """What sample.py draws, when it is told nothing, is what the library draws in two steps."""
-    pretrained = load_pretrained(student)
+    pretrained = load_model(student)
     sampler = pretrained.config.sampling.sampler
     script("sample", "--checkpoint", student, "--out", out, "--count", 3)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -252,7 +252,7 @@ def draw_and_compare(student: Path, script: Script, out: Path) -> None:
 
 
 def test_pictures_are_those_of_the_library(student: Path, script: Script, tmp_path: Path) -> None:
-    assert load_pretrained(student).config.sampling.sampler == "ddim"
+    assert load_model(student).config.sampling.sampler == "ddim"
     draw_and_compare(student, script, tmp_path / "drawn")
 
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_is_drawn_from_in_the_steps_that_it_has_learnt(
 ) -> None:
     script("distill", *command(teacher, tmp_path / "s"), "--log.keep-every", 2)
     folder = tmp_path / "s" / "checkpoints"
-    steps = [load_pretrained(folder / name).config.sampling.steps for name in sorted(
+    steps = [load_model(folder / name).config.sampling.steps for name in sorted(
         name for name in os.listdir(folder) if name.startswith("step-")
     )]  # fmt: skip
     assert steps == [4, 4, 4, 2, 2, 2]
@@ -358,7 +358,7 @@ def test_the_bound_is_refused(
 
 
 def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -> None:
-    known = load_pretrained(teacher).config
+    known = load_model(teacher).config
     plan = replace(known.distillation, teacher=teacher, steps=2, start_steps=8)
     run = student_config(known, plan, tmp_path / "run")
     wider = replace(run.model, block_out_channels=(16, 16))
@@ -377,7 +377,7 @@ def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -
 
 
 def test_a_distillation_does_not_change_its_stages(student: Path) -> None:
-    config = load_pretrained(student).config
+    config = load_model(student).config
     for changed, message in [
         (replace(config, training=replace(config.training, steps=20)), "training.steps was 12 and"),
         (

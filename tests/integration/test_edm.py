@@ -16,12 +16,15 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, dump_config
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import to_uint8
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import Guidance, sample
-from ddpm_engine.training import Trainer
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 Script = Callable[..., None]
@@ -96,7 +99,7 @@ def test_pictures_are_those_of_the_library(trained: Path, script: Script, tmp_pa
     )  # fmt: skip
     manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
     assert (manifest["sampler"], manifest["steps"]) == ("heun", 4)
-    pretrained = load_pretrained(trained)
+    pretrained = load_model(trained)
     assert not pretrained.clip
     assert pretrained.schedule.sigma_data == 0.75
     expected = sample(
@@ -130,7 +133,7 @@ def test_options_of_sampling(
 
 def test_an_export_is_read_again(trained: Path, script: Script, tmp_path: Path) -> None:
     script("export", "--checkpoint", trained, "--out", tmp_path / "export")
-    ours, back = load_pretrained(trained), load_pretrained(tmp_path / "export")
+    ours, back = load_model(trained), load_model(tmp_path / "export")
     assert back.config.diffusion == ours.config.diffusion
     assert back.config.sampling.sampler == "euler"
     for name, tensor in ours.model.state_dict().items():

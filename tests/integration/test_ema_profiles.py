@@ -15,12 +15,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.posthoc_average import reconstruct_average
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import CheckpointStore, Trainer
-from ddpm_engine.training.average import reconstruct_average
-from ddpm_engine.training.checkpoint import SNAPSHOTS, verify
+from ddpm_engine.training.trainer import Trainer
 
 Checkpoints = Callable[..., tuple[int, str]]
 SCRIPT = Path(__file__).parents[2] / "launch" / "checkpoints.py"
@@ -104,7 +104,7 @@ def test_an_average_made_afterwards_is_the_one_that_a_run_tracks(
     status, said = checkpoints(*arguments, *([] if step is None else ["--step", step]))
     assert status == 0, said
     assert f"length 0.15 at step {at}, made of {2 * at // EVERY} others" in said
-    pretrained = load_pretrained(out)  # as sample.py does
+    pretrained = load_model(out)  # as sample.py does
     assert pretrained.step == at
     made = vector(dict(pretrained.model.named_parameters()))
     nearest = min(

@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig
-from ddpm_engine.data import ShardDataset
-from ddpm_engine.drawing import open_pictures
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.diffusion.super_resolution import shrink
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.pictures import grid, to_uint8
-from ddpm_engine.interop.export import export_pipeline
-from ddpm_engine.low_resolution import shrink
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.training import Trainer
+from ddpm_engine.export.pipeline import export_pipeline
+from ddpm_engine.generation.sample_reader import open_pictures
+from ddpm_engine.images.grid import grid, to_uint8
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("--sampler", "ddim", "--steps", 4)
@@ -111,7 +111,7 @@ def test_resumed_run_is_the_same_to_the_bit(config: RunConfig, run_directory: Pa
 def test_preview_enlarges_the_first_images_of_the_data(run_directory: Path, shards: Path) -> None:
     samples = ShardDataset(shards, seed=0).__getitems__(range(6))
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
-    pretrained = load_pretrained(run_directory)
+    pretrained = load_model(run_directory)
     drawn = sample(
         pretrained.model, pretrained.schedule, sample_ids=range(6), seed=0, steps=5,
         variance="fixed_small", labels=torch.tensor([sample.label for sample in samples]),
@@ -185,7 +185,7 @@ def test_pictures_of_another_size_are_refused(
 
 def test_it_cannot_be_exported(run_directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.low-resolution is 4"):
-        export_pipeline(load_pretrained(run_directory), tmp_path / "exported")
+        export_pipeline(load_model(run_directory), tmp_path / "exported")
     assert not list(tmp_path.glob("exported*"))
 
 

@@ -18,27 +18,25 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_engine.config import (
-    DataConfig,
-    DiffusionConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    UNetConfig,
-)
-from ddpm_engine.data import encode, open_shards, open_source, write_shards
-from ddpm_engine.drawing.picture_files import TarShards
-from ddpm_engine.evaluation.compare import reference_features
+from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.evaluation.digits import digit_classifier
-from ddpm_engine.evaluation.features import feature_network
-from ddpm_engine.evaluation.frechet import frechet_distance, moments
-from ddpm_engine.evaluation.images import RealImages
+from ddpm_engine.evaluation.feature_networks import feature_network
+from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.evaluation.inception import InceptionNetwork
-from ddpm_engine.files import sha256_of
-from ddpm_engine.likelihood import bits_per_dim
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.training import Trainer
+from ddpm_engine.evaluation.metrics import reference_features
+from ddpm_engine.evaluation.sources import RealImages
+from ddpm_engine.generation.sample_formats import TarShards
+from ddpm_engine.images.codec import encode
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "evaluate.py"
@@ -324,7 +322,7 @@ def test_the_bound_of_real_images(
     found = evaluate("out", *asked)["metrics"]["nll"]
     (folder,) = (tmp_path / "out").iterdir()
     # By hand, the whole batch at once.
-    pretrained = load_pretrained(trained)
+    pretrained = load_model(trained)
     real = RealImages(open_shards(shards), (8, 8, 1), 6)
     ids = real.place_in_set(range(6))
     assert ids.tolist() == [0, 16, 33, 50, 66, 83]

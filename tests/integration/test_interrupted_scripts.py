@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.interop.card import is_export
-from ddpm_engine.training import Trainer
+from ddpm_engine.export.card import is_export
+from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 Names = dict[str, bytes]

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_engine.data import encode, open_shards
+from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.images.codec import encode
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_shards.py"
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)

@@ -13,12 +13,15 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig, SamplingConfig
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import RunConfig
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
-from ddpm_engine.likelihood import bits_per_dim
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.training import Trainer
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
 
@@ -85,7 +88,7 @@ def test_a_learned_variance_from_training_to_a_picture(
     assert len(list(drawn.glob("0*.png"))) == 3
     assert '"learned_range"' in (drawn / "manifest.json").read_text()
 
-    trained = load_pretrained(config.out)
+    trained = load_model(config.out)
     ids = torch.arange(3)
     ways: list[dict[str, Any]] = [
         {"variance": "learned_range"},

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_engine.config import PRESETS
-from ddpm_engine.data import open_source, write_shards
-from ddpm_engine.evaluation.figures import exhibit
-from ddpm_engine.evaluation.figures.exhibit import Exhibit
-from ddpm_engine.pretrained import load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.training import Trainer
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.figures import run_figures as exhibit
+from ddpm_engine.figures.run_figures import Exhibit
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.trainer import Trainer
 
 
 def test_a_run_on_photographs(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_a_run_on_photographs(tmp_path: Path) -> None:
         log=replace(preset.log, every=1, sample_every=0, tracker="none"),
     )
     Trainer(config).fit()
-    trained = load_pretrained(config.out)
+    trained = load_model(config.out)
     shown = Exhibit(trained, config.out, tmp_path)
     assert shown.real.shape == (64, 32, 32, 3)
     stored = {few.examples[i].image.tobytes() for i in range(100)}

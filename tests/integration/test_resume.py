@@ -20,8 +20,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -31,7 +32,8 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
 from ddpm_engine.config import load_config
-from ddpm_engine.training import Trainer, checkpoint
+from ddpm_engine.checkpoints import store as checkpoint
+from ddpm_engine.training.trainer import Trainer
 
 name, step, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 holder = checkpoint
@@ -260,7 +262,7 @@ import resource, sys
 from pathlib import Path
 import logging
 from ddpm_engine.config import load_config
-from ddpm_engine.training import Trainer
+from ddpm_engine.training.trainer import Trainer
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
 Trainer(load_config(Path(sys.argv[1]))).fit()

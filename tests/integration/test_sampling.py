@@ -22,18 +22,14 @@ import webdataset
 from PIL import Image
 from tests.tiny import TINY_GREY
 
-from ddpm_engine.config import (
-    DataConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from ddpm_engine.data import ShardDataset, index_shards
-from ddpm_engine.drawing import PictureSet
-from ddpm_engine.drawing.numbered_set import units
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.packing.pack import index_shards
 from ddpm_engine.errors import UserError
-from ddpm_engine.training import Trainer
+from ddpm_engine.generation.id_store import units
+from ddpm_engine.generation.sample_dir import SampleDir
+from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "sample.py"
@@ -497,7 +493,7 @@ def test_without_locks_there_is_one_process(
     import errno
     import fcntl
 
-    from ddpm_engine.drawing import fill
+    from ddpm_engine.generation.work_sharing import fill
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -506,7 +502,7 @@ def test_without_locks_there_is_one_process(
         return np.zeros((len(ids), 8, 8, 1), np.uint8)
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
-    pictures = PictureSet(tmp_path / "out", {"seed": 0})
+    pictures = SampleDir(tmp_path / "out", {"seed": 0})
     with pytest.raises(UserError, match="without file locks"):
         fill(pictures, range(4), black, ranks=2)
     assert fill(pictures, range(4), black)
@@ -516,7 +512,7 @@ def test_without_locks_there_is_one_process(
 def test_pictures_without_a_manifest_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "00000000.png").write_bytes(b"somebody's")
     with pytest.raises(UserError, match=r"holds other things \(00000000.png\)"):
-        PictureSet(tmp_path, {"seed": 0})
+        SampleDir(tmp_path, {"seed": 0})
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="not a manifest of pictures"):
-        PictureSet(tmp_path, {"seed": 0})
+        SampleDir(tmp_path, {"seed": 0})

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, from_dict
-from ddpm_engine.files import sha256_of
-from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.training import Trainer
+from ddpm_engine.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "visualize.py"
 
@@ -64,7 +64,7 @@ def test_every_figure_of_a_run(
 def test_a_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ddpm_engine.toy.STEPS", 3)
+    monkeypatch.setattr("ddpm_engine.figures.toy.STEPS", 3)
     visualize(monkeypatch, "--toy", "moons", "--out", tmp_path / "figures")
     output = capsys.readouterr().out.split()
     assert output == [str(tmp_path / "figures" / name) for name in ("moons.png", "moons.gif")]

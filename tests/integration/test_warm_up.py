@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.objectives import build_objective
-from ddpm_engine.training.warm_up import warm_up
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.precompile import warm_up
 from ddpm_kernels.dispatch import force_ops
 
 

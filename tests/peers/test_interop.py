@@ -12,20 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_engine.config import (
-    DiffusionConfig,
-    DistillationConfig,
-    RunConfig,
-    SamplingConfig,
-    UNetConfig,
-)
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.config import RunConfig
+from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.export.pipeline import export_pipeline
 from ddpm_engine.interop.network import read_config
 from ddpm_engine.interop.scheduler import read_scheduler, scheduler_entries
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.samplers import sample
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.config import DistillationConfig
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.sampler import sample
 from ddpm_kernels import Stream, gaussian_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -75,12 +73,12 @@ def theirs(**changes: Any) -> Any:
     return peer
 
 
-def ours(config: UNetConfig | None = None, **run: Any) -> Pretrained:
+def ours(config: UNetConfig | None = None, **run: Any) -> LoadedModel:
     """A network of ours as if a run had trained it."""
     model = UNet(config or UNetConfig(**TINY)).eval().requires_grad_(False)
     randomise(model)
     whole = RunConfig(model=model.config, **run)
-    return Pretrained(model, whole.diffusion.build_schedule(), whole, hash="0" * 64)
+    return LoadedModel(model, whole.diffusion.build_schedule(), whole, hash="0" * 64)
 
 
 def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
@@ -135,7 +133,7 @@ def test_both_layouts(flat: bool, tmp_path: Path) -> None:
         scheduler.save_pretrained(tmp_path)
     else:
         diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path)
-    pretrained = load_pretrained(tmp_path)
+    pretrained = load_model(tmp_path)
     assert_same_network(pretrained.model, peer)
     assert pretrained.config.sampling == SamplingConfig(variance="fixed_large", spacing="leading")
     assert not pretrained.clip
@@ -216,7 +214,7 @@ def test_an_export_loads_in_diffusers_and_again_here(name: str, tmp_path: Path) 
     assert_same_network(pretrained.model, pipeline.unet)
 
     pipeline.save_pretrained(tmp_path / "second")
-    back = load_pretrained(tmp_path / "second")
+    back = load_model(tmp_path / "second")
     assert_same_bits(back.model, pretrained.model)
     assert back.config == pretrained.config
     assert torch.equal(back.schedule.betas, pretrained.schedule.betas)
@@ -226,7 +224,7 @@ def test_there_and_back_from_diffusers(tmp_path: Path) -> None:
     peer = theirs(attn_norm_num_groups=2)
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
     diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path / "first")
-    export_pipeline(load_pretrained(tmp_path / "first"), tmp_path / "second")
+    export_pipeline(load_model(tmp_path / "first"), tmp_path / "second")
     back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "second")
     assert_same_bits(back.unet, peer)
     torch.testing.assert_close(back.scheduler.betas, scheduler.betas, rtol=1e-5, atol=0)
@@ -244,7 +242,7 @@ def test_classes(tmp_path: Path) -> None:
     export_pipeline(pretrained, tmp_path / "ours")
     peer = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", subfolder="unet")
     assert_same_network(pretrained.model, peer, classes=True)
-    assert load_pretrained(tmp_path / "ours").model.null_class == 4
+    assert load_model(tmp_path / "ours").model.null_class == 4
     assert "label 4 for no class" in (tmp_path / "ours" / "README.md").read_text()
 
 
@@ -319,7 +317,7 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     exec(code.replace("DIR", str(tmp_path / "export")), names)
     monkeypatch.undo()
 
-    back = load_pretrained(tmp_path / "export")
+    back = load_model(tmp_path / "export")
     assert back.config.diffusion == diffusion
     assert back.config.sampling == replace(sampling, steps=None)
     assert_same_bits(back.model, pretrained.model)
@@ -339,7 +337,7 @@ def distilled(
     model: UNetConfig | None = None,
     method: Literal["progressive", "consistency"] = "progressive",
     **diffusion: Any,
-) -> Pretrained:
+) -> LoadedModel:
     """As if a run had distilled it."""
     return ours(
         model,
@@ -381,7 +379,7 @@ def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "export")
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     pipeline.save_pretrained(tmp_path / "again")
-    back = load_pretrained(tmp_path / "again")
+    back = load_model(tmp_path / "again")
     assert_same_bits(back.model, pretrained.model)
     assert back.config.sampling == pretrained.config.sampling
     assert back.config.distillation == replace(
@@ -405,11 +403,11 @@ def test_an_export_that_does_not_say_by_which_method(tmp_path: Path) -> None:
     entries = json.loads(path.read_text())
     del entries["_distilled"]["method"]
     path.write_text(json.dumps(entries))
-    plan = load_pretrained(tmp_path / "export").config.distillation
+    plan = load_model(tmp_path / "export").config.distillation
     assert (plan.method, plan.steps, plan.guidance_scale) == ("progressive", 4, 2.0)
     path.write_text(json.dumps(entries | {"_distilled": [4]}))
     with pytest.raises(UserError, match="it must have teacher, method, steps and guidance_scale"):
-        load_pretrained(tmp_path / "export")
+        load_model(tmp_path / "export")
 
 
 def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
@@ -452,7 +450,7 @@ def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
     ],
 )
 def test_a_distilled_network_that_no_scheduler_of_theirs_draws_from(
-    pretrained: Callable[[], Pretrained], reason: str, tmp_path: Path
+    pretrained: Callable[[], LoadedModel], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"{reason}.* or export its teacher, runs/teacher"):
         export_pipeline(pretrained(), tmp_path / "export")

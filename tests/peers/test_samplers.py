@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.prediction import from_x0
-from ddpm_engine.samplers import CoefficientTable, build_table, sampling_steps
-from ddpm_engine.samplers.levels import log_sigma, noise_levels
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.parameterization import from_x0
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.sampler import sampling_steps
+from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
 

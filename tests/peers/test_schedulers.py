@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.samplers import ddpm_table, sample, spaced_timesteps
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.ddpm import ddpm_table
+from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.timesteps import spaced_timesteps
 from ddpm_kernels import Column, Stream, denoising_loss, gaussian_noise, q_sample, reverse_step
 
 pytest.importorskip("diffusers")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_engine.config import UNetConfig
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
 
 UNet2DModel = pytest.importorskip("diffusers").UNet2DModel
 

@@ -11,15 +11,11 @@ from pathlib import Path
 import pytest
 from tests.slurm.cluster import Cluster, why_not
 
-from ddpm_engine.config import (
-    DataConfig,
-    LogConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    digits,
-)
-from ddpm_engine.data import open_source, write_shards
+from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.presets import digits
 
 ROOT = Path(__file__).parents[2]
 # What these machines lack, by options and variables that the scripts leave to whoever submits.

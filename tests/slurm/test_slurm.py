@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState
 from tests.slurm.cluster import NODES, Cluster, ClusterError
 from tests.slurm.conftest import ENVIRONMENT, OPTIONS, ROOT
 
+from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, dump_config
-from ddpm_engine.training import CheckpointStore, Trainer
+from ddpm_engine.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -216,13 +217,13 @@ def test_a_rank_is_killed(job: Job) -> None:
 NOTING = """
 import os
 if "NOTES" in os.environ:
-    from ddpm_engine.drawing import PictureSet
-    write = PictureSet.write
+    from ddpm_engine.generation.sample_dir import SampleDir
+    write = SampleDir.write
     def noted(self, ids, *rest):
         with open(os.environ["NOTES"], "a") as notes:
             notes.write("".join(f"{k}\\n" for k in ids))
         write(self, ids, *rest)
-    PictureSet.write = noted
+    SampleDir.write = noted
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_engine.compile_cache import CACHES, use_local_compile_cache
+from ddpm_engine.runtime import CACHES, use_local_compile_cache
 
 
 @pytest.fixture(autouse=True)

@@ -14,18 +14,13 @@ import pytest
 import torch
 import webdataset
 
-from ddpm_engine.data import (
-    Batch,
-    BatchPositions,
-    Example,
-    ShardDataset,
-    Source,
-    fit,
-    make_loader,
-    open_shards,
-    write_shards,
-)
+from ddpm_engine.data.dataset import Batch, ShardDataset
+from ddpm_engine.data.loader import BatchPositions, make_loader
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources import Example, Source
+from ddpm_engine.data.shards.manifest import open_shards
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import fit
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 6, 6, 3), dtype=np.uint8)
 
@@ -170,7 +165,7 @@ def test_a_dataset_can_be_pickled_while_files_are_open(packed: Path) -> None:
 
 
 def test_few_files_are_open_at_a_time(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_engine.data.reader.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("ddpm_engine.data.shards.reader.MAX_OPEN_SHARDS", 2)
     before = len(os.listdir("/proc/self/fd"))
     dataset = ShardDataset(packed, seed=5)
     assert sorted(dataset[p].label for p in range(30)) == list(range(30))
@@ -184,7 +179,8 @@ def test_workers_below_zero_are_refused(packed: Path) -> None:
 
 LOADER_SCRIPT = """
 import sys, multiprocessing
-from ddpm_engine.data import BatchPositions, ShardDataset, make_loader
+from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.loader import BatchPositions, make_loader
 loader = make_loader(ShardDataset(sys.argv[1], seed=5), BatchPositions(4), workers=2)
 batches = iter(loader)
 next(batches)

@@ -12,27 +12,29 @@ import torch
 from tests.tiny import TINY_GREY
 from torch import Tensor, nn
 
-from ddpm_engine.config import DiffusionConfig, DistillationConfig, RunConfig, TrainingConfig
-from ddpm_engine.data import Batch
-from ddpm_engine.distillation import student_config
+from ddpm_engine.config import RunConfig, TrainingConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.parameterization import Prediction, from_x0, preconditioning
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
-from ddpm_engine.low_resolution import Augmentation
-from ddpm_engine.objectives import Teacher
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.objectives.distillation import (
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.config import DistillationConfig
+from ddpm_engine.objectives.distillation.trajectory import (
     DISTILLATIONS,
     ConsistencyDistillation,
     Distillation,
     ProgressiveDistillation,
+    Teacher,
     jumps,
 )
-from ddpm_engine.preconditioning import preconditioning
-from ddpm_engine.prediction import Prediction, from_x0
-from ddpm_engine.samplers import Guidance, build_table
-from ddpm_engine.samplers.levels import noise_levels
-from ddpm_engine.samplers.reverse_process import ReverseProcess
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.samplers.noise_levels import noise_levels
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.step_runner import StepRunner
+from ddpm_engine.training.teacher import student_config
 from ddpm_kernels import Column
 
 KINDS: list[tuple[Prediction, Prediction]] = [
@@ -282,7 +284,7 @@ def test_guidance_is_that_of_the_sampler() -> None:
     ours = distillation(guidance_scale=scale)
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
     table = build_table(schedule, "ddim", 8)
-    process = ReverseProcess(
+    process = StepRunner(
         network, table, (3, 1, 8, 8), torch.device("cpu"), labelled=True, null_class=10,
         guidance=Guidance(scale), alpha_bar=schedule.alpha_bar[table.timesteps],
     )  # fmt: skip
@@ -360,7 +362,11 @@ def test_what_the_teacher_is_told() -> None:
     # A network of classes that enlarges: guidance leads away from no class, not from the image.
     labels, positions = torch.tensor([3, 5]), torch.arange(2)
     conditions = Conditions(
-        0, null_class=10, low_resolution=4, augmentation=Augmentation("cpu"), augmentation_levels=9
+        0,
+        null_class=10,
+        low_resolution=4,
+        augmentation=NoiseConditioningAugmentation("cpu"),
+        augmentation_levels=9,
     )
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     told = conditions.told(images, positions, labels, None)

@@ -12,35 +12,26 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ddpm_engine.config import (
-    PRESETS,
-    DiffusionConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SamplingConfig,
-    from_dict,
-    to_dict,
-)
-from ddpm_engine.data import Batch
+from ddpm_engine.config import RunConfig, from_dict, to_dict
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.parameterization import preconditioning, x0_coefficients
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.objectives import EdmObjective, build_objective
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.preconditioning import preconditioning
-from ddpm_engine.prediction import x0_coefficients
-from ddpm_engine.samplers import (
-    SAMPLERS,
-    CoefficientTable,
-    Guidance,
-    Inpainting,
-    build_table,
-    interpolated_noise,
-    sample,
-    sampling_steps,
-)
-from ddpm_engine.samplers.levels import log_sigma, noise_levels
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.objectives.edm import EdmObjective
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.inpainting import Inpainting
+from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.preconditioned import preconditioned
-from ddpm_engine.samplers.spacing import karras_timesteps
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.samplers.registry import SAMPLERS, build_table
+from ddpm_engine.samplers.sampler import interpolated_noise, sample, sampling_steps
+from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.timesteps import karras_timesteps
+from ddpm_engine.training.build_objective import build_objective
 from ddpm_kernels import Column, Stream, gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
 

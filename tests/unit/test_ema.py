@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_engine.training import EMA
-from ddpm_engine.training.ema import warmed_up
+from ddpm_engine.training.ema import EMA, warmed_up
 
 
 class Counter(nn.Module):

@@ -14,11 +14,11 @@ from sklearn.neural_network import MLPClassifier
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
-from ddpm_engine.evaluation.frechet import Moments, frechet_distance, moments
+from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.inception_score import inception_score
 from ddpm_engine.evaluation.kid import kernel_distance, squared_mmd
-from ddpm_engine.evaluation.order import DRAWN, REAL, evenly_spaced, shuffled
 from ddpm_engine.evaluation.precision_recall import blocks, precision_recall
+from ddpm_engine.evaluation.subsets import DRAWN, REAL, evenly_spaced, shuffled
 
 Array = NDArray[np.float64]
 

@@ -13,14 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_engine.data import fetch
+from ddpm_engine.data.remote import fetch
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.features import feature_network
-from ddpm_engine.evaluation.inception import (
-    InceptionNetwork,
-    load_inception,
-    resize_as_tensorflow,
-)
+from ddpm_engine.evaluation.feature_networks import feature_network
+from ddpm_engine.evaluation.inception import InceptionNetwork, load_inception, resize_as_tensorflow
 
 PARAMETERS = 23_850_960
 FIDELITY = [0.186624, 0.259876, 1.55988, 0.406641, -0.0100657, 0.462623, -0.0650953, 1.15203]

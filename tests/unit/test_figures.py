@@ -11,25 +11,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_engine.config import PRESETS, DiffusionConfig, UNetConfig
+from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.figures import exhibit
-from ddpm_engine.evaluation.figures.between import denoising_figure, interpolation_figure
-from ddpm_engine.evaluation.figures.chain import forward_figure, shown_timesteps, watch
-from ddpm_engine.evaluation.figures.curves import bound_figure, quality_figure, schedules_figure
-from ddpm_engine.evaluation.figures.exhibit import Exhibit
-from ddpm_engine.evaluation.figures.strips import moving_strip, strip
-from ddpm_engine.evaluation.pictures import save_gif
-from ddpm_engine.pretrained import Pretrained
-from ddpm_engine.samplers import build_table, sample
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.figures import run_figures as exhibit
+from ddpm_engine.figures.interpolation import denoising_figure, interpolation_figure
+from ddpm_engine.figures.run_figures import Exhibit
+from ddpm_engine.figures.trajectory import forward_figure, shown_timesteps, watch
+from ddpm_engine.images.grid import save_gif
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.plots.curves import bound_figure, quality_figure, schedules_figure
+from ddpm_engine.plots.image_rows import moving_strip, strip
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.sampler import sample
 
 STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def trained() -> Pretrained:
+def trained() -> LoadedModel:
     """An untrained network of digits of 8×8."""
     torch.manual_seed(0)
     diffusion = DiffusionConfig(timesteps=STEPS, beta_end=0.5)
@@ -47,7 +50,7 @@ def trained() -> Pretrained:
     sampling = replace(digits.sampling, steps=4)
     config = replace(digits, model=shape, diffusion=diffusion, sampling=sampling)
     model = UNet(shape).eval().requires_grad_(False)
-    return Pretrained(model, diffusion.build_schedule(), config, "0" * 64)
+    return LoadedModel(model, diffusion.build_schedule(), config, "0" * 64)
 
 
 def shown(path: Path) -> np.ndarray:
@@ -117,7 +120,7 @@ def test_the_forward_figure_refuses_what_the_schedule_has_not(tmp_path: Path) ->
         forward_figure(NoiseSchedule.linear(10), images, [0, 10], 0, tmp_path / "x.png")
 
 
-def test_watching_does_not_change_what_is_drawn(trained: Pretrained) -> None:
+def test_watching_does_not_change_what_is_drawn(trained: LoadedModel) -> None:
     table = build_table(trained.schedule, "ddim", steps=10)
     ids = torch.tensor([3, 4])
     kept = watch(trained, table, seed=1, sample_ids=ids, labels=None, moments=4)
@@ -130,11 +133,11 @@ def test_watching_does_not_change_what_is_drawn(trained: Pretrained) -> None:
 
 
 def test_the_ends_of_an_interpolation_are_the_two_pictures(
-    trained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[np.ndarray] = []
     monkeypatch.setattr(
-        "ddpm_engine.evaluation.figures.between.strip", lambda given, *_: rows.append(given[0][1])
+        "ddpm_engine.figures.interpolation.strip", lambda given, *_: rows.append(given[0][1])
     )
     interpolation_figure(trained, seed=2, ends=(7, 5), path=tmp_path / "x.png")
     ends = sample(
@@ -145,11 +148,11 @@ def test_the_ends_of_an_interpolation_are_the_two_pictures(
 
 
 def test_denoising_little_noise_leaves_the_image(
-    trained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: dict[str, np.ndarray] = {}
     monkeypatch.setattr(
-        "ddpm_engine.evaluation.figures.between.strip", lambda given, *_: rows.update(given)
+        "ddpm_engine.figures.interpolation.strip", lambda given, *_: rows.update(given)
     )
     image = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
 
@@ -184,12 +187,12 @@ def test_denoising_little_noise_leaves_the_image(
     assert errors[1] < errors[4] < errors[-1]
 
 
-def test_figures_of_edm(trained: Pretrained, tmp_path: Path) -> None:
+def test_figures_of_edm(trained: LoadedModel, tmp_path: Path) -> None:
     preset = PRESETS["digits-edm"]()
     diffusion = replace(preset.diffusion, timesteps=STEPS)
     sampling = replace(preset.sampling, steps=3)
     config = replace(preset, model=trained.config.model, diffusion=diffusion, sampling=sampling)
-    edm = Pretrained(
+    edm = LoadedModel(
         trained.model, diffusion.build_schedule(), config, "0" * 64, clip=diffusion.clip
     )
     shown_of = Exhibit(edm, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
@@ -210,7 +213,7 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 
 
 def test_quality_is_measured_against_digits_that_were_left_out(
-    trained: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[str, object] = {}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_engine.files import atomic_write, fsync_directory, sha256_of
+from ddpm_engine.atomic_io import atomic_write, fsync_directory, sha256_of
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_engine.data.images import (
+from ddpm_engine.images.codec import (
     MAX_SIDE,
     DecodeError,
     decode,

@@ -15,14 +15,16 @@ import pytest
 import torch
 from tests.tiny import TINY
 
-from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, to_dict
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.config import RunConfig, to_dict
+from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop import export
-from ddpm_engine.interop.export import export_pipeline
+from ddpm_engine.export import pipeline as export
+from ddpm_engine.export.pipeline import export_pipeline
 from ddpm_engine.interop.scheduler import scheduler_entries
-from ddpm_engine.pretrained import Pretrained, load_pretrained
-from ddpm_engine.training.checkpoint import CheckpointStore
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.samplers.config import SamplingConfig
 
 MODEL = replace(TINY, block_out_channels=(4, 8), norm_num_groups=2)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def original(run: Path) -> Path:
     folder = run.with_name("exported")
-    export_pipeline(load_pretrained(run), folder)
+    export_pipeline(load_model(run), folder)
     return folder
 
 
@@ -62,9 +64,9 @@ def change(file: Path, **entries: Any) -> None:
 
 def test_a_run_and_its_export_are_the_same_model(run: Path, tmp_path: Path) -> None:
     for weights in ("ema", "model"):
-        pretrained = load_pretrained(run, weights=weights)
+        pretrained = load_model(run, weights=weights)
         export_pipeline(pretrained, tmp_path / weights, weights)
-        back = load_pretrained(tmp_path / weights)
+        back = load_model(tmp_path / weights)
         assert back.config == replace(pretrained.config, sampling=SamplingConfig())
         for name, tensor in pretrained.model.state_dict().items():
             assert torch.equal(back.model.state_dict()[name], tensor)
@@ -80,7 +82,7 @@ def test_a_run_and_its_export_are_the_same_model(run: Path, tmp_path: Path) -> N
 
 def test_the_card_has_the_facts(run: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
-    pretrained = load_pretrained(run)
+    pretrained = load_model(run)
     parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
     for fact in (
         "8×8, 3 channels", "| 4, 8 |", f"{parameters:,}", "f" * 64, "1,234", pretrained.hash,
@@ -92,16 +94,16 @@ def test_the_card_has_the_facts(run: Path, exported: Path) -> None:
 
 def test_an_export_replaces_an_export_and_nothing_else(run: Path, exported: Path) -> None:
     before = (exported / "unet" / WEIGHTS).read_bytes()
-    export_pipeline(load_pretrained(run, weights="model"), exported, "model")
+    export_pipeline(load_model(run, weights="model"), exported, "model")
     assert (exported / "unet" / WEIGHTS).read_bytes() != before
     assert not list(exported.parent.glob("*.old"))
 
     (exported / "README.md").write_text("my notes")
     with pytest.raises(UserError, match="is not an export; choose another"):
-        export_pipeline(load_pretrained(run), exported)
+        export_pipeline(load_model(run), exported)
     assert (exported / "README.md").read_text() == "my notes"
     with pytest.raises(UserError, match="is not an export"):
-        export_pipeline(load_pretrained(run), run)
+        export_pipeline(load_model(run), run)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -109,7 +111,7 @@ def test_an_export_replaces_an_export_and_nothing_else(run: Path, exported: Path
 def test_a_failed_export_leaves_what_was_there(
     step: str, earlier: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, pretrained = tmp_path / "out", load_pretrained(run)
+    out, pretrained = tmp_path / "out", load_model(run)
     if earlier:
         export_pipeline(pretrained, out)
 
@@ -121,7 +123,7 @@ def test_a_failed_export_leaves_what_was_there(
         export_pipeline(pretrained, out)
     assert {path.name for path in tmp_path.iterdir()} == ({"out"} if earlier else set())
     if earlier:
-        load_pretrained(out)
+        load_model(out)
 
 
 def test_a_folder_that_cannot_be_put_in_place(
@@ -136,21 +138,21 @@ def test_a_folder_that_cannot_be_put_in_place(
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(UserError, match="Input/output error"):
-        export_pipeline(load_pretrained(run, weights="model"), exported)
+        export_pipeline(load_model(run, weights="model"), exported)
     assert (exported / "unet" / WEIGHTS).read_bytes() == before
     assert list(exported.parent.iterdir()) == [exported]
 
 
 def test_a_killed_export_is_not_in_the_way(run: Path, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out.tmp")
-    export_pipeline(load_pretrained(run), tmp_path / "out")
+    export_pipeline(load_model(run), tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
 
 
 def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text("{")
-    assert load_pretrained(tmp_path / "run").step == 1234
+    assert load_model(tmp_path / "run").step == 1234
 
 
 # --- Refusals
@@ -216,7 +218,7 @@ def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -
     file = exported / "scheduler" / "scheduler_config.json"
     change(file, **{entry: value})
     with pytest.raises(UserError) as refused:
-        load_pretrained(exported)
+        load_model(exported)
     assert str(file) in str(refused.value)
     known = {"beta_start": "beta at timestep 0", "trained_betas": "betas has 2 entries"}
     assert known.get(entry, entry) in str(refused.value)
@@ -241,11 +243,11 @@ def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: A
     diffusion = DiffusionConfig(schedule="edm", prediction="edm")
     entries = scheduler_entries(diffusion, SamplingConfig(sampler="heun"), clip=False)
     file.write_text(json.dumps(entries))
-    assert load_pretrained(exported).config.diffusion == diffusion
+    assert load_model(exported).config.diffusion == diffusion
     change(file, **{entry: value})
     known = {"num_train_timesteps": "timesteps is 1"}
     with pytest.raises(UserError, match=known.get(entry, entry)):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 @pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])
@@ -257,32 +259,32 @@ def test_entries_that_change_nothing(exported: Path, entry: str) -> None:
 def test_a_latent_model(exported: Path) -> None:
     change(exported / "model_index.json", vqvae=["diffusers", "VQModel"], extra=[None, None])
     with pytest.raises(UserError, match="lists vqvae besides"):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: Path) -> None:
     model = UNet(replace(MODEL, num_class_embeds=3)).eval()
     config = RunConfig(model=model.config)
-    pretrained = Pretrained(model, config.diffusion.build_schedule(), config, "0" * 64)
+    pretrained = LoadedModel(model, config.diffusion.build_schedule(), config, "0" * 64)
     export_pipeline(pretrained, tmp_path / "out")
-    assert load_pretrained(tmp_path / "out").model.null_class == 2
+    assert load_model(tmp_path / "out").model.null_class == 2
     (tmp_path / "out" / "unet" / WEIGHTS).unlink()
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.bin"
     torch.save(model.state_dict(), weights)
     with pytest.raises(UserError, match=r"num_class_embeds is 3.*stands for no class"):
-        load_pretrained(tmp_path / "out")
+        load_model(tmp_path / "out")
     assert UNet.from_pretrained(tmp_path / "out").config.num_class_embeds == 3
 
 
 def test_a_learned_variance_without_its_outputs(exported: Path) -> None:
     change(exported / "unet" / "config.json", out_channels=6)
     with pytest.raises(UserError, match="differ"):
-        load_pretrained(exported)
+        load_model(exported)
     model = UNet(replace(MODEL, out_channels=6))
     (exported / "unet" / WEIGHTS).unlink()
     torch.save(model.state_dict(), exported / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"out_channels is 6.*must be 3"):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 # --- Damage
@@ -336,13 +338,13 @@ def test_a_cut_weight_file(exported: Path, keep: int) -> None:
     file = exported / "unet" / WEIGHTS
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"is damaged .*download or save it again"):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 def test_weights_of_another_network(exported: Path) -> None:
     change(exported / "unet" / "config.json", layers_per_block=2)
     with pytest.raises(UserError, match=r"tensors differ.*\n.* is missing"):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,7 @@ def test_weights_of_another_network(exported: Path) -> None:
 def test_missing_files(exported: Path, missing: str, expected: str) -> None:
     (exported / missing).unlink()
     with pytest.raises(UserError, match=expected):
-        load_pretrained(exported)
+        load_model(exported)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"text"'])
@@ -383,4 +385,4 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no diffusers model"):
         UNet.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no usable checkpoint.*\n.*folder of a diffusers model"):
-        load_pretrained(tmp_path)
+        load_model(tmp_path)

@@ -10,7 +10,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ddpm_engine.likelihood import (
+from ddpm_engine.diffusion.parameterization import Prediction, from_x0
+from ddpm_engine.diffusion.process import forward
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.variational_bound import (
     bits_per_dim,
     decoder_term,
     denoising_term,
@@ -18,10 +21,7 @@ from ddpm_engine.likelihood import (
     prior_term,
     reverse_log_variance,
 )
-from ddpm_engine.prediction import Prediction, from_x0
-from ddpm_engine.process import forward
-from ddpm_engine.samplers.ddpm import Variance
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.samplers.config import Variance
 
 SCHEDULE = NoiseSchedule.linear(10, 0.01, 0.3)
 PAPER = NoiseSchedule.linear(1000)

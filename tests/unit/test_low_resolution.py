@@ -9,17 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.config import RunConfig, TrainingConfig, UNetConfig, digits_upscale
-from ddpm_engine.data import Batch
+from ddpm_engine.config import RunConfig, TrainingConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.super_resolution import (
+    MAX_LEVEL,
+    NoiseConditioningAugmentation,
+    enlarge,
+    shrink,
+)
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.network import config_entries
-from ddpm_engine.low_resolution import MAX_LEVEL, Augmentation, enlarge, shrink
-from ddpm_engine.objectives import DenoisingObjective, EdmObjective
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.samplers import Guidance, build_table, initial_noise, sample, sampling_steps
-from ddpm_engine.samplers import loop as loop_module
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.edm import EdmObjective
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.presets import digits_upscale
+from ddpm_engine.samplers import sampler as loop_module
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.sampler import initial_noise, sample, sampling_steps
 from ddpm_kernels import Stream, gaussian_noise
 
 SCHEDULE = NoiseSchedule.linear(100, 1e-3, 0.1)
@@ -96,7 +106,7 @@ def test_enlarging_interpolates_between_centres() -> None:
 
 @pytest.mark.parametrize("level", [1, 250, MAX_LEVEL])
 def test_a_level_is_so_many_steps_of_the_linear_chain(level: int) -> None:
-    shown = Augmentation()(SMALL, 8, torch.full_like(IDS, level), 3, IDS)
+    shown = NoiseConditioningAugmentation()(SMALL, 8, torch.full_like(IDS, level), 3, IDS)
     alpha_bar = NoiseSchedule.linear(1000).alpha_bar[level - 1]
     noise = gaussian_noise(3, IDS, LARGE, 0, Stream.AUGMENTATION_NOISE).double()
     clean = enlarge(SMALL.double(), 8)
@@ -105,11 +115,13 @@ def test_a_level_is_so_many_steps_of_the_linear_chain(level: int) -> None:
 
 
 def test_level_zero_is_the_clean_image_to_the_bit() -> None:
-    assert torch.equal(Augmentation()(SMALL, 8, torch.zeros_like(IDS), 3, IDS), enlarge(SMALL, 8))
+    assert torch.equal(
+        NoiseConditioningAugmentation()(SMALL, 8, torch.zeros_like(IDS), 3, IDS), enlarge(SMALL, 8)
+    )
 
 
 def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
-    augmented = Augmentation()
+    augmented = NoiseConditioningAugmentation()
     levels = torch.tensor([10, 0, 250, 999])
     whole = augmented(SMALL, 8, levels, 3, IDS)
     for k in range(4):
@@ -121,7 +133,7 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
 
 
 def conditions_of(levels: int, flip: bool = False) -> Conditions:
-    return Conditions(3, flip, 4, 0.2, 4, Augmentation(), levels)
+    return Conditions(3, flip, 4, 0.2, 4, NoiseConditioningAugmentation(), levels)
 
 
 def objective(levels: int, flip: bool = False) -> DenoisingObjective:
@@ -265,7 +277,7 @@ def test_a_picture_is_the_same_in_every_batch(unet: UNet, options: dict[str, Any
 def test_every_evaluation_is_shown_the_same_image() -> None:
     network = Watched()
     draw(network, guidance=Guidance(2.0), batch_size=2)
-    expected = Augmentation()(SMALL, 8, torch.full_like(IDS, 100), 3, IDS)
+    expected = NoiseConditioningAugmentation()(SMALL, 8, torch.full_like(IDS, 100), 3, IDS)
     assert len(network.shown) == 12
     for number, (image, levels) in enumerate(network.shown):
         part = expected[:2] if number < 6 else expected[2:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_engine.training.metrics import MetricsLog
+from ddpm_engine.training.meters import MetricsLog
 
 VALUES = {
     "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "images_per_second": 1.0,

@@ -12,17 +12,19 @@ import torch
 from tests.unit.test_distillation import DEVIATION, MEAN, guided_network
 from torch import Tensor, nn
 
-from ddpm_engine.config import DiffusionConfig, DistillationConfig, RunConfig, TrainingConfig
-from ddpm_engine.data import Batch
-from ddpm_engine.distillation import student_config
+from ddpm_engine.config import RunConfig, TrainingConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.parameterization import Prediction, from_x0
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.objectives import Teacher
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.objectives.moments import MomentMatching
-from ddpm_engine.prediction import Prediction, from_x0
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.config import DistillationConfig
+from ddpm_engine.objectives.distillation.moment_matching import MomentMatching
+from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.samplers.ddpm import ddpm_table
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.training.teacher import student_config
 from ddpm_kernels import Column, Stream, gaussian_noise
 
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 0.02)

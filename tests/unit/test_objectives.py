@@ -13,27 +13,25 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ddpm_engine.config import (
-    DiffusionConfig,
-    ObjectiveConfig,
-    RunConfig,
-    SamplingConfig,
-    UNetConfig,
-)
-from ddpm_engine.data import Batch
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.process import forward, posterior
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.variational_bound import decoder_term, denoising_term
 from ddpm_engine.errors import UserError
-from ddpm_engine.likelihood import decoder_term, denoising_term
-from ddpm_engine.objectives import DenoisingObjective
-from ddpm_engine.objectives.conditions import Conditions
-from ddpm_engine.objectives.timesteps import (
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.level_sampling import (
     ImportanceTimesteps,
     UniformTimesteps,
     WeightedTimesteps,
     logit_normal_probabilities,
 )
-from ddpm_engine.prediction import Prediction
-from ddpm_engine.process import forward, posterior
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_kernels import Stream, gaussian_noise
 
 SCHEDULE = NoiseSchedule.linear(100, 1e-3, 0.1)

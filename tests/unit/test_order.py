@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_engine.data import BatchPositions, Order, rank_positions
+from ddpm_engine.data.loader import BatchPositions
+from ddpm_engine.data.shuffle import Order, rank_positions
 from ddpm_engine.errors import UserError
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any)

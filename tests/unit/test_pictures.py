@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_engine.evaluation.pictures import class_grid, grid, save_png, to_uint8
+from ddpm_engine.images.grid import class_grid, grid, save_png, to_uint8
 
 
 def test_levels_round_to_the_nearest_and_clip() -> None:

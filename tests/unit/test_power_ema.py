@@ -11,9 +11,7 @@ import torch
 from scipy.integrate import quad
 from torch import nn
 
-from ddpm_engine.errors import UserError
-from ddpm_engine.training import EMA
-from ddpm_engine.training.power_ema import (
+from ddpm_engine.checkpoints.power_ema import (
     LONGEST,
     Profile,
     combine,
@@ -21,6 +19,8 @@ from ddpm_engine.training.power_ema import (
     length_of,
     power_decay,
 )
+from ddpm_engine.errors import UserError
+from ddpm_engine.training.ema import EMA
 
 
 def density(profile: Profile) -> Any:

@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_engine.prediction import PREDICTIONS, convert, from_x0, to_x0, x0_coefficients
+from ddpm_engine.diffusion.parameterization import (
+    PREDICTIONS,
+    convert,
+    from_x0,
+    to_x0,
+    x0_coefficients,
+)
 
 kinds: Any = st.sampled_from(PREDICTIONS)
 values = st.floats(-10, 10)

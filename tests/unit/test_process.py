@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.process import forward, forward_step, posterior
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.process import forward, forward_step, posterior
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear(1000),

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers import CoefficientTable, build_table, spaced_timesteps
 from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table
-from ddpm_engine.samplers.levels import half_log_snr, log_sigma, noise_levels
-from ddpm_engine.samplers.registry import SAMPLERS
-from ddpm_engine.samplers.spacing import karras_timesteps, listed_timesteps
+from ddpm_engine.samplers.noise_levels import half_log_snr, log_sigma, noise_levels
+from ddpm_engine.samplers.registry import SAMPLERS, build_table
+from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.timesteps import karras_timesteps, listed_timesteps, spaced_timesteps
 from ddpm_engine.samplers.unipc import unipc_table
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Column, Stream, gaussian_noise, reverse_step
 
 SCHEDULE = NoiseSchedule.linear()

@@ -12,18 +12,15 @@ from hypothesis import strategies as st
 from tests.tiny import TINY
 from torch import Tensor
 
+from ddpm_engine.diffusion.parameterization import from_x0
+from ddpm_engine.diffusion.process import posterior
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.prediction import from_x0
-from ddpm_engine.process import posterior
-from ddpm_engine.samplers import (
-    CoefficientTable,
-    ddpm_table,
-    sample,
-    sampling_steps,
-    spaced_timesteps,
-)
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.samplers.ddpm import ddpm_table
+from ddpm_engine.samplers.sampler import sample, sampling_steps
+from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.timesteps import spaced_timesteps
 from ddpm_kernels import Column, Stream, gaussian_noise
 
 SCHEDULE = NoiseSchedule.linear()

@@ -7,16 +7,18 @@ from typing import get_args
 
 import pytest
 
-from ddpm_engine.config import DiffusionConfig, RunConfig, SamplingConfig, from_dict, to_dict
-from ddpm_engine.samplers.registry import SAMPLERS, Sampler
+from ddpm_engine.config import RunConfig, from_dict, to_dict
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.samplers.config import SamplerName, SamplingConfig
+from ddpm_engine.samplers.registry import SAMPLERS
 
 
 def test_samplers_are_those_of_the_registry() -> None:
-    assert get_args(Sampler) == tuple(SAMPLERS)
+    assert get_args(SamplerName) == tuple(SAMPLERS)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_survives_the_disk(sampler: Sampler) -> None:
+def test_every_sampler_survives_the_disk(sampler: SamplerName) -> None:
     config = replace(RunConfig(), sampling=SamplingConfig(sampler, 20, "leading", eta=0.5))
     assert config.problems() == []
     assert from_dict(to_dict(config), "here") == config

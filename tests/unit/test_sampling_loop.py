@@ -12,23 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_engine.config import UNetConfig
+from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold, rescale_factor
+from ddpm_engine.diffusion.parameterization import to_x0
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.prediction import to_x0
-from ddpm_engine.samplers import (
-    Guidance,
-    Inpainting,
-    build_table,
-    initial_noise,
-    interpolated_noise,
-    sample,
-)
-from ddpm_engine.samplers import loop as loop_module
-from ddpm_engine.samplers.guidance import dynamic_threshold, rescale_factor
-from ddpm_engine.samplers.inpainting import levels_of, resampled
-from ddpm_engine.samplers.reverse_process import ReverseProcess
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.samplers import sampler as loop_module
+from ddpm_engine.samplers.inpainting import Inpainting, levels_of, resampled
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.sampler import initial_noise, interpolated_noise, sample
+from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels import Column, Stream, gaussian_noise
 from ddpm_kernels.dispatch import force_ops
 
@@ -204,7 +198,7 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
     # The same by hand: the state that the first row takes, given as a state.
     level = levels_of(SCHEDULE, table).before[0].item()
     state = level**0.5 * images + (1 - level) ** 0.5 * initial_noise(3, IDS, SHAPE)
-    process = ReverseProcess(
+    process = StepRunner(
         Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, clip=False
     )
     process.begin(state, 3, IDS, LABELS)
@@ -280,7 +274,7 @@ def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
         3,
     )
     # By hand: no pixel is known, so a repeated step is noised back and taken anew.
-    process = ReverseProcess(Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True)
+    process = StepRunner(Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True)
     process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, LABELS)
     drawn = []
     for i in range(process.steps):
@@ -304,14 +298,14 @@ def test_resampling_keeps_the_marginals() -> None:
     none_known = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
     nothing = Inpainting(torch.zeros(64, 1, 16, 16), none_known, draws=4)
     states: list[float] = []
-    process_step = ReverseProcess.step
+    process_step = StepRunner.step
 
-    def watched(self: ReverseProcess, index: int) -> None:
+    def watched(self: StepRunner, index: int) -> None:
         process_step(self, index)
         states.append(self.x.std().item())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReverseProcess, "step", watched)
+        patch.setattr(StepRunner, "step", watched)
         sample(
             optimal, short, sample_ids=range(64), shape=(1, 16, 16), inpainting=nothing,
             clip=False, variance="fixed_large",
@@ -418,7 +412,7 @@ def test_a_step_is_the_network_and_at_most_two_operations(
         return output
 
     with torch.inference_mode(), force_ops():
-        process = ReverseProcess(
+        process = StepRunner(
             model, table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
             alpha_bar=levels_of(SCHEDULE, table).before, keep_x0=False, **options,
         )  # fmt: skip
@@ -518,7 +512,7 @@ def test_cached_steps_can_be_replayed(unet: UNet, monkeypatch: pytest.MonkeyPatc
 
 def test_a_step_writes_its_guidance_scale_only_where_it_guides() -> None:
     table = build_table(SCHEDULE, "ddim", STEPS)
-    process = ReverseProcess(
+    process = StepRunner(
         Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
         guidance=Guidance(3.0, interval=(2.0, 10.0)),
         alpha_bar=levels_of(SCHEDULE, table).before,

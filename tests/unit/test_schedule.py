@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.schedule import NoiseSchedule
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,

@@ -14,18 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm_engine.data import (
-    Example,
-    Source,
-    encode,
-    index_shards,
-    open_shards,
-    prepare_shards,
-    verify,
-    write_shards,
-)
-from ddpm_engine.data.sources import LazyExamples
+from ddpm_engine.data.packing.pack import index_shards, prepare_shards, write_shards
+from ddpm_engine.data.packing.sources import Example, LazyExamples, Source
+from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.shards.verify import verify
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import encode
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 6, 6, 3), dtype=np.uint8)
 
@@ -192,7 +186,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         # The folder itself is synced first.
-        patched.setattr("ddpm_engine.data.claim.fsync_directory", lambda _: None)
+        patched.setattr("ddpm_engine.data.packing.journal.fsync_directory", lambda _: None)
         with pytest.raises(UserError, match=r"shard-000000\.tar: No space left .* free space"):
             write_shards(source(), tmp_path / "set")
     assert list(contents(tmp_path / "set")) == [".packing"]

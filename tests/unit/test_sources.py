@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm_engine.data import Example, encode, open_source
+from ddpm_engine.data.packing.sources import Example, open_source
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import encode
 
 RNG = np.random.default_rng(0)
 

@@ -6,10 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.figures.plane import noised, reverse_states
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.toy import POINTS, PointNetwork, Toy, score, toy_points, toy_schedule, train_toy
+from ddpm_engine.figures.toy import (
+    POINTS,
+    PointNetwork,
+    Toy,
+    score,
+    toy_points,
+    toy_schedule,
+    train_toy,
+)
+from ddpm_engine.figures.toy_2d import noised, reverse_states
 
 
 def exact_score(schedule: NoiseSchedule, points: Tensor, x: Tensor, t: int) -> Tensor:

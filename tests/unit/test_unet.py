@@ -13,10 +13,10 @@ import torch
 from tests.tiny import TINY
 from torch import Tensor, nn
 
-from ddpm_engine.config import UNetConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.unet import UNet, check_shape
-from ddpm_engine.unet import unet as unet_module
+from ddpm_engine.networks.unet import unet as unet_module
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet, check_shape
 
 
 def randomised(config: UNetConfig) -> UNet:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.config import DiffusionConfig, ObjectiveConfig, RunConfig
-from ddpm_engine.objectives import DenoisingObjective, build_objective
-from ddpm_engine.objectives.denoising import bound_table
+from ddpm_engine.config import RunConfig
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.parameterization import PREDICTIONS, Prediction, from_x0
+from ddpm_engine.diffusion.process import forward, posterior
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.objectives.denoising import DenoisingObjective, bound_table
 from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
-from ddpm_engine.prediction import PREDICTIONS, Prediction, from_x0
-from ddpm_engine.process import forward, posterior
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.training.build_objective import build_objective
 
 STEPS = 1000
 SCHEDULE = NoiseSchedule.linear(STEPS)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_engine.data.images import Pixels, fit
-from ddpm_engine.data.manifest import ShardSet, open_shards
-from ddpm_engine.data.order import Order
-from ddpm_engine.data.reader import DamagedSample, Fault, ShardReader
+from ddpm_engine.data.shards.manifest import ShardSet, open_shards
+from ddpm_engine.data.shards.reader import BadSample, DamagedSample, ShardReader
+from ddpm_engine.data.shuffle import Order
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import Pixels, fit
 from ddpm_kernels.philox import Stream, random_integers
 
 MAX_SUBSTITUTES = 64
@@ -32,7 +32,7 @@ class Sample:
     """Class, or -1 where the set has none."""
     position: int
     """Place in the order of training."""
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[BadSample, ...] = ()
     """Samples tried before this one."""
 
 
@@ -46,7 +46,7 @@ class Batch:
     """int64 `[B]`; None for a set without labels."""
     positions: Tensor
     """int64 `[B]`: keys of everything random about each sample."""
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[BadSample] = field(default_factory=list)
     """Samples that were replaced."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
@@ -140,7 +140,7 @@ class ShardDataset(Dataset[Sample]):
 
     def _read(self, position: int, sample: int) -> Sample:
         channels, height, width = self.shape
-        faults: list[Fault] = []
+        faults: list[BadSample] = []
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
             row = sample - int(self._starts[shard])

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ddpm_engine.data.dataset import Batch, Sample, collate
-from ddpm_engine.data.order import rank_positions
+from ddpm_engine.data.shuffle import rank_positions
 from ddpm_engine.data.stream import ShardStream, number_batches
 from ddpm_engine.errors import UserError
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
 from ddpm_engine.data.dataset import Sample, ShardDataset
-from ddpm_engine.data.order import Indices
+from ddpm_engine.data.shuffle import Indices
 from ddpm_engine.errors import UserError
 
 MAX_BLOCK = 1 << 16

@@ -24,18 +24,11 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys
 
 from ddpm_engine.data.dataset import Batch, Sample
-from ddpm_engine.data.fetch import Body, FetchError, is_http, retried
-from ddpm_engine.data.images import EXTENSIONS, DecodeError, decode, fit
-from ddpm_engine.data.reader import Fault
-from ddpm_engine.data.tar import (
-    MAX_LABEL,
-    MAX_PAYLOAD,
-    MEMBERS,
-    label_of,
-    members_of,
-    open_tar,
-)
+from ddpm_engine.data.remote.fetch import Body, FetchError, is_http, retried
+from ddpm_engine.data.shards.reader import BadSample
+from ddpm_engine.data.tar import MAX_LABEL, MAX_PAYLOAD, MEMBERS, label_of, members_of, open_tar
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 
 BUFFER = 1000
 """Decoded samples that each worker mixes."""
@@ -112,7 +105,7 @@ class ShardStream(IterableDataset[Sample]):
         Raises:
             UserError: `MAX_FAULTS_IN_A_ROW` faults without a sample between them.
         """
-        faults: list[Fault] = []
+        faults: list[BadSample] = []
         # Not seeded: with a seed, a run that goes on would begin the stream again.
         shards = webdataset.ResampledShards(self.urls, deterministic=False)
         decoded = self._decoded((entry["url"] for entry in shards), faults)
@@ -121,7 +114,7 @@ class ShardStream(IterableDataset[Sample]):
             yield replace(sample, faults=tuple(faults))
             faults.clear()
 
-    def _decoded(self, urls: Iterable[str], faults: list[Fault]) -> Iterator[Sample]:
+    def _decoded(self, urls: Iterable[str], faults: list[BadSample]) -> Iterator[Sample]:
         """Decode before mixing: images of one size bound the buffer."""
         in_a_row = 0
         for url in urls:
@@ -138,8 +131,8 @@ class ShardStream(IterableDataset[Sample]):
                         f"the last: {found}"
                     )
 
-    def _samples(self, url: str) -> Iterator[Sample | Fault]:
-        """Samples of a shard; what is wrong with one, or with the rest of it, as a `Fault`."""
+    def _samples(self, url: str) -> Iterator[Sample | BadSample]:
+        """Samples of a shard; what is wrong with one, or with the rest of it, as a `BadSample`."""
         count = 0
         try:
             with _opened(url) as stream:
@@ -147,12 +140,12 @@ class ShardStream(IterableDataset[Sample]):
                     count += 1
                     yield self._sample(group)
         except (OSError, tarfile.TarError, ValueError) as error:
-            yield Fault(url, None, str(error))
+            yield BadSample(url, None, str(error))
         else:
             if not count:
-                yield Fault(url, None, "it holds no images")
+                yield BadSample(url, None, "it holds no images")
 
-    def _sample(self, group: dict[str, Any]) -> Sample | Fault:
+    def _sample(self, group: dict[str, Any]) -> Sample | BadSample:
         extension = next((known for known in EXTENSIONS if known in group), None)
         try:
             if extension is None:
@@ -164,7 +157,7 @@ class ShardStream(IterableDataset[Sample]):
                 if not 0 <= label < self._classes:
                     raise ValueError(f"label {label} is not within 0 to {self._classes - 1}")
         except ValueError as error:
-            return Fault(group["__url__"], group["__key__"], str(error))
+            return BadSample(group["__url__"], group["__key__"], str(error))
         return Sample(image, label, position=-1)
 
 

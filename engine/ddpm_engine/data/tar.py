@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from webdataset.tariterators import base_plus_ext
 
-from ddpm_engine.data.images import EXTENSIONS
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import EXTENSIONS
 
 MAX_CLASSES = 1 << 16
 MAX_HEADER = 1 << 20

@@ -1,1 +1,1 @@
-"""Looking at what a model makes: pictures, and folders of them."""
+"""Evaluation: metrics of samples and likelihoods."""

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
-from ddpm_engine.data import fit, open_source
-from ddpm_engine.files import write_once
+from ddpm_engine.atomic_io import write_once
+from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.images.codec import fit
 
 HIDDEN = 128
 CLASSES = 10

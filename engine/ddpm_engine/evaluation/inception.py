@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddpm_engine.data.fetch import FetchError, fetch
+from ddpm_engine.atomic_io import write_once
+from ddpm_engine.data.remote.fetch import FetchError, fetch
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import write_once
 from ddpm_engine.interop.weights import fill, read_pickle
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.order import DRAWN, shuffled
+from ddpm_engine.evaluation.subsets import DRAWN, shuffled
 
 SPLITS = 10
 

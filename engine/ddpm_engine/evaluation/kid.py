@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.order import DRAWN, REAL, shuffled
+from ddpm_engine.evaluation.subsets import DRAWN, REAL, shuffled
 
 _LARGEST_BLOCK = 1000
 _FEWEST_BLOCKS = 10

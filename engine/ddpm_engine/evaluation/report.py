@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import atomic_write
 
 _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 

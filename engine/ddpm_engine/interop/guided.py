@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_engine.config import UNetConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.weights import fill, read_pickle
-from ddpm_engine.unet import UNet
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
 
 _GROUPS = 32  # of every norm in these libraries
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import sha256_of
 from ddpm_engine.interop.entries import read_json
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_engine.data import Batch
-from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.level_sampling import UniformTimesteps
 from ddpm_engine.objectives.objective import Gather, Network, Objective
-from ddpm_engine.objectives.timesteps import UniformTimesteps
 from ddpm_engine.objectives.weighting import x0_from_error
-from ddpm_engine.prediction import Prediction
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 from ddpm_kernels.denoising_loss import BoundColumn
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_engine.data import Batch
-from ddpm_engine.objectives.conditions import Conditions
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.parameterization import preconditioning
+from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.objectives.objective import Network, Objective
-from ddpm_engine.preconditioning import preconditioning
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 
 

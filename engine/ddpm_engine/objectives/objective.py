@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ddpm_engine.data import Batch
+from ddpm_engine.data.dataset import Batch
 
 Network = Callable[..., Tensor]
 """`network(x_t, timesteps[, labels[, low_resolution, augmentation]])` → `[B, C, H, W]`."""

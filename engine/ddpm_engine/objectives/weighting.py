@@ -1,7 +1,7 @@
 """How much the squared error of each timestep weighs: a float64 table `[T]`.
 
 The network's output is compared with ε, x_0 or v, and an error of the one is an error of the
-others: with x̂_0 = p x_t + q · output (`ddpm_engine.prediction`),
+others: with x̂_0 = p x_t + q · output (`ddpm_engine.diffusion.parameterization`),
 
     (x̂_0 − x_0)² = q² (output − target)²,     q² = 1 / SNR for ε,   1 for x_0,   1 / (SNR + 1) for v
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ddpm_engine.prediction import Prediction, x0_coefficients
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.parameterization import Prediction, x0_coefficients
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 
 
 def x0_from_error(schedule: NoiseSchedule, prediction: Prediction) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.prediction import Prediction
-from ddpm_engine.samplers.levels import noise_levels
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.table import CoefficientTable, empty_rows
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Column
 
 

@@ -6,17 +6,14 @@ On a subset the chain is the one whose marginals are the schedule's at the times
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ddpm_engine.prediction import Prediction
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.config import Variance
 from ddpm_engine.samplers.table import CoefficientTable, empty_rows
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Column
-
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
 def ddpm_table(

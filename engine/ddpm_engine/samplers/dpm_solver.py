@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_engine.prediction import Prediction
-from ddpm_engine.samplers.levels import half_log_snr, noise_levels, usable_estimates
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows, put_estimates
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.noise_levels import half_log_snr, noise_levels, usable_history
+from ddpm_engine.samplers.table import CoefficientTable, empty_rows, set_history_weights
 from ddpm_kernels import Column
 
 _FEW_STEPS = 15
@@ -61,7 +61,7 @@ def dpm_solver_table(
     steps = len(timesteps)
     rows = empty_rows(a[:-1], s[:-1], prediction, history=order - 1)
     for i in range(steps):
-        usable = min(order, usable_estimates(time, i))
+        usable = min(order, usable_history(time, i))
         if i == steps - 1:
             usable = 1
         elif i == steps - 2 and steps < _FEW_STEPS:
@@ -74,7 +74,7 @@ def dpm_solver_table(
             forgotten = -torch.expm1(-2 * h)
             rows[i, Column.NOISE] = s[i + 1] * forgotten.sqrt()
         visited = time[i + 1 - usable : i + 2].flip(0)
-        put_estimates(rows, i, a[i + 1] * _weights(visited, forgotten, order))
+        set_history_weights(rows, i, a[i + 1] * _weights(visited, forgotten, order))
     return CoefficientTable(timesteps, rows)
 
 

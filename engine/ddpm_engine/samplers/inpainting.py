@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers.levels import noise_levels
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from ddpm_engine.preconditioning import preconditioning
-from ddpm_engine.samplers.levels import noise_levels
+from ddpm_engine.diffusion.parameterization import preconditioning
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_engine.schedule import NoiseSchedule
 from ddpm_kernels import Column
 
 

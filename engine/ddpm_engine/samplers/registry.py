@@ -4,37 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.prediction import Prediction
+from ddpm_engine.samplers.config import Spacing, Variance
 from ddpm_engine.samplers.ddim import ddim_table
-from ddpm_engine.samplers.ddpm import Variance, ddpm_table
+from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table
-from ddpm_engine.samplers.edm import euler_table, heun_table
+from ddpm_engine.samplers.heun import euler_table, heun_table
 from ddpm_engine.samplers.preconditioned import preconditioned
-from ddpm_engine.samplers.spacing import (
-    Spacing,
-    karras_timesteps,
-    listed_timesteps,
-    spaced_timesteps,
-)
 from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.timesteps import karras_timesteps, listed_timesteps, spaced_timesteps
 from ddpm_engine.samplers.unipc import unipc_table
-from ddpm_engine.schedule import NoiseSchedule
-
-Sampler = Literal[
-    "ddpm",
-    "ddim",
-    "dpm++1",
-    "dpm++2m",
-    "dpm++3m",
-    "dpm++2m_sde",
-    "unipc",
-    "unipc3",
-    "euler",
-    "heun",
-]
 
 SAMPLERS: dict[str, Callable[..., CoefficientTable]] = {
     "ddpm": ddpm_table,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.parameterization import Prediction, x0_coefficients
 from ddpm_engine.errors import UserError
-from ddpm_engine.prediction import Prediction, x0_coefficients
 from ddpm_kernels import Column
 
 
@@ -64,7 +64,7 @@ def empty_rows(a: Tensor, s: Tensor, prediction: Prediction, history: int = 0) -
     return rows
 
 
-def put_estimates(rows: Tensor, row: int, weights: Tensor) -> None:
+def set_history_weights(rows: Tensor, row: int, weights: Tensor) -> None:
     """Fill in what row `row` makes of its own estimate of x_0 and of earlier ones.
 
     Args:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_engine.prediction import Prediction
-from ddpm_engine.samplers.levels import half_log_snr, noise_levels, usable_estimates
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows, put_estimates
-from ddpm_engine.schedule import NoiseSchedule
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.samplers.noise_levels import half_log_snr, noise_levels, usable_history
+from ddpm_engine.samplers.table import CoefficientTable, empty_rows, set_history_weights
 from ddpm_kernels import Column
 
 
@@ -50,14 +50,14 @@ def unipc_table(
     rows = empty_rows(a[:-1], s[:-1], prediction, history=order)
     correction = torch.zeros(order + 1, dtype=torch.float64)
     for i in range(steps):
-        usable = min(order, usable_estimates(time, i), steps - i)
+        usable = min(order, usable_history(time, i), steps - i)
         visited = time[i + 1 - usable : i + 2].flip(0)
         predictor, corrector = (
             a[i + 1] * _weights(visited, order + 2, corrected) for corrected in (False, True)
         )
         decay = s[i + 1] / s[i]
         rows[i, Column.X] = decay
-        put_estimates(rows, i, predictor[1:] + decay * correction)
+        set_history_weights(rows, i, predictor[1:] + decay * correction)
         correction = (corrector - predictor)[:-1]
     return CoefficientTable(timesteps, rows)
 

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.cpu import check_precision, use_all_cores
 from ddpm_engine.errors import UserError
-from ddpm_engine.training.strategies.request import Request, without_plug_ins
+from ddpm_engine.runtime import check_precision, use_all_cores
+from ddpm_engine.training.strategies.launcher_env import Request, without_plug_ins
 
 
 def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
@@ -34,7 +34,7 @@ def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
             mixed_precision="no",  # the strategies do it, each in its own way
             log_with=None if config.log.tracker == "none" else config.log.tracker,
             project_config=ProjectConfiguration(str(config.out), str(config.out)),
-            # Long, for making data and compiling; once training runs, `Watch` is there.
+            # Long, for making data and compiling; once training runs, `Watchdog` is there.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         )
     if request.processes != accelerator.num_processes:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ddpm_engine.checkpoints.power_ema import gamma_of, power_decay
 from ddpm_engine.config import TrainingConfig
-from ddpm_engine.training.power_ema import gamma_of, power_decay
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.evaluation.pictures import grid, save_png, to_uint8
-from ddpm_engine.low_resolution import shrink
-from ddpm_engine.samplers import sample
-from ddpm_engine.schedule import NoiseSchedule
-from ddpm_engine.training.dataset import RunDataset, samples_at
-from ddpm_engine.training.strategies.precision import autocast
-from ddpm_engine.unet import UNet
+from ddpm_engine.data.open import RunDataset, samples_at
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.super_resolution import shrink
+from ddpm_engine.images.grid import grid, save_png, to_uint8
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.runtime import autocast
+from ddpm_engine.samplers.sampler import sample
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import socket
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import TEMPORARY_SUFFIX, atomic_write
 
 logger = logging.getLogger(__name__)
 

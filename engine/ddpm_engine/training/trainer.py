@@ -12,26 +12,30 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ddpm_engine.atomic_io import atomic_write
+from ddpm_engine.checkpoints.store import SNAPSHOTS, Checkpoint, CheckpointStore, load_part
 from ddpm_engine.config import RunConfig, to_dict
-from ddpm_engine.data import Batch, BatchPositions, make_batches
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.data.loader import BatchPositions, make_batches
+from ddpm_engine.data.open import open_dataset
+from ddpm_engine.distributed import raise_together
 from ddpm_engine.errors import UserError
-from ddpm_engine.files import atomic_write
-from ddpm_engine.objectives import Objective, Teacher, build_objective
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.accelerator import start_accelerator
-from ddpm_engine.training.background_save import BackgroundSaver
-from ddpm_engine.training.checkpoint import SNAPSHOTS, Checkpoint, CheckpointStore, load_part
-from ddpm_engine.training.dataset import open_dataset
-from ddpm_engine.training.metrics import MetricsLog
+from ddpm_engine.training.async_save import BackgroundSaver
+from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.meters import MetricsLog
+from ddpm_engine.training.precompile import warm_up
 from ddpm_engine.training.preview import draw_preview
-from ddpm_engine.training.ranks import agreed
 from ddpm_engine.training.run_directory import claim_run_directory
-from ddpm_engine.training.stop import StopRequest, stop_on_signals
-from ddpm_engine.training.strategies import read_request, start_strategy
-from ddpm_engine.training.strategies.precision import autocast_forward
+from ddpm_engine.training.signals import StopRequest, stop_on_signals
+from ddpm_engine.training.strategies.build import start_strategy
+from ddpm_engine.training.strategies.launcher_env import read_request
 from ddpm_engine.training.strategies.strategy import State
-from ddpm_engine.training.warm_up import warm_up
-from ddpm_engine.training.watch import Watch
-from ddpm_engine.unet import UNet
+from ddpm_engine.training.watchdog import Watchdog
 from ddpm_kernels import Stream
 from ddpm_kernels.philox import random_words
 
@@ -65,7 +69,7 @@ class Trainer:
         model = UNet(config.model)
         teacher = self._load_teacher(model)
         self.dataset = open_dataset(config, self.accelerator)
-        with agreed(UserError):
+        with raise_together(UserError):
             # By one process: two that write one file at a time take it from each other.
             if self.accelerator.is_main_process:
                 self._lock = claim_run_directory(config, self.dataset.fingerprint)
@@ -100,7 +104,7 @@ class Trainer:
                 config.out / SNAPSHOTS, keep_every=1, group=_group_for_saving()
             )
             self._savers["snapshot"] = BackgroundSaver(snapshots)
-        self._watch = Watch(config.training.timeout_seconds)
+        self._watch = Watchdog(config.training.timeout_seconds)
         self.step = 0
         self._window = _Window()
         self._bad_steps = 0
@@ -113,9 +117,9 @@ class Trainer:
         if config.distillation.teacher is None:
             return None
         # That module reads checkpoints, and so imports this package.
-        from ddpm_engine.distillation import load_teacher
+        from ddpm_engine.training.teacher import load_teacher
 
-        with agreed(UserError):
+        with raise_together(UserError):
             teacher = load_teacher(config, device)
         student.load_state_dict((teacher.student or teacher.network).state_dict())
         for network in filter(None, (teacher.network, teacher.critic)):

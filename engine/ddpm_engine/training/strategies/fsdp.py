@@ -9,10 +9,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.ema import EMA, decays
-from ddpm_engine.training.strategies.precision import DTYPES
 from ddpm_engine.training.strategies.replicated import TorchStrategy
-from ddpm_engine.unet import UNet
 
 
 def make_contiguous(model: UNet) -> None:

@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.objective import Network
+from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.loss_scale import LossScale
-from ddpm_engine.training.strategies.precision import autocast_forward
-from ddpm_engine.training.strategies.strategy import Network, State
-from ddpm_engine.unet import UNet
+from ddpm_engine.training.strategies.strategy import State
 
 # Flat names, so that tensors can be stored one by one and resharded.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.objective import Network
 from ddpm_engine.training.strategies.loss_scale import LossScale
-from ddpm_engine.unet import UNet
 
 State = Mapping[str, Mapping[str, Any]]
 """Tensors and DTensors by part and name, the same in all strategies.

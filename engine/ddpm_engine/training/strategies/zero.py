@@ -22,13 +22,14 @@ from torch.nn import Parameter
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.objective import Network
+from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
 from ddpm_engine.training.strategies.loss_scale import LossScale
-from ddpm_engine.training.strategies.precision import autocast_forward
-from ddpm_engine.training.strategies.strategy import Network, State
-from ddpm_engine.unet import UNet
+from ddpm_engine.training.strategies.strategy import State
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -1,0 +1,1 @@
+"""Making shards from folders of images and from datasets."""

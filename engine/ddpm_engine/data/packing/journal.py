@@ -1,0 +1,168 @@
+"""A folder that is being packed: claimed by one run, with a journal of what is finished.
+
+Until the manifest is written, which happens last, the marker `.packing` stands in the folder. It
+tells the leftovers of an interrupted run from shards that somebody else put there, which must not
+be touched, and is locked while a run writes. Its first line is a hash of what is being packed; each
+other line describes a finished shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.data.shards.manifest import MANIFEST_NAME
+from ddpm_engine.errors import UserError
+
+MARKER_NAME = ".packing"
+
+_OURS = re.compile(r"(shard-\d{6,}(\.tar|\.index\.npy)|manifest\.json)(\.tmp)?|\.packing", re.ASCII)
+_GRACE_SECONDS = 2.0
+
+
+class Journal:
+    """What interrupted runs of the same recipe have finished, and what this one finishes.
+
+    Args:
+        descriptor: of the marker, open for reading and appending.
+        recipe: hash of the source and everything that decides about the bytes; None: not known, so
+            that nothing can be kept.
+    """
+
+    def __init__(self, descriptor: int, recipe: str | None) -> None:
+        self._descriptor = descriptor
+        first, *entries = self._lines() or [""]
+        same = recipe is not None and first == recipe
+        self.finished: list[dict[str, Any]] = [json.loads(entry) for entry in entries] * same
+        """Entries that an earlier run recorded."""
+        if not same:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{recipe or ''}\n".encode())
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Append an entry. Not synced: one that is lost costs only the work."""
+        os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+
+    def _lines(self) -> list[str]:
+        """Whole lines; what follows the last good one, such as a half-written one, is cut off."""
+        content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        lines: list[str] = []
+        length = 0
+        for line in content.splitlines(keepends=True):
+            text = line.decode("utf-8", "replace")
+            if not line.endswith(b"\n") or (lines and not _is_object(text)):
+                break
+            lines.append(text.strip())
+            length += len(line)
+        os.ftruncate(self._descriptor, length)
+        return lines
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@contextmanager
+def claim(
+    folder: Path, recipe: str | None, files_of: Callable[[dict[str, Any]], set[str]]
+) -> Iterator[Journal]:
+    """Claim an output folder for one run, clear what is not recorded, mark it finished at the end.
+
+    Args:
+        folder: made if it is missing.
+        recipe: as `Journal` takes it.
+        files_of: names of the files that an entry of the journal describes.
+
+    Yields:
+        The `Journal`.
+
+    Raises:
+        UserError: the folder holds something else, is in use, or cannot be written.
+    """
+    marker = folder / MARKER_NAME
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _leftovers(folder)
+        lock = os.open(marker, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(lock, folder)
+        with naming(folder):
+            journal = Journal(lock, recipe)
+            kept = set[str]().union(*(files_of(entry) for entry in journal.finished))
+            # Looked at again: whoever held the lock may have finished meanwhile.
+            for name in _leftovers(folder) - kept:
+                (folder / name).unlink()
+            fsync_directory(folder)
+            fsync_directory(folder.resolve().parent)
+        try:
+            yield journal
+        except BaseException:
+            for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                half.unlink(missing_ok=True)
+            raise
+        with naming(folder):
+            marker.unlink()
+            fsync_directory(folder)
+    finally:
+        os.close(lock)
+
+
+def _leftovers(folder: Path) -> set[str]:
+    """Files that an interrupted run left in an output folder.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    present = {entry.name for entry in folder.iterdir()}
+    if MANIFEST_NAME in present:
+        raise UserError(f"{folder} holds a finished set; choose another folder, or delete it")
+    foreign = sorted(name for name in present if not _OURS.fullmatch(name))
+    if present and (foreign or MARKER_NAME not in present):
+        raise UserError(
+            f"{folder} is not empty (it holds {(foreign or sorted(present))[0]}): "
+            "choose a new or an empty folder"
+        )
+    return present - {MARKER_NAME}
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    # The processes of a run that was killed share its lock, and need a moment to notice.
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is packing into {folder}: wait for it") from error
+            time.sleep(0.05)
+        except OSError:
+            # Some network file systems have no locks; the marker still protects foreign files.
+            return
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file the operating system refused to read or write, and what to do.
+
+    Raises:
+        UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free space or raise the limit, then run again" if full else "check the path"
+        raise UserError(f"cannot use {path}: {error.strerror or error}; {remedy}") from error

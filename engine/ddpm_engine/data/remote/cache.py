@@ -1,0 +1,191 @@
+"""Remote files on a local disk: verified, bounded, shared by all processes of a node.
+
+A file is kept under the hash of its whole URL and the hash of its content, so that neither two sets
+with equal names nor two versions of a set are confused. It is downloaded beside, hashed on the way,
+and gets its name only if the hash is right. Locks are `flock`s, which end with their process:
+
+    locks/NN      exclusive while somebody downloads a file whose key begins so: one download a node
+    files/KEY     shared while somebody reads it: such a file is never removed
+    room.lock     exclusive while room is made and taken
+
+Files that were not opened for longest are removed first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.data.remote.fetch import Body, FetchError, retried
+from ddpm_engine.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 1 << 20
+
+
+def default_cache_directory() -> Path:
+    """A folder of this user on this node: under the temporary directory."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"ddpm-engine-shards-{user}"
+
+
+class ShardCache:
+    """A bounded folder of downloaded files.
+
+    Args:
+        directory: made if it is missing; on a local disk, since its locks must work. Several
+            processes may use it at the same time, best with the same limit.
+        limit: bytes of all files together. It is exceeded, with a warning, only while files that
+            are being read leave no other way.
+
+    Raises:
+        UserError: the folder cannot be made, or belongs to somebody else.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self.directory = directory
+        self.limit = limit
+        self._files = directory / "files"
+        self._locks = directory / "locks"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files.mkdir(exist_ok=True)
+            self._locks.mkdir(exist_ok=True)
+            owner = directory.stat().st_uid
+        except OSError as error:
+            raise UserError(
+                f"--data.cache {directory} cannot be used ({error.strerror}): choose another folder"
+            ) from error
+        if hasattr(os, "getuid") and owner != os.getuid():
+            raise UserError(f"--data.cache {directory} belongs to someone else: choose another")
+
+    def open(self, url: str, sha256: str, at_most: int) -> int:
+        """Open a file, downloaded if it is not there; a descriptor for reading.
+
+        As long as the descriptor is open, the file is in use.
+
+        Args:
+            url: where it is.
+            sha256: of its content.
+            at_most: its size in bytes, or a bound on it.
+
+        Raises:
+            FetchError: it cannot be had, or its content has another hash or is longer.
+            UserError: it alone is over the limit.
+            OSError: the disk cannot be written.
+        """
+        if at_most > self.limit:
+            raise UserError(
+                f"{url} may have {at_most} bytes, more than the cache holds ({self.limit}): raise "
+                "--data.cache-gb"
+            )
+        key = f"{hashlib.sha256(url.encode()).hexdigest()}-{sha256}"
+        descriptor = self._open_present(key)
+        if descriptor is not None:
+            return descriptor
+        with _locked(self._locks / key[:2]):
+            while True:
+                # Looked for again: another process may have been faster, or thrown it out.
+                descriptor = self._open_present(key)
+                if descriptor is not None:
+                    return descriptor
+                retried(lambda: self._download(key, url, sha256, at_most))
+
+    def _open_present(self, key: str) -> int | None:
+        try:
+            descriptor = os.open(self._files / key, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink == 0:  # removed before it was locked
+            os.close(descriptor)
+            return None
+        os.utime(descriptor)  # the time of its last use
+        return descriptor
+
+    def _download(self, key: str, url: str, sha256: str, at_most: int) -> None:
+        path = self._files / key
+        temporary = path.with_name(key + TEMPORARY_SUFFIX)
+        with Body(url) as body:
+            with _locked(self.directory / "room.lock"):
+                self._make_room(body.length if body.length is not None else at_most)
+                file = open(temporary, "wb")  # noqa: SIM115
+                # Locked before others make room, or they take it for the rest of a download that
+                # was killed.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                digest, size = hashlib.sha256(), 0
+                while piece := body.read(_PIECE):
+                    digest.update(piece)
+                    size += len(piece)
+                    if size > at_most:
+                        raise FetchError(url, f"it has more than {at_most} bytes", lasting=True)
+                    file.write(piece)
+                if digest.hexdigest() != sha256:
+                    raise FetchError(
+                        url, f"its SHA-256 is {digest.hexdigest()}, the manifest says {sha256}"
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
+            finally:
+                with suppress(OSError):
+                    file.close()
+        fsync_directory(self._files)
+
+    def _make_room(self, needed: int) -> None:
+        """Remove what was not used for longest; by whoever holds the lock of the room."""
+        entries = []
+        for entry in os.scandir(self._files):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                entries.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+        excess = sum(size for _, size, _ in entries) + needed - self.limit
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            if _remove_unused(path):
+                excess -= size
+        if excess > 0:
+            logger.warning(
+                "the cache %s is %d bytes over its limit, all of it in use: raise --data.cache-gb",
+                self.directory, excess,
+            )  # fmt: skip
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless somebody has locked it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,90 @@
+"""Where a set's files are: a folder, or a URL whose files come through the cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+from ddpm_engine.data.remote.cache import ShardCache
+from ddpm_engine.data.remote.fetch import FetchError, fetch
+
+MAX_MANIFEST = 1 << 28
+"""Bytes of a manifest that came from elsewhere."""
+
+_REMEMBERED_SECONDS = 60.0
+
+
+class Storage(Protocol):
+    """Files of a set by name."""
+
+    def open(self, name: str, sha256: str, at_most: int) -> int:
+        """A descriptor for reading a file of that hash and at most so many bytes.
+
+        A local file may have another hash and size: whoever reads it finds out.
+
+        Raises:
+            OSError: it cannot be had.
+        """
+
+    def manifest(self, name: str) -> bytes:
+        """The content of the manifest.
+
+        Raises:
+            OSError: it cannot be had.
+        """
+
+    def __str__(self) -> str:
+        """The set's location, as a user wrote it."""
+
+
+class Folder:
+    """A set in a local folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, name: str, sha256: str, at_most: int) -> int:
+        """As `Storage`."""
+        return os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def manifest(self, name: str) -> bytes:
+        """As `Storage`."""
+        return (self.path / name).read_bytes()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class Remote:
+    """A set under a URL, whose files are downloaded when they are first opened.
+
+    Args:
+        url: of the folder that holds the manifest.
+        cache: what is downloaded goes here.
+    """
+
+    def __init__(self, url: str, cache: ShardCache) -> None:
+        self.url = url.rstrip("/")
+        self._cache = cache
+        self._failures: dict[str, tuple[float, OSError]] = {}
+
+    def open(self, name: str, sha256: str, at_most: int) -> int:
+        """As `Storage`."""
+        failed = self._failures.get(name)
+        # Ten thousand samples of a shard that is gone must not all wait for it.
+        if failed is not None and time.monotonic() - failed[0] < _REMEMBERED_SECONDS:
+            raise failed[1]
+        try:
+            return self._cache.open(f"{self.url}/{name}", sha256, at_most)
+        except FetchError as error:
+            self._failures[name] = (time.monotonic(), error)
+            raise
+
+    def manifest(self, name: str) -> bytes:
+        """As `Storage`."""
+        return fetch(f"{self.url}/{name}", MAX_MANIFEST)
+
+    def __str__(self) -> str:
+        return self.url

@@ -1,0 +1,1 @@
+"""Indexed sets of shards: manifest, index and reader."""

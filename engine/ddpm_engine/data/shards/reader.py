@@ -1,0 +1,115 @@
+"""Reading one sample by its place in the index: one `pread`, a checksum, a decode."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm_engine.data.shards.manifest import ShardSet
+from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import DecodeError, Pixels, decode
+
+MAX_OPEN_SHARDS = 64
+"""Files kept open at a time, well below the usual limit of 1024 a process."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """Something in a set that cannot be used."""
+
+    shard: str
+    """File name of the shard."""
+    key: str | None
+    """WebDataset key of the sample; None for the shard itself."""
+    reason: str
+    """What is wrong with it."""
+
+    def __str__(self) -> str:
+        sample = "" if self.key is None else f"sample {self.key!r}: "
+        return f"{self.shard}: {sample}{self.reason}"
+
+
+class DamagedSample(Exception):
+    """One sample cannot be used; the message says why."""
+
+
+class ShardReader:
+    """Random access to the images of a set.
+
+    Files are opened when they are first needed and closed when others displace them. A reader can
+    be pickled or inherited by a forked worker: `pread` has no shared position, and descriptors
+    stay behind in a pickle.
+
+    Args:
+        shards: an open set.
+        max_open: files kept open at a time; a downloaded file that is open stays in the cache.
+    """
+
+    def __init__(self, shards: ShardSet, max_open: int = MAX_OPEN_SHARDS) -> None:
+        self._shards = shards
+        self._max_open = max_open
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def image(self, shard: int, row: int, channels: int | None = None) -> Pixels:
+        """Decode the image of one index row: uint8 `[H, W, C]`.
+
+        Raises:
+            DamagedSample: the shard or its index cannot be read, the shard ends early, the checksum
+                differs, or the bytes are not an image that may be decoded.
+        """
+        try:
+            entry = self._shards.indexes[shard][row]
+        except UserError as error:
+            raise DamagedSample(str(error)) from error
+        size = int(entry["size"])
+        try:
+            payload = os.pread(self._open(shard), size, int(entry["offset"]))
+        except OSError as error:
+            self._close(shard)
+            raise DamagedSample(f"cannot read the shard ({error.strerror})") from error
+        if len(payload) < size:
+            raise DamagedSample(f"the shard ends {size - len(payload)} bytes early")
+        if zlib.crc32(payload) != entry["crc32"]:
+            raise DamagedSample("checksum differs from the index")
+        try:
+            return decode(payload, entry["extension"].decode("ascii"), channels)
+        except DecodeError as error:
+            raise DamagedSample(str(error)) from error
+
+    def fault(self, shard: int, row: int, reason: str) -> BadSample:
+        """Describe what is wrong with one index row."""
+        try:
+            key = self._shards.indexes[shard][row]["key"].decode("utf-8", "replace")
+        except UserError:
+            key = None
+        return BadSample(self._shards.manifest.shards[shard].name, key, reason)
+
+    def close(self) -> None:
+        """Close every file; reading opens them again."""
+        for shard in list(self._descriptors):
+            self._close(shard)
+
+    def _open(self, shard: int) -> int:
+        if shard in self._descriptors:
+            self._descriptors.move_to_end(shard)
+        else:
+            if len(self._descriptors) >= min(self._max_open, MAX_OPEN_SHARDS):
+                self._close(next(iter(self._descriptors)))
+            wanted = self._shards.manifest.shards[shard]
+            self._descriptors[shard] = self._shards.storage.open(
+                wanted.name, wanted.sha256, wanted.bytes
+            )
+        return self._descriptors[shard]
+
+    def _close(self, shard: int) -> None:
+        if shard in self._descriptors:
+            os.close(self._descriptors.pop(shard))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()

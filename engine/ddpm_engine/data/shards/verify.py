@@ -1,0 +1,77 @@
+"""Reading every byte of a set and naming what is damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.data.remote.storage import Folder
+from ddpm_engine.data.shards.manifest import Index, Shard, ShardSet, index_dtype, read_manifest
+from ddpm_engine.data.shards.reader import BadSample, DamagedSample, ShardReader
+from ddpm_engine.data.tar import scan_tar
+from ddpm_engine.errors import UserError
+
+
+def verify(
+    directory: str | os.PathLike[str],
+    progress: Callable[[Iterable[Shard]], Iterable[Shard]] = iter,
+) -> list[BadSample]:
+    """Check a finished set against its manifest and indexes, and decode every image.
+
+    Args:
+        directory: the set's folder.
+        progress: wraps the shards that are gone through, such as `tqdm.tqdm`.
+
+    Returns:
+        Everything damaged, empty for a sound set: missing or altered shards and indexes, and each
+        sample whose checksum, image or label is wrong.
+
+    Raises:
+        UserError: no finished set there, or its manifest is damaged.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    faults: list[BadSample] = []
+    shards = ShardSet(Folder(folder), manifest)
+    reader = ShardReader(shards)
+    for number, shard in enumerate(progress(manifest.shards)):
+        try:
+            index = shards.indexes[number]
+        except UserError as error:
+            faults.append(BadSample(shard.name, None, str(error)))
+            index = np.empty(0, index_dtype(1))
+        faults += _shard_faults(folder / shard.name, shard, index)
+        for row in range(len(index)) if (folder / shard.name).exists() else ():
+            try:
+                reader.image(number, row)
+            except DamagedSample as damage:
+                faults.append(reader.fault(number, row, str(damage)))
+    reader.close()
+    return faults
+
+
+def _shard_faults(path: Path, shard: Shard, index: Index) -> list[BadSample]:
+    """The file as a whole and, where it was altered, its structure and labels."""
+    try:
+        size, digest = path.stat().st_size, sha256_of(path)
+    except OSError as error:
+        return [BadSample(shard.name, None, f"cannot be read ({error.strerror})")]
+    if digest == shard.sha256:
+        return []
+    faults = [BadSample(shard.name, None, "the file's SHA-256 differs from the manifest")]
+    if size != shard.bytes:
+        faults.append(BadSample(shard.name, None, f"{size} bytes, the manifest says {shard.bytes}"))
+    labels = dict(zip(index["offset"].tolist(), index["label"].tolist(), strict=True))
+    try:
+        for sample in scan_tar(path):
+            if sample.damage:
+                faults.append(BadSample(shard.name, sample.key, sample.damage))
+            elif labels.get(sample.image.offset_data, sample.label) != sample.label:
+                faults.append(BadSample(shard.name, sample.key, "label differs from the index"))
+    except UserError as error:
+        faults.append(BadSample(shard.name, None, str(error)))
+    return faults

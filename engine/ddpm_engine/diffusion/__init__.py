@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, parameterizations and closed forms. It knows no network."""

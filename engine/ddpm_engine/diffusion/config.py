@@ -1,0 +1,69 @@
+"""Configuration of the diffusion process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process and what the network predicts."""
+
+    schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
+    """Shape of the noise schedule; edm: log sigma rises linearly."""
+    timesteps: int = 1000
+    """T, the length of the chain, in steps."""
+    beta_start: float = 1e-4
+    """First beta of the linear schedule."""
+    beta_end: float = 0.02
+    """Last beta of the linear schedule."""
+    betas: tuple[float, ...] | None = None
+    """The betas themselves, one for each timestep; None: the shape describes them."""
+    sigma_min: float = 0.002
+    """First noise level sigma of the edm schedule, where sampling ends."""
+    sigma_max: float = 80.0
+    """Last noise level of the edm schedule, where sampling begins."""
+    sigma_data: float = 0.5
+    """Deviation of the images' values, of −1 to 1, that edm prediction is made for."""
+    prediction: Prediction = "eps"
+    """What the network predicts: the noise, the clean image or the velocity; edm: a mixture of
+    image and noise, at any noise level (Karras et al. 2022), with the edm schedule."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
+
+    def build_schedule(self) -> NoiseSchedule:
+        """The noise schedule that this describes.
+
+        Raises:
+            UserError: as `NoiseSchedule`, or `betas` and `timesteps` contradict each other.
+        """
+        if self.betas is not None:
+            if len(self.betas) != self.timesteps:
+                raise UserError(
+                    f"betas has {len(self.betas)} entries but timesteps is {self.timesteps}; "
+                    "give one for each timestep"
+                )
+            schedule = NoiseSchedule(torch.tensor(self.betas, dtype=torch.float64))
+        elif self.schedule == "linear":
+            schedule = NoiseSchedule.linear(self.timesteps, self.beta_start, self.beta_end)
+        elif self.schedule == "cosine":
+            schedule = NoiseSchedule.cosine(self.timesteps)
+        elif self.schedule == "edm":
+            schedule = NoiseSchedule.edm(
+                self.timesteps, self.sigma_min, self.sigma_max, self.sigma_data
+            )
+        else:
+            schedule = NoiseSchedule.sigmoid(self.timesteps)
+        return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
+
+    @property
+    def clip(self) -> bool:
+        """Whether samplers clip estimates of x_0 to [-1, 1]; EDM's do not."""
+        return self.prediction != "edm"

@@ -1,0 +1,101 @@
+"""Low-resolution conditioning: what a network that enlarges pictures is told of the small one.
+
+The small picture is enlarged by interpolation and noised a little, and the network is told how
+much: noise hides what a picture drawn by another model and a real one that was made small differ
+in, so that a network trained on the latter can enlarge the former.
+
+Source: Ho et al., "Cascaded Diffusion Models for High Fidelity Image Generation", 2022, section 4;
+Saharia et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_kernels import Stream, q_sample
+from ddpm_kernels.q_sample import clean_images
+
+MAX_LEVEL = 1000
+"""The highest augmentation level, at which nothing is left of the picture."""
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Make images small by averaging blocks of pixels, as area interpolation does.
+
+    Args:
+        images: `[B, C, H, W]`, uint8, or floating point in [-1, 1].
+        side: of the result; divides H and W.
+
+    Returns:
+        float32 `[B, C, side, side]` in [-1, 1].
+    """
+    height, width = images.shape[2:]
+    clean = clean_images(images, None, torch.float32)
+    return F.avg_pool2d(clean, (height // side, width // side))
+
+
+def enlarge(images: Tensor, side: int) -> Tensor:
+    """Make small images large by bilinear interpolation between the centres of pixels.
+
+    Nothing is lost by enlarging, so there is nothing to filter against aliasing.
+
+    Args:
+        images: float `[B, C, h, w]`.
+        side: of the result, not below h and w.
+
+    Returns:
+        `[B, C, side, side]` of the same dtype.
+    """
+    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+
+
+class NoiseConditioningAugmentation:
+    """Enlarges small pictures and noises them: the image that the network sees beside x_t.
+
+    Level 0 adds no noise; level s > 0 is the state after s steps of the linear chain of Ho et al.
+    2020, whichever schedule the network itself was trained on. So a level means the same in every
+    network of a cascade.
+
+    Args:
+        device: of the pictures.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        chain = NoiseSchedule.linear(MAX_LEVEL)
+        tables = chain.sqrt_alpha_bar, chain.sqrt_one_minus_alpha_bar
+        self._signal, self._sigma = (
+            torch.cat([torch.full((1,), clean, dtype=torch.float64), table]).to(
+                device, torch.float32
+            )
+            for clean, table in zip((1.0, 0.0), tables, strict=True)
+        )
+
+    def __call__(
+        self,
+        small: Tensor,
+        side: int,
+        levels: Tensor,
+        seed: int | Tensor,
+        sample_ids: Tensor,
+        flip: Tensor | None = None,
+    ) -> Tensor:
+        """Enlarge and noise a batch. The noise of a picture depends on the seed and its id only.
+
+        Args:
+            small: float32 `[B, C, h, w]` in [-1, 1].
+            side: of the result.
+            levels: int64 `[B]` in [0, `MAX_LEVEL`].
+            seed: of the noise, 64 bits.
+            sample_ids: int64 `[B]`; in training, the samples' positions.
+            flip: bool `[B]`: which to mirror, or None.
+
+        Returns:
+            float32 `[B, C, side, side]`, channels-last.
+        """
+        return q_sample(
+            enlarge(small, side), levels, self._signal, self._sigma, seed, sample_ids, flip,
+            stream=Stream.AUGMENTATION_NOISE,
+        )  # fmt: skip

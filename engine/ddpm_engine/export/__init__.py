@@ -1,0 +1,1 @@
+"""Writers for what other libraries read."""

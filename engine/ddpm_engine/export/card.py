@@ -1,0 +1,179 @@
+"""The model card of an export: what the model is, where it came from, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ddpm_engine.checkpoints.load import LoadedModel
+
+MARK = "<!-- Written by ddpm-engine's export; exporting again replaces this folder. -->"
+
+
+def model_card(pretrained: LoadedModel, weights: str) -> str:
+    """The `README.md` of an export, with the hub's front matter.
+
+    Args:
+        pretrained: what was exported.
+        weights: which of the run's weights they are, `"ema"` or `"model"`.
+    """
+    shape, diffusion = pretrained.config.model, pretrained.config.diffusion
+    sampling = pretrained.config.sampling
+    parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
+    schedule = f"{diffusion.schedule}, β from {diffusion.beta_start:g} to {diffusion.beta_end:g}"
+    if diffusion.betas is not None:
+        schedule = "given beta by beta"
+    elif diffusion.schedule == "edm":
+        schedule = f"edm, σ from {diffusion.sigma_min:g} to {diffusion.sigma_max:g}"
+        if diffusion.prediction == "edm":
+            schedule += f", σ_data {diffusion.sigma_data:g}"
+    elif diffusion.schedule != "linear":
+        schedule = diffusion.schedule
+    architecture = {
+        "network": "U-Net of denoising diffusion probabilistic models (`UNet2DModel`)",
+        "pictures": f"{shape.sample_size}×{shape.sample_size}, {shape.in_channels} channels",
+        "channels of each level": ", ".join(map(str, shape.block_out_channels)),
+        "levels that attend": ", ".join(
+            str(level)
+            for level, kind in enumerate(shape.down_block_types)
+            if kind == "AttnDownBlock2D"
+        )
+        or "none",
+        "residual blocks of each level": str(shape.layers_per_block),
+        "parameters": f"{parameters:,}",
+    }
+    process = {
+        "schedule": f"{schedule}, T = {diffusion.timesteps}",
+        "the network predicts": diffusion.prediction,
+        "variance of ancestral sampling": sampling.variance,
+        "spacing of fewer timesteps": sampling.spacing,
+        "sampler and steps of the run": f"{sampling.sampler}, "
+        + str(sampling.steps or diffusion.timesteps),
+    }
+    distillation = pretrained.config.distillation
+    if distillation.teacher is not None:
+        process["distilled"] = (
+            f"from `{distillation.teacher.name}`, to {sampling.steps} steps, by "
+            f"{distillation.method} distillation"
+        )
+        if distillation.guidance_scale is not None:
+            process["distilled"] += f"; guidance {distillation.guidance_scale:g} is built in"
+    if shape.num_class_embeds is not None:
+        process["classes"] = (
+            f"{shape.num_class_embeds - 1}, and label {shape.num_class_embeds - 1} for no class"
+        )
+    return "\n".join(
+        [
+            "---", "library_name: diffusers", "tags: [ddpm]",
+            "---", MARK, "", "# A denoising diffusion model", "",
+            _table({**architecture, **process, **_origin(pretrained, weights)}), "",
+            *_usage(pretrained),
+        ]
+    )  # fmt: skip
+
+
+def _origin(pretrained: LoadedModel, weights: str) -> dict[str, str]:
+    checkpoint, training = pretrained.checkpoint, pretrained.config.training
+    if checkpoint is None:
+        return {"origin": "a model of diffusers", "sha256 of its weights": f"`{pretrained.hash}`"}
+    averaged = f"moving average, decay {training.ema_decay}"
+    return {
+        "optimizer steps": f"{checkpoint.step:,} of {training.batch_size} images",
+        "weights": averaged if weights == "ema" else "those of the last step",
+        "fingerprint of the data": f"`{checkpoint.state.get('data', 'unknown')}`",
+        "seed": str(training.seed),
+        "hash of the checkpoint": f"`{checkpoint.hash}`",
+    }
+
+
+def _usage(pretrained: LoadedModel) -> list[str]:
+    sampling = pretrained.config.sampling
+    all_steps = pretrained.config.diffusion.timesteps
+    steps = sampling.steps or all_steps
+    labelled = pretrained.model.null_class is not None
+    distilled = pretrained.config.distillation.teacher is not None
+    theirs = [f"    batch_size=4, num_inference_steps={steps}"]
+    if sampling.spacing == "trailing":
+        theirs = [
+            "    # With fewer steps its scheduler leaves noise in the finished pictures, unless",
+            "    # timestep_spacing is leading or linspace: trailing does not end at timestep 0.",
+            f"    batch_size=4, num_inference_steps={all_steps}",
+        ]
+    if pretrained.config.diffusion.prediction == "edm":
+        diffusers = _loop(pretrained, "EDMEulerScheduler", steps)
+    elif distilled and labelled:
+        diffusers = _loop(pretrained, "DDIMScheduler", steps, ", use_clipped_model_output=True")
+    elif distilled:
+        diffusers = [
+            "from diffusers import DDIMPipeline", "",
+            'images = DDIMPipeline.from_pretrained("DIR")(',
+            "    batch_size=4,",
+            f"    num_inference_steps={steps},",
+            "    eta=0.0,",
+            "    use_clipped_model_output=True,",
+            ").images",
+        ]  # fmt: skip
+    elif not labelled:
+        diffusers = [
+            "from diffusers import DDPMPipeline", "",
+            'images = DDPMPipeline.from_pretrained("DIR")(',
+            *theirs, ").images",
+        ]  # fmt: skip
+    else:
+        diffusers = [
+            "from diffusers import DDPMScheduler, UNet2DModel", "",
+            "# The network wants class labels, which DDPMPipeline does not pass.",
+            'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
+            'scheduler = DDPMScheduler.from_pretrained("DIR", subfolder="scheduler")',
+            "# unet(x, t, class_labels=labels).sample",
+        ]  # fmt: skip
+    command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
+    ours = [
+        "from ddpm_engine.networks.unet.unet import UNet",
+        "",
+        'unet = UNet.from_pretrained("DIR")',
+    ]
+    note = []
+    if distilled:
+        note = [
+            "The network has learnt these steps and no others: with another number of them, with "
+            "`eta`, or without re-deriving the noise from the clipped image "
+            "(`use_clipped_model_output`), the pictures are worse.", "",
+        ]  # fmt: skip
+    return [
+        "With diffusers:", "", "```python", *diffusers, "```", "", *note,
+        "With ddpm-engine:", "", "```", command, "```", "", "```python", *ours, "```", "",
+    ]  # fmt: skip
+
+
+def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = "") -> list[str]:
+    """What draws where no pipeline does, with `options` for each step of the scheduler."""
+    shape = pretrained.config.model
+    labelled = pretrained.model.null_class is not None
+    labels = ", class_labels=labels" if labelled else ""
+    return [
+        "import torch", f"from diffusers import {scheduler}, UNet2DModel", "",
+        'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
+        f'scheduler = {scheduler}.from_pretrained("DIR", subfolder="scheduler")',
+        f"scheduler.set_timesteps({steps})",
+        f"x = torch.randn(4, {shape.in_channels}, {shape.sample_size}, {shape.sample_size})",
+        "x = x * scheduler.init_noise_sigma",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        f"        output = unet(scheduler.scale_model_input(x, t), t{labels}).sample",
+        f"        x = scheduler.step(output, t, x{options}).prev_sample",
+        "# x is around [-1, 1]",
+    ]  # fmt: skip
+
+
+def _table(facts: Mapping[str, str]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an earlier export."""
+    try:
+        return MARK in (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,313 @@
+"""All that can be drawn of a trained run, by name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.open import dataset_of
+from ddpm_engine.data.stream import ShardStream
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.diffusion.variational_bound import bits_per_dim
+from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.digits import real_digits
+from ddpm_engine.evaluation.feature_networks import feature_network
+from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
+from ddpm_engine.figures.interpolation import (
+    denoising_figure,
+    device_of,
+    interpolation_figure,
+    no_class,
+)
+from ddpm_engine.figures.trajectory import (
+    COLUMNS,
+    forward_figure,
+    reverse_animation,
+    reverse_figure,
+    shown_timesteps,
+    watch,
+)
+from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.plots.curves import bound_figure, loss_figure, quality_figure, schedules_figure
+from ddpm_engine.plots.image_rows import side_by_side
+from ddpm_engine.samplers.config import SamplerName, SamplingConfig
+from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.sampler import sample
+
+_GRID = 64
+_ROWS = 3
+"""Images that are noised."""
+_FRAMES, _MOVING = 24, 6
+"""Moments of the animation, and pictures in it."""
+QUALITY_SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm++2m")
+QUALITY_STEPS = (5, 10, 20, 40)
+_BATCH = 256
+
+
+class Inapplicable(UserError):
+    """A figure that cannot be made of this run, because of what kind of run it is."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A trained run, and what is to be seen of it."""
+
+    trained: LoadedModel
+    run: Path
+    """The run's directory."""
+    out: Path
+    """Folder for the figures."""
+    seed: int = 0
+    """Of all noise."""
+    ids: tuple[int, int] = (4, 2)
+    """Two pictures of the seed: the first is seen to emerge, and both have pictures between."""
+    steps: int | None = None
+    """Steps a picture; None: the run's."""
+    timesteps: tuple[int, ...] | None = None
+    """At which images are shown noised, from 0; None: ten, closer together at first."""
+    samples: Path | None = None
+    """Folder of PNGs to show as drawn by the model; None: they are drawn."""
+    photo: Tensor | None = None
+    """Image to be denoised, `[C, H, W]` in [-1, 1]; None: the first of the data."""
+    count: int = 256
+    """Pictures for each point of the quality."""
+    bound_images: int = 16
+    """Images whose bound is taken; each costs an evaluation a timestep."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        return self.trained.config
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How pictures are drawn."""
+        chosen = self.config.sampling
+        return chosen if self.steps is None else replace(chosen, steps=self.steps)
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """The first images in training order: uint8 `[64, H, W, C]`."""
+        dataset = dataset_of(self.config)
+        if isinstance(dataset, ShardStream):
+            return np.stack([one.image for one in itertools.islice(dataset, _GRID)])
+        return np.stack([one.image for one in dataset.__getitems__(range(_GRID))])
+
+    def labels(self, ids: Tensor) -> Tensor | None:
+        """Classes of pictures, one after the other: int64 `[B]` as `ids`, or None."""
+        null = self.trained.model.null_class
+        return None if null is None else ids % null
+
+    def drawn(self, count: int, sampling: SamplingConfig) -> np.ndarray:
+        """The first pictures of the seed: uint8 `[count, H, W, C]`."""
+        trained = self.trained
+        ids = torch.arange(count, device=device_of(trained.model))
+        pictures = sample(
+            trained.model,
+            trained.schedule,
+            sample_ids=ids,
+            seed=self.seed,
+            prediction=self.config.diffusion.prediction,
+            labels=self.labels(ids),
+            clip=trained.clip,
+            batch_size=_BATCH,
+            **asdict(sampling),
+        )
+        return to_uint8(pictures)
+
+
+def real_and_drawn(exhibit: Exhibit) -> list[Path]:
+    """Real images beside drawn ones.
+
+    Raises:
+        UserError: a folder of samples without pictures.
+    """
+    if exhibit.samples is None:
+        drawn = exhibit.drawn(_GRID, exhibit.sampling)
+    else:
+        drawn = _read_pictures(exhibit.samples)
+    path = exhibit.out / "real-and-drawn.png"
+    side_by_side(exhibit.real[: len(drawn)], drawn, ("real", "drawn by the model"), path)
+    return [path]
+
+
+def _read_pictures(folder: Path) -> np.ndarray:
+    """The first PNGs of a folder: uint8 `[N, H, W, C]`."""
+    files = sorted(file for file in folder.glob("*.png") if file.stem.isdigit())[:_GRID]
+    if not files:
+        raise UserError(f"--samples {folder} holds no pictures; draw some with launch/sample.py")
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
+    return images[..., None] if images.ndim == 3 else images
+
+
+def forward(exhibit: Exhibit) -> list[Path]:
+    """Images dissolving into noise.
+
+    Raises:
+        UserError: a timestep that the schedule does not have.
+    """
+    schedule = exhibit.trained.schedule
+    timesteps: Sequence[int] = exhibit.timesteps or shown_timesteps(schedule.timesteps)
+    path = exhibit.out / "forward.png"
+    forward_figure(schedule, exhibit.real[:_ROWS], timesteps, exhibit.seed, path)
+    return [path]
+
+
+def reverse(exhibit: Exhibit) -> list[Path]:
+    """Pictures emerging from noise, still and moving.
+
+    Raises:
+        UserError: steps that the schedule does not have.
+    """
+    trained = exhibit.trained
+    table = build_table(
+        trained.schedule,
+        prediction=exhibit.config.diffusion.prediction,
+        **asdict(exhibit.sampling),
+    )
+    device = device_of(trained.model)
+    still, moving = exhibit.out / "reverse.png", exhibit.out / "reverse.gif"
+    first = torch.tensor(exhibit.ids[:1], device=device)
+    several = first + torch.arange(_MOVING, device=device)
+    for ids, moments_shown, show, path in [
+        (first, COLUMNS, reverse_figure, still),
+        (several, _FRAMES, reverse_animation, moving),
+    ]:
+        labels = exhibit.labels(ids)
+        show(watch(trained, table, exhibit.seed, ids, labels, moments_shown), path)
+    return [still, moving]
+
+
+def loss(exhibit: Exhibit) -> list[Path]:
+    """The training loss.
+
+    Raises:
+        Inapplicable: a `UserError`: the run has no metrics.
+    """
+    file = exhibit.run / "metrics.jsonl"
+    if not file.exists():
+        raise Inapplicable(f"there is no {file}, which has the losses; give the run's directory")
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    path = exhibit.out / "loss.png"
+    loss_figure([row["step"] for row in rows], [row["loss"] for row in rows], path)
+    return [path]
+
+
+def schedules(exhibit: Exhibit) -> list[Path]:
+    """ᾱ and signal-to-noise ratio of every schedule, and of the run's."""
+    steps = exhibit.trained.schedule.timesteps
+    linear = NoiseSchedule.linear(steps)
+    named = {
+        "linear": linear,
+        "cosine": NoiseSchedule.cosine(steps),
+        "sigmoid": NoiseSchedule.sigmoid(steps),
+    }
+    if steps > 1:
+        named["linear, zero terminal SNR"] = linear.rescaled_to_zero_terminal_snr()
+    own = exhibit.trained.schedule
+    if not any(torch.equal(own.betas, schedule.betas) for schedule in named.values()):
+        named["this run's"] = own
+    path = exhibit.out / "schedules.png"
+    schedules_figure(named, path)
+    return [path]
+
+
+def quality(exhibit: Exhibit) -> list[Path]:
+    """Fréchet distance of drawn digits to real ones against the number of steps.
+
+    Raises:
+        Inapplicable: a `UserError`: the run was not trained on the digits.
+    """
+    if exhibit.config.data.source != "digits":
+        raise Inapplicable(
+            "quality against steps is drawn of runs on the digits alone, whose features are learnt "
+            "in seconds; for others there is launch/evaluate.py"
+        )
+    size, count = exhibit.config.model.sample_size, exhibit.count
+    network = feature_network("digits", size)
+
+    def of(images: np.ndarray) -> Moments:
+        return moments([network(images)[:, : network.features]])
+
+    # In a fixed order that knows nothing of the writers, who come one after the other.
+    digits = real_digits(size).images[np.random.default_rng(0).permutation(1797)]
+    reference = of(digits[count:])
+    distances: dict[str, dict[int, float]] = {}
+    for sampler in QUALITY_SAMPLERS:
+        line = distances.setdefault(sampler, {})
+        for steps in QUALITY_STEPS:
+            sampling = replace(exhibit.sampling, sampler=sampler, steps=steps)
+            line[steps] = frechet_distance(of(exhibit.drawn(count, sampling)), reference)
+    path = exhibit.out / "quality.png"
+    quality_figure(distances, frechet_distance(of(digits[:count]), reference), count, path)
+    return [path]
+
+
+def bound(exhibit: Exhibit) -> list[Path]:
+    """The terms of the variational bound over t.
+
+    Raises:
+        Inapplicable: a `UserError`: EDM's networks are not trained on a chain of T steps.
+    """
+    trained = exhibit.trained
+    if exhibit.config.diffusion.prediction == "edm":
+        raise Inapplicable("the bound's terms are those of a chain of T steps, which EDM has not")
+    images = exhibit.real[: exhibit.bound_images]
+    device = device_of(trained.model)
+    ids = torch.arange(len(images), device=device)
+    terms = bits_per_dim(
+        trained.model,
+        trained.schedule,
+        torch.from_numpy(images).permute(0, 3, 1, 2).to(device),
+        ids,
+        seed=exhibit.seed,
+        prediction=exhibit.config.diffusion.prediction,
+        variance=exhibit.config.sampling.variance,
+        labels=no_class(trained.model, len(images)),
+        clip=trained.clip,
+    )
+    path = exhibit.out / "bound.png"
+    bound_figure(terms.cpu().numpy(), path)
+    return [path]
+
+
+def interpolation(exhibit: Exhibit) -> list[Path]:
+    """What lies between two pictures."""
+    path = exhibit.out / "interpolation.png"
+    interpolation_figure(exhibit.trained, exhibit.seed, exhibit.ids, path)
+    return [path]
+
+
+def denoising(exhibit: Exhibit) -> list[Path]:
+    """An image noised and taken back from several points of the chain."""
+    image = exhibit.photo
+    if image is None:
+        image = torch.from_numpy(exhibit.real[0]).permute(2, 0, 1).float() / 127.5 - 1
+    path = exhibit.out / "denoising.png"
+    denoising_figure(exhibit.trained, image, exhibit.seed, path)
+    return [path]
+
+
+FIGURES: dict[str, Callable[[Exhibit], list[Path]]] = {
+    "real-and-drawn": real_and_drawn,
+    "forward": forward,
+    "reverse": reverse,
+    "loss": loss,
+    "schedules": schedules,
+    "quality": quality,
+    "bound": bound,
+    "interpolation": interpolation,
+    "denoising": denoising,
+}
+"""Name → function that writes figures into the exhibit's folder and returns their paths."""

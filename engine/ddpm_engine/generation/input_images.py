@@ -1,0 +1,163 @@
+"""Images to begin with, to fill in or to enlarge, and masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.generation.id_store import MANIFEST
+from ddpm_engine.generation.sample_reader import open_pictures
+from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
+
+
+class InputImages:
+    """An image file, or the image files of a folder in the order of their names.
+
+    Picture k goes with file k, and again from the first after the last. Each is cut to its central
+    square and resized to the network's size, in its channels.
+
+    Args:
+        path: of the file or folder; png, jpg, webp or npy.
+        shape: (C, H, W) of the network.
+        flag: that named them, for messages.
+
+    Raises:
+        UserError: nothing there, or no images.
+    """
+
+    classes: tuple[int, ...] | None = None
+    """Images from files are of no class."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], flag: str = "--images") -> None:
+        if not path.exists():
+            raise UserError(f"there is no {flag} {path}; give an image file or a folder of them")
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+        self.files = [file for file in candidates if _extension(file) in EXTENSIONS]
+        if not self.files:
+            raise UserError(f"{flag} {path} holds no images ({', '.join(EXTENSIONS)})")
+        self.shape = shape
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        """The images that go with pictures: float32 `[N, C, H, W]` in [-1, 1].
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        channels, size, _ = self.shape
+        files = [self.files[k % len(self.files)] for k in ids]
+        read = {file: _read(file, size, channels) for file in sorted(set(files))}
+        return _tensor(np.stack([read[file] for file in files]))
+
+    @property
+    def sha256(self) -> str:
+        """Of all files' content, in order: what the pictures depend on."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+class SamplesAsInput:
+    """The pictures of one set, to make those of another from: picture k goes with picture k.
+
+    Args:
+        path: of a folder that `SampleDir` wrote, finished or not.
+        shape: (C, H, W) that they must have.
+
+    Raises:
+        UserError: no such set.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.pictures = open_pictures(path)
+        self.shape = shape
+        classes = self.pictures.settings.get("classes")
+        self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        """The pictures of these ids: float32 `[N, C, H, W]` in [-1, 1].
+
+        Raises:
+            UserError: one is not there, or of another shape.
+        """
+        folder = self.pictures.directory
+        try:
+            images = self.pictures.read(ids)
+        except KeyError as missing:
+            raise UserError(
+                f"{folder} has no picture {missing} (yet); draw it with launch/sample.py, or name "
+                "pictures that are there with --ids"
+            ) from None
+        except (DecodeError, OSError) as error:
+            raise UserError(f"cannot read pictures in {folder}: {error}") from error
+        channels, height, width = self.shape
+        if images.shape[1:] != (height, width, channels):
+            raise UserError(
+                f"pictures in {folder} are {images.shape[1]}×{images.shape[2]} with "
+                f"{images.shape[3]} channels; this network enlarges {height}×{width} with "
+                f"{channels}"
+            )
+        return _tensor(images)
+
+    @property
+    def sha256(self) -> str:
+        """Of the settings that they were drawn with, which determine them."""
+        settings = {k: v for k, v in self.pictures.settings.items() if k != "format"}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def small_images(path: Path, shape: tuple[int, int, int]) -> SamplesAsInput | InputImages:
+    """What a network is to enlarge: the pictures of a set, or the images in files.
+
+    Args:
+        path: of a folder of launch/sample.py, or whatever `InputImages` takes.
+        shape: (C, side, side) of the small images.
+
+    Raises:
+        UserError: as both.
+    """
+    if (path / MANIFEST).is_file():
+        return SamplesAsInput(path, shape)
+    return InputImages(path, shape, "--low-resolution")
+
+
+def read_mask(path: Path, size: int) -> Tensor:
+    """Where a picture is known: bool `[1, 1, size, size]`, True where the mask's file is dark.
+
+    The file is cut and resized as images are; white is where to paint, as in other software.
+
+    Raises:
+        UserError: a file that cannot be read, or a mask that leaves nothing to paint or to keep.
+    """
+    if not path.is_file() or _extension(path) not in EXTENSIONS:
+        raise UserError(f"--mask {path} is not an image file ({', '.join(EXTENSIONS)})")
+    known = torch.from_numpy(_read(path, size, channels=1) < 128)
+    if known.all() or not known.any():
+        raise UserError(
+            f"--mask {path} is {'black' if known.all() else 'white'} all over; make white what is "
+            "to be painted, and black what is to stay"
+        )
+    return known.permute(2, 0, 1)[None]
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """uint8 `[N, H, W, C]` → float32 `[N, C, H, W]` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _read(file: Path, size: int, channels: int) -> np.ndarray:
+    try:
+        return fit(decode(file.read_bytes(), _extension(file), channels), size)
+    except (DecodeError, OSError) as error:
+        raise UserError(f"cannot read image {file}: {error}; repair or remove it") from error
+
+
+def _extension(file: Path) -> str:
+    return file.suffix[1:].lower()

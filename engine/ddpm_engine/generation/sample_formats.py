@@ -1,0 +1,180 @@
+"""How pictures lie in a folder: one file each, or in shards that hold a range of ids.
+
+The file names say which pictures are there, and a name appears only when its file is whole. So the
+folder is the one record of what is done, whoever wrote it and however they ended.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from webdataset import TarWriter
+
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
+from ddpm_engine.data.tar import scan_tar
+from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import decode, encode
+
+Format = Literal["png", "tar", "tar-npy", "npz"]
+
+_NAME = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.(png|tar|npz)")
+
+
+class PictureFiles(Protocol):
+    """One of the ways."""
+
+    folder: Path
+    """Where the files are; made by `write` if missing."""
+
+    def write(
+        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
+    ) -> None:
+        """Write pictures, each file complete or not at all.
+
+        Args:
+            ids: N ascending ids.
+            images: uint8 `[N, H, W, C]`.
+            labels: the class of each, or None.
+            seed: that they were drawn from.
+
+        Raises:
+            OSError: as the operating system reports it.
+        """
+        ...
+
+    def read(self, path: Path) -> Mapping[int, np.ndarray]:
+        """The pictures in one file by id, uint8 `[H, W, C]` each."""
+        ...
+
+
+def picture_files(folder: Path, format: Format) -> PictureFiles:
+    """The files of a format.
+
+    Raises:
+        UserError: no such format.
+    """
+    if format == "png":
+        return SingleFiles(folder)
+    if format not in get_args(Format):
+        raise UserError(f"format is {format!r}; it must be one of {', '.join(get_args(Format))}")
+    if format == "npz":
+        return NpzShards(folder / "shards")
+    return TarShards(folder / "shards", "npy" if format == "tar-npy" else "png")
+
+
+def ids_in(name: str) -> range | None:
+    """The ids that a file holds by its name, or None for other names."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    first, last, _ = found.groups()
+    return range(int(first), int(last or first) + 1)
+
+
+def ids_being_written(name: str) -> range | None:
+    """Those of a file that is not complete yet, or never will be."""
+    whole = name.removesuffix(TEMPORARY_SUFFIX)
+    return None if whole == name else ids_in(whole)
+
+
+def consecutive(ids: Sequence[int]) -> list[slice]:
+    """Cut ascending ids where one is left out."""
+    cuts = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1]
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True) if a < b]
+
+
+class SingleFiles:
+    """One PNG a picture, `00000017.png`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(
+        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
+    ) -> None:
+        """See `PictureFiles`; the manifest says what the labels are."""
+        for sample_id, image in zip(ids, images, strict=True):
+            with atomic_write(self.folder / f"{sample_id:08d}.png") as file:
+                file.write(encode(image, "png"))
+
+    def read(self, path: Path) -> Mapping[int, np.ndarray]:
+        """See `PictureFiles`."""
+        return {int(path.stem): decode(path.read_bytes(), "png")}
+
+
+class TarShards:
+    """WebDataset shards, `00001024-00002047.tar`: each picture as png or npy, its json, its cls.
+
+    The json holds id, seed and label; there is a cls if there is a label.
+    """
+
+    def __init__(self, folder: Path, extension: Literal["png", "npy"]) -> None:
+        self.folder = folder
+        self.extension = extension
+
+    def write(
+        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
+    ) -> None:
+        """See `PictureFiles`; one shard for each range without gaps."""
+        self.folder.mkdir(exist_ok=True)
+        for part in consecutive(ids):
+            path = self.folder / f"{ids[part][0]:08d}-{ids[part][-1]:08d}.tar"
+            # No encoder: what is written is encoded. mtime 0: the same bytes every time.
+            with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
+                for k, image, label in zip(ids[part], images[part], labels[part], strict=True):
+                    about = {"id": k, "seed": seed, "label": label}
+                    members = {
+                        "__key__": f"{k:08d}",
+                        self.extension: encode(image, self.extension),
+                        "json": json.dumps(about).encode(),
+                    }
+                    if label is not None:
+                        members["cls"] = str(label).encode()
+                    tar.write(members)
+
+    def read(self, path: Path) -> Mapping[int, np.ndarray]:
+        """See `PictureFiles`."""
+        pictures = {}
+        with path.open("rb") as file:
+            for sample in scan_tar(path):
+                file.seek(sample.image.offset_data)
+                payload = file.read(sample.image.size)
+                pictures[int(sample.key)] = decode(payload, sample.extension)
+        return pictures
+
+
+class NpzShards:
+    """NumPy archives, `00001024-00002047.npz`.
+
+    Each holds images uint8 `[N, H, W, C]`, ids int64 `[N]` and, if there are classes, labels
+    int64 `[N]`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(
+        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
+    ) -> None:
+        """See `PictureFiles`; one archive for each range without gaps."""
+        self.folder.mkdir(exist_ok=True)
+        for part in consecutive(ids):
+            arrays = {"images": images[part], "ids": np.asarray(ids[part], dtype=np.int64)}
+            if labels[part][0] is not None:
+                arrays["labels"] = np.asarray(labels[part], dtype=np.int64)
+            encoded = io.BytesIO()
+            np.savez(encoded, **arrays)  # type: ignore[arg-type]
+            path = self.folder / f"{ids[part][0]:08d}-{ids[part][-1]:08d}.npz"
+            with atomic_write(path) as file:
+                file.write(encoded.getvalue())
+
+    def read(self, path: Path) -> Mapping[int, np.ndarray]:
+        """See `PictureFiles`."""
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(zip(archive["ids"].tolist(), archive["images"], strict=True))

@@ -1,0 +1,1 @@
+"""Networks: what predicts the noise. They know no noise schedule."""

@@ -1,0 +1,1 @@
+"""Distillation objectives: students that sample in few steps."""

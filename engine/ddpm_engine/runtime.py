@@ -1,0 +1,109 @@
+"""What this process runs on: device, threads, precision and the compilers' caches."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ddpm_engine.errors import UserError
+
+
+def check_precision(precision: str, flag: str, remedy: str = "") -> None:
+    """Refuse half precisions that this processor does not have or runs a hundred times slower.
+
+    Args:
+        precision: no, bf16 or fp16.
+        flag: what the precision is called where it was chosen.
+        remedy: what else can be done about slow bf16.
+
+    Raises:
+        UserError: fp16, or bf16 on a processor without instructions for it.
+    """
+    if precision == "fp16":
+        raise UserError(
+            f"{flag} is fp16, which needs a GPU; on this CPU use no"
+            + (" or bf16" if has_fast_bf16() else "")
+        )
+    if precision == "bf16" and not has_fast_bf16():
+        raise UserError(
+            f"{flag} is bf16, but this CPU has no bfloat16 instructions (AVX512 BF16 or AMX): "
+            f"convolutions would be a hundred times slower. Use no{remedy}"
+        )
+
+
+def use_all_cores() -> None:
+    """Undo `accelerate launch`'s default of one thread, sharing the cores among local ranks."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (cores or 1) // ranks))
+
+
+def has_fast_bf16() -> bool:
+    """Whether there are bfloat16 instructions."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def local_device() -> torch.device:
+    """This process's GPU, as its launcher numbers them, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        use_all_cores()
+        return torch.device("cpu")
+    device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    torch.accelerator.set_device_index(device)
+    return device
+
+
+logger = logging.getLogger(__name__)
+
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+"""Environment variables of the compilers, and the folders they get."""
+
+
+def use_local_compile_cache() -> None:
+    """Point Triton and inductor at a folder of this user under the temporary directory.
+
+    Triton's own default is the home directory, which on a cluster is a network file system that
+    every rank of every node would write to. Variables that are set stay as they are. Compiled code
+    is executed when it is found, so a folder that others may write to is not used.
+    """
+    if not hasattr(os, "getuid"):  # a system without Triton
+        return
+    folder = Path(tempfile.gettempdir()) / f"ddpm-engine-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        logger.warning(
+            "%s belongs to someone else or is open to others: compiled code is kept where the "
+            "compilers keep it by default. Remove the folder, or set %s",
+            folder,
+            " and ".join(CACHES),
+        )
+        return
+    for variable, name in CACHES.items():
+        os.environ.setdefault(variable, str(folder / name))
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the network's arithmetic; any other precision means that of the weights."""
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Compute in a precision within the block."""
+    if precision in DTYPES:
+        return torch.autocast(device.type, DTYPES[precision])
+    return nullcontext()
+
+
+def autocast_forward(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Let every call of a model compute in a precision, whatever surrounds the call."""
+    if precision in DTYPES:
+        model.forward = torch.autocast(device.type, DTYPES[precision])(model.forward)

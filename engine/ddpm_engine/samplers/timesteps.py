@@ -1,0 +1,98 @@
+"""Which timesteps a sampler visits when it takes fewer steps than the schedule has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.errors import UserError
+from ddpm_engine.samplers.config import Spacing
+from ddpm_engine.samplers.noise_levels import interpolated, log_sigma
+
+
+def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "trailing") -> Tensor:
+    """Choose `steps` of the timesteps 0 … T − 1, in the order a sampler visits them.
+
+    `leading` takes multiples of T // steps from 0 up; `trailing` counts down from T − 1 in strides
+    of T / steps; `linspace` includes both ends (Lin et al. 2023, section 3.3, table 2). The
+    timestep before an entry is the next entry of the list, whatever the spacing.
+
+    Returns:
+        int64 `[steps]`, strictly decreasing.
+
+    Raises:
+        UserError: `steps` outside 1 … T.
+    """
+    _check_steps(timesteps, steps)
+    if spacing == "leading":
+        return torch.arange(steps).flip(0) * (timesteps // steps)
+    if spacing == "trailing":
+        ends = torch.arange(steps, 0, -1, dtype=torch.float64) * timesteps / steps
+        return ends.round().to(torch.int64) - 1
+    if spacing == "linspace":
+        return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().to(torch.int64)
+    raise UserError(f"spacing is {spacing!r}; it must be leading, trailing or linspace")
+
+
+def listed_timesteps(timesteps: int, visited: Sequence[int]) -> Tensor:
+    """Timesteps named one by one.
+
+    Args:
+        timesteps: T.
+        visited: strictly decreasing, each in 0 … T − 1.
+
+    Returns:
+        int64 `[len(visited)]`.
+
+    Raises:
+        UserError: an empty list, or the first entry that is not a whole number, out of range or
+            not below the one before it.
+    """
+    if len(visited) == 0:
+        raise UserError("the list of timesteps is empty; name at least one")
+    before = timesteps
+    for place, entry in enumerate(visited):
+        named = f"timestep {entry} (entry {place} of the list)"
+        if not isinstance(entry, int) or isinstance(entry, bool):
+            raise UserError(f"{named} is not a whole number")
+        if not 0 <= entry < timesteps:
+            raise UserError(f"{named} is outside the schedule's 0 to {timesteps - 1}")
+        if entry >= before:
+            raise UserError(f"{named} is not below the {before} before it; list them downwards")
+        before = entry
+    return torch.tensor(list(visited), dtype=torch.int64)
+
+
+def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
+    """Timesteps at which σ^(1/ρ) falls evenly from the schedule's largest σ to its smallest.
+
+    Karras et al. 2022, equation 5. Few fall on the schedule's own timesteps: log σ is interpolated
+    between those.
+
+    Returns:
+        float64 `[steps]`, strictly decreasing, from T − 1 to 0.
+
+    Raises:
+        UserError: `steps` outside 1 … T, or a schedule with zero terminal SNR, where σ is infinite.
+    """
+    _check_steps(schedule.timesteps, steps)
+    known = log_sigma(schedule)
+    if known[-1].isinf():
+        raise UserError(
+            "this schedule ends in pure noise (zero terminal SNR), where sigma is infinite and "
+            "cannot be spaced as Karras et al. do; use ddim, dpm++2m or unipc, or list the "
+            "timesteps"
+        )
+    ends = (known[[-1, 0]] / rho).exp()
+    sigma = torch.linspace(1, 0, steps, dtype=torch.float64) * (ends[0] - ends[1]) + ends[1]
+    return interpolated(rho * sigma.log(), known, torch.arange(len(known)).double())
+
+
+def _check_steps(timesteps: int, steps: int) -> None:
+    if not 1 <= steps <= timesteps:
+        raise UserError(
+            f"steps is {steps}; a schedule of {timesteps} timesteps takes 1 to {timesteps} steps"
+        )

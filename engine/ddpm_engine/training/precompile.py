@@ -1,0 +1,38 @@
+"""Compiling everything that a training step needs, before the first one."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.runtime import autocast
+
+
+def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config: RunConfig) -> None:
+    """Run one step's forward and backward pass on black images; weights and gradients stay.
+
+    Args:
+        model: on the device, not yet prepared by Accelerate: nothing is exchanged between ranks.
+        objective: of the run.
+        accelerator: for the device and the number of ranks.
+        config: for the shape of a rank's piece of a batch.
+    """
+    training, shape = config.training, config.model
+    count = training.batch_size // (accelerator.num_processes * training.accumulation)
+    size = shape.sample_size
+    images = torch.zeros(count, shape.in_channels, size, size, dtype=torch.uint8)
+    positions = torch.arange(count)
+    labels = None if model.null_class is None else torch.zeros_like(positions)
+    batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
+    was_training = model.training
+    model.train()
+    with autocast(training.precision, accelerator.device):
+        loss = objective(model, batch.to(accelerator.device)).mean()
+    loss.backward()
+    objective.end_step(None)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)

@@ -1,0 +1,51 @@
+"""From a request to a strategy that is in force."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.training.strategies.fsdp import FullySharded
+from ddpm_engine.training.strategies.launcher_env import Request
+from ddpm_engine.training.strategies.replicated import Replicated
+from ddpm_engine.training.strategies.strategy import Strategy
+
+
+def start_strategy(
+    model: UNet, request: Request, config: RunConfig, accelerator: Accelerator
+) -> Strategy:
+    """Spread a network and its training state over the processes.
+
+    Args:
+        model: on its device, the same on every rank; belongs to the strategy from now on.
+        request: what was asked for.
+        config: of the run.
+        accelerator: started with as many processes as the request says.
+
+    Raises:
+        UserError: the strategy cannot be had here; the message says why.
+    """
+    if request.deepspeed is not None:
+        # Here, because it is needed by few.
+        from ddpm_engine.training.strategies.zero import Zero3, Zero12
+
+        zero = Zero3 if request.deepspeed["zero_optimization"]["stage"] == 3 else Zero12
+        return zero(model, config, accelerator, _mesh(accelerator), request.deepspeed)
+    if request.fsdp:
+        return FullySharded(
+            model, config, accelerator, _mesh(accelerator), request.reshard_after_forward
+        )
+    return Replicated(model, config, accelerator)
+
+
+def _mesh(accelerator: Accelerator) -> DeviceMesh:
+    """All processes in a row; one alone is a row too."""
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if accelerator.device.type == "cpu" else None,
+            store=dist.HashStore(), rank=0, world_size=1,
+        )  # fmt: skip
+    return init_device_mesh(accelerator.device.type, (dist.get_world_size(),))

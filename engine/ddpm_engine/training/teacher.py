@@ -1,0 +1,136 @@
+"""Distilling a trained network: what the run is by default, and its teacher."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.config import RunConfig
+from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.errors import UserError
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.objectives.distillation.trajectory import Teacher
+
+MOMENTS_RATE = 0.15
+"""Learning rate of moment matching, in units of that which the teacher was trained with."""
+
+
+def student_config(
+    teacher: RunConfig,
+    plan: DistillationConfig,
+    out: Path,
+    prediction: Prediction | None = None,
+) -> RunConfig:
+    """The run that distils a teacher, with the teacher's own settings where nothing speaks against.
+
+    A teacher that predicts ε has students that predict v: at the last timesteps, which few steps
+    rest upon, ε̂ says nothing of the image (Salimans & Ho 2022, section 4). Averages are made
+    shorter, over a tenth of a stage, so that they do not reach back to the last; so is the warm-up.
+
+    Moment matching is slower, and remembers less: two networks chase each other. Its Adam is that
+    of Salimans et al. (2024, appendix).
+
+    Args:
+        teacher: the run that trained it.
+        plan: what is distilled.
+        out: directory of the run.
+        prediction: what students predict; None: as the teacher, but v instead of ε.
+    """
+    if prediction is None:
+        prediction = "v" if teacher.diffusion.prediction == "eps" else teacher.diffusion.prediction
+    training, optimizer = teacher.training, teacher.optimizer
+    stage = max(1, training.steps // max(1, plan.stages))
+    shorter = replace(
+        training, ema_decay=min(training.ema_decay, max(0.0, 1 - 10 / stage)), ema_profiles=()
+    )
+    optimizer = replace(optimizer, warmup_steps=min(optimizer.warmup_steps, stage // 10))
+    if plan.method == "moments":
+        rate = MOMENTS_RATE * optimizer.learning_rate
+        optimizer = replace(optimizer, learning_rate=rate, betas=(0.0, 0.99))
+    return RunConfig(
+        out=out,
+        data=teacher.data,
+        model=teacher.model,
+        diffusion=replace(teacher.diffusion, prediction=prediction),
+        objective=ObjectiveConfig(learned_variance=teacher.objective.learned_variance),
+        optimizer=optimizer,
+        training=shorter,
+        sampling=plan.sampling,
+        log=replace(teacher.log, sample_steps=plan.steps),
+        distillation=plan,
+    )
+
+
+def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teacher:
+    """The teacher of a run, on a device.
+
+    Raises:
+        UserError: there is none, or it is another network or of another process than its students.
+    """
+    path = config.distillation.teacher
+    if path is None:
+        raise UserError("--distillation.teacher is not given, and there is nothing to distil")
+    teacher = load_model(path, device)
+    theirs, ours = teacher.config, config
+    if replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout) != (
+        ours.model
+    ):
+        raise UserError(
+            f"--distillation.teacher {path} is another network than --model.* describe; students "
+            "have their teacher's: start with launch/distill.py --teacher"
+        )
+    known, wanted = theirs.diffusion.prediction, ours.diffusion.prediction
+    if replace(theirs.diffusion, prediction=wanted) != ours.diffusion:
+        raise UserError(
+            f"--distillation.teacher {path} was trained on another noise schedule than "
+            "--diffusion.* describe; students have their teacher's: start with launch/distill.py "
+            "--teacher"
+        )
+    if (known == "edm") != (wanted == "edm"):
+        raise UserError(
+            f"--diffusion.prediction is {wanted}, but --distillation.teacher {path} predicts "
+            f"{known}; only eps, x0 and v turn into each other"
+        )
+    if teacher.clip != ours.diffusion.clip:
+        raise UserError(
+            f"--distillation.teacher {path} is sampled "
+            f"{'with' if teacher.clip else 'without'} clipping, and its students would be "
+            f"{'with' if ours.diffusion.clip else 'without'}; it cannot be distilled"
+        )
+    if theirs.distillation.teacher is not None:
+        raise UserError(
+            f"--distillation.teacher {path} has been distilled already, to "
+            f"{theirs.sampling.steps} steps; distil its own teacher, "
+            f"{theirs.distillation.teacher}, to fewer"
+        )
+    if config.distillation.method != "moments":
+        return Teacher(teacher.model, known)
+    critic = deepcopy(teacher.model).requires_grad_(True)
+    return Teacher(teacher.model, known, _load_student(config, device), critic)
+
+
+def _load_student(config: RunConfig, device: torch.device | str) -> UNet:
+    """The network that moment matching goes on from."""
+    path = config.distillation.student
+    assert path is not None, "validated"
+    student = load_model(path, device)
+    theirs, ours = student.config, config
+    if theirs.distillation.teacher is None or theirs.sampling.steps != ours.distillation.steps:
+        raise UserError(
+            f"--distillation.student {path} has not been distilled to "
+            f"{ours.distillation.steps} steps, which moments goes on from; distil the teacher to "
+            "as many by progressive distillation first"
+        )
+    same_network = replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout)
+    if (same_network, theirs.diffusion) != (ours.model, ours.diffusion):
+        raise UserError(
+            f"--distillation.student {path} is not a student of --distillation.teacher: its "
+            "network, noise schedule or prediction is another; name one that the same teacher was "
+            "distilled to, with --prediction as it was then"
+        )
+    return student.model
