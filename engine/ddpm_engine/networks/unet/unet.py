@@ -244,7 +244,7 @@ class UNet(nn.Module):
             labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
                 class-conditional; `null_class` for an unconditional prediction.
             low_resolution: `[B, in_channels, H, W]`, the low-resolution image, upsampled and noised
-                by `NoiseConditioningAugmentation`, if and only if the network is conditioned on one.
+                by `NoiseConditioningAugmentation`, if the network is conditioned on one.
             augmentation: int64 `[B]`, the level of that noise.
             features: what enters the last level on the way up, `[B, C, H, W]`, as an evaluation
                 close by returned it. All deeper levels are then left out (Ma, Fang & Wang,
