@@ -130,10 +130,6 @@ def _usage(pretrained: LoadedModel) -> list[str]:
     command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
     load = 'unet = UNet.from_pretrained("DIR")'
     ours = ["from ddpm_engine.networks.unet.unet import UNet", "", load]
-        "from ddpm_engine.networks.unet.unet import UNet",
-        "",
-        'unet = UNet.from_pretrained("DIR")',
-    ]
     note = []
     if distilled:
         note = [
