@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import class_grid, grid, save_png, to_uint8
 
 
@@ -57,3 +58,11 @@ def test_a_class_grid_has_a_row_for_each_class() -> None:
     assert sheet.shape == (2 * 65 + 1, 3 * 65 + 1)
     shown = [[int(sheet[65 * row + 9, 65 * column + 9]) for column in range(3)] for row in range(2)]
     assert shown == [[10, 30, 255], [0, 20, 40]]
+
+
+def test_every_pixel_value_survives_encoding_and_decoding() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    encoded = PixelCodec().encode(images)
+    assert encoded.aminmax() == PixelCodec.clip_range
+    decoded = PixelCodec().decode(encoded)
+    assert np.array_equal(decoded[0, :, :, 0], images[0, 0])

@@ -15,6 +15,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_reader import open_pictures
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.images.data_codec import PixelCodec
 
 
 class InputImages:
@@ -149,7 +150,7 @@ def read_mask(path: Path, size: int) -> Tensor:
 
 def _tensor(images: np.ndarray) -> Tensor:
     """uint8 `[N, H, W, C]` → float32 `[N, C, H, W]` in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return PixelCodec().encode(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def _read(file: Path, size: int, channels: int) -> np.ndarray:

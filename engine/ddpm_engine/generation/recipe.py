@@ -16,7 +16,7 @@ from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import InputImages, SamplesAsInput
-from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.runtime import check_precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.inpainting import Inpainting
@@ -178,7 +178,7 @@ class Drawing:
                 inpainting=inpainting,
                 on_step=self._on_step,
             )
-        return to_uint8(drawn)
+        return PixelCodec().decode(drawn)
 
     def warm_up(self, batch: int) -> None:
         """Compile whatever a batch of so many pictures needs."""

@@ -12,7 +12,8 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.data.open import RunDataset, samples_at
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import shrink
-from ddpm_engine.images.grid import grid, save_png, to_uint8
+from ddpm_engine.images.data_codec import PixelCodec
+from ddpm_engine.images.grid import grid, save_png
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.runtime import autocast
 from ddpm_engine.samplers.sampler import sample
@@ -66,6 +67,6 @@ def draw_preview(
     path = config.out / "samples" / f"step-{step:08d}.png"
     try:
         path.parent.mkdir(exist_ok=True)
-        save_png(grid(to_uint8(in_order)), path)
+        save_png(grid(PixelCodec().decode(in_order)), path)
     except OSError as error:
         logger.error("could not write %s: %s", path, error)

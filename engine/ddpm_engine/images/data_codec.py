@@ -1,0 +1,41 @@
+"""What stands between stored data and what is diffused."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ddpm_engine.images.grid import to_uint8
+
+
+class Codec(Protocol):
+    """Maps stored images to the space of the diffusion process, and back.
+
+    The two-way map of pixels is `PixelCodec`. An autoencoder's latents would be another.
+    """
+
+    clip_range: tuple[float, float] | None
+    """Bounds of encoded values, to which estimates of x_0 may be clipped; None: unbounded."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map uint8 images `[B, C, H, W]` to clean samples x_0, fp32, on the same device."""
+
+    def decode(self, samples: Tensor) -> np.ndarray:
+        """Map samples as the network generates them to uint8 images `[B, H, W, C]`."""
+
+
+class PixelCodec:
+    """Diffuses the pixels themselves: 0 … 255 ↔ [-1, 1]."""
+
+    clip_range: tuple[float, float] | None = (-1.0, 1.0)
+    """As `Codec`."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return x / 127.5 - 1 in fp32. Training kernels take uint8 and compute it themselves."""
+        return images.float() / 127.5 - 1
+
+    def decode(self, samples: Tensor) -> np.ndarray:
+        """Return (x + 1) · 127.5, rounded to the nearest and clipped to 0 … 255."""
+        return to_uint8(samples)
