@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +12,7 @@ from typing import Any, BinaryIO
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
 from ddpm_engine.errors import UserError
+from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +80,18 @@ def lock_run_directory(out: Path) -> BinaryIO:
     """
     file = open(out / _LOCK, "a+b")  # noqa: SIM115
     try:
-        # Not flock: workers that a fork leaves behind would go on holding it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning("%s cannot be locked (%s): let only one process train there", out, error)
-            return file
+        # Owned by the process: workers that a fork leaves behind must not go on holding it.
+        free = acquire(file)
+    except LocksUnsupportedError as error:
+        logger.warning("%s cannot be locked (%s): let only one process train there", out, error)
+        return file
+    if not free:
         file.seek(0)
         holder = file.read(200).decode(errors="replace").strip()
         file.close()
         raise UserError(
             f"{out} is in use by {holder or 'another process'}; wait until it has ended, or stop it"
-        ) from None
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     file.flush()
