@@ -70,12 +70,12 @@ def main() -> None:
     shape = (3, options.size, options.size)
     images = torch.randint(0, 256, (options.batch, *shape), dtype=torch.uint8)
     timesteps = torch.randint(0, 1000, (options.batch,))
-    ids = torch.arange(options.batch)
+    ids, ones = torch.arange(options.batch), torch.ones_like(tables[0])
     prediction = torch.randn(images.shape).to(memory_format=torch.channels_last).requires_grad_()
 
     def step() -> None:
         q_sample(images, timesteps, *tables, 0, ids)
-        denoising_loss(prediction, images, timesteps, *tables, 0, ids).mean().backward()
+        denoising_loss(prediction, images, timesteps, None, ones, 0, ids).mean().backward()
 
     measure("noise", lambda: gaussian_noise(0, ids, shape, 0, Stream.TRAINING_NOISE), options)
     measure("noising and loss", step, options)

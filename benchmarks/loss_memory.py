@@ -54,7 +54,8 @@ def engine(images: torch.Tensor, timesteps: torch.Tensor, schedule: NoiseSchedul
     tables = schedule.sqrt_alpha_bar.float(), schedule.sqrt_one_minus_alpha_bar.float()
     ids = torch.arange(len(images))
     prediction = q_sample(images, timesteps, *tables, 0, ids).requires_grad_()
-    denoising_loss(prediction, images, timesteps, *tables, 0, ids).mean().backward()
+    ones = torch.ones_like(tables[0])
+    denoising_loss(prediction, images, timesteps, None, ones, 0, ids).mean().backward()
 
 
 def textbook(images: torch.Tensor, timesteps: torch.Tensor, schedule: NoiseSchedule) -> None:

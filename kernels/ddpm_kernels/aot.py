@@ -4,7 +4,7 @@
 
 There is no second list of signatures: the operations are called on CPU tensors, each launch is
 caught before it reaches a device, and what would have been launched is compiled, specialised as
-Triton would have specialised it. The table shows, for each kernel and target, registers, spills,
+Triton would have specialised it. The table has, for each kernel and target, registers, spills,
 bytes of local memory, the widest global load and store in bits, and instructions.
 """
 
@@ -15,10 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,9 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
-from ddpm_kernels.assembly import (
-    Access,
-    Instruction,
-    executed,
-    read_accesses,
-    read_amdgcn,
-    read_sass,
-)
-from ddpm_kernels.denoising_loss import BoundColumn
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
+from ddpm_kernels.variational_bound import BoundColumn
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -58,6 +49,10 @@ _TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
+_AMD_BITS = {
+    "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
+    "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,10 +69,6 @@ class Launch:
     """Indices of parameters divisible by 16, which lets loads be wide."""
     options: tuple[tuple[str, Any], ...]
     """Compiler options: warps and stages."""
-    programs: int = field(default=1, compare=False)
-    """Of the grid; they do not decide the code."""
-    integers: tuple[tuple[str, int], ...] = field(default=(), compare=False)
-    """Values of the integer parameters that are not constants, likewise."""
 
     @property
     def name(self) -> str:
@@ -94,43 +85,13 @@ class Code:
     spills: int
     """Instructions, or registers on AMD, that go to local memory because registers ran out."""
     local_bytes: int
-    """Stack or scratch bytes a thread."""
+    """Stack or scratch bytes per thread."""
     widest_load: int
     """Bits of the widest global load of one thread."""
     widest_store: int
     """Bits of the widest global store of one thread."""
     instructions: int
     """Instructions of the whole kernel, each counted once."""
-    threads: int
-    """Of a program."""
-    shared_bytes: int
-    """Of shared memory a program."""
-    listing: tuple[Instruction, ...] = field(repr=False)
-    """The kernel's instructions in order."""
-    accesses: tuple[Access, ...] = field(repr=False)
-    """The loads and stores the kernel was compiled from."""
-
-    def path(self, trips: int = 1) -> list[Instruction]:
-        """What one thread executes (`assembly.executed`)."""
-        return executed(self.listing, trips)
-
-    def tile_bytes(self, path: list[Instruction]) -> int:
-        """Bytes a program loads and stores on a path, by the instructions, for its whole tiles.
-
-        A load or store belongs to a tile if the statement it comes from moves as many elements as
-        any in the kernel does.
-        """
-        whole = max((access.elements for access in self.accesses), default=0)
-        lines = {access.line for access in self.accesses if access.elements == whole}
-        return sum(i.loads + i.stores for i in path if i.line in lines) // 8 * self.threads
-
-    def other_bytes(self) -> int:
-        """Bytes a program loads and stores beside its tiles, such as a seed or channels' weights.
-
-        Counted once, however many threads ask for them: a cache serves the rest.
-        """
-        whole = max((access.elements for access in self.accesses), default=0)
-        return sum(a.elements * a.bits for a in self.accesses if a.elements < whole) // 8
 
 
 @contextmanager
@@ -141,7 +102,7 @@ def recorded_launches(target: str) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def note(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launch = _describe(self, arguments, named, grid)
+        launch = _describe(self, arguments, named)
         if launch not in launches:
             launches.append(launch)
 
@@ -154,16 +115,16 @@ def recorded_launches(target: str) -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def _describe(
-    kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], grid: tuple[int, ...]
-) -> Launch:
+def _describe(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {name: value for name, value in named.items() if name in kernel.arg_names}
     options = {name: value for name, value in named.items() if name not in kernel.arg_names}
     signature, constants, aligned = [], [], []
     for index, parameter in enumerate(kernel.params):
         value = values.get(parameter.name, parameter.default)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        one = isinstance(value, int) and value == 1 and specialised
+        if parameter.is_constexpr or value is None or one:
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         elif isinstance(value, Tensor):
@@ -172,25 +133,14 @@ def _describe(
                 aligned.append(index)
         elif isinstance(value, int):
             signature.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 aligned.append(index)
         elif isinstance(value, float):
             signature.append((parameter.name, "fp32"))
         else:
             raise TypeError(f"{kernel.fn.__name__}: {parameter.name} is a {type(value).__name__}")
-    constant = {name for name, _ in constants}
     return Launch(
-        kernel,
-        tuple(signature),
-        tuple(constants),
-        tuple(aligned),
-        tuple(sorted(options.items())),
-        programs=prod(grid),
-        integers=tuple(
-            (name, value)
-            for name, value in values.items()
-            if isinstance(value, int) and name not in constant
-        ),
+        kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(options.items()))
     )
 
 
@@ -212,21 +162,9 @@ def compile_launch(launch: Launch, target: str) -> Code:
     compiled = triton.compile(
         source, target=GPUTarget(*TARGETS[target]), options=dict(launch.options)
     )
-    vendor, _, lanes = TARGETS[target]
-    if vendor == "cuda":
-        usage, listing = _read_cubin(compiled.asm["cubin"])
-    else:
-        usage, listing = _read_amdgcn(compiled.asm["amdgcn"])
-    return Code(
-        **usage,
-        widest_load=max((i.loads for i in listing), default=0),
-        widest_store=max((i.stores for i in listing), default=0),
-        instructions=len(listing),
-        threads=compiled.metadata.num_warps * lanes,
-        shared_bytes=compiled.metadata.shared,
-        listing=tuple(listing),
-        accesses=read_accesses(compiled.asm["ttgir"]),
-    )
+    if TARGETS[target][0] == "cuda":
+        return _read_cubin(compiled.asm["cubin"])
+    return _read_amdgcn(compiled.asm["amdgcn"])
 
 
 def _nvidia_tool(name: str, *arguments: str) -> str:
@@ -236,35 +174,56 @@ def _nvidia_tool(name: str, *arguments: str) -> str:
     ).stdout
 
 
-def _read_cubin(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
+def _read_cubin(cubin: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        listing = read_sass(_nvidia_tool("nvdisasm", "-g", file.name))
-    usage = {
-        "registers": int(_first(r"REG:(\d+)", text)),
-        "spills": sum(i.name.startswith(("LDL", "STL")) for i in listing),
-        "local_bytes": int(_first(r"STACK:(\d+)", text)) + int(_first(r"LOCAL:(\d+)", text)),
-    }
-    return usage, listing
+        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
+        text = _nvidia_tool("nvdisasm", file.name)
+    # A line has an address, an optional predicate, and the mnemonic with its modifiers.
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text, re.M)
+
+    def widest(mnemonic: str) -> int:
+        # LDG.E.128 moves 128 bits, LDG.E 32, LDG.E.U16 16.
+        found = [name for name in names if name.split(".")[0] == mnemonic]
+        sizes = [re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in found]
+        return max((int(size[1]) if size else 32 for size in sizes), default=0)
+
+    return Code(
+        registers=_number(r"REG:(\d+)", usage),
+        spills=sum(name.startswith(("LDL", "STL")) for name in names),
+        local_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        widest_load=widest("LDG"),
+        widest_store=widest("STG"),
+        instructions=sum(name != "NOP" for name in names),
+    )
 
 
-def _read_amdgcn(text: str) -> tuple[dict[str, int], list[Instruction]]:
-    usage = {
-        "registers": int(_first(r"\.vgpr_count:\s+(\d+)", text)),
-        "spills": int(_first(r"\.vgpr_spill_count:\s+(\d+)", text))
-        + int(_first(r"\.sgpr_spill_count:\s+(\d+)", text, "0")),
-        "local_bytes": int(_first(r"\.private_segment_fixed_size:\s+(\d+)", text)),
-    }
-    return usage, read_amdgcn(text)
+def _read_amdgcn(text: str) -> Code:
+    code = text.split(".section", 1)[0]
+    names = re.findall(r"^\s+((?:[vs]|ds|global|buffer|flat|scratch)_\w+)", code, re.M)
+
+    def widest(kind: str) -> int:
+        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z]+?(?:x\d)?)(?:_|$)"
+        sizes = [match[1] for name in names if (match := re.match(pattern, name))]
+        return max((_AMD_BITS.get(size, 0) for size in sizes), default=0)
+
+    return Code(
+        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
+        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        + _number(r"\.sgpr_spill_count:\s+(\d+)|\Z", text),
+        local_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        widest_load=widest("load"),
+        widest_store=widest("store"),
+        instructions=sum(name not in ("s_nop", "s_code_end") for name in names),
+    )
 
 
-def _first(pattern: str, text: str, otherwise: str | None = None) -> str:
+def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
-    if match is None and otherwise is None:
+    if match is None:
         raise ValueError(f"nothing matches {pattern!r} in the compiler's output")
-    return match[1] if match is not None else str(otherwise)
+    return int(match[1] or 0)
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
@@ -276,7 +235,7 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor
 
 
 def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[Launch]:
-    """What the operations launch for a network running in `dtype`.
+    """Record what the operations launch for a network running in `dtype`.
 
     Args:
         dtype: of the network's output and activations: float32, float16 or bfloat16.
@@ -295,15 +254,14 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             images = _tensor(shape, stored, aligned)
             q_sample(images, timesteps, table, table, seed, ids, flip, dtype)
             prediction = _tensor(shape, dtype, aligned)
-            for predicted in ("eps", "x0", "v"):
+            for target_x0, target_noise in ((None, table), (table, None), (table, table)):
                 denoising_loss(
-                    prediction, images, timesteps, table, table, seed, ids, weights, flip,
-                    target=predicted,
-                )  # fmt: skip
+                    prediction, images, timesteps, target_x0, target_noise, seed, ids, weights, flip
+                )
         x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
         both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
         denoising_loss(
-            both, images, timesteps, table, table, seed, ids, weights, flip,
+            both, images, timesteps, None, table, seed, ids, weights, flip,
             bound_table=torch.zeros(1000, len(BoundColumn)), bound_weights=weights,
         )  # fmt: skip
         history = torch.zeros(2, batch, side, side, channels).permute(0, 1, 4, 2, 3)
@@ -326,8 +284,14 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
     return launches
 
 
+def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            sys.exit(f"error: unknown {what} {name!r}; choose from {', '.join(known)}")
+
+
 def main() -> None:
-    """Compile what production launches and print one line a kernel."""
+    """Compile what production launches and print one line per kernel."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--targets",
@@ -342,15 +306,14 @@ def main() -> None:
     options = parser.parse_args()
     if not HAS_TRITON:
         sys.exit("error: Triton is not installed; there are wheels for Linux only")
-    targets = options.targets.split(",")
-    unknown = [target for target in targets if target not in TARGETS]
-    if unknown:
-        sys.exit(f"error: unknown target {unknown[0]!r}; choose from {', '.join(TARGETS)}")
+    targets, dtypes = options.targets.split(","), options.dtypes.split(",")
+    _check_known("target", targets, TARGETS)
+    _check_known("dtype", dtypes, ("float32", "float16", "bfloat16"))
     print(
         f"{'kernel':24} {'network':9} {'aligned':8} {'target':7} regs spills local load store code"
     )
     failures = 0
-    for name in options.dtypes.split(","):
+    for name in dtypes:
         for aligned in (True, False):
             for target in targets:
                 for launch in production_launches(getattr(torch, name), aligned, target):

@@ -1,7 +1,7 @@
 """Noise as a pure function: Philox4x32-10 and the counter map shared by every kernel.
 
 Every random number of training and sampling is `f(seed, stream, sample id, step, element)`. There
-is no generator state: a picture meets the same noise at any batch size, order or device count.
+is no generator state: a sample meets the same noise at any batch size, order or device count.
 
 **Counter map.** The key is the 64-bit seed. The four 32-bit counter words are
 
@@ -34,6 +34,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ddpm_kernels.tiling import as_scalar
 from ddpm_kernels.triton_shim import tl, triton
 
 _ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -111,8 +112,7 @@ def random_words(
         int64 `[B, count]`, entries in [0, 2³²), on the device of `sample_ids`.
     """
     device = sample_ids.device
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    seed, step = as_scalar(seed, device), as_scalar(step, device)
     blocks = torch.arange((count + 3) // 4, device=device)
     ids = sample_ids.to(torch.int64)[:, None]
     counter = torch.stack(
@@ -166,8 +166,7 @@ def gaussian_noise(
     """
     channels, height, width = shape
     device = sample_ids.device
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
-    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    seed, step = as_scalar(seed, device), as_scalar(step, device)
     # Inductor fuses the reference, and needs no blocks.
     in_blocks = device.type == "cpu" and not torch.compiler.is_compiling()
     draw = gaussian_noise_in_blocks if in_blocks else gaussian_noise_reference

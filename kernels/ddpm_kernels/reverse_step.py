@@ -6,12 +6,12 @@ A sampler is a table. Row i holds the float64-derived numbers of step i (`Column
     m    = m · rescale                               per sample, if given
     x̂_0  = x0_from_x · x + x0_from_output · m
     x̂_0  = clip(x̂_0, −1, 1)                          or clip(x̂_0, −s, s) / s with a threshold s
-    x'   = x · x + output · m + x0 · x̂_0 + Σ_k history_k · h_k + noise · z
+    x'   = x · x + x0 · x̂_0 + Σ_k history_k · h_k + noise · z
 
 where the words on the right are the row's columns, h_k is slot k of a ring of earlier x̂_0, and z
 is standard normal, drawn inside with the row number as the counter's step. The new x̂_0 is written
-to slot (row mod slots) after the ring is read. What the network predicts (ε, x_0, v) is in the
-first two columns, so the loop needs not know it.
+to slot (row mod slots) after the ring is read. The first two columns hold what the network predicts
+(ε, x_0, v), so the loop need not know it.
 
 With a network that also predicts its variance (2C output channels), the second half v ∈ [-1, 1]
 interpolates the log-variance between two columns (Nichol & Dhariwal 2021, equation 15),
@@ -25,14 +25,23 @@ and the noise column is 1, or 0 where a step adds none.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
-from ddpm_kernels.q_sample import divide, tile_of
 from ddpm_kernels.tiles import tile_for
+from ddpm_kernels.tiling import (
+    as_scalar,
+    is_wide,
+    layout_of,
+    offsets_of,
+    packed,
+    strides_of,
+    tile_of,
+)
 from ddpm_kernels.triton_shim import tl, triton
 
 
@@ -42,13 +51,12 @@ class Column(IntEnum):
     X0_FROM_X = 0
     X0_FROM_OUTPUT = 1
     X = 2
-    OUTPUT = 3
-    X0 = 4
-    NOISE = 5
-    GUIDANCE = 6
-    LOG_VARIANCE_MIN = 7
-    LOG_VARIANCE_MAX = 8
-    HISTORY = 9
+    X0 = 3
+    NOISE = 4
+    GUIDANCE = 5
+    LOG_VARIANCE_MIN = 6
+    LOG_VARIANCE_MAX = 7
+    HISTORY = 8
 
 
 def reverse_step(
@@ -85,10 +93,15 @@ def reverse_step(
         The new state, shaped as `x`; `x` itself if `in_place`.
     """
     x = x if in_place else x.clone()
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
-    call = torch.ops.ddpm.reverse_step_ if takes_op(x) else reverse_step_reference_
-    call(x, output, table, row, seed, sample_ids, unconditional, rescale, threshold, history, clip)
+    call = torch.ops.ddpm.reverse_step_.default if takes_op(x) else reverse_step_reference_
+    call(
+        x, output, table, row, as_scalar(seed, x.device), sample_ids, unconditional, rescale,
+        threshold, history, clip,
+    )  # fmt: skip
     return x
+
+
+# --- Reference
 
 
 def reverse_step_reference_(
@@ -104,7 +117,7 @@ def reverse_step_reference_(
     history: Tensor | None,
     clip: bool,
 ) -> None:
-    """What `reverse_step_` computes, in the precision of the state."""
+    """Compute what `reverse_step` specifies in place, in the precision of the state."""
     coefficients = table.index_select(0, row.reshape(1))[0].to(x.dtype)
 
     def per_sample(value: Tensor) -> Tensor:
@@ -125,15 +138,11 @@ def reverse_step_reference_(
     elif clip:
         x0 = x0.clamp(-1, 1)
 
-    new = (
-        coefficients[Column.X] * x
-        + coefficients[Column.OUTPUT] * output
-        + coefficients[Column.X0] * x0
-    )
+    new = coefficients[Column.X] * x + coefficients[Column.X0] * x0
     noise_scale = coefficients[Column.NOISE]
-    # A CPU can look at the scale before it draws; elsewhere that would wait for the device.
-    may_look = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not may_look or noise_scale != 0:
+    # A CPU can read the scale before it draws; elsewhere that would wait for the device.
+    may_read = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not may_read or noise_scale != 0:
         image = (x.shape[1], x.shape[2], x.shape[3])
         noise = gaussian_noise(seed, sample_ids, image, row, Stream.SAMPLER_NOISE)
         if variance.shape[1]:
@@ -152,12 +161,11 @@ def reverse_step_reference_(
     x.copy_(new)
 
 
-# --- The kernel
+# --- Triton
 
 _X0_FROM_X = tl.constexpr(int(Column.X0_FROM_X))
 _X0_FROM_OUTPUT = tl.constexpr(int(Column.X0_FROM_OUTPUT))
 _X = tl.constexpr(int(Column.X))
-_OUTPUT = tl.constexpr(int(Column.OUTPUT))
 _X0 = tl.constexpr(int(Column.X0))
 _NOISE = tl.constexpr(int(Column.NOISE))
 _GUIDANCE = tl.constexpr(int(Column.GUIDANCE))
@@ -165,34 +173,6 @@ _LOG_VARIANCE_MIN = tl.constexpr(int(Column.LOG_VARIANCE_MIN))
 _LOG_VARIANCE_MAX = tl.constexpr(int(Column.LOG_VARIANCE_MAX))
 _HISTORY = tl.constexpr(int(Column.HISTORY))
 _STREAM = tl.constexpr(int(Stream.SAMPLER_NOISE))
-
-
-@triton.jit
-def _place(  # type: ignore[no-untyped-def]
-    element,
-    c_stride,
-    h_stride,
-    w_stride,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):
-    """Where an element, counted in channels-last order, lies in its sample.
-
-    "dense": one after the other; "pixels": one distance from each pixel to the next (2C channels,
-    NCHW); "strided": anything.
-    """
-    if LAYOUT == "dense":
-        place = element
-    else:
-        pixel = divide(element, CHANNELS)
-        channel = element - pixel * CHANNELS
-        if LAYOUT == "pixels":
-            place = pixel * w_stride + channel * c_stride
-        else:
-            line = divide(pixel, WIDTH)
-            place = line * h_stride + (pixel - line * WIDTH) * w_stride + channel * c_stride
-    return place
 
 
 @triton.jit
@@ -240,17 +220,17 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of consecutive elements of one sample; `_launch` says what the arguments are."""
+    """One tile of consecutive elements of one sample; see `_launch` for the arguments."""
     sample, element, blocks, inside = tile_of(COUNT, TILE, WIDE)
     row = tl.load(row_ptr)
     coefficients = table_ptr + row * columns
 
-    x_at = x_ptr + sample * x_b + _place(element, x_c, x_h, x_w, CHANNELS, WIDTH, X_LAYOUT)
+    x_at = x_ptr + sample * x_b + offsets_of(element, x_c, x_h, x_w, CHANNELS, WIDTH, X_LAYOUT)
     x = tl.load(x_at, inside)
     output_at = (
         output_ptr
         + sample * output_b
-        + _place(element, output_c, output_h, output_w, CHANNELS, WIDTH, OUTPUT_LAYOUT)
+        + offsets_of(element, output_c, output_h, output_w, CHANNELS, WIDTH, OUTPUT_LAYOUT)
     )
     output = tl.load(output_at, inside).to(tl.float32)
     if LEARNED:
@@ -260,7 +240,7 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
         unconditional_at = (
             unconditional_ptr
             + sample * unconditional_b
-            + _place(
+            + offsets_of(
                 element, unconditional_c, unconditional_h, unconditional_w,
                 CHANNELS, WIDTH, UNCONDITIONAL_LAYOUT,
             )
@@ -285,14 +265,13 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
 
     # A GPU contracts these into fused multiply-adds: the last bit may differ from the reference's.
     new = x * tl.load(coefficients + _X).to(tl.float32)
-    new += output * tl.load(coefficients + _OUTPUT).to(tl.float32)
     new += x0 * tl.load(coefficients + _X0).to(tl.float32)
 
     if SLOTS > 0:
         history_at = (
             history_ptr
             + sample * history_b
-            + _place(element, history_c, history_h, history_w, CHANNELS, WIDTH, HISTORY_LAYOUT)
+            + offsets_of(element, history_c, history_h, history_w, CHANNELS, WIDTH, HISTORY_LAYOUT)
         )
         earlier_at = history_at
         for slot in tl.static_range(SLOTS):
@@ -320,92 +299,7 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
     tl.store(x_at, new, inside)
 
 
-def _layout(tensor: Tensor, channels: int) -> str:
-    """Which layout of `_place` the last three dimensions have."""
-    c_stride, h_stride, w_stride = tensor.stride()[-3:]
-    height, width = tensor.shape[-2:]
-    if height > 1 and h_stride != width * w_stride:
-        return "strided"
-    pixels_touch = w_stride == channels or height * width == 1
-    return "dense" if pixels_touch and (c_stride == 1 or channels == 1) else "pixels"
-
-
-def _span(tensor: Tensor) -> int:
-    """How far the last element of a sample lies from its first."""
-    last = zip(tensor.shape[-3:], tensor.stride()[-3:], strict=True)
-    return sum((size - 1) * stride for size, stride in last)
-
-
-def _launch(
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    unconditional: Tensor | None,
-    rescale: Tensor | None,
-    threshold: Tensor | None,
-    history: Tensor | None,
-    clip: bool,
-) -> None:
-    """Launch the kernel on a float32 state of any strides."""
-    batch, channels, height, width = x.shape
-    learned = output.shape[1] == 2 * channels
-    slots = 0 if history is None else history.shape[0]
-    _check_shapes(x, output, table, sample_ids, unconditional, rescale, threshold, history)
-    count = channels * height * width
-    if batch * count == 0:
-        return
-    tile = tile_for("reverse_step", x).fitted(count)
-
-    images = [tensor for tensor in (x, output, unconditional, history) if tensor is not None]
-    wide = max(count + tile.elements, *(_span(tensor) + 1 for tensor in images)) >= 2**31
-
-    def strides(tensor: Tensor | None) -> tuple[int, ...]:
-        return (0, 0, 0, 0) if tensor is None else tensor.stride()[-4:]
-
-    def variance_at(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else channels * tensor.stride(1)
-
-    def layout(tensor: Tensor | None) -> str:
-        return "dense" if tensor is None else _layout(tensor, channels)
-
-    table = table.contiguous()
-    with torch.cuda.device_of(x):
-        _reverse_step_kernel[(batch * triton.cdiv(count, tile.elements),)](
-            x,
-            output,
-            table,
-            row,
-            seed,
-            sample_ids.contiguous(),
-            unconditional,
-            None if rescale is None else rescale.contiguous(),
-            None if threshold is None else threshold.contiguous(),
-            history,
-            table.shape[1],
-            *strides(x),
-            *strides(output),
-            variance_at(output),
-            *strides(unconditional),
-            variance_at(unconditional),
-            0 if history is None else history.stride(0),
-            *strides(history),
-            COUNT=count,
-            CHANNELS=channels,
-            WIDTH=width,
-            LEARNED=learned,
-            SLOTS=slots,
-            CLIP=clip or threshold is not None,
-            X_LAYOUT=layout(x),
-            OUTPUT_LAYOUT=layout(output),
-            UNCONDITIONAL_LAYOUT=layout(unconditional),
-            HISTORY_LAYOUT=layout(history),
-            WIDE=wide,
-            TILE=tile.elements,
-            **tile.options(),
-        )
+# --- Launcher
 
 
 def _check_shapes(
@@ -418,7 +312,7 @@ def _check_shapes(
     threshold: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    """Refuse what the kernel would read beyond the end of."""
+    """Refuse what the kernel would read past the end of."""
     batch, channels, *pixels = x.shape
     slots = 0 if history is None else history.shape[0]
     factor = 2 if output.shape[1] == 2 * channels else 1
@@ -441,39 +335,72 @@ def _check_shapes(
         )
 
 
-def _reverse_step(
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    unconditional: Tensor | None,
-    rescale: Tensor | None,
-    threshold: Tensor | None,
-    history: Tensor | None,
-    clip: bool,
-) -> None:
+def _launch(x: Tensor, output: Tensor, table: Tensor, *rest: Any) -> None:
+    """Launch the kernel on a float32 state of any strides."""
+    row, seed, sample_ids, unconditional, rescale, threshold, history, clip = rest
+    _check_shapes(x, output, table, sample_ids, unconditional, rescale, threshold, history)
+    batch, channels, height, width = x.shape
+    count = channels * height * width
+    if batch * count == 0:
+        return
+    tile = tile_for("reverse_step", x).fitted(count)
+    table = table.contiguous()
+
+    def variance_at(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else channels * tensor.stride(1)
+
+    with torch.cuda.device_of(x):
+        _reverse_step_kernel[(batch * triton.cdiv(count, tile.elements),)](
+            x,
+            output,
+            table,
+            row,
+            seed,
+            packed(sample_ids),
+            unconditional,
+            packed(rescale),
+            packed(threshold),
+            history,
+            table.shape[1],
+            *strides_of(x),
+            *strides_of(output),
+            variance_at(output),
+            *strides_of(unconditional),
+            variance_at(unconditional),
+            0 if history is None else history.stride(0),
+            *strides_of(history),
+            COUNT=count,
+            CHANNELS=channels,
+            WIDTH=width,
+            LEARNED=output.shape[1] == 2 * channels,
+            SLOTS=0 if history is None else history.shape[0],
+            CLIP=clip or threshold is not None,
+            X_LAYOUT=layout_of(x, channels),
+            OUTPUT_LAYOUT=layout_of(output, channels),
+            UNCONDITIONAL_LAYOUT=layout_of(unconditional, channels),
+            HISTORY_LAYOUT=layout_of(history, channels),
+            WIDE=is_wide(tile.elements, x, output, unconditional, history),
+            TILE=tile.elements,
+            **tile.options(),
+        )
+
+
+# --- Registration
+
+
+def _reverse_step(x: Tensor, *rest: Any) -> None:
     kernel = runs_triton(x) and x.dtype == torch.float32
-    call = _launch if kernel else reverse_step_reference_
-    call(x, output, table, row, seed, sample_ids, unconditional, rescale, threshold, history, clip)
+    (_launch if kernel else reverse_step_reference_)(x, *rest)
 
 
-_op = torch.library.custom_op("ddpm::reverse_step_", _reverse_step, mutates_args=("x", "history"))
+_op = torch.library.custom_op(
+    "ddpm::reverse_step_",
+    _reverse_step,
+    mutates_args=("x", "history"),
+    schema=torch.library.infer_schema(reverse_step_reference_, mutates_args=("x", "history")),
+)
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    row: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    unconditional: Tensor | None,
-    rescale: Tensor | None,
-    threshold: Tensor | None,
-    history: Tensor | None,
-    clip: bool,
-) -> None:
+def _(*_: Any) -> None:
     return None

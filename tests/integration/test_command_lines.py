@@ -217,8 +217,6 @@ POSITIVE = "0 is too small: it must be at least 1"
         ("benchmarks/enlarging.py", "--steps", "0", POSITIVE),
         ("benchmarks/frechet_bias.py", "--repeats", "1", "at least 2"),
         ("benchmarks/guidance.py", "--sampler", "dim", "'ddim'"),
-        ("benchmarks/kernel_roofline.py", "--targets", "sm_91", "sm_90"),
-        ("benchmarks/kernel_roofline.py", "--dtypes", "bfloat17", "bfloat16"),
         ("benchmarks/loss_memory.py", "--only", "enigne", "'engine'"),
         ("benchmarks/objectives.py", "--seeds", "0", POSITIVE),
         ("benchmarks/objectives.py", "--only", "simpel", "simple ε"),

@@ -98,7 +98,7 @@ def test_velocity_is_what_the_loss_asks_for() -> None:
             SCHEDULES["linear"].sqrt_one_minus_alpha_bar,
         )
     )
-    loss = denoising_loss(theirs, images, timesteps, signal, sigma, 6, IDS, target="v")
+    loss = denoising_loss(theirs, images, timesteps, -sigma, signal, 6, IDS)
     assert loss.max() < 1e-9
 
 

@@ -122,12 +122,13 @@ def train_toy(
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     signal, sigma = schedule.sqrt_alpha_bar.float(), schedule.sqrt_one_minus_alpha_bar.float()
+    of_noise = torch.ones_like(signal)
     for step in range(steps):
         positions = torch.arange(step * BATCH, (step + 1) * BATCH)
         t = random_integers(seed, positions, schedule.timesteps, 0, Stream.TRAINING_TIMESTEP)
         x_0 = points[positions % len(points)]
         x_t = q_sample(x_0, t, signal, sigma, seed, positions)
-        loss = denoising_loss(model(x_t, t), x_0, t, signal, sigma, seed, positions).mean()
+        loss = denoising_loss(model(x_t, t), x_0, t, None, of_noise, seed, positions).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

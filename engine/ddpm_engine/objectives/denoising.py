@@ -26,7 +26,7 @@ from ddpm_engine.objectives.level_sampling import UniformTimesteps
 from ddpm_engine.objectives.objective import Gather, Network, Objective
 from ddpm_engine.objectives.weighting import x0_from_error
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
-from ddpm_kernels.denoising_loss import BoundColumn
+from ddpm_kernels.variational_bound import BoundColumn
 
 BOUND_SHARE = 0.001
 """Of the variational bound, beside the squared error, where the variance is learned."""
@@ -81,6 +81,7 @@ class DenoisingObjective(Objective):
         self._seed = torch.tensor(conditions.seed, device=self.device)
         self._signal = self._table(schedule.sqrt_alpha_bar)
         self._sigma = self._table(schedule.sqrt_one_minus_alpha_bar)
+        self._target = self._target_coefficients()
         self._weights = None if weights is None else self._table(weights)
         self._bound = self._bound_weight = None
         if learned_variance:
@@ -110,14 +111,13 @@ class DenoisingObjective(Objective):
         else:
             prediction = model(x_t, timesteps, *told)
         loss = denoising_loss(
-            prediction, images, timesteps, self._signal, self._sigma, self._seed, positions,
+            prediction, images, timesteps, *self._target, self._seed, positions,
             weights=None if self._weights is None else self._weights[timesteps],
             flip=flip,
             bound_table=self._bound,
             bound_weights=(
                 None if self._bound_weight is None else self._bound_weight.expand(len(timesteps))
             ),
-            target=self.prediction,
         )  # fmt: skip
         correction = self.sampling.correction(draws.timesteps)
         if correction is None:
@@ -158,6 +158,13 @@ class DenoisingObjective(Objective):
         in_target = {"eps": offset, "v": signal * offset, "x0": 0 * offset}[self.prediction]
         return sigma * offset, in_target
 
+    def _target_coefficients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Factors of x_0 and ε in what the network predicts, each `[T]`; None is zero."""
+        ones = torch.ones_like(self._signal)
+        if self.prediction == "v":
+            return -self._sigma, self._signal
+        return (None, ones) if self.prediction == "eps" else (ones, None)
+
     def _table(self, values: Tensor) -> Tensor:
         return values.to(self.device, torch.float32)
 
@@ -168,8 +175,8 @@ class DenoisingObjective(Objective):
 def bound_table(schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
     """What the bound of a learned variance needs of each timestep: float64 `[T, 3]`.
 
-    By `ddpm_kernels.denoising_loss.BoundColumn`: the logarithms of β̃_t and β_t, between which the
-    variance lies, and the difference of the reverse step's mean from the posterior's for one of
+    By `ddpm_kernels.variational_bound.BoundColumn`: the logarithms of β̃_t and β_t, between which
+    the variance lies, and the difference of the reverse step's mean from the posterior's for one of
     output − target.
     """
     table = schedule.betas.new_empty(schedule.timesteps, len(BoundColumn))

@@ -8,8 +8,8 @@ With tan φ = σ / σ_data this is ‖F − target‖², where
     F's input = cos φ / σ_data · x_0 + sin φ · n
     target    = (x_0 − c_skip y) / c_out = sin φ / σ_data · x_0 − cos φ · n
 
-so that `q_sample` and the v-loss of `denoising_loss` compute it, given tables of this batch's noise
-levels instead of a schedule's timesteps.
+so that `q_sample` and `denoising_loss` compute it, given tables of this batch's noise levels in
+place of a schedule's timesteps.
 
 Source: Karras et al. 2022, equations 7 and 8 and table 1. The mean over a sample's values is taken,
 where their code takes the sum; Adam's steps are the same.
@@ -94,11 +94,10 @@ class EdmObjective(Objective):
             positions, flip, self.dtype,
         )  # fmt: skip
         output = model(shown, self._table(c.noise), *told)
-        # target = signal · n − sigma · x_0 for these two.
-        signal = self._table(-c.skip * draws.sigma / c.out)
-        sigma = self._table((c.skip - 1) / c.out)
+        target_x0 = self._table((1 - c.skip) / c.out)
+        target_noise = self._table(-c.skip * draws.sigma / c.out)
         return denoising_loss(
-            output, images, rows, signal, sigma, self._seed, positions, flip=flip, target="v"
+            output, images, rows, target_x0, target_noise, self._seed, positions, flip=flip
         )
 
     def _table(self, values: Tensor) -> Tensor:

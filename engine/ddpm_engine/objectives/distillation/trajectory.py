@@ -213,8 +213,8 @@ class Distillation(Objective, ABC):
         output = model(x, _noise(tables.student, levels), *told)
         # What is wanted stands for an image that is predicted itself.
         return denoising_loss(
-            output[:, : x.shape[1]], wanted, levels, tables.signal, tables.sigma, self._seed,
-            positions, weights=tables.weights[levels], target="x0",
+            output[:, : x.shape[1]], wanted, levels, torch.ones_like(tables.signal), None,
+            self._seed, positions, weights=tables.weights[levels],
         )  # fmt: skip
 
     @torch.no_grad()

@@ -1,0 +1,231 @@
+"""The Triton functions of the backward pass.
+
+One launch takes the partial sums of each slab, a small one makes A, B, c₁ and c₂ of them (see
+`op`), and a third writes dx.
+"""
+
+from __future__ import annotations
+
+from ddpm_kernels.group_norm_silu.parts import affine_of, place_of, sum_groups, tile_at
+from ddpm_kernels.triton_shim import tl, triton
+
+
+@triton.jit
+def _statistics_of(statistics, sample, group, exists, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Mean, its rest and rstd of `group`, of one sample; GROUPS is the number of all groups."""
+    statistics += sample * (3 * GROUPS) + group
+    mean = tl.load(statistics, exists, 0.0)
+    rest = tl.load(statistics + GROUPS, exists, 0.0)
+    rstd = tl.load(statistics + 2 * GROUPS, exists, 0.0)
+    return mean, rest, rstd
+
+
+@triton.jit
+def _normaliser(  # type: ignore[no-untyped-def]
+    statistics,
+    weight,
+    bias,
+    scale,
+    shift,
+    sample,
+    channel,
+    real,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    FILM: tl.constexpr,
+):
+    """Of each channel mean, its rest and rstd; gain and offset: z = (x − mean) gain + offset."""
+    mean, rest, rstd = _statistics_of(
+        statistics, sample, channel // PER_GROUP, real, CHANNELS // PER_GROUP
+    )
+    gain, offset = affine_of(
+        weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, FILM,
+    )  # fmt: skip
+    gain = gain * rstd
+    return mean, rest, rstd, gain, offset - gain * rest
+
+
+@triton.jit
+def _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile of x − mean and dz. Where there is no element, dz is zero."""
+    centred = tl.load(x + offsets, inside, 0.0).to(tl.float32) - mean[None, :]
+    dz = tl.load(dy + offsets, inside, 0.0).to(tl.float32)
+    if SILU:
+        z = centred * gain[None, :] + offset[None, :]
+        sigmoid = tl.sigmoid(z)
+        dz = dz * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
+    return centred, dz
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+def sums_kernel(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    statistics,
+    sums,
+    pixels,
+    slabs,
+    slab_pixels,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """Σ dz (x − mean) and Σ dz of every slab: float32 `[N, slabs, 2, C]`."""
+    sample, slab, start, stop, _, channel, real = place_of(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    x += sample * pixels * CHANNELS
+    dy += sample * pixels * CHANNELS
+    mean, _, _, gain, offset = _normaliser(
+        statistics, weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, CHANNELS, PER_GROUP, FILM,
+    )  # fmt: skip
+    a = tl.zeros((ROWS, WIDTH), tl.float32)
+    b = tl.zeros((ROWS, WIDTH), tl.float32)
+    for pixel in range(start, stop, ROWS):
+        offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        centred, dz = _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU)
+        a += dz * centred
+        b += dz
+    out = sums + slab * (2 * CHANNELS) + channel
+    tl.store(out, tl.sum(a, 0), real)
+    tl.store(out + CHANNELS, tl.sum(b, 0), real)
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "scale_row", "d_scale_row"])
+def combine_kernel(  # type: ignore[no-untyped-def]
+    sums,
+    weight,
+    bias,
+    scale,
+    statistics,
+    affine,
+    c,
+    d_scale,
+    d_shift,
+    pixels,
+    slabs,
+    scale_row,
+    scale_column,
+    d_scale_row,
+    d_scale_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLABS: tl.constexpr,
+    FILM: tl.constexpr,
+):
+    """Each sample's terms of dγ and dβ `[N, 2, C]`, rstd times its c₁ and c₂, ds and dt.
+
+    d_scale and d_shift have the same strides.
+    """
+    sample, _, _, _, chunk, channel, real = place_of(
+        pixels, 1, pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    a = tl.zeros((WIDTH,), tl.float32)
+    b = tl.zeros((WIDTH,), tl.float32)
+    STEP: tl.constexpr = min(SLABS, 8)
+    for slab in range(0, slabs, STEP):
+        index = slab + tl.arange(0, STEP)
+        present = (index < slabs)[:, None] & real[None, :]
+        partial = sums + (sample * slabs + index)[:, None] * (2 * CHANNELS) + channel[None, :]
+        a += tl.sum(tl.load(partial, present, 0.0), 0)
+        b += tl.sum(tl.load(partial + CHANNELS, present, 0.0), 0)
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    _, rest, rstd = _statistics_of(statistics, sample, channel // PER_GROUP, real, ALL_GROUPS)
+    a = rstd * (a - rest * b)
+
+    gain = tl.load(weight + channel, real, 0.0).to(tl.float32)
+    factor = tl.full((WIDTH,), 1.0, tl.float32)
+    if FILM:
+        s = tl.load(scale + sample * scale_row + channel * scale_column, real, 0.0)
+        factor += s.to(tl.float32)
+        offset = tl.load(bias + channel, real, 0.0).to(tl.float32)
+        out = sample * d_scale_row + channel * d_scale_column
+        ds = gain * a + offset * b
+        tl.store(d_scale + out, ds.to(d_scale.dtype.element_ty), real)
+        tl.store(d_shift + out, b.to(d_shift.dtype.element_ty), real)
+        gain = gain * factor
+    out = affine + sample * (2 * CHANNELS) + channel
+    tl.store(out, factor * a, real)
+    tl.store(out + CHANNELS, factor * b, real)
+
+    lane = tl.arange(0, GROUPS)
+    group = chunk * CHUNK_GROUPS + lane
+    exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
+    # Multiplied in the order of `dx_kernel`, so that of a group of one element nothing is left.
+    gain = gain * rstd
+    size = pixels.to(tl.float32) * PER_GROUP
+    out = c + sample * (2 * ALL_GROUPS) + group
+    tl.store(out, sum_groups(gain * a, PER_GROUP, WIDTH, GROUPS) / size, exists)
+    tl.store(out + ALL_GROUPS, sum_groups(gain * b, PER_GROUP, WIDTH, GROUPS) / size, exists)
+
+
+@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+def dx_kernel(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    statistics,
+    c,
+    dx,
+    pixels,
+    slabs,
+    slab_pixels,
+    scale_row,
+    scale_column,
+    shift_row,
+    shift_column,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """From rstd c₁ and rstd c₂, `[N, 2, groups]`, to dx."""
+    sample, _, start, stop, _, channel, real = place_of(
+        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+    )
+    x += sample * pixels * CHANNELS
+    dy += sample * pixels * CHANNELS
+    dx += sample * pixels * CHANNELS
+    mean, rest, rstd, gain, offset = _normaliser(
+        statistics, weight, bias, scale, shift, sample, channel, real,
+        scale_row, scale_column, shift_row, shift_column, CHANNELS, PER_GROUP, FILM,
+    )  # fmt: skip
+    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    c += sample * (2 * ALL_GROUPS) + channel // PER_GROUP
+    # rstd (c₂ + x̂ c₁) is a line in x − mean.
+    slope = rstd * tl.load(c, real, 0.0)
+    intercept = tl.load(c + ALL_GROUPS, real, 0.0) - slope * rest
+    for pixel in range(start, stop, ROWS):
+        offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+        centred, dz = _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU)
+        result = gain[None, :] * dz - (slope[None, :] * centred + intercept[None, :])
+        tl.store(dx + offsets, result.to(dx.dtype.element_ty), inside)
