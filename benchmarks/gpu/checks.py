@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Each operation on a device: against float64, and under every transformation of torch.
 
 A check is a name and a function that returns comparisons. It takes the operation's path whatever

@@ -166,7 +166,7 @@ def _error(
 ) -> Tensor:
     """e = prediction − target, in the precision of the tables."""
     compute = _compute_dtype(target_x0, target_noise)
-    target = None
+    target: Tensor | None = None
     if target_noise is not None:
         # In place, as one fewer tensor of the batch's size is alive then.
         target = training_noise(images, seed, sample_ids, compute)
@@ -174,6 +174,7 @@ def _error(
     if target_x0 is not None:
         of_image = target_x0[timesteps][:, None, None, None] * clean_images(images, flip, compute)
         target = of_image if target is None else target.add_(of_image)
+    assert target is not None, "`_check` refuses this"
     return prediction[:, : images.shape[1]].to(compute) - target
 
 

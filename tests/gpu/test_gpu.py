@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """`make gpu` without a GPU: its checks in Triton's interpreter, its figures by other clocks."""
 
 from __future__ import annotations

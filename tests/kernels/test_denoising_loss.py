@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The training loss and its gradient: against the formula in float64, on both paths."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """GroupNorm with scale, shift and SiLU: against float64, forward and backward, on both paths."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """One step of the reverse process: every term of the documented formula."""
 
 from __future__ import annotations

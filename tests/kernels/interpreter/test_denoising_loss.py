@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The kernels of the training loss, against their reference in float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The Triton kernels of GroupNorm with scale, shift and SiLU, forward and backward."""
 
 from __future__ import annotations

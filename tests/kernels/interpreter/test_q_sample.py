@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The kernel of the forward process, against its reference in float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The Triton kernel of `reverse_step`, run by Triton's interpreter."""
 
 from __future__ import annotations
