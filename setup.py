@@ -11,6 +11,18 @@ setup(
     package_dir={"ddpm_engine": "engine/ddpm_engine", "ddpm_kernels": "kernels/ddpm_kernels"},
     packages=find_packages("engine") + find_packages("kernels"),
     package_data={"ddpm_engine": ["py.typed"], "ddpm_kernels": ["py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "ddpm-train = ddpm_engine.cli.train:main",
+            "ddpm-sample = ddpm_engine.cli.sample:main",
+            "ddpm-evaluate = ddpm_engine.cli.evaluate:main",
+            "ddpm-distill = ddpm_engine.cli.distill:main",
+            "ddpm-export = ddpm_engine.cli.export:main",
+            "ddpm-make-shards = ddpm_engine.cli.make_shards:main",
+            "ddpm-checkpoints = ddpm_engine.cli.checkpoints:main",
+            "ddpm-visualize = ddpm_engine.cli.visualize:main",
+        ]
+    },
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; sys_platform == 'linux'",

@@ -17,8 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
-from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.sampler import sample

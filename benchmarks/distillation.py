@@ -30,8 +30,8 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import finish, pyplot, write_between_marks, write_json
 from benchmarks.throughput.subject import subject_of
 
-from ddpm_engine.cli.options import Positive, parse_options
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import DigitClassifier, digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
 from ddpm_engine.diffusion.super_resolution import enlarge, shrink
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.generation.input_images import SamplesAsInput

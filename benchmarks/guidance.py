@@ -31,9 +31,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import Positive, PositiveOrNone, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
 from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import (
     DigitClassifier,
     Digits,

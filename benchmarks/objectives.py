@@ -36,11 +36,11 @@ from benchmarks.throughput.report import write_between_marks, write_json
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import Positive, at_least, parse_options
+from ddpm_engine.cli.options import Positive, at_least, exit_on_user_error, parse_options
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.packing.pack import prepare_shards
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.images.grid import to_uint8

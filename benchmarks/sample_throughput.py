@@ -32,8 +32,14 @@ from benchmarks.throughput.report import plot_bars, plot_quality, table, write_j
 from benchmarks.throughput.sampling import Job, SamplerName
 from benchmarks.throughput.subject import Subject, preset_subject, subject_of
 
-from ddpm_engine.cli.options import Device, Positive, PositiveOrNone, parse_options
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.cli.options import (
+    Device,
+    Positive,
+    PositiveOrNone,
+    exit_on_user_error,
+    parse_options,
+)
+from ddpm_engine.errors import UserError
 
 JOBS = {"digits": Job(16, 50), "photos": Job(8, 20), "cifar10": Job(2, 5), "celebahq256": Job(1, 2)}
 """Minutes of two cores at most. Speeds of longer chains are not extrapolated from them."""

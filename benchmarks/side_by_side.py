@@ -23,8 +23,8 @@ from benchmarks.throughput.report import finish, pyplot
 from benchmarks.throughput.subject import subject_of
 from benchmarks.throughput.timing import interleaved, timed
 
-from ddpm_engine.cli.options import Positive, parse_options
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.config import SamplerName

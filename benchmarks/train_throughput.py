@@ -31,8 +31,13 @@ from benchmarks.throughput.subject import Subject, preset_subject
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, timed
 from benchmarks.throughput.watching import peak_tensor_bytes
 
-from ddpm_engine.cli.options import Device, Positive, PositiveOrNone, parse_options
-from ddpm_engine.errors import exit_on_user_error
+from ddpm_engine.cli.options import (
+    Device,
+    Positive,
+    PositiveOrNone,
+    exit_on_user_error,
+    parse_options,
+)
 
 BATCHES = {"digits": 64, "photos": 32, "cifar10": 4, "celebahq256": 1}
 

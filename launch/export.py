@@ -1,43 +1,6 @@
-"""Write a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
+"""Export a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`."""
 
-The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; that of a
-distilled network is for `DDIMPipeline`, and the card has the call that draws in the steps it was
-distilled to. Of an EDM network the folder holds the parts, and the card the loop that draws.
-Diffusers need not be installed.
-"""
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import parse_options
-from ddpm_engine.errors import exit_on_user_error
-from ddpm_engine.export.pipeline import export_pipeline
-
-
-@dataclass(frozen=True)
-class Options:
-    """Write a trained model as a folder that diffusers loads."""
-
-    checkpoint: Path
-    """A run directory, or one checkpoints/step-… in it."""
-    out: Path
-    """Folder to make; an earlier export there is replaced."""
-    weights: Literal["ema", "model"] = "ema"
-    """Averaged weights, or those of the last step."""
-
-
-def main() -> None:
-    """Load, write."""
-    with exit_on_user_error():
-        options = parse_options(Options)
-        pretrained = load_model(options.checkpoint, weights=options.weights)
-        export_pipeline(pretrained, options.out, options.weights)
-        print(f"{options.out} is written; README.md in it says how to load it")
-
+from ddpm_engine.cli.export import main
 
 if __name__ == "__main__":
     main()

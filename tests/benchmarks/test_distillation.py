@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from benchmarks.distillation import (
 )
 
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.cli import distill
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
@@ -34,12 +34,6 @@ from ddpm_engine.presets import PRESETS
 def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What launch/distill.py makes of a command, with presets as teachers."""
     launch = Path(__file__).parents[2] / "launch" / "distill.py"
-    spec = importlib.util.spec_from_file_location("distill", launch)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "distill", script)  # tyro looks its types up there
-    spec.loader.exec_module(script)
 
     def teacher(path: Path) -> LoadedModel:
         known = PRESETS[path.name]()
@@ -48,8 +42,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     def parsed(training: Training) -> RunConfig:
         command = training.command(Path("runs"))
         assert command[:2] == [sys.executable, str(launch)]
-        monkeypatch.setattr(script, "load_model", teacher)
-        run: RunConfig = script.parse(command[2:])
+        monkeypatch.setattr(distill, "load_model", teacher)
+        run: RunConfig = distill.parse(command[2:])
         run.validate()
         return run
 

@@ -34,9 +34,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from ddpm_engine.cli.options import exit_on_user_error
 from ddpm_engine.config import load_config
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.errors import exit_on_user_error
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.denoising import DenoisingObjective

@@ -32,9 +32,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.cli.options import exit_on_user_error
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.errors import UserError, exit_on_user_error
+from ddpm_engine.errors import UserError
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.training.trainer import Trainer
 

@@ -64,7 +64,7 @@ def test_every_figure_of_a_run(
 def test_a_toy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ddpm_engine.figures.toy.STEPS", 3)
+    monkeypatch.setattr("ddpm_engine.cli.visualize.STEPS", 3)
     visualize(monkeypatch, "--toy", "moons", "--out", tmp_path / "figures")
     output = capsys.readouterr().out.split()
     assert output == [str(tmp_path / "figures" / name) for name in ("moons.png", "moons.gif")]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import cache
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import torch
@@ -124,6 +127,79 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--{flag} is {text!r}; it takes whole numbers, as 17,42") from None
+
+
+@contextmanager
+def exit_on_user_error(
+    *commands: Callable[..., Any],
+    omit_prefixes: bool = False,
+    renamed: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """Turn a `UserError` into one readable message and exit status 2.
+
+    The message names fields in backticks, and `with_flags` turns them into flags.
+
+    Args:
+        commands: as `parse_options` takes them; their flags are those that a message can name.
+        omit_prefixes: as in `parse_options`.
+        renamed: options of the command that are not named as the field they set: field to option,
+            or section to section if both end in a dot, such as `{"distillation.": ""}`.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            names = {name for one in commands for name in option_names(one, omit_prefixes)}
+            print(f"error: {with_flags(str(error), names, renamed or {})}", file=sys.stderr)
+        # Not `sys.exit`: under a launcher every rank must leave with a non-zero status.
+        raise SystemExit(2) from None
+
+
+def with_flags(message: str, options: Set[str], renamed: Mapping[str, str]) -> str:
+    """Replace every field in backticks that an option sets by the option's flag.
+
+    Args:
+        message: of a `UserError`.
+        options: dotted names of the command's options.
+        renamed: see `exit_on_user_error`.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        field = match[1]
+        for name, option in renamed.items():
+            if field == name or (name.endswith(".") and field.startswith(name)):
+                field = option + field[len(name) :]
+        return f"--{field.replace('_', '-')}" if field in options else match[0]
+
+    return re.sub(r"`([a-z][a-z0-9_.]*)`", flag, message)
+
+
+def option_names(
+    command: Callable[..., Any], omit_prefixes: bool = False, prefix: str = ""
+) -> Iterator[str]:
+    """Dotted names of a command's options, which are its flags but for dashes.
+
+    Args:
+        command: as `parse_options` takes it.
+        omit_prefixes: as in `parse_options`.
+        prefix: what all names begin with.
+    """
+    for name, annotated in get_type_hints(command, include_extras=True).items():
+        kind, *metadata = (
+            get_args(annotated) if get_origin(annotated) is Annotated else (annotated,)
+        )
+        if name == "return" or _POSITIONAL in metadata:
+            continue
+        named = [given for entry in metadata if (given := getattr(entry, "name", None)) is not None]
+        name = named[0] if named else name
+        if dataclasses.is_dataclass(kind):
+            section = prefix if omit_prefixes or not name else f"{prefix}{name}."
+            yield from option_names(cast(Callable[..., Any], kind), omit_prefixes, section)
+        else:
+            yield prefix + name
+
+
+_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 
 
 @cache

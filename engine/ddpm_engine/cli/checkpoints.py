@@ -1,0 +1,179 @@
+"""Look after the checkpoints of a run.
+
+    checkpoints.py list RUN
+    checkpoints.py verify RUN
+    checkpoints.py prune RUN [--keep N] [--keep-every M] [--delete]
+    checkpoints.py average RUN --out DIR [--steps A B ...] [--shares X Y ...] [--weights ema|model]
+    checkpoints.py ema RUN --length L --out DIR [--step N]
+
+Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, glance, verify
+from ddpm_engine.cli.options import PositiveOrNone, at_least, exit_on_user_error, parse_command
+from ddpm_engine.errors import UserError
+from ddpm_engine.training.run_directory import lock_run_directory
+
+
+def list_checkpoints(run: tyro.conf.Positional[Path]) -> int:
+    """List a run's checkpoints: step, size, samples seen, and whether all files are there.
+
+    Args:
+        run: a run directory.
+    """
+    store = _store(run)
+    print(f"{'step':>10}  {'MB':>10}  {'samples seen':>14}  state")
+    for step in store.steps():
+        path = store.path(step)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        checkpoint, problems = glance(path)
+        seen = "?" if checkpoint is None else str(checkpoint.state.get("samples_seen", "?"))
+        print(f"{step:>10}  {size / 1e6:>10.1f}  {seen:>14}  {'; '.join(problems) or 'complete'}")
+    for leftover in store.leftovers():
+        print(f"{leftover.name}: unfinished; the next save of the run removes it")
+    return 0
+
+
+def verify_checkpoints(run: tyro.conf.Positional[Path]) -> int:
+    """Read every byte of a run's checkpoints and name every problem.
+
+    Args:
+        run: a run directory.
+    """
+    store, damaged = _store(run), 0
+    for step in store.steps():
+        checkpoint, problems = verify(store.path(step))
+        damaged += checkpoint is None
+        print(f"{store.path(step)}: {'; '.join(problems) or 'sound'}", flush=True)
+    return 1 if damaged else 0
+
+
+def prune(
+    run: tyro.conf.Positional[Path],
+    keep: Annotated[int, at_least(2)] = 2,
+    keep_every: PositiveOrNone = None,
+    delete: bool = False,
+) -> int:
+    """Show which old checkpoints would be deleted, and with --delete delete them.
+
+    The newest sound one always stays. Refused while the run is training.
+
+    Args:
+        run: a run directory.
+        keep: how many of the newest to keep, at least two.
+        keep_every: keep those at multiples of this many steps as well; default: of none.
+        delete: delete them.
+    """
+    store = _store(run, keep, keep_every)
+    try:
+        with lock_run_directory(run):
+            sound, rejected = store.newest()
+            if sound is None:
+                raise UserError(f"no checkpoint in {run} is sound, so none is deleted")
+            for reason in rejected:
+                print(f"cannot be used: {reason}")
+            for step in store.superfluous(newest=sound.step):
+                if delete:
+                    store.remove(step)
+                print(f"{'deleted' if delete else 'would delete'} {store.path(step)}", flush=True)
+    except OSError as error:
+        raise UserError(f"{run} cannot be changed: {error}") from None
+    if not delete:
+        print("nothing is deleted without --delete")
+    return 0
+
+
+def average(
+    run: tyro.conf.Positional[Path],
+    out: Path,
+    steps: tuple[int, ...] | None = None,
+    shares: tuple[float, ...] | None = None,
+    weights: Literal["ema", "model"] = "ema",
+) -> int:
+    """Average the weights of a run's checkpoints into a folder that sample.py takes.
+
+    Args:
+        run: a run directory.
+        out: folder to make.
+        steps: of the checkpoints, as 1000 2000; default: all.
+        shares: of each of them in the mean, as 1 2; default: equal.
+        weights: average the averaged weights, or those of the steps themselves.
+    """
+    store = _store(run)
+    chosen = store.steps() if steps is None else steps
+    checkpoints = []
+    for step in chosen:
+        checkpoint, problems = verify(store.path(step))
+        if checkpoint is None:
+            raise UserError(f"{store.path(step)} cannot be used: {'; '.join(problems)}")
+        checkpoints.append(checkpoint)
+    path = average_checkpoints(checkpoints, out, shares, weights)
+    print(f"{path} is the mean of steps {', '.join(map(str, chosen))}")
+    return 0
+
+
+def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | None = None) -> int:
+    """Make a power-function average of any length after training, for sample.py.
+
+    For runs with --training.ema-profiles, which keep snapshots of a few such averages.
+
+    Args:
+        run: a run directory.
+        length: deviation of what the average remembers, as a share of the training so far; 0.1
+            remembers mostly the last tenth or two.
+        out: folder to make.
+        step: at the end of which step, one that there is a snapshot of; default: the newest.
+    """
+    store = CheckpointStore(run / SNAPSHOTS)
+    snapshots = []
+    for kept in store.steps():
+        snapshot, problems = verify(store.path(kept))
+        if snapshot is None:
+            print(f"cannot be used: {store.path(kept)}: {'; '.join(problems)}", flush=True)
+        else:
+            snapshots.append(snapshot)
+    if not snapshots:
+        raise UserError(
+            f"{run} holds no snapshots that can be used; train with --training.ema-profiles 0.05 "
+            "0.1 to keep some"
+        )
+    made = reconstruct_average(snapshots, length, out, step)
+    print(
+        f"{made.path} is the average of length {length:g} at step {made.step}, made of "
+        f"{made.averages} others; its profile is {100 * made.misfit:.2g}% from the exact one"
+    )
+    return 0
+
+
+def _store(run: Path, keep: int = 2, keep_every: int | None = None) -> CheckpointStore:
+    store = CheckpointStore(run / "checkpoints", keep, keep_every)
+    if not store.directory.is_dir():
+        raise UserError(f"{run} is not a run directory: it has no checkpoints folder")
+    return store
+
+
+def main() -> None:
+    """Run the command named by the first argument."""
+    commands: dict[str, Callable[..., int]] = {
+        "list": list_checkpoints,
+        "verify": verify_checkpoints,
+        "prune": prune,
+        "average": average,
+        "ema": ema,
+    }
+    with exit_on_user_error(*commands.values()):
+        sys.exit(parse_command(commands))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Show what diffusion does:
+
+    python launch/visualize.py --checkpoint RUN --out DIR      # the process of a trained run
+    python launch/visualize.py --toy swiss_roll --out DIR      # in two dimensions, trained now
+
+docs/ddpm.md says what is to be seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
+from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.errors import UserError
+from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable
+from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
+from ddpm_engine.figures.toy_2d import Plane
+from ddpm_engine.generation.input_images import InputImages
+from ddpm_engine.runtime import local_device, use_local_compile_cache
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show what diffusion does, by a trained run or in the plane."""
+
+    out: Path
+    """Folder for the figures."""
+    checkpoint: Path | None = None
+    """A run directory."""
+    toy: Toy | None = None
+    """Instead of a run: a data set in the plane, learnt within a minute."""
+    data: Path | None = None
+    """Shards of real images; default: those of the run."""
+    only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
+    """Just these of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
+    interpolation, denoising; default: all."""
+    samples: Path | None = None
+    """Pictures that launch/sample.py drew as PNGs, for real-and-drawn; default: drawn now."""
+    photo: Path | None = None
+    """An image for denoising; default: the first of the data."""
+    seed: int = 0
+    """Of all noise: another seed, other pictures."""
+    ids: tuple[int, int] = (4, 2)
+    """Pictures of the seed: reverse shows the first, interpolation what lies between the two."""
+    steps: int | None = None
+    """Steps of a drawn picture, one or two network evaluations each; default: the run's."""
+    timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
+    """Columns of forward, from 1; default: ten, closer together at first."""
+    count: int = 256
+    """Pictures for each point of quality."""
+
+
+def chosen_figures(only: str | None) -> list[str]:
+    """Names of the figures asked for.
+
+    Raises:
+        UserError: one that there is not.
+    """
+    names = list(FIGURES) if only is None else only.split(",")
+    for name in names:
+        if name not in FIGURES:
+            raise UserError(f"--only names {name!r}; there are {', '.join(FIGURES)}")
+    return names
+
+
+def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhibit:
+    """What the options ask to see.
+
+    Raises:
+        UserError: a model that another library saved, one that enlarges, or options that make no
+            sense.
+    """
+    if trained.checkpoint is None:
+        raise UserError(
+            f"--checkpoint {checkpoint} is a model of diffusers; the figures show a run's data and "
+            "losses, so give a run directory"
+        )
+    if trained.model.low_resolution is not None:
+        raise UserError(
+            f"--checkpoint {checkpoint} enlarges small images; the figures show networks that need "
+            "none. Draw with launch/sample.py"
+        )
+    if options.data is not None:
+        data = replace(trained.config.data, path=options.data, mix_with=(), weights=())
+        trained = replace(trained, config=replace(trained.config, data=data))
+    if not 2 <= options.count <= 1000:
+        raise UserError(f"--count is {options.count}; it must be between 2 and 1000")
+    timesteps = options.timesteps
+    photo = options.photo
+    return Exhibit(
+        trained,
+        checkpoint,
+        options.out,
+        seed=options.seed,
+        ids=options.ids,
+        steps=options.steps,
+        timesteps=None
+        if timesteps is None
+        else tuple(t - 1 for t in numbers("timesteps", timesteps)),
+        samples=options.samples,
+        photo=None
+        if photo is None
+        else InputImages(photo, trained.model.sample_shape, "--photo").of([0])[0],
+        count=options.count,
+    )
+
+
+def show_run(options: Options, checkpoint: Path) -> None:
+    """Draw a run's figures; those that do not apply are named, or refused if asked for."""
+    names = chosen_figures(options.only)
+    exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        try:
+            for path in FIGURES[name](exhibit):
+                print(path, flush=True)
+        except Inapplicable as error:
+            if options.only is not None:
+                raise
+            print(f"no {name}: {error}", flush=True)
+
+
+def show_toy(options: Options, toy: Toy) -> None:
+    """Learn a data set of the plane and draw how."""
+    local_device()  # all cores
+    points, place = toy_points(toy)
+    schedule = toy_schedule()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=STEPS, unit=" steps", disable=None) as bar:
+        model = train_toy(points, schedule, STEPS, options.seed, bar.update)
+    still, moving = (options.out / f"{toy}.{kind}" for kind in ("png", "gif"))
+    plane = Plane(model, schedule, points, place, options.seed)
+    plane.save_figure(still)
+    print(still, flush=True)
+    plane.save_animation(moving)
+    print(moving, flush=True)
+
+
+def main() -> None:
+    """Show a run or a toy."""
+    use_local_compile_cache()
+    with exit_on_user_error(Options):
+        options = parse_options(Options)
+        if options.toy is not None and options.checkpoint is None:
+            show_toy(options, options.toy)
+        elif options.checkpoint is not None and options.toy is None:
+            show_run(options, options.checkpoint)
+        else:
+            raise UserError("give either --checkpoint RUN or --toy NAME")
+
+
+if __name__ == "__main__":
+    main()
