@@ -13,9 +13,10 @@ from benchmarks.throughput.subject import SEED, Subject, counted_noise
 from benchmarks.throughput.watching import inputs_of
 from torch import Tensor, nn
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.samplers.config import Spacing, Variance
+from ddpm_engine.samplers.config import Spacing
 from ddpm_engine.samplers.sampler import sample
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]

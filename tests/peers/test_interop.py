@@ -17,7 +17,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.pipeline import export_pipeline
-from ddpm_engine.interop.network import read_config
+from ddpm_engine.interop.network import load_unet, read_config
 from ddpm_engine.interop.scheduler import read_scheduler, scheduler_entries
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
@@ -107,7 +107,7 @@ def assert_same_network(actual: UNet, expected: Any, classes: bool = False) -> N
 def test_what_diffusers_saved(name: str, tmp_path: Path) -> None:
     peer = theirs(**VARIANTS[name])
     peer.save_pretrained(tmp_path)
-    assert_same_network(UNet.from_pretrained(tmp_path), peer, classes=name == "classes")
+    assert_same_network(load_unet(tmp_path), peer, classes=name == "classes")
 
 
 @pytest.mark.parametrize("how", [{"safe_serialization": False}, {"max_shard_size": "20KB"}])
@@ -115,13 +115,13 @@ def test_other_files(how: dict[str, Any], tmp_path: Path) -> None:
     peer = theirs()
     peer.save_pretrained(tmp_path, **how)
     assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
-    assert_same_network(UNet.from_pretrained(str(tmp_path)), peer)
+    assert_same_network(load_unet(str(tmp_path)), peer)
 
 
 def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
     peer = theirs().half()
     peer.save_pretrained(tmp_path)
-    assert_same_network(UNet.from_pretrained(tmp_path), peer.float())
+    assert_same_network(load_unet(tmp_path), peer.float())
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -162,7 +162,7 @@ def test_former_attention_names(squeezed: bool, tmp_path: Path) -> None:
     peer.save_config(tmp_path)
     tensors = old_style(peer.state_dict(), squeezed)
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
-    assert_same_network(UNet.from_pretrained(tmp_path), peer)
+    assert_same_network(load_unet(tmp_path), peer)
 
 
 @pytest.mark.parametrize("shape", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])

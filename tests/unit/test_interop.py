@@ -22,6 +22,7 @@ from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.export import pipeline as export
 from ddpm_engine.export.pipeline import export_pipeline
+from ddpm_engine.interop.network import load_unet
 from ddpm_engine.interop.scheduler import scheduler_entries
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.config import SamplingConfig
@@ -87,7 +88,7 @@ def test_the_card_has_the_facts(run: Path, exported: Path) -> None:
     for fact in (
         "8×8, 3 channels", "| 4, 8 |", f"{parameters:,}", "f" * 64, "1,234", pretrained.hash,
         "linear, β from 0.0001 to 0.02, T = 1000", "moving average, decay 0.9999",
-        "DDPMPipeline.from_pretrained", "UNet.from_pretrained", "launch/sample.py",
+        "DDPMPipeline.from_pretrained", "load_unet", "launch/sample.py",
     ):  # fmt: skip
         assert fact in card, fact
 
@@ -188,7 +189,7 @@ def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
 def test_a_network_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
     change(exported / "unet" / "config.json", **{entry: value})
     with pytest.raises(UserError) as refused:
-        UNet.from_pretrained(exported)
+        load_unet(exported)
     shown = value[0] if entry == "down_block_types" else value
     assert entry in str(refused.value)
     assert any(text in str(refused.value) for text in (json.dumps(shown), repr(shown)))
@@ -222,7 +223,7 @@ def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -
     assert str(file) in str(refused.value)
     known = {"beta_start": "beta at timestep 0", "trained_betas": "betas has 2 entries"}
     assert known.get(entry, entry) in str(refused.value)
-    UNet.from_pretrained(exported)  # whose network is as it was
+    load_unet(exported)  # whose network is as it was
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: A
 @pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])
 def test_entries_that_change_nothing(exported: Path, entry: str) -> None:
     change(exported / "unet" / "config.json", **{entry: 5})
-    assert UNet.from_pretrained(exported).config == MODEL
+    assert load_unet(exported).config == MODEL
 
 
 def test_a_latent_model(exported: Path) -> None:
@@ -273,7 +274,7 @@ def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: P
     torch.save(model.state_dict(), weights)
     with pytest.raises(UserError, match=r"num_class_embeds is 3.*stands for no class"):
         load_model(tmp_path / "out")
-    assert UNet.from_pretrained(tmp_path / "out").config.num_class_embeds == 3
+    assert load_unet(tmp_path / "out").config.num_class_embeds == 3
 
 
 def test_a_learned_variance_without_its_outputs(exported: Path) -> None:
@@ -311,7 +312,7 @@ def test_a_pickle_is_not_executed(exported: Path, tmp_path: Path, how: str) -> N
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match="would execute code"):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
     assert not proof.exists()
     if how == "torch":  # the test itself: freely unpickled, it does execute
         torch.load(file, weights_only=False)
@@ -323,14 +324,14 @@ def test_a_damaged_pickle(exported: Path, content: bytes) -> None:
     (exported / "unet" / WEIGHTS).unlink()
     (exported / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged.*download it again"):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
 
 
 def test_a_pickle_of_something_else(exported: Path) -> None:
     (exported / "unet" / WEIGHTS).unlink()
     torch.save([1, 2], exported / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="not a state dict"):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
@@ -365,7 +366,7 @@ def test_missing_files(exported: Path, missing: str, expected: str) -> None:
 def test_damaged_json(exported: Path, content: str) -> None:
     (exported / "unet" / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"unet/config\.json is "):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
 
 
 def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
@@ -373,16 +374,16 @@ def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
     index = exported / "unet" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": f"../{WEIGHTS}"}}))
     with pytest.raises(UserError, match="files beside it"):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "gone.safetensors"}}))
     with pytest.raises(UserError, match=r"gone\.safetensors is missing"):
-        UNet.from_pretrained(exported)
+        load_unet(exported)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no folder.*hf download"):
-        UNet.from_pretrained("google/ddpm-cifar10-32")
+        load_unet("google/ddpm-cifar10-32")
     with pytest.raises(UserError, match="holds no diffusers model"):
-        UNet.from_pretrained(tmp_path)
+        load_unet(tmp_path)
     with pytest.raises(UserError, match=r"no usable checkpoint.*\n.*folder of a diffusers model"):
         load_model(tmp_path)

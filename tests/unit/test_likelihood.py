@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import Prediction, from_x0
 from ddpm_engine.diffusion.process import forward
 from ddpm_engine.diffusion.schedule import NoiseSchedule
@@ -21,7 +22,6 @@ from ddpm_engine.diffusion.variational_bound import (
     prior_term,
     reverse_log_variance,
 )
-from ddpm_engine.samplers.config import Variance
 
 SCHEDULE = NoiseSchedule.linear(10, 0.01, 0.3)
 PAPER = NoiseSchedule.linear(1000)

@@ -103,7 +103,7 @@ def _load_diffusers(path: Path) -> LoadedModel:
         raise UserError(
             f"num_class_embeds is {shape.num_class_embeds} in {layout.network / NETWORK_CONFIG}, "
             "and nothing says that the last of these classes stands for no class, as it does in "
-            "this engine: load the network with UNet.from_pretrained and give labels yourself"
+            "this engine: load the network with interop.network.load_unet and give labels yourself"
         )
     config = RunConfig(
         model=shape,

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_of
+from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_of, part_of
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore, load_part
 from ddpm_engine.config import RunConfig, from_dict
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.training.ema import part_of
 
 
 def average_checkpoints(

@@ -48,6 +48,11 @@ def gamma_of(length: float) -> float:
     return max(float(roots.real.max()), 0.0)
 
 
+def part_of(length: float) -> str:
+    """The part of a checkpoint that holds the power-function average of a length."""
+    return f"ema-{length:g}"
+
+
 def power_decay(gamma: float) -> Callable[[int], float]:
     """β of equation 2, from the number t − 1 of updates done before; the first keeps nothing."""
     return lambda updates: (updates / (updates + 1)) ** (gamma + 1)

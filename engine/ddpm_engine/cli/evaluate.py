@@ -23,6 +23,7 @@ import tyro
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import exit_on_user_error, parse_options
 from ddpm_engine.data.stream import is_stream
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
@@ -38,7 +39,7 @@ from ddpm_engine.evaluation.run import (
 from ddpm_engine.evaluation.sources import open_reference
 from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
 from ddpm_engine.runtime import local_device, use_local_compile_cache
-from ddpm_engine.samplers.config import SamplerName, Spacing, Variance
+from ddpm_engine.samplers.config import SamplerName, Spacing
 
 COMPARING = ("fid", "kid", "is", "precision-recall", "accuracy")
 METRICS = (*COMPARING, "nll")

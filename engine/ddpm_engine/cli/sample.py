@@ -18,6 +18,7 @@ import tyro
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import (
@@ -32,7 +33,7 @@ from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import fill
 from ddpm_engine.runtime import local_device, use_local_compile_cache
-from ddpm_engine.samplers.config import SamplerName, Spacing, Variance
+from ddpm_engine.samplers.config import SamplerName, Spacing
 
 Numbers = Annotated[str | None, tyro.conf.arg(metavar="K,K,...")]
 

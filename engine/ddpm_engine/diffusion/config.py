@@ -11,6 +11,9 @@ from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+"""Variance of a reverse step: the posterior's, beta, or interpolated as the network says."""
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:

@@ -29,10 +29,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import Prediction, to_x0
 from ddpm_engine.diffusion.process import forward, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.samplers.config import Variance
 from ddpm_kernels import Stream, gaussian_noise
 
 Model = Callable[..., Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.features_store import FeatureSet
@@ -24,7 +25,6 @@ from ddpm_engine.evaluation.sources import RULE, RealImages
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import fill
 from ddpm_engine.plots.curves import bound_figure
-from ddpm_engine.samplers.config import Variance
 
 _REPORT = 1 << 48
 

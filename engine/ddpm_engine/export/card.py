@@ -128,8 +128,8 @@ def _usage(pretrained: LoadedModel) -> list[str]:
             "# unet(x, t, class_labels=labels).sample",
         ]  # fmt: skip
     command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
-    load = 'unet = UNet.from_pretrained("DIR")'
-    ours = ["from ddpm_engine.networks.unet.unet import UNet", "", load]
+    load = 'unet = load_unet("DIR")'
+    ours = ["from ddpm_engine.interop.network import load_unet", "", load]
     note = []
     if distilled:
         note = [

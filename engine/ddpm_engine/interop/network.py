@@ -44,9 +44,16 @@ class LoadedUNet:
     """The label that stands for no class, if the file says so; `export_pipeline` does."""
 
 
-def load_unet(path: Path) -> UNet:
-    """Load the network of a folder that diffusers saved; see `UNet.from_pretrained`."""
-    return read_unet(find_layout(path).network).model
+def load_unet(path: Path | str) -> UNet:
+    """Load a `UNet2DModel` that diffusers saved: its folder, or that of its pipeline.
+
+    Returns:
+        The network in float32, on the CPU, in eval mode.
+
+    Raises:
+        UserError: nothing there, damaged, or a network that `UNet` cannot be; it says why.
+    """
+    return read_unet(find_layout(Path(path)).network).model
 
 
 def read_unet(folder: Path) -> LoadedUNet:

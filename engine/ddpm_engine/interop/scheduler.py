@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 import torch
 
-from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.config import DiffusionConfig, Variance
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.entries import Entries
 from ddpm_engine.objectives.config import DistillationConfig
-from ddpm_engine.samplers.config import SamplingConfig, Spacing, Variance
+from ddpm_engine.samplers.config import SamplingConfig, Spacing
 
 CLASS = "DDPMScheduler"
 DDIM_CLASS = "DDIMScheduler"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ddpm_engine.diffusion.config import Variance
+
 SamplerName = Literal[
     "ddpm",
     "ddim",
@@ -19,8 +21,6 @@ SamplerName = Literal[
 ]
 
 Spacing = Literal["leading", "trailing", "linspace"]
-
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.samplers.config import Variance
 from ddpm_engine.samplers.table import CoefficientTable, empty_rows
 from ddpm_kernels import Column
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers.config import Spacing, Variance
+from ddpm_engine.samplers.config import Spacing
 from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import MAX_LEVEL, NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
-from ddpm_engine.samplers.config import Spacing, Variance
+from ddpm_engine.samplers.config import Spacing
 from ddpm_engine.samplers.inpainting import Inpainting, KnownPixels, levels_of, resampled
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddpm_engine.checkpoints.power_ema import gamma_of, power_decay
+from ddpm_engine.checkpoints.power_ema import gamma_of, part_of, power_decay
 from ddpm_engine.config import TrainingConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -31,11 +31,6 @@ def decays(training: TrainingConfig) -> dict[str, Decay]:
     """Every average that a run keeps, by its part of a checkpoint: `ema`, and `ema-LENGTH` each."""
     profiles = {part_of(length): power_decay(gamma_of(length)) for length in training.ema_profiles}
     return {"ema": warmed_up(training.ema_decay), **profiles}
-
-
-def part_of(length: float) -> str:
-    """The part of a checkpoint that holds the power-function average of a length."""
-    return f"ema-{length:g}"
 
 
 class EMA(Generic[ModelT]):

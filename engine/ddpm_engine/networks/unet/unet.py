@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,21 +207,6 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self._initialise()
         self._lay_out()
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> UNet:
-        """Load a `UNet2DModel` that diffusers saved: its folder, or that of its pipeline.
-
-        Returns:
-            The network in float32, on the CPU, in eval mode.
-
-        Raises:
-            UserError: nothing there, damaged, or a network that this one cannot be; it says why.
-        """
-        # Here, because reading builds one of these.
-        from ddpm_engine.interop.network import load_unet
-
-        return load_unet(Path(path))
 
     def forward(
         self,
