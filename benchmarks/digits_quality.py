@@ -53,7 +53,7 @@ def main() -> None:
 
         steps = options.steps or config.sampling.steps or config.diffusion.timesteps
         total = options.count * steps
-        null = pretrained.model.null_class
+        null = pretrained.model.conditioning.null_class
         # Of no class, so that it shows which ones the model prefers.
         labels = None if null is None else torch.full((options.count,), null, device=device)
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:

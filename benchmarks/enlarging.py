@@ -74,8 +74,8 @@ def main() -> None:
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_model(options.checkpoint, device)
-        model, side = pretrained.model, pretrained.model.low_resolution
-        if side is None or model.null_class is not None:
+        model, side = pretrained.model, pretrained.model.conditioning.low_resolution
+        if side is None or model.conditioning.null_class is not None:
             raise UserError(
                 f"--checkpoint {options.checkpoint} must enlarge, and be of no classes, as the "
                 "preset digits-upscale"

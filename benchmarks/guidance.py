@@ -146,7 +146,7 @@ def main() -> None:
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_model(options.checkpoint, device)
-        classes = pretrained.model.null_class
+        classes = pretrained.model.conditioning.null_class
         if classes != 10:
             raise UserError(f"--checkpoint {options.checkpoint} is no model of ten digits")
         size = pretrained.model.sample_shape[-1]

@@ -63,7 +63,7 @@ def main() -> None:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         teacher = subject_of(options.checkpoint, device)
         students = students_of([options.distilled], device)
-        if teacher.unet.null_class != CLASSES:
+        if teacher.unet.conditioning.null_class != CLASSES:
             raise UserError(f"--checkpoint {options.checkpoint} is no model of ten digits")
         ((name, student),) = students.items()
         sampling = student.config.sampling

@@ -46,7 +46,7 @@ def small_unet(device: torch.device, classes: int | None = None) -> UNet:
     return unet(config, device, torch.float32)
 
 
-def pointwise(x: Tensor, timesteps: Tensor) -> Tensor:
+def pointwise(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
     """Stands in for a network: nothing whose result could depend on how it is launched."""
     return 0.5 * x + 0.001 * timesteps[:, None, None, None]
 
@@ -130,7 +130,7 @@ def measure_loop(device: torch.device, extent: Extent, timer: Timer) -> list[Mea
 
     times = interleaved(loops("eager"), timer, repeats)
     if device.type == "cuda":
-        model.compile_regions()
+        model.compile_blocks()
         times |= interleaved(loops("compiled"), timer, repeats)
     name = f"sampling loop, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
     dtype = named(next(model.parameters()).dtype)

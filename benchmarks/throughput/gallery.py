@@ -97,7 +97,7 @@ class Gallery:
         drawing = self.network(method)
         config = drawing.config
         ids = torch.arange(first, first + count, device=drawing.device)
-        classes = drawing.unet.null_class
+        classes = drawing.unet.conditioning.null_class
         return sample(
             drawing.fastest,
             drawing.schedule,

@@ -70,7 +70,7 @@ class CachedByHand:
         self.evaluations = 0
         self.features: Tensor | None = None
 
-    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         """Evaluate in full every so many-th time."""
         prediction: Tensor
         if self.evaluations % self.interval == 0:

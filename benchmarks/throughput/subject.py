@@ -60,7 +60,7 @@ class Subject:
     def compiled(self) -> UNet:
         """The engine's network, compiled block by block; the first call takes its time."""
         model = self.copy()
-        model.compile_regions()
+        model.compile_blocks()
         return model
 
     @property

@@ -55,7 +55,7 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
     model = subject.copy().train().requires_grad_()
     ema = EMA(model, warmed_up(config.training.ema_decay))
     if compiled:
-        model.compile_regions()
+        model.compile_blocks()
     optimizer = make_optimizer(model, config.optimizer)
     objective = DenoisingObjective(
         subject.schedule, config.diffusion.prediction, Conditions(SEED), subject.device

@@ -35,6 +35,7 @@ from ddpm_engine.evaluation.metrics import reference_features
 from ddpm_engine.evaluation.sources import RealImages
 from ddpm_engine.generation.sample_formats import TarShards
 from ddpm_engine.images.codec import encode
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.training.trainer import Trainer
 
@@ -332,7 +333,7 @@ def test_the_bound_of_real_images(
         torch.from_numpy(real.read(range(6))).permute(0, 3, 1, 2),
         torch.from_numpy(ids),
         variance="fixed_large",
-        labels=torch.tensor([real.label_of(k) for k in range(6)]),
+        conditioning=Conditioning(torch.tensor([real.label_of(k) for k in range(6)])),
     )
     assert found["bits_per_dim"] == pytest.approx(float(terms.sum(1).mean()), rel=1e-6)
     assert found["images"] == 6

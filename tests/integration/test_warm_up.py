@@ -23,7 +23,7 @@ def test_warm_up_runs_both_passes_and_leaves_weights_and_gradients(
     model = UNet(config.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     objective = build_objective(
-        config, config.diffusion.build_schedule(), null_class=model.null_class
+        config, config.diffusion.build_schedule(), null_class=model.conditioning.null_class
     )
     backward_passes: list[torch.Tensor] = []
     model.conv_in.weight.register_hook(backward_passes.append)

@@ -59,7 +59,7 @@ class Network:
         self.prediction, self.variance = prediction, variance
         self.log_sigma = log_sigma(schedule).clamp(max=20).numpy()
 
-    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         t = timesteps.double().reshape(-1, 1, 1, 1)
         levels = np.interp(t, np.arange(len(self.log_sigma)), self.log_sigma)
         sigma = torch.from_numpy(levels).exp().to(x)
@@ -346,7 +346,7 @@ def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
     assert table.shown is not None
     shown = table.shown
 
-    def model(x: Tensor, noise: Tensor) -> Tensor:
+    def model(x: Tensor, noise: Tensor, conditioning: object = None) -> Tensor:
         return 0.7 * x.sin() - 0.2 * noise.to(x).reshape(-1, 1, 1, 1)
 
     def run(exact: bool) -> list[Tensor]:

@@ -150,7 +150,7 @@ def test_step_without_clipping(fed: list[Tensor], prediction: Any) -> None:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_whole_chain(fed: list[Tensor], variance: Any, spacing: Any) -> None:
-    def model(x: Tensor, timesteps: Tensor) -> Tensor:
+    def model(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         return 0.9 * x.tanh()
 
     ours = sample(

@@ -20,6 +20,7 @@ from ddpm_engine.diffusion.parameterization import Prediction, from_x0, precondi
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.objectives.distillation.trajectory import (
@@ -58,7 +59,7 @@ class Optimal(nn.Module):
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
         if self.prediction == "edm":
             sigma = (4 * told).exp()[:, None, None, None]
             c = preconditioning(sigma, self.schedule.sigma_data)
@@ -178,7 +179,7 @@ def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Predict
     state = x
     for half in (0, 1):
         rows = two[:, half::2]
-        x0 = ours._teachers_estimate(state, levels + half, ())
+        x0 = ours._teachers_estimate(state, levels + half, Conditioning())
         state = rows[Column.X] * state + rows[Column.X0] * x0
     torch.testing.assert_close(one[Column.X] * x + one[Column.X0] * target, state)
 
@@ -190,7 +191,7 @@ def test_a_perfect_student_has_nothing_to_learn(method: Make) -> None:
     image = torch.full((4, 1, 2, 2), 0.3).double()
 
     class Constant(nn.Module):
-        def forward(self, x: Tensor, told: Tensor) -> Tensor:
+        def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
             a = ours.schedule.sqrt_alpha_bar[told][:, None, None, None]
             s = ours.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
             return from_x0("v", image.expand_as(x), x, a, s)
@@ -218,7 +219,7 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: 
     positions = torch.arange(100, 116)
     seen: dict[str, Tensor] = {}
 
-    def network(x: Tensor, told: Tensor) -> Tensor:
+    def network(x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
         seen["x"], seen["told"] = x, told
         seen["output"] = torch.cos(3 * x).requires_grad_()
         return seen["output"]
@@ -293,7 +294,7 @@ def test_guidance_is_that_of_the_sampler() -> None:
     after_one = process.x.clone()
     process.step(1)
     first = torch.zeros(3, dtype=torch.int64)
-    target = ours.target(unasked, x, first, (labels,))
+    target = ours.target(unasked, x, first, Conditioning(labels))
     row = build_table(schedule, "ddim", 4, prediction="v").rows[0].float()
     torch.testing.assert_close(
         row[Column.X] * x + row[Column.X0] * target, process.x, rtol=1e-4, atol=1e-5
@@ -301,11 +302,12 @@ def test_guidance_is_that_of_the_sampler() -> None:
     # It counts, and once only: the next teacher has it built in.
     ours.begin_step(0, lambda: pytest.fail("no stage has ended"))
     plain = distillation()
-    assert (plain.target(unasked, x, first, (labels,)) - target).abs().max() > 0.01
+    assert (plain.target(unasked, x, first, Conditioning(labels)) - target).abs().max() > 0.01
     for stage in (plain, ours):
         stage.begin_step(5, network.state_dict)
     assert torch.equal(
-        plain.target(unasked, x, first, (labels,)), ours.target(unasked, x, first, (labels,))
+        plain.target(unasked, x, first, Conditioning(labels)),
+        ours.target(unasked, x, first, Conditioning(labels)),
     )
 
     # A teacher that stays is guided in every stage, and the student that it leads to is not.
@@ -318,7 +320,7 @@ def test_guidance_is_that_of_the_sampler() -> None:
         seen.append(x)
         return x
 
-    ours.target(student, x, first, (labels,))
+    ours.target(student, x, first, Conditioning(labels))
     torch.testing.assert_close(seen[0], after_one, rtol=1e-4, atol=1e-5)
 
 
@@ -339,7 +341,8 @@ def test_the_teacher_follows_from_the_state() -> None:
     other.begin_step(5, lambda: pytest.fail("the stage has begun already"))
     x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 2])
     assert torch.equal(
-        ours.target(unasked, x, steps, (labels,)), other.target(unasked, x, steps, (labels,))
+        ours.target(unasked, x, steps, Conditioning(labels)),
+        other.target(unasked, x, steps, Conditioning(labels)),
     )
 
 
@@ -373,8 +376,8 @@ def test_what_the_teacher_is_told() -> None:
     seen: list[tuple[Tensor, ...]] = []
 
     class Noting(nn.Module):
-        def forward(self, x: Tensor, *arguments: Tensor) -> Tensor:
-            seen.append(arguments)
+        def forward(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+            seen.append((t, *given.present().values()))
             return x
 
     plan = plan_to(2, 8, guidance_scale=2.0)
@@ -386,7 +389,8 @@ def test_what_the_teacher_is_told() -> None:
     ]  # fmt: skip
     for _, classes, enlarged, levels in seen:
         assert classes.tolist() == [3, 5, 10, 10]
-        for ours_is, whole in ((enlarged, told[1]), (levels, told[2])):
+        whole_levels = told.augmentation_level
+        for ours_is, whole in ((enlarged, told.low_resolution), (levels, whole_levels)):
             assert whole is not None
             assert torch.equal(ours_is, torch.cat([whole, whole]))
 

@@ -19,6 +19,7 @@ from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.parameterization import preconditioning, x0_coefficients
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.inputs import Conditions
@@ -51,8 +52,8 @@ def batch(positions: Tensor, labelled: bool = False) -> Batch:
     return Batch(images.to(torch.uint8), positions % 4 if labelled else None, positions)
 
 
-def network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
-    shift = noise + (labels[0] if labels else 0)
+def network(x: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
+    shift = noise if conditioning.labels is None else noise + conditioning.labels
     return (0.7 * x).sin() + 0.3 * shift[:, None, None, None]
 
 
@@ -67,7 +68,7 @@ def karras_loss(
     c_in = 1 / (sigma_data**2 + sigma**2).sqrt()
     c_noise = sigma.log() / 4
     y = x_0 + sigma * n
-    denoised = c_skip * y + c_out * network(c_in * y, c_noise.flatten())
+    denoised = c_skip * y + c_out * network(c_in * y, c_noise.flatten(), Conditioning())
     return (weight * (denoised - x_0) ** 2).mean((1, 2, 3))
 
 
@@ -107,7 +108,7 @@ def test_the_perfect_network_has_no_loss_and_sees_unit_deviation() -> None:
     c = preconditioning(sigma, SIGMA_DATA)
     target = (images - c.skip * (images + sigma * n)) / c.out
 
-    def oracle(x: Tensor, noise: Tensor) -> Tensor:
+    def oracle(x: Tensor, noise: Tensor, conditioning: object = None) -> Tensor:
         torch.testing.assert_close(noise.double(), sigma.flatten().log() / 4, rtol=1e-6, atol=1e-7)
         assert x.std().item() == pytest.approx(1, abs=0.02)
         assert target.std().item() == pytest.approx(1, abs=0.02)
@@ -140,9 +141,9 @@ def test_the_loss_of_a_sample_depends_on_its_position_alone() -> None:
 def test_the_loss_trains_the_network() -> None:
     weight = torch.tensor(0.5, requires_grad=True)
     given, objective = batch(torch.arange(8)), EdmObjective(SIGMA_DATA, Conditions(0))
-    objective(lambda x, t: weight * x, given).mean().backward()
+    objective(lambda x, t, c=None: weight * x, given).mean().backward()
     assert weight.grad is not None
-    nudged = [objective(lambda x, t, w=w: w * x, given).mean().item() for w in (0.49, 0.51)]
+    nudged = [objective(lambda x, t, c=None, w=w: w * x, given).mean().item() for w in (0.49, 0.51)]
     assert weight.grad.item() == pytest.approx((nudged[1] - nudged[0]) / 0.02, rel=1e-3)
 
 
@@ -192,38 +193,39 @@ def denoiser(y: Tensor, sigma: Tensor) -> Tensor:
     return (0.2**2 * y + sigma**2 * mean) / variance
 
 
-def estimate(y: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+def estimate(y: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
     """That D, and another one for each label."""
-    shift = 0.1 * labels[0][:, None, None, None] if labels else 0
+    labels = conditioning.labels
+    shift = 0 if labels is None else 0.1 * labels[:, None, None, None]
     return (1 + shift) * denoiser(y, sigma) + shift
 
 
-def smooth_network(x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
+def smooth_network(x: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
     """The F of that D."""
     sigma = (4 * noise.to(x.dtype)).exp()[:, None, None, None]
     c = preconditioning(sigma, SIGMA_DATA)
     y = x / c.input
-    return (estimate(y, sigma, *labels) - c.skip * y) / c.out
+    return (estimate(y, sigma, conditioning) - c.skip * y) / c.out
 
 
 class Vp(torch.nn.Module):
     """The same network as one that predicts x_0 from x_t, as any sampler takes."""
 
-    null_class = 4
+    conditioning = ConditioningSpec(classes=4)
     sample_shape = SHAPE
 
-    def forward(self, x: Tensor, timesteps: Tensor, *labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         a, s = noise_levels(SCHEDULE, timesteps.double())
         a, s = (level[:-1].to(x)[:, None, None, None] for level in (a, s))
-        return estimate(x / a, s / a, *labels)
+        return estimate(x / a, s / a, conditioning)
 
 
 class Edm(torch.nn.Module):
-    null_class = 4
+    conditioning = ConditioningSpec(classes=4)
     sample_shape = SHAPE
 
-    def forward(self, x: Tensor, noise: Tensor, *labels: Tensor) -> Tensor:
-        return smooth_network(x, noise, *labels)
+    def forward(self, x: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        return smooth_network(x, noise, conditioning)
 
 
 def run(table: CoefficientTable, model: Any, x: Tensor) -> list[Tensor]:
@@ -233,7 +235,7 @@ def run(table: CoefficientTable, model: Any, x: Tensor) -> list[Tensor]:
     shown = table.timesteps if table.shown is None else table.shown
     states = []
     for i in range(table.evaluations):
-        output = model(x, shown[i].expand(len(x)))
+        output = model(x, shown[i].expand(len(x)), Conditioning())
         reverse_step_reference_(
             x, output, rows, torch.tensor(i), torch.tensor(3), IDS, None, None, None, history, False
         )

@@ -166,7 +166,7 @@ def test_denoising_little_noise_leaves_the_image(
             super().__init__()
             self.unused = torch.nn.Parameter(torch.zeros(()))
 
-        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        def forward(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
             a, s = (
                 table[timesteps].float().reshape(-1, 1, 1, 1)
                 for table in (

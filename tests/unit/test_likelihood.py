@@ -22,6 +22,7 @@ from ddpm_engine.diffusion.variational_bound import (
     prior_term,
     reverse_log_variance,
 )
+from ddpm_engine.networks.conditioning import Conditioning
 
 SCHEDULE = NoiseSchedule.linear(10, 0.01, 0.3)
 PAPER = NoiseSchedule.linear(1000)
@@ -160,7 +161,7 @@ def test_terms_are_improved_diffusions(variance: Variance, clip: bool) -> None:
     x_0 = (images.double() / 127.5) - 1
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def network(x_t: Tensor, timesteps: Tensor, conditioning: object) -> Tensor:
         t = int(timesteps[0])
         a, s = schedule.sqrt_alpha_bar[t].float(), schedule.sqrt_one_minus_alpha_bar[t].float()
         output = (x_t - a * x_0.float()) / s + 0.1 * (5 * x_t).sin()
@@ -213,7 +214,7 @@ def spread(t: int) -> float:
 def best(prediction: Prediction = "x0", fraction: Callable[[int], float] | None = None):  # type: ignore[no-untyped-def]
     """The best denoiser of that data set, E[x_0 | x_t], which is linear."""
 
-    def network(x_t: Tensor, timesteps: Tensor) -> Tensor:
+    def network(x_t: Tensor, timesteps: Tensor, conditioning: object) -> Tensor:
         t = int(timesteps[0])
         a, s = SCHEDULE.sqrt_alpha_bar[t], SCHEDULE.sqrt_one_minus_alpha_bar[t]
         x_t = x_t.double()
@@ -324,15 +325,17 @@ def test_bound_depends_on_seed_and_id_and_not_on_the_batch() -> None:
 
 def test_labels_reach_the_network() -> None:
     images, _ = gaussian_pixels(2)
-    seen: list[Tensor] = []
+    seen: list[Tensor | None] = []
 
-    def network(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        seen.append(labels)
+    def network(x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        seen.append(conditioning.labels)
         return x
 
-    bits_per_dim(network, SCHEDULE, images, torch.arange(2), labels=torch.tensor([4, 5]))
+    bits_per_dim(
+        network, SCHEDULE, images, torch.arange(2), conditioning=Conditioning(torch.tensor([4, 5]))
+    )
     assert len(seen) == 10
-    assert all(torch.equal(labels, torch.tensor([4, 5])) for labels in seen)
+    assert all(labels is not None and labels.tolist() == [4, 5] for labels in seen)
 
 
 def test_what_has_no_likelihood_is_refused() -> None:

@@ -21,6 +21,7 @@ from ddpm_engine.diffusion.super_resolution import (
 )
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.network import config_entries
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.denoising import DenoisingObjective
@@ -67,16 +68,16 @@ def stored(count: int) -> Tensor:
 class Watched:
     """A network that keeps what it was shown."""
 
-    low_resolution = 4
-    null_class = 4
+    conditioning = ConditioningSpec(classes=4, low_resolution=4)
     sample_shape = LARGE
 
     def __init__(self) -> None:
         self.shown: list[tuple[Tensor, Tensor]] = []
 
-    def __call__(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, image: Tensor, levels: Tensor
-    ) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+        image, levels = given.low_resolution, given.augmentation_level
+        assert image is not None
+        assert levels is not None
         assert image.shape == x.shape
         assert levels.shape == t.shape
         self.shown.append((image.clone(), levels.clone()))
@@ -199,26 +200,30 @@ def test_only_what_low_resolution_needs_is_added(unet: UNet) -> None:
 def test_prediction_depends_on_image_and_level(unet: UNet) -> None:
     x, t = initial_noise(0, IDS, LARGE), torch.tensor([3, 50, 99, 0])
     image, levels = enlarge(SMALL, 8), torch.tensor([0, 10, 20, 249])
-    output = unet(x, t, LABELS, image, levels)
+    output = unet(x, t, Conditioning(LABELS, image, levels))
     assert output.shape == x.shape
-    assert float((unet(x, t, LABELS, image + 0.1, levels) - output).abs().max()) > 1e-3
-    assert float((unet(x, t, LABELS, image, levels + 100) - output).abs().max()) > 1e-3
+    assert (
+        float((unet(x, t, Conditioning(LABELS, image + 0.1, levels)) - output).abs().max()) > 1e-3
+    )
+    assert (
+        float((unet(x, t, Conditioning(LABELS, image, levels + 100)) - output).abs().max()) > 1e-3
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "shown", "message"),
     [
-        (TINY, (), "enlarges images of side 4"),
-        (TINY, (enlarge(SMALL, 8),), "enlarges images of side 4"),
-        (replace(TINY, low_resolution=None), (enlarge(SMALL, 8), IDS), "made without"),
-        (replace(TINY, low_resolution=None), (None, IDS), "made without"),
+        (TINY, (), "needs low-resolution images of side 4"),
+        (TINY, (enlarge(SMALL, 8),), "needs low-resolution images of side 4"),
+        (replace(TINY, low_resolution=None), (enlarge(SMALL, 8), IDS), "built without"),
+        (replace(TINY, low_resolution=None), (None, IDS), "built without"),
     ],
 )
 def test_network_refuses_what_does_not_belong_to_it(
     model: UNetConfig, shown: tuple[Tensor | None, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        UNet(model)(torch.zeros(4, *LARGE), torch.zeros(4), LABELS, *shown)
+        UNet(model)(torch.zeros(4, *LARGE), torch.zeros(4), Conditioning(LABELS, *shown))
 
 
 @pytest.mark.parametrize("side", [0, 3, 8, 16])

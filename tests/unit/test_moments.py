@@ -38,7 +38,7 @@ class Believer(nn.Module):
         self.prediction = prediction
         self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         a = SCHEDULE.sqrt_alpha_bar[timesteps][:, None, None, None]
         s = SCHEDULE.sqrt_one_minus_alpha_bar[timesteps][:, None, None, None]
         share = a * DEVIATION**2 / ((a * DEVIATION).square() + s.square())
@@ -52,7 +52,7 @@ class Constant(nn.Module):
         super().__init__()
         self.grey = nn.Parameter(torch.tensor(grey, dtype=torch.float64))
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         return self.grey.expand_as(x)
 
 

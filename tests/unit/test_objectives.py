@@ -21,6 +21,7 @@ from ddpm_engine.diffusion.process import forward, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import decoder_term, denoising_term
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.objectives.denoising import DenoisingObjective
@@ -114,17 +115,17 @@ def test_network_sees_the_forward_process_and_its_truth_has_no_loss(
         return truth
 
     assert loss_of(oracle, given).max() < 1e-10
-    off_by_half = loss_of(lambda x, t: oracle(x, t) + 0.5, given)
+    off_by_half = loss_of(lambda x, t, c=None: oracle(x, t) + 0.5, given)
     torch.testing.assert_close(off_by_half, torch.full((8,), 0.25), rtol=1e-5, atol=0)
 
 
 def test_loss_trains_the_network() -> None:
     weight = torch.tensor(0.5, requires_grad=True)
-    loss = objective()(lambda x, t: weight * x, batch(torch.arange(4)))
+    loss = objective()(lambda x, t, c=None: weight * x, batch(torch.arange(4)))
     loss.mean().backward()
     assert weight.grad is not None
     nudged = [
-        objective()(lambda x, t, w=w: w * x, batch(torch.arange(4))).mean().item()
+        objective()(lambda x, t, c=None, w=w: w * x, batch(torch.arange(4))).mean().item()
         for w in (0.499, 0.501)
     ]
     assert weight.grad.item() == pytest.approx((nudged[1] - nudged[0]) / 0.002, rel=1e-3)
@@ -206,8 +207,9 @@ def test_conditional_network_is_given_the_drawn_labels() -> None:
     expected = given.draw(positions, positions % 10).labels
     seen: list[Tensor] = []
 
-    def watch(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        seen.append(labels)
+    def watch(x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        seen.append(conditioning.labels)
         return x
 
     given(watch, batch(positions, labelled=True))
@@ -244,7 +246,7 @@ def test_hybrid_loss_adds_a_thousandth_of_the_bound() -> None:
     positions = torch.arange(40) + 100
     x_0, eps, t = truth_of(given, positions)
 
-    def hybrid(x: Tensor, timesteps: Tensor) -> Tensor:
+    def hybrid(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         return torch.cat([(x * 0.7).sin(), (3 * x).cos()], 1)
 
     loss = given(hybrid, batch(positions))
@@ -285,7 +287,7 @@ def test_offset_noise_is_noise_that_a_channel_shares(prediction: Prediction) -> 
     assert given(oracle, batch(positions)).max() < 1e-8
     drawn = shared[0].flatten() / 0.5
     assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-3
-    off_by_half = given(lambda x, t: oracle(x, t) + 0.5, batch(positions))
+    off_by_half = given(lambda x, t, c=None: oracle(x, t) + 0.5, batch(positions))
     torch.testing.assert_close(off_by_half, torch.full((400,), 0.25), rtol=1e-4, atol=0)
 
 

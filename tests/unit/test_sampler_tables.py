@@ -58,7 +58,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
 
 
-def estimate(x: Tensor, timesteps: Tensor) -> Tensor:
+def estimate(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
     """A network that predicts x_0, neither linear in the state nor blind to the timestep."""
     return (0.8 * x + 0.3 * (timesteps.reshape(-1, 1, 1, 1) / 200).cos()).tanh()
 
@@ -97,7 +97,7 @@ def test_constant_estimates_are_followed_exactly(
     table = build_table(schedule, sampler, steps, prediction="x0")
     a, s = noise_levels(schedule, table.timesteps)
     x_0, noise = draw(2, 2, 3, 3)
-    states = run(table, lambda x, t: x_0, a[0] * x_0 + s[0] * noise)
+    states = run(table, lambda x, t, c=None: x_0, a[0] * x_0 + s[0] * noise)
     for i, x in enumerate(states):
         torch.testing.assert_close(x, a[i + 1] * x_0 + s[i + 1] * noise, rtol=0, atol=1e-10)
     torch.testing.assert_close(states[-1], x_0, rtol=0, atol=1e-12)
@@ -380,7 +380,7 @@ class Mixture:
         means = self.means + self.deviation**2 / variance * away
         return np.asarray((share * means).sum(-1))
 
-    def __call__(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         a, s = (level[:-1].item() for level in noise_levels(SCHEDULE, timesteps[:1].double()))
         return torch.from_numpy(self.denoise(x.numpy() / a, s / a))
 
@@ -425,7 +425,7 @@ def test_order_of_accuracy(sampler: str) -> None:
 def test_stochastic_solver_keeps_the_distribution() -> None:
     """Standard normal data stay so; the network is then linear."""
 
-    def model(x: Tensor, timesteps: Tensor) -> Tensor:
+    def model(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         a, _ = noise_levels(SCHEDULE, timesteps[:1])
         return a[0] * x
 

@@ -16,6 +16,7 @@ from ddpm_engine.diffusion.parameterization import from_x0
 from ddpm_engine.diffusion.process import posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.samplers.sampler import sample, sampling_steps
@@ -227,7 +228,9 @@ def test_labels_go_with_their_pictures() -> None:
     ids, labels = torch.arange(7), torch.tensor([4, 0, 1, 9, 2, 2, 7])
     seen: list[Tensor] = []
 
-    def model(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def model(x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        labels = conditioning.labels
+        assert labels is not None
         seen.append(labels)
         return elementwise(x, timesteps, 0.1 * labels)
 
@@ -296,7 +299,7 @@ def test_pictures_of_a_network_do_not_depend_on_the_batch() -> None:
 def optimal(mean: float, deviation: float, schedule: NoiseSchedule, prediction: Any) -> Any:
     """The best possible network for independent N(mean, deviation²) pixels."""
 
-    def model(x: Tensor, timesteps: Tensor) -> Tensor:
+    def model(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         a = schedule.sqrt_alpha_bar[timesteps].reshape(-1, 1, 1, 1)
         s = schedule.sqrt_one_minus_alpha_bar[timesteps].reshape(-1, 1, 1, 1)
         gain = a * deviation**2 / (a**2 * deviation**2 + s**2)

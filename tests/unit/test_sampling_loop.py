@@ -16,6 +16,7 @@ from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold, rescale_
 from ddpm_engine.diffusion.parameterization import to_x0
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers import sampler as loop_module
@@ -36,14 +37,16 @@ STEPS = 6
 class Conditional(torch.nn.Module):
     """Answers differently for every input, with arithmetic that is the same in every batch."""
 
-    null_class = 4
+    conditioning = ConditioningSpec(classes=4)
     sample_shape = SHAPE
 
     def __init__(self) -> None:
         super().__init__()
         self.batches: list[int] = []
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        labels = conditioning.labels
+        assert labels is not None
         self.batches.append(len(x))
         shift = 0.2 * labels + timesteps / 1000
         return (0.9 * x + 0.1 * x.flip(3)).sin() + 0.1 * shift[:, None, None, None]
@@ -134,11 +137,11 @@ def test_evaluations_of_guidance(guidance: Guidance | None, batches: list[int]) 
 
 def test_out_of_memory_makes_two_passes() -> None:
     class Small(Conditional):
-        def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
             if len(x) > 4:
                 self.batches.append(len(x))
                 raise torch.OutOfMemoryError("too large")
-            return super().forward(x, timesteps, labels)
+            return super().forward(x, timesteps, conditioning)
 
     model = Small()
     pictures = draw(model, guidance=Guidance(2.0))
@@ -162,8 +165,8 @@ def test_rescale_and_threshold_of_one_sample_do_not_depend_on_the_others() -> No
 
 def test_rescaling_is_of_the_mean_whatever_variance_is_predicted() -> None:
     class Learned(Conditional):
-        def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-            mean = super().forward(x, timesteps, labels)
+        def forward(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+            mean = super().forward(x, timesteps, conditioning)
             return torch.cat([mean, 50 * mean.cos()], dim=1)
 
     guidance = Guidance(2.5, rescale=0.7)
@@ -209,7 +212,7 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
 
 def test_little_strength_keeps_the_image() -> None:
     images = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
-    exact: Callable[..., Tensor] = lambda x, t, labels: (  # noqa: E731
+    exact: Callable[..., Tensor] = lambda x, t, c: (  # noqa: E731
         (x - SCHEDULE.sqrt_alpha_bar[t][:, None, None, None] * images)
         / SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
     ).float()
@@ -292,7 +295,7 @@ def test_resampling_keeps_the_marginals() -> None:
     """Data that are standard normal stay so at every level, however often a step is repeated."""
     short = NoiseSchedule.linear(20, 1e-3, 0.4)
 
-    def optimal(x: Tensor, t: Tensor) -> Tensor:
+    def optimal(x: Tensor, t: Tensor, conditioning: object = None) -> Tensor:
         return short.sqrt_one_minus_alpha_bar.float()[t][:, None, None, None] * x
 
     none_known = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
@@ -341,7 +344,7 @@ def test_what_does_not_go_together(options: dict[str, Any], message: str) -> Non
 
 def test_guidance_needs_a_null_class() -> None:
     with pytest.raises(UserError, match="this network has no null class"):
-        draw(lambda x, t, labels: x, guidance=Guidance(2.0), shape=SHAPE)
+        draw(lambda x, t, c: x, guidance=Guidance(2.0), shape=SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -405,9 +408,9 @@ def test_a_step_is_the_network_and_at_most_two_operations(
     table = build_table(SCHEDULE, sampler, STEPS, prediction=prediction)
     operations = Operations()
 
-    def model(x: Tensor, t: Tensor, labels: Tensor, *enlarged: Tensor) -> Tensor:
+    def model(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         operations.paused = True
-        output = Conditional()(x, t, labels)
+        output = Conditional()(x, t, conditioning)
         operations.paused = False
         return output
 

@@ -14,6 +14,7 @@ from tests.tiny import TINY
 from torch import Tensor, nn
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet import unet as unet_module
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet, check_shape
@@ -145,18 +146,20 @@ def test_other_image_sizes_within_reason() -> None:
 
 def test_labels() -> None:
     unet, (x, t) = randomised(replace(TINY, num_class_embeds=11)), inputs()
-    assert unet.null_class == 10
-    null = torch.full((len(x),), unet.null_class)
-    assert not torch.allclose(unet(x, t, null), unet(x, t, torch.zeros_like(null)))
-    with pytest.raises(ValueError, match=r"give labels.*null_class \(10\)"):
+    assert unet.conditioning.null_class == 10
+    null = torch.full((len(x),), unet.conditioning.null_class)
+    assert not torch.allclose(
+        unet(x, t, Conditioning(null)), unet(x, t, Conditioning(torch.zeros_like(null)))
+    )
+    with pytest.raises(ValueError, match=r"give labels.*null class is 10"):
         unet(x, t)
 
 
 def test_labels_of_an_unconditional_network() -> None:
     unet, (x, t) = UNet(TINY), inputs()
     with pytest.raises(ValueError, match="unconditional"):
-        unet(x, t, torch.zeros(len(x), dtype=torch.int64))
-    assert unet.null_class is None
+        unet(x, t, Conditioning(torch.zeros(len(x), dtype=torch.int64)))
+    assert unet.conditioning.null_class is None
 
 
 # --- Shapes that cannot be built
@@ -314,7 +317,7 @@ def test_activation_checkpointing_leaves_the_gradients(dropout: float) -> None:
 def test_compiled_regions_keep_names_and_numbers() -> None:
     unet, (x, t) = randomised(TINY).eval(), inputs()
     names, expected = list(unet.state_dict()), unet(x, t).detach()
-    unet.compile_regions(backend="aot_eager", fullgraph=True)
+    unet.compile_blocks(backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(unet(x, t), expected)
     assert list(unet.state_dict()) == names
@@ -331,10 +334,10 @@ def test_blocks_of_equal_shape_share_a_compiled_graph() -> None:
     # More distinct blocks than torch compiles of one function before it gives up.
     config = UNetConfig(block_out_channels=(8, 16, 24, 32), norm_num_groups=4)
     unet = randomised(config).eval()
-    unet.compile_regions(backend=backend)
+    unet.compile_blocks(backend=backend)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
         unet(*inputs(config, batch=1))
-    assert 8 < graphs < len(unet.regions())
+    assert 8 < graphs < len(unet.blocks())
 
 
 def test_bfloat16_autocast() -> None:

@@ -99,7 +99,7 @@ def _load_diffusers(path: Path) -> LoadedModel:
             f"in_channels {shape.in_channels} and the variance {process.sampling.variance} of "
             f"{layout.scheduler} it must be {outputs}; one of the two files is of another model"
         )
-    if loaded.model.null_class != loaded.null_class:
+    if loaded.model.conditioning.null_class != loaded.null_class:
         raise UserError(
             f"num_class_embeds is {shape.num_class_embeds} in {layout.network / NETWORK_CONFIG}, "
             "and nothing says that the last of these classes stands for no class, as it does in "

@@ -162,7 +162,7 @@ def recipe(options: DrawingOptions, pretrained: LoadedModel) -> Recipe:
         for name in ("sampler", "steps", "spacing", "variance", "eta")
         if (value := getattr(options, name)) is not None
     }
-    null = pretrained.model.null_class
+    null = pretrained.model.conditioning.null_class
     labels = options.class_labels or ("none" if null is None else "all")
     classes: tuple[int, ...] | None = None
     if labels == "all":
@@ -287,7 +287,7 @@ def main() -> None:
         pretrained = None
         if options.checkpoint is not None:
             pretrained = load_model(options.checkpoint, device, options.drawing.weights)
-            if pretrained.model.low_resolution is not None:
+            if pretrained.model.conditioning.low_resolution is not None:
                 raise UserError(
                     f"--checkpoint {options.checkpoint} enlarges pictures: draw some with "
                     "launch/sample.py --low-resolution, and give them with --samples"

@@ -272,7 +272,7 @@ def recipe(options: Options, pretrained: LoadedModel) -> Recipe:
         strength = 0.5
     small = None
     if image.low_resolution is not None:
-        side = pretrained.model.low_resolution or shape[-1]
+        side = pretrained.model.conditioning.low_resolution or shape[-1]
         small = small_images(image.low_resolution, (shape[0], side, side))
     ends = None
     if image.interpolate is not None:
@@ -283,7 +283,7 @@ def recipe(options: Options, pretrained: LoadedModel) -> Recipe:
         seed=options.seed,
         sampling=sampling,
         timesteps=timesteps,
-        classes=parse_classes(options, pretrained.model.null_class, small),
+        classes=parse_classes(options, pretrained.model.conditioning.null_class, small),
         guidance=parse_guidance(options.classes),
         threshold=solver.threshold,
         images=None if image.images is None else InputImages(image.images, shape),
@@ -303,7 +303,7 @@ def compile_network(drawing: Drawing, batch: int, tell: bool) -> None:
     began = time.monotonic()
     if tell:
         print(f"compiling the network for batches of {batch}, block by block ...", flush=True)
-    drawing.model.compile_regions()
+    drawing.model.compile_blocks()
     drawing.warm_up(batch)
     if tell:
         print(f"compiled in {time.monotonic() - began:.1f} s", flush=True)

@@ -81,7 +81,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
             f"--checkpoint {checkpoint} is a model of diffusers; the figures show a run's data and "
             "losses, so give a run directory"
         )
-    if trained.model.low_resolution is not None:
+    if trained.model.conditioning.low_resolution is not None:
         raise UserError(
             f"--checkpoint {checkpoint} enlarges small images; the figures show networks that need "
             "none. Draw with launch/sample.py"

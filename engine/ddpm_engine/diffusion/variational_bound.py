@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 
 Model = Callable[..., Tensor]
-"""`model(x, timesteps)` or `model(x, timesteps, labels)` → output, `[B, C, H, W]`."""
+"""`model(x, timesteps, conditioning)` → output, `[B, C, H, W]`."""
 
 
 def gaussian_kl(
@@ -148,7 +149,7 @@ def bits_per_dim(
     seed: int = 0,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_small",
-    labels: Tensor | None = None,
+    conditioning: Any = None,
     clip: bool = True,
 ) -> Tensor:
     """All terms of the bound for a batch of images: T network evaluations of the whole batch.
@@ -164,7 +165,7 @@ def bits_per_dim(
         seed: of the noise.
         prediction: what the network predicts.
         variance: of the reverse steps; `learned_range` takes it from the second half of 2C outputs.
-        labels: int64 `[B]`, if the network is conditional.
+        conditioning: third argument of the network: its conditions, or None.
         clip: the estimate of x_0 to [-1, 1].
 
     Returns:
@@ -179,7 +180,6 @@ def bits_per_dim(
         raise ValueError(f"images are {images.dtype}; only of uint8 is the likelihood defined")
     channels = images.shape[1]
     x_0 = (2 * images.double() - 255) / 255
-    conditioning = () if labels is None else (labels,)
     terms = x_0.new_empty(len(images), schedule.timesteps + 1)
     terms[:, -1] = _mean_bits(prior_term(schedule, x_0))
     for t in range(schedule.timesteps):
@@ -187,7 +187,7 @@ def bits_per_dim(
         shape = (channels, images.shape[2], images.shape[3])
         noise = gaussian_noise(seed, sample_ids, shape, t, Stream.LIKELIHOOD_NOISE)
         x_t = forward(schedule, x_0, timesteps, noise.to(x_0))
-        output = model(x_t.float(), timesteps, *conditioning).double()
+        output = model(x_t.float(), timesteps, conditioning).double()
         expected = 2 * channels if variance == "learned_range" else channels
         if output.shape[1] < expected:
             raise ValueError(

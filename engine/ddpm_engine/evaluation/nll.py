@@ -24,6 +24,7 @@ from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, RealImages
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import fill
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.plots.curves import bound_figure
 
 _REPORT = 1 << 48
@@ -86,8 +87,8 @@ def likelihood_of_real(
         len(real), lambda: len(found.ids().intersection(ids)), timesteps, active=show
     )
 
-    def network(x: Tensor, *arguments: Tensor) -> Tensor:
-        output: Tensor = pretrained.model(x, *arguments)
+    def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = pretrained.model(x, t, conditioning)
         progress.step(len(x))
         return output
 
@@ -103,7 +104,7 @@ def likelihood_of_real(
                 seed=seed,
                 prediction=pretrained.config.diffusion.prediction,
                 variance=variance,
-                labels=_labels(pretrained, real, some, device),
+                conditioning=Conditioning(_labels(pretrained, real, some, device)),
                 clip=pretrained.clip,
             )
             .cpu()
@@ -177,7 +178,7 @@ def _labels(
     pretrained: LoadedModel, real: RealImages, ids: Sequence[int], device: torch.device
 ) -> Tensor | None:
     """The classes of images, for a network that has any; the null class where they have none."""
-    null = pretrained.model.null_class
+    null = pretrained.model.conditioning.null_class
     if null is None:
         return None
     labels = [real.label_of(k) for k in ids]

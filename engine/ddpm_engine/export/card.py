@@ -90,7 +90,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
     sampling = pretrained.config.sampling
     all_steps = pretrained.config.diffusion.timesteps
     steps = sampling.steps or all_steps
-    labelled = pretrained.model.null_class is not None
+    labelled = pretrained.model.conditioning.null_class is not None
     distilled = pretrained.config.distillation.teacher is not None
     theirs = [f"    batch_size=4, num_inference_steps={steps}"]
     if sampling.spacing == "trailing":
@@ -146,7 +146,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
 def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = "") -> list[str]:
     """What draws where no pipeline does, with `options` for each step of the scheduler."""
     shape = pretrained.config.model
-    labelled = pretrained.model.null_class is not None
+    labelled = pretrained.model.conditioning.null_class is not None
     labels = ", class_labels=labels" if labelled else ""
     return [
         "import torch", f"from diffusers import {scheduler}, UNet2DModel", "",

@@ -102,8 +102,8 @@ def _check_distilled(config: RunConfig) -> None:
 
 def _write_weights(model: UNet, file: Path) -> None:
     metadata = {"format": "pt"}  # without it diffusers does not read the file
-    if model.null_class is not None:
-        metadata["null_class"] = str(model.null_class)
+    if model.conditioning.null_class is not None:
+        metadata["null_class"] = str(model.conditioning.null_class)
     # safetensors takes only contiguous tensors; ours are channels-last.
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:

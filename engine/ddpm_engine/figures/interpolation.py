@@ -108,7 +108,7 @@ def denoising_figure(trained: LoadedModel, image: Tensor, seed: int, path: Path)
 
 def no_class(model: UNet, count: int) -> Tensor | None:
     """Labels for unconditional pictures: int64 `[count]`, or None if the network takes none."""
-    null = model.null_class
+    null = model.conditioning.null_class
     return None if null is None else torch.full((count,), null, device=device_of(model))
 
 

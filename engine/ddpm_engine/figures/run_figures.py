@@ -39,6 +39,7 @@ from ddpm_engine.figures.trajectory import (
     watch,
 )
 from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.plots.curves import bound_figure, loss_figure, quality_figure, schedules_figure
 from ddpm_engine.plots.image_rows import side_by_side
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
@@ -106,7 +107,7 @@ class Exhibit:
 
     def labels(self, ids: Tensor) -> Tensor | None:
         """Classes of pictures, one after the other: int64 `[B]` as `ids`, or None."""
-        null = self.trained.model.null_class
+        null = self.trained.model.conditioning.null_class
         return None if null is None else ids % null
 
     def drawn(self, count: int, sampling: SamplingConfig) -> np.ndarray:
@@ -274,7 +275,7 @@ def bound(exhibit: Exhibit) -> list[Path]:
         seed=exhibit.seed,
         prediction=exhibit.config.diffusion.prediction,
         variance=exhibit.config.sampling.variance,
-        labels=no_class(trained.model, len(images)),
+        conditioning=Conditioning(no_class(trained.model, len(images))),
         clip=trained.clip,
     )
     path = exhibit.out / "bound.png"

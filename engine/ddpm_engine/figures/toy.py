@@ -88,7 +88,7 @@ class PointNetwork(nn.Module):
             nn.Linear(width, 2),
         )  # fmt: skip
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: None = None) -> Tensor:
         """The noise in noisy points: float32 `[B, 2, 1, 1]`, as `x`; `timesteps` int64 `[B]`."""
         point = x.flatten(1)
         time = timesteps.float().expand(len(x))[:, None] * self.time_frequencies

@@ -154,7 +154,7 @@ class Drawing:
         """The class of a picture, if it has one."""
         classes = self.recipe.classes
         label = None if classes is None else classes[sample_id % len(classes)]
-        return None if label == self.model.null_class else label
+        return None if label == self.model.conditioning.null_class else label
 
     def draw(self, ids: Sequence[int]) -> np.ndarray:
         """Draw pictures, in one batch: uint8 `[N, H, W, C]`.
@@ -183,10 +183,12 @@ class Drawing:
     def warm_up(self, batch: int) -> None:
         """Compile whatever a batch of so many pictures needs."""
         with self._autocast():
-            self.chain.warm_up(batch, self.device, labelled=self.model.null_class is not None)
+            self.chain.warm_up(
+                batch, self.device, labelled=self.model.conditioning.null_class is not None
+            )
 
     def _labels(self, ids: Sequence[int]) -> Tensor | None:
-        null = self.model.null_class
+        null = self.model.conditioning.null_class
         if null is None:
             return None
         labels = [null if (label := self.label_of(k)) is None else label for k in ids]
@@ -199,7 +201,7 @@ class Drawing:
         return torch.autocast(self.device.type, dtype)
 
     def _check_classes(self) -> None:
-        null, classes = self.model.null_class, self.recipe.classes
+        null, classes = self.model.conditioning.null_class, self.recipe.classes
         if classes is None:
             if self.recipe.guidance is not None:
                 why = "the pictures are of no class; give --class-label or --class-labels"
@@ -216,7 +218,7 @@ class Drawing:
             raise UserError(f"--class-label is {wrong[0]}; classes are 0 to {null - 1}")
 
     def _check_low_resolution(self) -> None:
-        side = self.model.low_resolution
+        side = self.model.conditioning.low_resolution
         if side is not None and self.recipe.low_resolution is None:
             raise UserError(
                 f"this network enlarges pictures of {side}×{side}; give some by --low-resolution, "

@@ -107,9 +107,9 @@ class DenoisingObjective(Objective):
         x_t = q_sample(images, timesteps, self._signal, self._sigma, self._seed, positions, flip)
         if self.offset_noise:
             in_x_t, in_target = self._offsets(images.shape[1], timesteps, positions)
-            prediction = model(x_t + in_x_t, timesteps, *told) - in_target
+            prediction = model(x_t + in_x_t, timesteps, told) - in_target
         else:
-            prediction = model(x_t, timesteps, *told)
+            prediction = model(x_t, timesteps, told)
         loss = denoising_loss(
             prediction, images, timesteps, *self._target, self._seed, positions,
             weights=None if self._weights is None else self._weights[timesteps],

@@ -93,7 +93,7 @@ class EdmObjective(Objective):
             images, rows, self._table(c.input), self._table(c.input * draws.sigma), self._seed,
             positions, flip, self.dtype,
         )  # fmt: skip
-        output = model(shown, self._table(c.noise), *told)
+        output = model(shown, self._table(c.noise), told)
         target_x0 = self._table((1 - c.skip) / c.out)
         target_noise = self._table(-c.skip * draws.sigma / c.out)
         return denoising_loss(

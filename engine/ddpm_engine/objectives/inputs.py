@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation, shrink
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_kernels import Stream, bernoulli, random_integers
 
 
@@ -58,8 +59,8 @@ class Conditions:
 
     def told(
         self, images: Tensor, positions: Tensor, labels: Tensor | None, flip: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """What the network is called with after the noisy image and its noise level.
+    ) -> Conditioning:
+        """The conditions of a batch, on the network's device.
 
         Args:
             images: `[B, C, H, W]` as stored, on the network's device, where the result is.
@@ -68,8 +69,8 @@ class Conditions:
             flip: `[B]`, as `flip` gave it.
 
         Returns:
-            Nothing; or labels `[B]`; or labels or None, small images enlarged and noised to
-            float32 `[B, C, H, W]`, and the levels of that noise, int64 `[B]`.
+            Labels if the network is class-conditional; for super-resolution, low-resolution images
+            upsampled and noised to float32 `[B, C, H, W]`, and the levels of that noise.
         """
         device = images.device
         here = [
@@ -77,10 +78,10 @@ class Conditions:
             for tensor in (labels, flip)
         ]
         if self.low_resolution is None or self.augmentation is None:
-            return () if labels is None else (here[0],)
+            return Conditioning(here[0])
         levels = self.levels(positions).to(device, non_blocking=True)
         enlarged = self.augmentation(
             shrink(images, self.low_resolution), images.shape[-1], levels, self.seed,
             positions.to(device, non_blocking=True), here[1],
         )  # fmt: skip
-        return here[0], enlarged, levels
+        return Conditioning(here[0], enlarged, levels)

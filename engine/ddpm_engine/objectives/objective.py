@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_engine.data.dataset import Batch
 
 Network = Callable[..., Tensor]
-"""`network(x_t, timesteps[, labels[, low_resolution, augmentation]])` → `[B, C, H, W]`."""
+"""`network(x, noise_level, conditioning)` → `[B, C, H, W]`; see `networks.base.Network`."""
 Gather = Callable[[Tensor], Tensor]
 """`[N, …]` on every rank → `[ranks · N, …]`, the same on all."""
 

@@ -14,6 +14,7 @@ from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import MAX_LEVEL, NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.samplers.config import Spacing
 from ddpm_engine.samplers.inpainting import Inpainting, KnownPixels, levels_of, resampled
 from ddpm_engine.samplers.noise_levels import noise_levels
@@ -259,8 +260,8 @@ class Chain:
         self.clip = clip
         self.threshold = threshold
         self.cache_interval = cache_interval
-        self._null_class: int | None = getattr(model, "null_class", None)
-        self._side: int | None = getattr(model, "low_resolution", None)
+        spec: ConditioningSpec = getattr(model, "conditioning", ConditioningSpec())
+        self._null_class, self._side = spec.null_class, spec.low_resolution
         skip = 0
         if strength is not None:
             count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)

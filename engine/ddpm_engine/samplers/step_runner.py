@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold, rescale_factor
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Column, reverse_step
 
 logger = logging.getLogger(__name__)
 
 Model = Callable[..., Tensor]
-"""`model(x, timesteps[, labels[, low_resolution, augmentation]])` → output, `[B, C, H, W]`."""
+"""`model(x, noise_level, conditioning)` → output, `[B, C, H, W]`; see `networks.base.Network`."""
 
 Kind = tuple[bool, bool]
 """Of a step: whether it is guided, and whether it recomputes the network's deep features."""
@@ -285,11 +286,10 @@ class StepRunner:
         self, branch: str, x: Tensor, timestep: Tensor, labels: Tensor | None, refresh: bool
     ) -> Tensor:
         """One evaluation; `branch` names the features that it may keep or take."""
-        arguments: tuple[Tensor | None, ...] = (x, timestep.expand(len(x)))
+        conditioning = Conditioning(labels)
         if self._enlarged is not None and self._levels is not None:
-            arguments += (labels, self._enlarged[: len(x)], self._levels[: len(x)])
-        elif labels is not None:
-            arguments += (labels,)
+            conditioning = Conditioning(labels, self._enlarged[: len(x)], self._levels[: len(x)])
+        arguments = (x, timestep.expand(len(x)), conditioning)
         if self.cache_interval == 1:
             return self.model(*arguments)
         kept = self._features.get(branch)

@@ -26,7 +26,7 @@ def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config:
     size = shape.sample_size
     images = torch.zeros(count, shape.in_channels, size, size, dtype=torch.uint8)
     positions = torch.arange(count)
-    labels = None if model.null_class is None else torch.zeros_like(positions)
+    labels = None if model.conditioning.null_class is None else torch.zeros_like(positions)
     batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
     was_training = model.training
     model.train()

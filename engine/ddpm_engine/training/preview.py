@@ -41,12 +41,16 @@ def draw_preview(
         sampling = replace(sampling, variance="fixed_small")
     share = -(-log.sample_count // ranks)
     ids = torch.arange(share, device=accelerator.device) * ranks + accelerator.process_index
-    labels = None if model.null_class is None else ids % model.null_class
+    labels = None if model.conditioning.null_class is None else ids % model.conditioning.null_class
     small = None
-    if model.low_resolution is not None:
+    if model.conditioning.low_resolution is not None:
         real = samples_at(dataset, ids.tolist())
-        small = shrink(real.images, model.low_resolution)
-        labels = None if model.null_class is None or real.labels is None else real.labels.to(ids)
+        small = shrink(real.images, model.conditioning.low_resolution)
+        labels = (
+            None
+            if model.conditioning.null_class is None or real.labels is None
+            else real.labels.to(ids)
+        )
     with autocast(config.training.precision, accelerator.device):
         pictures = sample(
             model,

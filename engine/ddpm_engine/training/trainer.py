@@ -78,10 +78,10 @@ class Trainer:
         if config.training.activation_checkpointing:
             model.enable_activation_checkpointing()
         if config.training.compile:
-            model.compile_regions()
+            model.compile_blocks()
         self.schedule = config.diffusion.build_schedule()
         self.objective: Objective = build_objective(
-            config, self.schedule, device, model.null_class, teacher
+            config, self.schedule, device, model.conditioning.null_class, teacher
         )
         if device.type != "cpu" and self.accelerator.num_processes > 1:
             # What the first process of a node compiles, the others find in the cache.
@@ -125,7 +125,7 @@ class Trainer:
         for network in filter(None, (teacher.network, teacher.critic)):
             autocast_forward(network, config.training.precision, device)
             if config.training.compile:
-                network.compile_regions()
+                network.compile_blocks()
         # Its weights are taken; it would stay in memory as long as the run.
         return replace(teacher, student=None)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_engine.networks.base import Recomputed
 from ddpm_engine.networks.unet.attention import Attend, Attention
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.norm import GroupNorm
@@ -91,23 +90,7 @@ class Upsample(nn.Module):
         return y
 
 
-class Checkpointed(nn.Module):
-    """A part of the network that can forget its inner activations and recompute them."""
-
-    checkpoint: Callable[..., Tensor] | None = None
-    """`torch.utils.checkpoint.checkpoint` with its options, or None: keep the activations."""
-
-    def run(self, function: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
-        """Call `function`, keeping only its inputs for the backward pass if checkpointing.
-
-        Any shape goes in and out.
-        """
-        if self.checkpoint is None or not torch.is_grad_enabled():
-            return function(*inputs)
-        return self.checkpoint(function, *inputs)
-
-
-class Level(Checkpointed):
+class Level(Recomputed):
     """The layers of one resolution: residual blocks, each followed by attention if it attends."""
 
     def __init__(
@@ -225,7 +208,7 @@ class UpLevel(Level):
         return x
 
 
-class Middle(Checkpointed):
+class Middle(Recomputed):
     """The lowest resolution between down and up: residual block, attention, residual block."""
 
     def __init__(self, channels: int, config: UNetConfig, attend: Attend) -> None:

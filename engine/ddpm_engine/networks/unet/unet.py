@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.attention import Attention, choose_attention
 from ddpm_engine.networks.unet.blocks import (
-    Checkpointed,
     DownLevel,
     Middle,
     ResidualBlock,
@@ -143,7 +142,7 @@ def _memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The network that predicts noise (or x0, or v) from a noisy image and its timestep.
 
     Parameters carry the names of diffusers' `UNet2DModel`, so state dicts load both ways. Weights
@@ -162,6 +161,9 @@ class UNet(nn.Module):
     Image Synthesis", 2021; low-resolution conditioning as in Ho et al., "Cascaded Diffusion Models
     for High Fidelity Image Generation", 2022.
     """
+
+    config: UNetConfig
+    caches_features = True
 
     def __init__(self, config: UNetConfig) -> None:
         check_shape(config)
@@ -211,10 +213,9 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None = None,
-        low_resolution: Tensor | None = None,
-        augmentation: Tensor | None = None,
+        noise_level: Tensor,
+        conditioning: Conditioning | None = None,
+        *,
         features: Tensor | None = None,
         return_features: bool = False,
     ) -> Any:
@@ -223,39 +224,40 @@ class UNet(nn.Module):
         Args:
             x: `[B, in_channels, H, W]`, float, any memory format; H and W multiples of
                 `downscale_factor`. It is cast to the precision of the weights.
-            timesteps: `[B]` or 0-dim, integer or float, on the device of `x`.
-            labels: int64 `[B]` in [0, num_class_embeds), if and only if the network is
-                class-conditional; `null_class` for an unconditional prediction.
-            low_resolution: `[B, in_channels, H, W]`, the low-resolution image, upsampled and noised
-                by `NoiseConditioningAugmentation`, if the network is conditioned on one.
-            augmentation: int64 `[B]`, the level of that noise.
-            features: what enters the last level on the way up, `[B, C, H, W]`, as an evaluation
-                close by returned it. All deeper levels are then left out (Ma, Fang & Wang,
+            noise_level: `[B]` or 0-dim, integer or float, on the device of `x`: usually timesteps.
+            conditioning: `labels` if and only if the network is class-conditional, where the null
+                class gives an unconditional prediction; `low_resolution`, `[B, in_channels, H, W]`,
+                and `augmentation_level` if and only if it was built for super-resolution.
+            features: input of the last level on the way up, `[B, C, H, W]`, as returned by an
+                evaluation close by. All deeper levels are then skipped (Ma, Fang & Wang,
                 "DeepCache", 2024).
             return_features: return these features as well.
 
         Returns:
-            `[B, out_channels, H, W]` in the precision the network ran in, channels-last but on a
-            CPU; with `return_features`, that and the features.
+            `[B, out_channels, H, W]` in the precision the network ran in, channels-last except on
+            a CPU; with `return_features`, that and the features.
 
         Raises:
-            ValueError: H or W cannot be halved often enough, or labels or the low-resolution image
-                are missing or superfluous.
+            ValueError: H or W cannot be halved often enough, or conditions are missing or not ones
+                that the network was built for.
         """
         if x.shape[2] % self.downscale_factor or x.shape[3] % self.downscale_factor:
             raise ValueError(
                 f"x is {x.shape[2]}×{x.shape[3]} pixels; this U-Net of {len(self.down_blocks)} "
                 f"levels needs multiples of {self.downscale_factor}"
             )
-        enlarging = self.low_resolution is not None
-        if (low_resolution is not None, augmentation is not None) != (enlarging, enlarging):
+        conditioning = conditioning or Conditioning()
+        low_resolution = conditioning.low_resolution
+        given = low_resolution is not None, conditioning.augmentation_level is not None
+        side = self.config.low_resolution
+        if given != (side is not None, side is not None):
             raise ValueError(
-                f"this U-Net enlarges images of side {self.low_resolution}: give low_resolution, "
-                "[B, C, H, W], and augmentation, [B]"
-                if enlarging
-                else "low_resolution or augmentation given, but this U-Net was made without"
+                "low_resolution or augmentation_level is given, but this U-Net was built without"
+                if side is None
+                else f"this U-Net needs low-resolution images of side {side}: give "
+                "low_resolution, [B, C, H, W], and augmentation_level, [B]"
             )
-        embedding = self._embed(timesteps.expand(x.shape[0]), labels, augmentation)
+        embedding = self._embed(noise_level.expand(x.shape[0]), conditioning)
         if low_resolution is not None:
             x = torch.cat([x, low_resolution.to(x.dtype)], dim=1)
         x = x.to(self.conv_in.weight.dtype, memory_format=_memory_format(x.device))
@@ -286,57 +288,15 @@ class UNet(nn.Module):
         return self.config.in_channels, self.config.sample_size, self.config.sample_size
 
     @property
-    def null_class(self) -> int | None:
-        """The label that stands for "no class" in classifier-free guidance: the last one.
-
-        None for an unconditional network.
-        """
+    def conditioning(self) -> ConditioningSpec:
+        """The conditions that the network was built for; the last class embedding is the null's."""
         embeddings = self.config.num_class_embeds
-        return None if embeddings is None else embeddings - 1
+        classes = None if embeddings is None else embeddings - 1
+        return ConditioningSpec(classes, self.config.low_resolution)
 
-    @property
-    def low_resolution(self) -> int | None:
-        """Side of the small image that the network enlarges; None: it is shown none."""
-        return self.config.low_resolution
-
-    def regions(self) -> list[nn.Module]:
-        """Return the submodules worth compiling one by one: residual and attention blocks.
-
-        Blocks of equal shape share one compiled graph, so this compiles in a fraction of the time
-        that the whole network takes and loses little speed.
-        """
+    def blocks(self) -> list[nn.Module]:
+        """Return the residual and attention blocks."""
         return [m for m in self.modules() if isinstance(m, ResidualBlock | Attention)]
-
-    def compile_regions(self, **options: Any) -> None:
-        """Compile every region in place, on its first call; parameter names do not change.
-
-        Args:
-            options: for `torch.compile`. Shapes are static unless `dynamic` says otherwise.
-        """
-        regions = self.regions()
-        # All blocks of a kind run the same code, and torch gives up on code that it has compiled
-        # eight times: fewer than there are distinct blocks here. Twice, for training and sampling.
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, 2 * len(regions)
-        )
-        for region in regions:
-            region.compile(**{"dynamic": False, **options})
-
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only each layer's input for the backward pass and compute the rest again.
-
-        Gradients stay the same, dropout included; memory falls and a step takes about a third
-        longer.
-
-        Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
-        """
-        # Saving the generator's state waits for the device: only where dropout needs it.
-        recompute = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=self.config.dropout > 0
-        )
-        for module in self.modules():
-            if isinstance(module, Checkpointed):
-                module.checkpoint = recompute
 
     def _apply(self, fn: Any, recurse: bool = True) -> UNet:
         """What `to`, `cuda` and the like do; another device may want another memory format."""
@@ -359,22 +319,21 @@ class UNet(nn.Module):
             freq_shift=self.config.freq_shift,
         ).to(self.conv_in.weight.dtype)
 
-    def _embed(
-        self, timesteps: Tensor, labels: Tensor | None, augmentation: Tensor | None
-    ) -> Tensor:
-        """Embed timesteps, labels and augmentation levels, `[B]` each: `[B, E]`, SiLU taken."""
-        embedding: Tensor = self.time_embedding(self._sinusoids(timesteps))
+    def _embed(self, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
+        """Embed noise levels, `[B]`, labels and augmentation levels: `[B, E]`, SiLU taken."""
+        embedding: Tensor = self.time_embedding(self._sinusoids(noise_level))
+        labels, level = conditioning.labels, conditioning.augmentation_level
         if self.class_embedding is not None:
             if labels is None:
                 raise ValueError(
-                    "this U-Net is class-conditional: give labels, int64 [B]; null_class "
-                    f"({self.null_class}) stands for no class"
+                    "this U-Net is class-conditional: give labels, int64 [B]; the null class is "
+                    f"{self.conditioning.null_class}"
                 )
             embedding = embedding + self.class_embedding(labels).to(embedding.dtype)
         elif labels is not None:
             raise ValueError("labels given, but this U-Net is unconditional (num_class_embeds)")
-        if self.augmentation_embedding is not None and augmentation is not None:
-            embedding = embedding + self.augmentation_embedding(self._sinusoids(augmentation))
+        if self.augmentation_embedding is not None and level is not None:
+            embedding = embedding + self.augmentation_embedding(self._sinusoids(level))
         # Every residual block begins by taking the SiLU of the embedding, so it is taken once.
         return F.silu(embedding)
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.parameterization import Prediction, from_x0, to_x0
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.objectives.distillation.trajectory import Teacher, Told, guided
+from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.objectives.distillation.trajectory import Teacher, guided
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.objectives.objective import Averaged, Gather, Network, Objective
 from ddpm_kernels import Stream, gaussian_noise, q_sample, random_integers
@@ -120,7 +121,7 @@ class MomentMatching(Objective):
         x = q_sample(
             images, before, self._signal, self._sigma, self._seed, positions, flip, self.dtype
         )
-        output = model(x, before, *told)[:, : x.shape[1]].to(self.dtype)
+        output = model(x, before, told)[:, : x.shape[1]].to(self.dtype)
         drawn = to_x0(self.prediction, output, x, *self._levels(before))
 
         shown = self._clipped(drawn.detach())
@@ -199,13 +200,18 @@ class MomentMatching(Objective):
             tensor.copy_(state[name])
 
     def _teach_critic(
-        self, x: Tensor, drawn: Tensor, expected: Tensor, timesteps: Tensor, told: Told
+        self,
+        x: Tensor,
+        drawn: Tensor,
+        expected: Tensor,
+        timesteps: Tensor,
+        told: Conditioning,
     ) -> Tensor:
         """Add the gradient of the critic's loss to its own; returns its estimate, without one."""
         a, s = self._levels(timesteps)
         kind = self.teacher.prediction
         with torch.enable_grad():
-            output = self.critic(x, timesteps, *told)[:, : x.shape[1]].to(self.dtype)
+            output = self.critic(x, timesteps, told)[:, : x.shape[1]].to(self.dtype)
             # Both squares are one, about the mean, and a constant.
             wanted = from_x0(kind, (drawn + expected) / 2, x, a, s)
             (output - wanted).square().mean().backward()
@@ -213,7 +219,7 @@ class MomentMatching(Objective):
         return self._clipped(to_x0(kind, output.detach(), x, a, s))
 
     @torch.no_grad()
-    def _teachers_estimate(self, x: Tensor, timesteps: Tensor, told: Told) -> Tensor:
+    def _teachers_estimate(self, x: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
         output = guided(
             self.teacher.network, x, timesteps, told, self.plan.guidance_scale,
             self.conditions.null_class, self.dtype,

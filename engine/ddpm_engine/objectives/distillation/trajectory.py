@@ -45,6 +45,7 @@ from torch import Tensor
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.conditioning import UNCONDITIONAL, Conditioning, ConditioningSpec, cat
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.objectives.objective import Averaged, Network, Objective
 from ddpm_engine.samplers.noise_levels import noise_levels
@@ -55,9 +56,6 @@ from ddpm_kernels import Column, Stream, denoising_loss, q_sample, random_intege
 if TYPE_CHECKING:
     from ddpm_engine.networks.unet.unet import UNet
     from ddpm_engine.objectives.config import DistillationConfig
-
-Told = tuple[Tensor | None, ...]
-"""What `Conditions.told` says of samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +190,9 @@ class Distillation(Objective, ABC):
         """Levels that steps begin with, int64 `[B]` in [0, M), for positions int64 `[B]`."""
 
     @abstractmethod
-    def second_estimate(self, model: Network, x: Tensor, levels: Tensor, told: Told) -> Tensor:
+    def second_estimate(
+        self, model: Network, x: Tensor, levels: Tensor, told: Conditioning
+    ) -> Tensor:
         """The estimate x̂_0′ from where the teacher's step has led; arguments as `target`'s."""
 
     def __call__(self, model: Network, batch: Batch) -> Tensor:
@@ -210,7 +210,7 @@ class Distillation(Objective, ABC):
         x0 = self.target(model, x, levels, told)
         rows = _rows(tables.student, levels)
         wanted = (x0 - rows[Column.X0_FROM_X] * x) / rows[Column.X0_FROM_OUTPUT]
-        output = model(x, _noise(tables.student, levels), *told)
+        output = model(x, _noise(tables.student, levels), told)
         # What is wanted stands for an image that is predicted itself.
         return denoising_loss(
             output[:, : x.shape[1]], wanted, levels, torch.ones_like(tables.signal), None,
@@ -218,7 +218,9 @@ class Distillation(Objective, ABC):
         )  # fmt: skip
 
     @torch.no_grad()
-    def target(self, model: Network, x: Tensor, levels: Tensor, told: Told = ()) -> Tensor:
+    def target(
+        self, model: Network, x: Tensor, levels: Tensor, told: Conditioning = UNCONDITIONAL
+    ) -> Tensor:
         """x̃_0, shaped as `x`: with it the student's step ends where the two steps do.
 
         Args:
@@ -272,7 +274,7 @@ class Distillation(Objective, ABC):
         """Whether the teacher of this stage is to be guided."""
         return self.plan.guidance_scale is not None
 
-    def _teachers_estimate(self, x: Tensor, levels: Tensor, told: Told) -> Tensor:
+    def _teachers_estimate(self, x: Tensor, levels: Tensor, told: Conditioning) -> Tensor:
         """The teacher's estimate of x_0, at levels `[B]`."""
         table = self.tables.teacher
         output = self._evaluate(x, _noise(table, levels), told)
@@ -285,7 +287,7 @@ class Distillation(Objective, ABC):
         x0 = rows[Column.X0_FROM_X] * x + rows[Column.X0_FROM_OUTPUT] * output
         return x0.clamp(-1, 1) if self.clip else x0
 
-    def _evaluate(self, x: Tensor, noise: Tensor, told: Told) -> Tensor:
+    def _evaluate(self, x: Tensor, noise: Tensor, told: Conditioning) -> Tensor:
         """What the teacher predicts, guided if it is to be."""
         scale = self.plan.guidance_scale if self._guided() else None
         null = self.conditions.null_class
@@ -309,7 +311,9 @@ class ProgressiveDistillation(Distillation):
             self.conditions.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP
         )
 
-    def second_estimate(self, model: Network, x: Tensor, levels: Tensor, told: Told) -> Tensor:
+    def second_estimate(
+        self, model: Network, x: Tensor, levels: Tensor, told: Conditioning
+    ) -> Tensor:
         """See `Distillation`: the teacher's."""
         return self._teachers_estimate(x, levels, told)
 
@@ -345,10 +349,12 @@ class ConsistencyDistillation(Distillation):
         steps = self.tables.teacher.evaluations
         return random_integers(self.conditions.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP)
 
-    def second_estimate(self, model: Network, x: Tensor, levels: Tensor, told: Told) -> Tensor:
+    def second_estimate(
+        self, model: Network, x: Tensor, levels: Tensor, told: Conditioning
+    ) -> Tensor:
         """See `Distillation`: the student's."""
         table = self.tables.student
-        output = model(x, _noise(table, levels), *told)[:, : x.shape[1]].to(self.dtype)
+        output = model(x, _noise(table, levels), told)[:, : x.shape[1]].to(self.dtype)
         return self._estimate(table, x, levels, output)
 
 
@@ -360,7 +366,7 @@ DISTILLATIONS: dict[str, type[Distillation]] = {
 
 
 def guided(
-    network: Network, x: Tensor, noise: Tensor, told: Told, scale: float | None,
+    network: Network, x: Tensor, noise: Tensor, told: Conditioning, scale: float | None,
     null_class: int | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """What a network predicts, without its variance, shaped as `x` in `dtype`.
@@ -376,13 +382,11 @@ def guided(
     """
     channels = x.shape[1]
     if scale is None:
-        return network(x, noise, *told)[:, :channels].to(dtype)
-    labels, *rest = told
-    assert labels is not None, "guidance needs labels"
-    null = torch.full_like(labels, null_class or 0)
-    doubled = [None if tensor is None else torch.cat([tensor, tensor]) for tensor in rest]
+        return network(x, noise, told)[:, :channels].to(dtype)
     both = network(
-        torch.cat([x, x]), torch.cat([noise, noise]), torch.cat([labels, null]), *doubled
+        torch.cat([x, x]),
+        torch.cat([noise, noise]),
+        cat([told, told.null(ConditioningSpec(null_class))]),
     )
     conditional, unconditional = both[:, :channels].to(dtype).chunk(2)
     return unconditional + scale * (conditional - unconditional)

@@ -37,7 +37,7 @@ def shard_network(
     policy = MixedPrecisionPolicy()
     if precision in DTYPES:
         policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32)
-    for block in [*model.regions(), model]:
+    for block in [*model.blocks(), model]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 

@@ -1,0 +1,28 @@
+"""The one place that names network classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpm_engine.errors import UserError
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
+
+NETWORKS: dict[type[Any], type[Network]] = {UNetConfig: UNet}
+"""Configuration class → network class. An entry of your own makes your network one of these."""
+
+
+def build_network(config: Any) -> Network:
+    """Build the network that a configuration describes, with initial weights, on the CPU.
+
+    Raises:
+        UserError: a configuration of no known network, or a shape that cannot be built.
+    """
+    if type(config) not in NETWORKS:
+        known = ", ".join(kind.__name__ for kind in NETWORKS)
+        raise UserError(
+            f"model is a {type(config).__name__}, which describes no known network; use one of "
+            f"{known}, or add yours to ddpm_engine.networks.build.NETWORKS"
+        )
+    return NETWORKS[type(config)](config)

@@ -1,0 +1,114 @@
+"""Conditioning: everything a network gets besides the noisy image and its noise level.
+
+One more kind of condition is one more field of `Conditioning`, the network's use of it, and what
+feeds it. Everything between (guidance, batching, static buffers) goes over the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+C = TypeVar("C", bound="Conditioning")
+
+
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """The conditions a network was built for."""
+
+    classes: int | None = None
+    """Number of classes; None: not class-conditional."""
+    low_resolution: int | None = None
+    """Side of the low-resolution image in pixels; None: not a super-resolution network."""
+
+    @property
+    def null_class(self) -> int | None:
+        """Label of the null class, which follows the last class; None: not class-conditional."""
+        return self.classes
+
+
+def _null_labels(labels: Tensor, spec: ConditioningSpec) -> Tensor:
+    if spec.null_class is None:
+        raise ValueError("labels are given, but the network is not class-conditional")
+    return torch.full_like(labels, spec.null_class)
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """Optional tensors, each with one row for each sample of a batch.
+
+    A field's metadata may hold `"null"`, a function of (tensor, spec) that gives the tensor of "no
+    condition" for guidance and dropout. Fields without one stay as they are.
+    """
+
+    labels: Tensor | None = field(default=None, metadata={"null": _null_labels})
+    """int64 `[B]`, the class of each sample."""
+    low_resolution: Tensor | None = None
+    """float `[B, C, H, W]`, the low-resolution image after upsampling and augmentation."""
+    augmentation_level: Tensor | None = None
+    """int64 `[B]`, the level of the noise in `low_resolution`."""
+
+    def present(self) -> dict[str, Tensor]:
+        """The tensors that are given, by field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def layout(self) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+        """Name, shape and dtype of each tensor given: what buffers and captured steps depend on."""
+        return tuple((name, t.shape, t.dtype) for name, t in self.present().items())
+
+    def map(self: C, function: Callable[[Tensor], Tensor]) -> C:
+        """Apply a function to every tensor given."""
+        return replace(self, **{name: function(t) for name, t in self.present().items()})
+
+    def to(self: C, device: torch.device | str) -> C:
+        """Move to a device; from pinned memory without waiting."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self: C, index: slice | Tensor) -> C:
+        """Rows of every tensor: those of a slice, or of an int64 `[N]` index."""
+        return self.map(lambda tensor: tensor[index])
+
+    def split(self: C, size: int) -> list[C]:
+        """Consecutive parts of `size` rows each; the last may be smaller."""
+        rows = max((len(tensor) for tensor in self.present().values()), default=0)
+        return [self.select(slice(start, start + size)) for start in range(0, rows, size)]
+
+    def null(self: C, spec: ConditioningSpec) -> C:
+        """The same batch without its conditions, as classifier-free guidance needs it.
+
+        Raises:
+            ValueError: a condition that the network was not built for.
+        """
+        nulls = {f.name: f.metadata["null"] for f in fields(self) if "null" in f.metadata}
+        given = self.present()
+        return replace(
+            self, **{name: make(given[name], spec) for name, make in nulls.items() if name in given}
+        )
+
+    def copy_(self, other: Conditioning) -> None:
+        """Overwrite these tensors with another batch's of the same layout.
+
+        Raises:
+            ValueError: a different layout.
+        """
+        if self.layout() != other.layout():
+            raise ValueError(f"conditions are {other.layout()}; the buffers are {self.layout()}")
+        theirs = other.present()
+        for name, tensor in self.present().items():
+            tensor.copy_(theirs[name])
+
+
+UNCONDITIONAL = Conditioning()
+"""No conditions."""
+
+
+def cat(parts: Sequence[C]) -> C:
+    """Join batches that have the same conditions, row after row."""
+    first = parts[0]
+    rows = [part.present() for part in parts]
+    return replace(first, **{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
