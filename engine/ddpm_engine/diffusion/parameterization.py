@@ -1,115 +1,256 @@
-"""What the network may predict: ε, x_0 or v, every conversion between them, and EDM's F.
+"""Parameterizations: what a network sees of a noisy image, and what it predicts.
 
-With a = sqrt(ᾱ_t), s = sqrt(1 − ᾱ_t) and x_t = a x_0 + s ε, the velocity is v = a ε − s x_0
-(Salimans & Ho 2022, appendix D). Given x_t, each of the three determines the other two, linearly.
+With x_t = a x_0 + s ε, the network is given z = k x_t and a noise level, and its output F stands for
+the target u x_0 + w ε. Given z, an estimate of x_0 follows from the output: x_0 = p z + q F.
 
-EDM's network is not given x_t but c_in y, and estimates x_0 by
+| prediction | z            | target                        | x_0                         | noise level |
+|------------|--------------|-------------------------------|-----------------------------|-------------|
+| eps        | x_t          | ε                             | (z − s F) / a               | t           |
+| x0         | x_t          | x_0                           | F                           | t           |
+| v          | x_t          | a ε − s x_0                   | a z − s F                   | t           |
+| edm        | c_in / a x_t | (x_0 − c_skip x_t/a) / c_out  | c_skip / c_in z + c_out F   | ln σ / 4    |
 
-    D(y; σ) = c_skip y + c_out F(c_in y; c_noise),        y = x_0 + σ n
+Each line is one class here, and everything else asks that class: samplers, training, distillation
+and the variational bound. A new parameterization is a new class in `PARAMETERIZATIONS`.
 
-(Karras et al. 2022, table 1).
+Sources: Ho et al. 2020, equation 15, of eps; Salimans & Ho 2022, appendix D, of x0 and v; Karras et
+al. 2022, table 1, of edm, where σ = s / a.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 
 Prediction = Literal["eps", "x0", "v", "edm"]
-PREDICTIONS: tuple[str, ...] = tuple(kind for kind in get_args(Prediction) if kind != "edm")
-"""Those that are made from x_t, and convert into each other."""
+"""The names that a configuration accepts; `PARAMETERIZATIONS` may hold more."""
 
 
-def x0_coefficients(prediction: Prediction, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (p, q), shaped as `a`, such that x_0 = p · x_t + q · output.
+@dataclass(frozen=True)
+class Parameterization(ABC):
+    """What a network sees and predicts, as functions of the factors in x_t = a x_0 + s ε.
 
-    Ho et al. 2020, equation 15, of ε; Salimans & Ho 2022, appendix D, of v.
+    The factors are tensors of one shape, and so are the results; on a chain a² + s² = 1, while EDM
+    trains with a = 1 and s = σ. Everything is differentiable and keeps the precision of `a`.
+    """
+
+    name: ClassVar[str]
+    """Key in `PARAMETERIZATIONS`, the `prediction` of configurations."""
+    needs_signal: ClassVar[bool] = False
+    """Whether a must be positive; such networks cannot start from pure noise (zero terminal SNR)."""
+    takes_timestep: ClassVar[bool] = True
+    """Whether the noise level is the timestep, so that the network knows the levels of a chain only.
+    False: it is a function of a and s, and training may use any level of a continuum."""
+    clips_x0: ClassVar[bool] = True
+    """Whether samplers clip estimates of x_0 to [-1, 1] unless told otherwise."""
+
+    @classmethod
+    def for_schedule(cls, schedule: NoiseSchedule) -> Self:
+        """Build the parameterization with the constants that a schedule holds, if it needs any."""
+        return cls()
+
+    def state_scale(self, a: Tensor, s: Tensor) -> Tensor:
+        """Return k: the network sees z = k x_t."""
+        return torch.ones_like(a)
+
+    @abstractmethod
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (p, q): the estimate of the clean image is x_0 = p z + q F."""
+
+    @abstractmethod
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (u, w): the network is trained to predict u x_0 + w ε."""
+
+    def noise_level(self, a: Tensor, s: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the noise level that the network is given; by default the timestep itself."""
+        return timesteps
+
+    def to_x0(self, output: Tensor, z: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """Estimate the clean image from an output; `a` and `s` broadcast against the images."""
+        p, q = self.x0_coefficients(a, s)
+        return p * z + q * output
+
+    def from_x0(self, x_0: Tensor, z: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """Return the output whose estimate of the clean image is `x_0`; the inverse of `to_x0`."""
+        p, q = self.x0_coefficients(a, s)
+        return (x_0 - p * z) / q
+
+    def check(self, a: Tensor) -> None:
+        """Refuse levels at which the parameterization is undefined.
+
+        Raises:
+            UserError: some a is zero, and the parameterization needs a signal.
+        """
+        if self.needs_signal and bool((a == 0).any()):
+            able = [name for name, row in PARAMETERIZATIONS.items() if not row.needs_signal]
+            raise UserError(
+                f"prediction is {self.name!r}, but this schedule ends in pure noise (zero terminal "
+                "SNR), where such a prediction says nothing of the image; use a network that "
+                f"predicts {' or '.join(able)}"
+            )
+
+
+@dataclass(frozen=True)
+class Epsilon(Parameterization):
+    """The network predicts the noise ε (Ho et al. 2020)."""
+
+    name = "eps"
+    needs_signal = True
+
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return 1 / a, -s / a
+
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return torch.zeros_like(a), torch.ones_like(a)
+
+
+@dataclass(frozen=True)
+class CleanImage(Parameterization):
+    """The network predicts the clean image x_0."""
+
+    name = "x0"
+
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return torch.zeros_like(a), torch.ones_like(a)
+
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return torch.ones_like(a), torch.zeros_like(a)
+
+
+@dataclass(frozen=True)
+class Velocity(Parameterization):
+    """The network predicts the velocity v = a ε − s x_0, where a² + s² = 1 (Salimans & Ho 2022)."""
+
+    name = "v"
+
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return a, -s
+
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return -s, a
+
+
+@dataclass(frozen=True)
+class Edm(Parameterization):
+    """The network predicts F of EDM's preconditioned denoiser D (Karras et al. 2022, table 1).
+
+        D(y; σ) = c_skip y + c_out F(c_in y; c_noise),        y = x_t / a = x_0 + σ ε
+
+    | factor | value                            |
+    |--------|----------------------------------|
+    | c_skip | σ_data² / (σ² + σ_data²)         |
+    | c_out  | σ σ_data / sqrt(σ² + σ_data²)    |
+    | c_in   | 1 / sqrt(σ² + σ_data²)           |
+
+    Input and target then have unit variance at every σ, if the images have deviation σ_data.
+    """
+
+    name = "edm"
+    needs_signal = True
+    takes_timestep = False
+    clips_x0 = False
+
+    sigma_data: float = 0.5
+    """Standard deviation of the images' values, positive."""
+
+    @classmethod
+    def for_schedule(cls, schedule: NoiseSchedule) -> Self:
+        """See `Parameterization`."""
+        return cls(schedule.sigma_data)
+
+    def state_scale(self, a: Tensor, s: Tensor) -> Tensor:
+        """See `Parameterization`: c_in / a."""
+        return 1 / self._deviation(s / a) / a
+
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`: c_skip / c_in and c_out."""
+        deviation = self._deviation(s / a)
+        return self._skip(deviation) / (1 / deviation), s / a * self.sigma_data / deviation
+
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`: (1 − c_skip) / c_out and −c_skip σ / c_out."""
+        sigma = s / a
+        deviation = self._deviation(sigma)
+        skip, out = self._skip(deviation), sigma * self.sigma_data / deviation
+        return (1 - skip) / out, -skip * sigma / out
+
+    def noise_level(self, a: Tensor, s: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Parameterization`: c_noise = ln σ / 4."""
+        return (s / a).log() / 4
+
+    def _deviation(self, sigma: Tensor) -> Tensor:
+        """Return sqrt(σ² + σ_data²), the deviation of y."""
+        return (sigma.square() + self.sigma_data**2).sqrt()
+
+    def _skip(self, deviation: Tensor) -> Tensor:
+        return (self.sigma_data / deviation).square()
+
+
+PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
+    row.name: row for row in (Epsilon, CleanImage, Velocity, Edm)
+}
+"""Every parameterization by name."""
+
+
+def parameterization(prediction: str, schedule: NoiseSchedule) -> Parameterization:
+    """Build a parameterization by name.
 
     Args:
-        prediction: what the output is.
-        a: sqrt(ᾱ), any shape, non-zero if `prediction` is `"eps"`.
-        s: sqrt(1 − ᾱ), same shape.
+        prediction: a key of `PARAMETERIZATIONS`.
+        schedule: the noise schedule of the network, for the constants that it holds.
 
     Raises:
-        UserError: `"edm"`, which is no answer to x_t.
-        ValueError: an unknown prediction.
+        UserError: an unknown name.
     """
-    if prediction == "eps":
-        return 1 / a, -s / a
-    if prediction == "x0":
-        return a * 0, a * 0 + 1
-    if prediction == "v":
-        return a, -s
-    if prediction == "edm":
-        raise UserError(
-            "prediction is 'edm', whose network is shown another input than x_t; this needs a "
-            f"network that predicts {', '.join(PREDICTIONS)}"
-        )
-    raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
+    if prediction not in PARAMETERIZATIONS:
+        known = ", ".join(PARAMETERIZATIONS)
+        raise UserError(f"prediction is {prediction!r}; it must be one of {known}")
+    return PARAMETERIZATIONS[prediction].for_schedule(schedule)
 
 
-def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The clean image implied by a network output; `a`, `s` broadcast against the images."""
-    p, q = x0_coefficients(prediction, a, s)
-    return p * x_t + q * output
+def see_the_same(first: Parameterization, second: Parameterization, schedule: NoiseSchedule) -> bool:
+    """Return whether two networks are given the same input at every level of a schedule.
 
-
-def from_x0(prediction: Prediction, x_0: Tensor, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The output that a network would have to give for this clean image; needs s > 0 unless x0.
-
-    Shaped as `x_0`, as is `x_t`; `a`, `s` broadcast against them.
+    Then an output of the one converts into an output of the other by way of x_0.
     """
-    p, q = x0_coefficients(prediction, a, s)
-    return (x_0 - p * x_t) / q
+    a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+    timesteps = torch.arange(schedule.timesteps)
+    return torch.equal(first.state_scale(a, s), second.state_scale(a, s)) and torch.equal(
+        first.noise_level(a, s, timesteps), second.noise_level(a, s, timesteps)
+    )
 
 
 def convert(
-    output: Tensor, source: Prediction, target: Prediction, x_t: Tensor, a: Tensor, s: Tensor
+    output: Tensor,
+    source: Parameterization,
+    target: Parameterization,
+    z: Tensor,
+    a: Tensor,
+    s: Tensor,
 ) -> Tensor:
-    """Turn an output of one kind into another, shaped as it.
+    """Turn an output of one parameterization into that of another that sees the same.
 
     Args:
-        output: `[B, C, H, W]`, of kind `source`.
+        output: `[B, C, H, W]`, of `source`.
         source: what `output` is.
         target: what to return.
-        x_t: `[B, C, H, W]`.
-        a: sqrt(ᾱ_t), broadcastable to `x_t`; `s` = sqrt(1 − ᾱ_t) likewise.
-        s: see `a`.
+        z: `[B, C, H, W]`, what both networks see.
+        a: factor of the image, broadcastable to `z`.
+        s: factor of the noise, likewise.
     """
     if source == target:
         return output
-    return from_x0(target, to_x0(source, output, x_t, a, s), x_t, a, s)
-
-
-@dataclass(frozen=True, eq=False)
-class Preconditioning:
-    """The factors at some noise levels, each shaped as σ."""
-
-    skip: Tensor
-    """c_skip = σ_data² / (σ² + σ_data²)."""
-    out: Tensor
-    """c_out = σ σ_data / sqrt(σ² + σ_data²)."""
-    input: Tensor
-    """c_in = 1 / sqrt(σ² + σ_data²)."""
-    noise: Tensor
-    """c_noise = ln(σ) / 4, what the network is told of the noise level."""
-
-
-def preconditioning(sigma: Tensor, sigma_data: float) -> Preconditioning:
-    """The factors of D.
-
-    Args:
-        sigma: σ > 0, any shape, best float64.
-        sigma_data: σ_data > 0, the deviation of the images' values.
-    """
-    deviation = (sigma.square() + sigma_data**2).sqrt()
-    return Preconditioning(
-        skip=(sigma_data / deviation).square(),
-        out=sigma * sigma_data / deviation,
-        input=1 / deviation,
-        noise=sigma.log() / 4,
-    )
+    return target.from_x0(source.to_x0(output, z, a, s), z, a, s)

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows
+from ddpm_engine.samplers.table import CoefficientTable, empty_rows, table_for
 from ddpm_kernels import Column
 
 
 def ddpm_table(
     schedule: NoiseSchedule,
     timesteps: Tensor,
-    prediction: Prediction = "eps",
+    prediction: str = "eps",
     variance: Variance = "fixed_large",
 ) -> CoefficientTable:
-    """The table of ancestral sampling.
+    """Build the table of ancestral sampling.
 
     Args:
         schedule: the noise schedule the network was trained on.
@@ -30,20 +29,18 @@ def ddpm_table(
         prediction: what the network predicts.
         variance: `fixed_small` is the posterior's β̃_t, right if the data are a single point;
             `fixed_large` is β_t, right if the data are standard normal (section 3.2).
-            `learned_range` goes from the one to the other in the logarithm, by what the second half
-            of the network's 2C channels says (Nichol & Dhariwal 2021, equation 15).
+            `learned_range` interpolates between the two in the logarithm, by the second half of
+            the network's 2C output channels (Nichol & Dhariwal 2021, equation 15).
 
     Raises:
-        UserError: ε prediction on a schedule with zero terminal SNR.
+        UserError: a prediction that needs a signal, on a schedule with zero terminal SNR.
     """
     alpha_bar = schedule.alpha_bar[timesteps]
     previous = torch.cat([alpha_bar[1:], alpha_bar.new_ones(1)])
     alpha = alpha_bar / previous
     beta = 1 - alpha
     posterior_variance = (1 - previous) / (1 - alpha_bar) * beta
-    rows = empty_rows(
-        schedule.sqrt_alpha_bar[timesteps], schedule.sqrt_one_minus_alpha_bar[timesteps], prediction
-    )
+    rows = empty_rows(len(timesteps))
     rows[:, Column.X0] = previous.sqrt() * beta / (1 - alpha_bar)
     rows[:, Column.X] = alpha.sqrt() * (1 - previous) / (1 - alpha_bar)
     if variance == "learned_range":
@@ -56,4 +53,4 @@ def ddpm_table(
     else:
         rows[:, Column.NOISE] = (posterior_variance if variance == "fixed_small" else beta).sqrt()
     rows[-1, Column.NOISE] = 0  # the last step returns the mean
-    return CoefficientTable(timesteps, rows)
+    return table_for(schedule, timesteps, rows, prediction)

@@ -12,10 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.noise_levels import half_log_snr, noise_levels, usable_history
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows, set_history_weights
+from ddpm_engine.samplers.table import (
+    CoefficientTable,
+    empty_rows,
+    set_history_weights,
+    table_for,
+)
 from ddpm_kernels import Column
 
 _FEW_STEPS = 15
@@ -25,11 +29,11 @@ _FEW_STEPS = 15
 def dpm_solver_table(
     schedule: NoiseSchedule,
     timesteps: Tensor,
-    prediction: Prediction = "eps",
+    prediction: str = "eps",
     order: int = 2,
     stochastic: bool = False,
 ) -> CoefficientTable:
-    """The table of multistep DPM-Solver++, or of SDE-DPM-Solver++.
+    """Build the table of multistep DPM-Solver++, or of SDE-DPM-Solver++.
 
     Order 1 is DDIM; order 2 is algorithm 2 of the paper (2M). Order 3 is that of the authors' code
     (3M), which gives the second difference half the weight of Taylor's theorem and so converges
@@ -51,7 +55,7 @@ def dpm_solver_table(
             sampling with `fixed_small` variance).
 
     Raises:
-        UserError: ε prediction on a schedule with zero terminal SNR.
+        UserError: a prediction that needs a signal, on a schedule with zero terminal SNR.
         ValueError: another order.
     """
     if order not in ((1, 2) if stochastic else (1, 2, 3)):
@@ -59,7 +63,7 @@ def dpm_solver_table(
     a, s = noise_levels(schedule, timesteps)
     time = half_log_snr(a, s)
     steps = len(timesteps)
-    rows = empty_rows(a[:-1], s[:-1], prediction, history=order - 1)
+    rows = empty_rows(steps, history=order - 1)
     for i in range(steps):
         usable = min(order, usable_history(time, i))
         if i == steps - 1:
@@ -75,17 +79,17 @@ def dpm_solver_table(
             rows[i, Column.NOISE] = s[i + 1] * forgotten.sqrt()
         visited = time[i + 1 - usable : i + 2].flip(0)
         set_history_weights(rows, i, a[i + 1] * _weights(visited, forgotten, order))
-    return CoefficientTable(timesteps, rows)
+    return table_for(schedule, timesteps, rows, prediction)
 
 
 def _weights(visited: Tensor, forgotten: Tensor, size: int) -> Tensor:
-    """What one step makes of its estimates, in units of a′: float64 `[size]`, the newest first.
+    """Return the weights of a step's estimates in units of a′: float64 `[size]`, newest first.
 
     Args:
-        visited: λ where the step ends, begins, and of the steps before it, the latest first; as
-            many as the order, and one.
+        visited: λ where the step ends, where it begins and where the steps before it began, latest
+            first: one more than the order.
         forgotten: 1 − e^{−h}, or of the SDE 1 − e^{−2h}.
-        size: how many weights to return, zeros after those of the order.
+        size: number of weights to return; those beyond the order are zero.
     """
     h = visited[0] - visited[1]
     # Estimates as symbols: row l is the one made l steps ago.

@@ -1,7 +1,7 @@
 """The deterministic sampler of EDM (Karras et al. 2022, algorithm 1 without churn).
 
-Its state is x / a, its time σ = s / a; the tables are for x itself, the state of the loop. It is
-meant for `karras_timesteps`, and takes any others.
+The paper's state is x / a and its time σ = s / a; these tables are for x itself, the state of the
+loop. They are meant for `karras_timesteps` but accept any timesteps.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.noise_levels import noise_levels
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows, set_history_weights
+from ddpm_engine.samplers.table import (
+    CoefficientTable,
+    empty_rows,
+    set_history_weights,
+    table_for,
+)
 from ddpm_kernels import Column
 
 
 def euler_table(
-    schedule: NoiseSchedule, timesteps: Tensor, prediction: Prediction = "eps"
+    schedule: NoiseSchedule, timesteps: Tensor, prediction: str = "eps"
 ) -> CoefficientTable:
-    """Euler's method on dx/dσ = (x − x̂_0) / σ, one row a step.
+    """Build the table of Euler's method on dx/dσ = (x − x̂_0) / σ, one row per step.
 
-    Which is DDIM with η = 0: a line in σ is a line in the VP state.
+    It is DDIM with η = 0: a straight line in σ is one in the variance-preserving state too.
 
     Args:
         schedule: the noise schedule the network was trained on.
@@ -30,23 +34,23 @@ def euler_table(
         prediction: what the network predicts.
 
     Raises:
-        UserError: ε prediction on a schedule with zero terminal SNR.
+        UserError: a prediction that needs a signal, on a schedule with zero terminal SNR.
     """
     return ddim_table(schedule, timesteps, prediction)
 
 
 def heun_table(
-    schedule: NoiseSchedule, timesteps: Tensor, prediction: Prediction = "eps"
+    schedule: NoiseSchedule, timesteps: Tensor, prediction: str = "eps"
 ) -> CoefficientTable:
-    """Heun's method, two network evaluations a step, so `2 · len(timesteps) − 1` rows.
+    """Build the table of Heun's method, two rows per step but the last: `2 N − 1` rows.
 
-    The first row of a step is Euler's, to x_e at σ′. The second evaluates there and replaces the
-    slope by the mean of both. As (x_e − x̂_0) / σ′ is the first slope too, the state that the step
-    began from is not needed:
+    The first row of a step is Euler's, to x_e at σ′. The second evaluates the network there and
+    replaces the slope by the mean of both. Since (x_e − x̂_0) / σ′ equals the first slope, the state
+    that the step began from is not needed:
 
         x′ = x_e + ½ (σ / σ′ − 1) (x̂_0′ − x̂_0)        (in the state of EDM)
 
-    Euler's alone are the last step, to σ = 0, as in the algorithm, and one from σ = ∞ (zero
+    Two steps are Euler's alone: the last, to σ = 0, as in the algorithm, and one from σ = ∞ (zero
     terminal SNR), where the mean of both slopes diverges.
 
     Args:
@@ -55,15 +59,15 @@ def heun_table(
         prediction: what the network predicts.
 
     Raises:
-        UserError: ε prediction on a schedule with zero terminal SNR.
+        UserError: a prediction that needs a signal, on a schedule with zero terminal SNR.
     """
-    euler = euler_table(schedule, timesteps, prediction).rows
+    euler = euler_table(schedule, timesteps, "x0").rows
     a, s = noise_levels(schedule, timesteps)
     sigma = s / a
-    # Which noise level each row is evaluated at: those of the correctors come twice.
+    # The level that each row is evaluated at: those of the correctors come twice.
     corrected = [i for i in range(len(timesteps) - 1) if sigma[i].isfinite()]
     visited = sorted([*range(len(timesteps)), *(i + 1 for i in corrected)])
-    rows = empty_rows(a[visited], s[visited], prediction, history=1)
+    rows = empty_rows(len(visited), history=1)
     row = 0
     for i in range(len(timesteps)):
         rows[row, : Column.HISTORY] = euler[i]
@@ -73,4 +77,4 @@ def heun_table(
             rows[row, Column.X] = 1
             set_history_weights(rows, row, torch.stack([weight, -weight]))
             row += 1
-    return CoefficientTable(timesteps[visited], rows)
+    return table_for(schedule, timesteps[visited], rows, prediction)

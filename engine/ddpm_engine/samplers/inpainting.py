@@ -72,7 +72,7 @@ class Levels:
 def levels_of(schedule: NoiseSchedule, table: CoefficientTable) -> Levels:
     """The levels around each row: a row leads to what the next one begins with."""
     alpha_bar = noise_levels(schedule, table.timesteps)[0].square()
-    scale = torch.ones_like(alpha_bar) if table.scale is None else table.scale
+    scale = table.state_scale
     return Levels(alpha_bar[:-1], alpha_bar[1:], scale[:-1], scale[1:])
 
 
@@ -97,13 +97,12 @@ def resampled(
     def repeated(rows: Tensor) -> Tensor:
         return rows.repeat_interleave(repeats, 0)
 
-    scale, shown = table.scale, table.shown
     return (
         CoefficientTable(
             repeated(table.timesteps),
             repeated(table.rows),
-            None if scale is None else torch.cat([repeated(scale[:-1]), scale[-1:]]),
-            None if shown is None else repeated(shown),
+            torch.cat([repeated(table.state_scale[:-1]), table.state_scale[-1:]]),
+            repeated(table.noise_input),
         ),
         Levels(
             repeated(levels.before),

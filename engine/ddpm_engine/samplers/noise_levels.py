@@ -1,4 +1,4 @@
-"""How much image and how much noise is in the state at each timestep that a sampler visits."""
+"""Factors of image and noise in the state at each timestep that a sampler visits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 
 
 def log_sigma(schedule: NoiseSchedule) -> Tensor:
-    """log σ_t with σ = sqrt(1 − ᾱ) / sqrt(ᾱ): float64 `[T]`, rising; +∞ where ᾱ is zero."""
+    """Return log σ_t with σ = sqrt(1 − ᾱ) / sqrt(ᾱ): float64 `[T]`, rising; +∞ where ᾱ is zero."""
     return -0.5 * schedule.snr.log()
 
 
 def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of image and noise, a and s, from the first timestep visited to the clean image.
+    """Return the factors a and s from the first timestep visited to the clean image.
 
     Args:
         schedule: the noise schedule.
@@ -35,7 +35,7 @@ def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Te
 
 
 def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
-    """y at each x, `[N]`, by straight lines between known points; `known_x` rises, x lies within.
+    """Interpolate y linearly at each x, `[N]`; `known_x` is increasing and x lies within it.
 
     Args:
         x: float64 `[N]`.
@@ -51,7 +51,7 @@ def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
 
 
 def half_log_snr(a: Tensor, s: Tensor) -> Tensor:
-    """λ = log(a / s), the time of the exponential integrators: −∞ at pure noise, +∞ at the end.
+    """Return λ = log(a / s), the time of exponential integrators: −∞ at pure noise, +∞ at the end.
 
     Elementwise: float64 `[S]` of float64 `[S]`. Lu et al. 2022, section 2.
     """
@@ -59,9 +59,9 @@ def half_log_snr(a: Tensor, s: Tensor) -> Tensor:
 
 
 def usable_history(half_log_snr: Tensor, row: int) -> int:
-    """How many of the estimates made up to and with `row` an exponential integrator can use.
+    """Count the estimates up to and including `row` that an exponential integrator can use.
 
-    `half_log_snr` is float64 `[S]`, of the states that estimates are made from. One made from pure
-    noise, λ = −∞, is infinitely far away: it counts only while it is alone.
+    `half_log_snr` is float64 `[S]`, of the states that the estimates are made from. An estimate
+    made from pure noise, λ = −∞, is infinitely far away and counts only while it is the only one.
     """
     return max(1, int(half_log_snr[: row + 1].isfinite().sum()))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import MAX_LEVEL, NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
@@ -73,13 +72,12 @@ def sampling_steps(
     enlarged = None
     if low_resolution is not None:
         enlarged = _augmented(low_resolution, shape[-1], augmentation, seed, sample_ids)
-    scale = None if table.scale is None else table.scale.tolist()
-    x = initial_noise(seed, sample_ids, shape)
-    x = x if scale is None else scale[0] * x
+    scale = table.state_scale.tolist()
+    x = scale[0] * initial_noise(seed, sample_ids, shape)
     process.begin(x, seed, sample_ids, labels, enlarged, augmentation)
     for i, timestep in enumerate(table.timesteps.tolist()):
         process.step(i)
-        x = process.x if scale is None else process.x / scale[i + 1]
+        x = process.x / scale[i + 1]
         yield TrajectoryStep(i, timestep, x, process.x0(i))
 
 
@@ -96,7 +94,7 @@ def sample(
     timesteps: Sequence[int] | None = None,
     variance: Variance = "fixed_large",
     eta: float = 0.0,
-    prediction: Prediction = "eps",
+    prediction: str = "eps",
     shape: tuple[int, int, int] | None = None,
     labels: Tensor | None = None,
     low_resolution: Tensor | None = None,
@@ -232,7 +230,7 @@ class Chain:
         timesteps: Sequence[int] | None = None,
         variance: Variance = "fixed_large",
         eta: float = 0.0,
-        prediction: Prediction = "eps",
+        prediction: str = "eps",
         shape: tuple[int, int, int] | None = None,
         augmentation: int = 0,
         guidance: Guidance | None = None,
@@ -317,8 +315,7 @@ class Chain:
             ends = noise_levels(self.schedule, self.table.timesteps)
             a, s = (level[0].item() for level in ends)
             x = a * images.to(device) + s * x
-        if self.table.scale is not None:
-            x = self.table.scale[0].item() * x
+        x = self.table.state_scale[0].item() * x
         enlarged = None
         if low_resolution is not None:
             enlarged = _augmented(

@@ -103,7 +103,7 @@ class StepRunner:
         batch = shape[0]
         self.rows = rows.to(device, torch.float32)
         self._indices = torch.arange(len(rows), device=device)
-        self._timesteps = (table.timesteps if table.shown is None else table.shown).to(device)
+        self._timesteps = table.noise_input.to(device)
         if self._timesteps.is_floating_point():
             self._timesteps = self._timesteps.to(torch.float32)
 

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits when it takes fewer steps than the schedule has."""
+"""Timesteps that a sampler visits when it takes fewer steps than the schedule has."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "trailing") 
 
 
 def listed_timesteps(timesteps: int, visited: Sequence[int]) -> Tensor:
-    """Timesteps named one by one.
+    """Check timesteps that are listed one by one.
 
     Args:
         timesteps: T.
@@ -48,8 +48,8 @@ def listed_timesteps(timesteps: int, visited: Sequence[int]) -> Tensor:
         int64 `[len(visited)]`.
 
     Raises:
-        UserError: an empty list, or the first entry that is not a whole number, out of range or
-            not below the one before it.
+        UserError: an empty list, or an entry that is not an integer, out of range or not below the
+            one before it; the first such entry is named.
     """
     if len(visited) == 0:
         raise UserError("the list of timesteps is empty; name at least one")
@@ -67,9 +67,9 @@ def listed_timesteps(timesteps: int, visited: Sequence[int]) -> Tensor:
 
 
 def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
-    """Timesteps at which σ^(1/ρ) falls evenly from the schedule's largest σ to its smallest.
+    """Choose timesteps at which σ^(1/ρ) falls evenly from the schedule's largest σ to its smallest.
 
-    Karras et al. 2022, equation 5. Few fall on the schedule's own timesteps: log σ is interpolated
+    Karras et al. 2022, equation 5. Few are timesteps of the schedule itself; log σ is interpolated
     between those.
 
     Returns:

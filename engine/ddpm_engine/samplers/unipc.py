@@ -1,6 +1,6 @@
 """UniPC (Zhao et al. 2023, section 3): a predictor, and a corrector at no further evaluation.
 
-The network is evaluated at the predicted state only. Its answer first corrects that state, then
+The network is evaluated at the predicted state only. Its output first corrects that state, then
 predicts the next. With m_i the estimate of x_0 at row i, p predicted and c corrected,
 
     p_{i+1} = (s_{i+1} / s_i) c_i + P_i(m_i, m_{i−1}, …)
@@ -15,17 +15,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.noise_levels import half_log_snr, noise_levels, usable_history
-from ddpm_engine.samplers.table import CoefficientTable, empty_rows, set_history_weights
+from ddpm_engine.samplers.table import (
+    CoefficientTable,
+    empty_rows,
+    set_history_weights,
+    table_for,
+)
 from ddpm_kernels import Column
 
 
 def unipc_table(
-    schedule: NoiseSchedule, timesteps: Tensor, prediction: Prediction = "eps", order: int = 2
+    schedule: NoiseSchedule, timesteps: Tensor, prediction: str = "eps", order: int = 2
 ) -> CoefficientTable:
-    """The table of UniPC with data prediction and B(h) = e^h − 1 (the paper's B_2).
+    """Build the table of UniPC with data prediction and B(h) = e^h − 1 (the paper's B_2).
 
     Row i predicts with order i + 1 at most, for want of estimates, and row S − j with order j at
     most, so the last returns x̂_0. Each step is corrected with the order that it was predicted with,
@@ -39,7 +43,7 @@ def unipc_table(
         order: of the predictor, 1 to 3.
 
     Raises:
-        UserError: ε prediction on a schedule with zero terminal SNR.
+        UserError: a prediction that needs a signal, on a schedule with zero terminal SNR.
         ValueError: another order.
     """
     if order not in (1, 2, 3):
@@ -47,7 +51,7 @@ def unipc_table(
     a, s = noise_levels(schedule, timesteps)
     time = half_log_snr(a, s)
     steps = len(timesteps)
-    rows = empty_rows(a[:-1], s[:-1], prediction, history=order)
+    rows = empty_rows(steps, history=order)
     correction = torch.zeros(order + 1, dtype=torch.float64)
     for i in range(steps):
         usable = min(order, usable_history(time, i), steps - i)
@@ -59,11 +63,11 @@ def unipc_table(
         rows[i, Column.X] = decay
         set_history_weights(rows, i, predictor[1:] + decay * correction)
         correction = (corrector - predictor)[:-1]
-    return CoefficientTable(timesteps, rows)
+    return table_for(schedule, timesteps, rows, prediction)
 
 
 def _weights(visited: Tensor, size: int, corrected: bool) -> Tensor:
-    """What a step makes of its estimates, in units of a′: float64 `[size]`.
+    """Return the weights of a step's estimates in units of a′: float64 `[size]`.
 
     Entry 0 belongs to the estimate where the step ends, zero unless `corrected`; 1 to the one where
     it begins; the others to those before. `visited` holds λ of as many of them as are used.
@@ -82,7 +86,7 @@ def _weights(visited: Tensor, size: int, corrected: bool) -> Tensor:
 
 
 def _slope_weights(h: Tensor, distances: Tensor) -> Tensor:
-    """The solution of R ρ = b (Theorem 3.1): what each slope counts for. `[n]`.
+    """Solve R ρ = b (Theorem 3.1) for the weight of each slope, `[n]`.
 
     Args:
         h: λ from where the step begins to where it ends.
