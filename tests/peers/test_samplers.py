@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import from_x0
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import build_table
@@ -65,7 +65,7 @@ class Network:
         sigma = torch.from_numpy(levels).exp().to(x)
         a = (1 + sigma.square()).rsqrt()
         x_0 = 1.5 * (x * (0.6 - t / 4000).to(x)).tanh()
-        output = from_x0(self.prediction, x_0, x, a, sigma * a)
+        output = PARAMETERIZATIONS[self.prediction]().from_x0(x_0, x, a, sigma * a)
         return torch.cat([output, x.sin()], dim=1) if self.variance else output
 
 
@@ -343,8 +343,7 @@ def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
     """Step by step. Whatever its tables, the peer rounds its state, 80 at first, to float32."""
     schedule = NoiseSchedule.edm(1000, low, high, data)
     table = build_table(schedule, "euler", steps, prediction="edm")
-    assert table.shown is not None
-    shown = table.shown
+    noise_input = table.noise_input
 
     def model(x: Tensor, noise: Tensor, conditioning: object = None) -> Tensor:
         return 0.7 * x.sin() - 0.2 * noise.to(x).reshape(-1, 1, 1, 1)
@@ -356,12 +355,12 @@ def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
             a, s = (level.clone() for level in noise_levels(schedule, table.timesteps))
             peer.sigmas = s / a
         scale = (1 + peer.sigmas.double() ** 2).sqrt()
-        torch.testing.assert_close(peer.timesteps, shown.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(peer.timesteps, noise_input.float(), rtol=1e-5, atol=1e-6)
         x = initial() * peer.init_noise_sigma
         states = []
         for i, t in enumerate(peer.timesteps):
-            told = shown[i] if exact else t
-            output = model(peer.scale_model_input(x, t), told.expand(2))
+            level = noise_input[i] if exact else t
+            output = model(peer.scale_model_input(x, t), level.expand(2))
             x = peer.step(output, t, x).prev_sample
             states.append(x / scale[i + 1])
         return states

@@ -16,7 +16,7 @@ from ddpm_engine.config import RunConfig, TrainingConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.diffusion.parameterization import Prediction, from_x0, preconditioning
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Edm, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
@@ -55,19 +55,19 @@ class Optimal(nn.Module):
     E[x_0 ∣ x] = m + a d² (x − a m) / (a² d² + s²).
     """
 
-    def __init__(self, schedule: NoiseSchedule, prediction: Prediction) -> None:
+    def __init__(self, schedule: NoiseSchedule, prediction: str) -> None:
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
 
     def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
         if self.prediction == "edm":
             sigma = (4 * told).exp()[:, None, None, None]
-            c = preconditioning(sigma, self.schedule.sigma_data)
-            y = x / c.input
-            return (posterior_mean(y, torch.ones_like(sigma), sigma) - c.skip * y) / c.out
+            row, one = Edm(self.schedule.sigma_data), torch.ones_like(sigma)
+            y = x / row.state_scale(one, sigma)
+            return row.from_x0(posterior_mean(y, one, sigma), x, one, sigma)
         a = self.schedule.sqrt_alpha_bar[told][:, None, None, None]
         s = self.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
-        return from_x0(self.prediction, posterior_mean(x, a, s), x, a, s)
+        return PARAMETERIZATIONS[self.prediction]().from_x0(posterior_mean(x, a, s), x, a, s)
 
 
 def posterior_mean(x: Tensor, a: Tensor, s: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def test_a_perfect_student_has_nothing_to_learn(method: Make) -> None:
         def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
             a = ours.schedule.sqrt_alpha_bar[told][:, None, None, None]
             s = ours.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
-            return from_x0("v", image.expand_as(x), x, a, s)
+            return PARAMETERIZATIONS["v"]().from_x0(image.expand_as(x), x, a, s)
 
     ours.teacher = Teacher(cast(UNet, Constant()), "v")
     for level, _ in begins(ours):
@@ -230,9 +230,10 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: 
     a, s = noise_levels(ours.schedule, ours.tables.student.timesteps)
     a, s = (level[steps][:, None, None, None] for level in (a, s))
     if kind == "edm":
-        c = preconditioning(s / a, ours.schedule.sigma_data)
-        x0 = c.skip * seen["x"] / c.input + c.out * seen["output"]
-        assert torch.allclose(seen["told"], c.noise.flatten())
+        sigma, sigma_data = s / a, ours.schedule.sigma_data
+        deviation = (sigma**2 + sigma_data**2).sqrt()
+        x0 = sigma_data**2 / deviation * seen["x"] + sigma * sigma_data / deviation * seen["output"]
+        assert torch.allclose(seen["told"], sigma.flatten().log() / 4)
     else:
         p, q = {"eps": (1 / a, -s / a), "x0": (0 * a, 0 * a + 1), "v": (a, -s)}[kind]
         x0 = p * seen["x"] + q * seen["output"]

@@ -16,7 +16,7 @@ from ddpm_engine.config import RunConfig, from_dict, to_dict
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.diffusion.parameterization import preconditioning, x0_coefficients
+from ddpm_engine.diffusion.parameterization import Edm as EdmRow
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
@@ -27,7 +27,6 @@ from ddpm_engine.presets import PRESETS
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.inpainting import Inpainting
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
-from ddpm_engine.samplers.preconditioned import preconditioned
 from ddpm_engine.samplers.registry import SAMPLERS, build_table
 from ddpm_engine.samplers.sampler import interpolated_noise, sample, sampling_steps
 from ddpm_engine.samplers.table import CoefficientTable
@@ -105,8 +104,9 @@ def test_the_perfect_network_has_no_loss_and_sees_unit_deviation() -> None:
     objective = EdmObjective(SIGMA_DATA, Conditions(0))
     sigma = objective.draw(positions, None).sigma[:, None, None, None]
     n = gaussian_noise(0, positions, SHAPE, 0, Stream.TRAINING_NOISE).double()
-    c = preconditioning(sigma, SIGMA_DATA)
-    target = (images - c.skip * (images + sigma * n)) / c.out
+    c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+    c_out = sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2).sqrt()
+    target = (images - c_skip * (images + sigma * n)) / c_out
 
     def oracle(x: Tensor, noise: Tensor, conditioning: object = None) -> Tensor:
         torch.testing.assert_close(noise.double(), sigma.flatten().log() / 4, rtol=1e-6, atol=1e-7)
@@ -203,9 +203,9 @@ def estimate(y: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
 def smooth_network(x: Tensor, noise: Tensor, conditioning: Conditioning) -> Tensor:
     """The F of that D."""
     sigma = (4 * noise.to(x.dtype)).exp()[:, None, None, None]
-    c = preconditioning(sigma, SIGMA_DATA)
-    y = x / c.input
-    return (estimate(y, sigma, conditioning) - c.skip * y) / c.out
+    one, row = torch.ones_like(sigma), EdmRow(SIGMA_DATA)
+    y = x / row.state_scale(one, sigma)
+    return row.from_x0(estimate(y, sigma, conditioning), x, one, sigma)
 
 
 class Vp(torch.nn.Module):
@@ -232,10 +232,9 @@ def run(table: CoefficientTable, model: Any, x: Tensor) -> list[Tensor]:
     """The states of the loop after each row, in float64."""
     history = x.new_zeros(max(table.history, 1), *x.shape)
     rows = torch.nn.functional.pad(table.rows, (0, max(1 - table.history, 0)))
-    shown = table.timesteps if table.shown is None else table.shown
     states = []
     for i in range(table.evaluations):
-        output = model(x, shown[i].expand(len(x)), Conditioning())
+        output = model(x, table.noise_input[i].expand(len(x)), Conditioning())
         reverse_step_reference_(
             x, output, rows, torch.tensor(i), torch.tensor(3), IDS, None, None, None, history, False
         )
@@ -264,10 +263,9 @@ def algorithm_1(steps: int, n: Tensor, second_order: bool) -> Tensor:
 def test_algorithm_1(sampler: str, steps: int) -> None:
     table = build_table(SCHEDULE, sampler, steps, prediction="edm")
     assert table.evaluations == (2 * steps - 1 if sampler == "heun" else steps)
-    assert table.scale is not None
     n = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
     _, s = noise_levels(SCHEDULE, table.timesteps[:1])
-    state = run(table, smooth_network, table.scale[0] * s[0] * n)[-1]
+    state = run(table, smooth_network, table.state_scale[0] * s[0] * n)[-1]
     expected = algorithm_1(steps, n, sampler == "heun")
     torch.testing.assert_close(state, expected, rtol=0, atol=1e-8)
 
@@ -277,25 +275,22 @@ def test_every_sampler_takes_the_steps_that_it_takes_with_x_0(sampler: str) -> N
     plain = build_table(SCHEDULE, sampler, 12, prediction="x0", eta=0.5)
     table = build_table(SCHEDULE, sampler, 12, prediction="edm", eta=0.5)
     assert torch.equal(table.timesteps, plain.timesteps)
-    assert table.scale is not None
-    assert table.scale[-1] == 1
+    assert table.state_scale[-1] == 1
     x = gaussian_noise(1, IDS, SHAPE, 0, Stream.INITIAL_NOISE).double()
     expected = run(plain, Vp(), x.clone())
-    actual = run(table, smooth_network, table.scale[0] * x)
+    actual = run(table, smooth_network, table.state_scale[0] * x)
     for i, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-        torch.testing.assert_close(ours / table.scale[i + 1], theirs, rtol=0, atol=1e-8)
+        torch.testing.assert_close(ours / table.state_scale[i + 1], theirs, rtol=0, atol=1e-8)
 
 
 def test_the_network_is_shown_its_own_input() -> None:
     """From x_t = a x_0 + s ε, what the first row's state holds is c_in (x_0 + σ n)."""
     table = build_table(SCHEDULE, "ddim", 10, prediction="edm")
     a, s = noise_levels(SCHEDULE, table.timesteps)
-    assert table.scale is not None
-    assert table.shown is not None
     sigma = (s / a)[:-1]
-    torch.testing.assert_close(table.scale[:-1] * a[:-1], 1 / (sigma**2 + 0.25).sqrt())
-    torch.testing.assert_close(table.shown, sigma.log() / 4)
-    assert table.scale[0].item() == pytest.approx(1, abs=1e-4)  # so noise may begin as it is
+    torch.testing.assert_close(table.state_scale[:-1] * a[:-1], 1 / (sigma**2 + 0.25).sqrt())
+    torch.testing.assert_close(table.noise_input, sigma.log() / 4)
+    assert table.state_scale[0].item() == pytest.approx(1, abs=1e-4)  # so noise may begin as it is
 
 
 @pytest.mark.parametrize(
@@ -375,26 +370,18 @@ def test_sigma_data_is_the_schedules() -> None:
     schedule = NoiseSchedule.edm(sigma_data=0.8)
     a, s = noise_levels(schedule, torch.tensor([300]))
     table = build_table(schedule, "ddim", prediction="edm", timesteps=[300])
-    c = preconditioning((s / a)[:1], 0.8)
-    torch.testing.assert_close(table.rows[:, Column.X0_FROM_OUTPUT], c.out)
-
-
-def test_where_there_is_no_x_t() -> None:
-    one = torch.ones(())
-    with pytest.raises(UserError, match=r"another input than x_t.*predicts eps, x0, v"):
-        x0_coefficients("edm", one, one)
-    with pytest.raises(UserError, match="another input than x_t"):
-        SAMPLERS["ddim"](SCHEDULE, torch.tensor([3]), "edm")
+    sigma = (s / a)[:1]
+    c_out = sigma * 0.8 / (sigma**2 + 0.8**2).sqrt()
+    torch.testing.assert_close(table.rows[:, Column.X0_FROM_OUTPUT], c_out)
 
 
 def test_a_table_that_adds_noise_adds_as_much_of_it() -> None:
     plain = build_table(SCHEDULE, "ddpm", 10, prediction="x0")
-    table = preconditioned(plain, SCHEDULE)
-    assert table.scale is not None
+    table = build_table(SCHEDULE, "ddpm", 10, prediction="edm")
     torch.testing.assert_close(
-        table.rows[:, Column.NOISE] / table.scale[1:], plain.rows[:, Column.NOISE]
+        table.rows[:, Column.NOISE] / table.state_scale[1:], plain.rows[:, Column.NOISE]
     )
-    assert plain.scale is None  # it is left as it was
+    assert torch.equal(plain.state_scale, torch.ones_like(plain.state_scale))
 
 
 # --- Configuration

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
-from ddpm_engine.diffusion.parameterization import Prediction, from_x0
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
 from ddpm_engine.diffusion.process import forward
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import (
@@ -219,7 +219,7 @@ def best(prediction: Prediction = "x0", fraction: Callable[[int], float] | None 
         a, s = SCHEDULE.sqrt_alpha_bar[t], SCHEDULE.sqrt_one_minus_alpha_bar[t]
         x_t = x_t.double()
         x_0 = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * x_t
-        output = from_x0(prediction, x_0, x_t, a, s)
+        output = PARAMETERIZATIONS[prediction]().from_x0(x_0, x_t, a, s)
         if fraction is None:
             return output
         return torch.cat([output, torch.full_like(output, 2 * fraction(t) - 1)], 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddpm_engine.config import RunConfig, TrainingConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.parameterization import Prediction, from_x0
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
@@ -42,7 +42,9 @@ class Believer(nn.Module):
         a = SCHEDULE.sqrt_alpha_bar[timesteps][:, None, None, None]
         s = SCHEDULE.sqrt_one_minus_alpha_bar[timesteps][:, None, None, None]
         share = a * DEVIATION**2 / ((a * DEVIATION).square() + s.square())
-        return from_x0(self.prediction, self.mean + share * (x - a * self.mean), x, a, s)
+        return PARAMETERIZATIONS[self.prediction]().from_x0(
+            self.mean + share * (x - a * self.mean), x, a, s
+        )
 
 
 class Constant(nn.Module):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.tiny import TINY
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import from_x0
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.process import posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
@@ -116,7 +116,7 @@ def test_full_table_is_the_posterior(
     assert rows[-1, Column.NOISE] == 0
     # The first two columns recover the image from what the network would have to say of it.
     a, s = schedule.sqrt_alpha_bar[timesteps], schedule.sqrt_one_minus_alpha_bar[timesteps]
-    output = from_x0(prediction, x_0, x_t, a, s)
+    output = PARAMETERIZATIONS[prediction]().from_x0(x_0, x_t, a, s)
     recovered = rows[:, Column.X0_FROM_X] * x_t + rows[:, Column.X0_FROM_OUTPUT] * output
     torch.testing.assert_close(recovered, x_0, rtol=0, atol=1e-9)
     assert bool((rows[:, Column.GUIDANCE] == 1).all())
@@ -304,7 +304,7 @@ def optimal(mean: float, deviation: float, schedule: NoiseSchedule, prediction: 
         s = schedule.sqrt_one_minus_alpha_bar[timesteps].reshape(-1, 1, 1, 1)
         gain = a * deviation**2 / (a**2 * deviation**2 + s**2)
         x_0 = mean + gain * (x.double() - a * mean)
-        return from_x0(prediction, x_0, x.double(), a, s)
+        return PARAMETERIZATIONS[prediction]().from_x0(x_0, x.double(), a, s)
 
     return model
 

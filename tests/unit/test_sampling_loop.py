@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold, rescale_factor
-from ddpm_engine.diffusion.parameterization import to_x0
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
@@ -83,7 +83,7 @@ def guided_by_hand(guidance: Guidance, threshold: float | None = None) -> Tensor
             m = m * (guidance.rescale * ratio + 1 - guidance.rescale)[:, None, None, None]
         else:
             m = c
-        x0 = to_x0("eps", m, x, now.sqrt(), (1 - now).sqrt())
+        x0 = PARAMETERIZATIONS["eps"]().to_x0(m, x, now.sqrt(), (1 - now).sqrt())
         if threshold is None:
             x0 = x0.clamp(-1, 1)
         else:

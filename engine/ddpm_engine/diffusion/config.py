@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 
@@ -68,5 +68,5 @@ class DiffusionConfig:
 
     @property
     def clip(self) -> bool:
-        """Whether samplers clip estimates of x_0 to [-1, 1]; EDM's do not."""
-        return self.prediction != "edm"
+        """Whether samplers clip estimates of x_0 to [-1, 1] by default."""
+        return PARAMETERIZATIONS[self.prediction].clips_x0

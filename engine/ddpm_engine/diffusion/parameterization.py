@@ -1,16 +1,16 @@
 """Parameterizations: what a network sees of a noisy image, and what it predicts.
 
-With x_t = a x_0 + s ε, the network is given z = k x_t and a noise level, and its output F stands for
-the target u x_0 + w ε. Given z, an estimate of x_0 follows from the output: x_0 = p z + q F.
+With x_t = a x_0 + s ε, the network is given z = k x_t and a noise level. Its output F is trained to
+match u x_0 + w ε, and an estimate of x_0 follows from it by x_0 = p z + q F.
 
-| prediction | z            | target                        | x_0                         | noise level |
-|------------|--------------|-------------------------------|-----------------------------|-------------|
-| eps        | x_t          | ε                             | (z − s F) / a               | t           |
-| x0         | x_t          | x_0                           | F                           | t           |
-| v          | x_t          | a ε − s x_0                   | a z − s F                   | t           |
-| edm        | c_in / a x_t | (x_0 − c_skip x_t/a) / c_out  | c_skip / c_in z + c_out F   | ln σ / 4    |
+|     | z            | target                         | x_0                         | noise level |
+|-----|--------------|--------------------------------|-----------------------------|-------------|
+| eps | x_t          | ε                              | (z − s F) / a               | t           |
+| x0  | x_t          | x_0                            | F                           | t           |
+| v   | x_t          | a ε − s x_0                    | a z − s F                   | t           |
+| edm | c_in x_t / a | (x_0 − c_skip x_t / a) / c_out | (c_skip / c_in) z + c_out F | ln σ / 4    |
 
-Each line is one class here, and everything else asks that class: samplers, training, distillation
+Each row is one class here, and everything else asks that class: samplers, training, distillation
 and the variational bound. A new parameterization is a new class in `PARAMETERIZATIONS`.
 
 Sources: Ho et al. 2020, equation 15, of eps; Salimans & Ho 2022, appendix D, of x0 and v; Karras et
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,15 +44,15 @@ class Parameterization(ABC):
     name: ClassVar[str]
     """Key in `PARAMETERIZATIONS`, the `prediction` of configurations."""
     needs_signal: ClassVar[bool] = False
-    """Whether a must be positive; such networks cannot start from pure noise (zero terminal SNR)."""
+    """Whether a must be positive: from pure noise (zero terminal SNR) nothing can be estimated."""
     takes_timestep: ClassVar[bool] = True
-    """Whether the noise level is the timestep, so that the network knows the levels of a chain only.
+    """Whether the noise level is the timestep, so that the network knows the levels of one chain.
     False: it is a function of a and s, and training may use any level of a continuum."""
     clips_x0: ClassVar[bool] = True
     """Whether samplers clip estimates of x_0 to [-1, 1] unless told otherwise."""
 
     @classmethod
-    def for_schedule(cls, schedule: NoiseSchedule) -> Self:
+    def for_schedule(cls, schedule: NoiseSchedule) -> Parameterization:
         """Build the parameterization with the constants that a schedule holds, if it needs any."""
         return cls()
 
@@ -167,7 +167,7 @@ class Edm(Parameterization):
     """Standard deviation of the images' values, positive."""
 
     @classmethod
-    def for_schedule(cls, schedule: NoiseSchedule) -> Self:
+    def for_schedule(cls, schedule: NoiseSchedule) -> Parameterization:
         """See `Parameterization`."""
         return cls(schedule.sigma_data)
 
@@ -221,7 +221,9 @@ def parameterization(prediction: str, schedule: NoiseSchedule) -> Parameterizati
     return PARAMETERIZATIONS[prediction].for_schedule(schedule)
 
 
-def see_the_same(first: Parameterization, second: Parameterization, schedule: NoiseSchedule) -> bool:
+def see_the_same(
+    first: Parameterization, second: Parameterization, schedule: NoiseSchedule
+) -> bool:
     """Return whether two networks are given the same input at every level of a schedule.
 
     Then an output of the one converts into an output of the other by way of x_0.

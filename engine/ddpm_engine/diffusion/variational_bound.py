@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
-from ddpm_engine.diffusion.parameterization import Prediction, to_x0
+from ddpm_engine.diffusion.parameterization import parameterization
 from ddpm_engine.diffusion.process import forward, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
@@ -147,7 +147,7 @@ def bits_per_dim(
     sample_ids: Tensor,
     *,
     seed: int = 0,
-    prediction: Prediction = "eps",
+    prediction: str = "eps",
     variance: Variance = "fixed_small",
     conditioning: Any = None,
     clip: bool = True,
@@ -174,12 +174,23 @@ def bits_per_dim(
 
     Raises:
         ValueError: images that are not bytes, or a network whose outputs do not fit the variance.
-        UserError: `"edm"` prediction, whose network is not shown x_t.
+        UserError: an unknown prediction, or one that needs a signal, on a schedule with zero
+            terminal SNR.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; only of uint8 is the likelihood defined")
     channels = images.shape[1]
     x_0 = (2 * images.double() - 255) / 255
+    row = parameterization(prediction, schedule)
+    row.check(schedule.sqrt_alpha_bar)
+    scale = row.state_scale(schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
+    noise_input = row.noise_level(
+        schedule.sqrt_alpha_bar,
+        schedule.sqrt_one_minus_alpha_bar,
+        torch.arange(schedule.timesteps),
+    )
+    if noise_input.is_floating_point():
+        noise_input = noise_input.to(torch.float32)
     terms = x_0.new_empty(len(images), schedule.timesteps + 1)
     terms[:, -1] = _mean_bits(prior_term(schedule, x_0))
     for t in range(schedule.timesteps):
@@ -187,7 +198,9 @@ def bits_per_dim(
         shape = (channels, images.shape[2], images.shape[3])
         noise = gaussian_noise(seed, sample_ids, shape, t, Stream.LIKELIHOOD_NOISE)
         x_t = forward(schedule, x_0, timesteps, noise.to(x_0))
-        output = model(x_t.float(), timesteps, conditioning).double()
+        z = scale[t] * x_t
+        level = noise_input[t].to(images.device).expand(len(images))
+        output = model(z.float(), level, conditioning).double()
         expected = 2 * channels if variance == "learned_range" else channels
         if output.shape[1] < expected:
             raise ValueError(
@@ -195,7 +208,7 @@ def bits_per_dim(
                 f"and the variance {variance} it must have {expected}"
             )
         a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
-        estimate = to_x0(prediction, output[:, :channels], x_t, a, s)
+        estimate = row.to_x0(output[:, :channels], z, a, s)
         if clip:
             estimate = estimate.clamp(-1, 1)
         mean, _ = posterior(schedule, estimate, x_t, timesteps)

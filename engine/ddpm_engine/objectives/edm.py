@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.diffusion.parameterization import preconditioning
+from ddpm_engine.diffusion.parameterization import Edm
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.objectives.objective import Network, Objective
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
@@ -87,15 +87,16 @@ class EdmObjective(Objective):
         images, positions = self._here(batch.images), self._here(batch.positions)
         flip = None if draws.flip is None else self._here(draws.flip)
         told = self.conditions.told(images, batch.positions, draws.labels, draws.flip)
-        c = preconditioning(draws.sigma, self.sigma_data)
+        row = Edm(self.sigma_data)
+        levels = torch.ones_like(draws.sigma), draws.sigma
+        c_in = row.state_scale(*levels)
         rows = torch.arange(len(positions), device=self.device)
         shown = q_sample(
-            images, rows, self._table(c.input), self._table(c.input * draws.sigma), self._seed,
+            images, rows, self._table(c_in), self._table(c_in * draws.sigma), self._seed,
             positions, flip, self.dtype,
         )  # fmt: skip
-        output = model(shown, self._table(c.noise), told)
-        target_x0 = self._table((1 - c.skip) / c.out)
-        target_noise = self._table(-c.skip * draws.sigma / c.out)
+        output = model(shown, self._table(row.noise_level(*levels, draws.sigma)), told)
+        target_x0, target_noise = map(self._table, row.target(*levels))
         return denoising_loss(
             output, images, rows, target_x0, target_noise, self._seed, positions, flip=flip
         )

@@ -80,7 +80,9 @@ def build_table(
         else:
             visited = spaced_timesteps(schedule.timesteps, steps, spacing)
     if not 0 <= skip < len(visited):
-        raise UserError(f"skip is {skip}; of {len(visited)} steps, 0 to {len(visited) - 1} can be skipped")
+        raise UserError(
+            f"skip is {skip}; of {len(visited)} steps, 0 to {len(visited) - 1} can be left out"
+        )
     visited = visited[skip:]
     options: dict[str, Any] = {}
     if sampler == "ddpm":

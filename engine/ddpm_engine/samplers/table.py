@@ -15,7 +15,7 @@ from ddpm_kernels import Column
 
 @dataclass(frozen=True, eq=False)
 class CoefficientTable:
-    """What `ddpm_kernels.reverse_step` needs to know of a sampler, one row per network evaluation."""
+    """A sampler, as `ddpm_kernels.reverse_step` needs it: one row per network evaluation."""
 
     timesteps: Tensor
     """int64 or float64 `[S]`, not increasing: the timestep of the state before each row.

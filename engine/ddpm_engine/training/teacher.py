@@ -10,7 +10,7 @@ import torch
 
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig
-from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.parameterization import Prediction, parameterization, see_the_same
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
@@ -91,10 +91,13 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             "--diffusion.* describe; students have their teacher's: start with launch/distill.py "
             "--teacher"
         )
-    if (known == "edm") != (wanted == "edm"):
+    schedule = ours.diffusion.build_schedule()
+    if not see_the_same(
+        parameterization(known, schedule), parameterization(wanted, schedule), schedule
+    ):
         raise UserError(
             f"--diffusion.prediction is {wanted}, but --distillation.teacher {path} predicts "
-            f"{known}; only eps, x0 and v turn into each other"
+            f"{known}, from another input; only eps, x0 and v turn into each other"
         )
     if teacher.clip != ours.diffusion.clip:
         raise UserError(

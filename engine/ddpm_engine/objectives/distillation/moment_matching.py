@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.diffusion.parameterization import Prediction, from_x0, to_x0
+from ddpm_engine.diffusion.parameterization import parameterization
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.objectives.distillation.trajectory import Teacher, guided
@@ -70,7 +70,7 @@ class MomentMatching(Objective):
     def __init__(
         self,
         schedule: NoiseSchedule,
-        prediction: Prediction,
+        prediction: str,
         conditions: Conditions,
         teacher: Teacher,
         plan: DistillationConfig,
@@ -84,7 +84,8 @@ class MomentMatching(Objective):
     ) -> None:
         assert teacher.critic is not None, "moment matching needs a critic"
         self.timesteps = schedule.timesteps
-        self.prediction = prediction
+        self.prediction = parameterization(prediction, schedule)
+        self._taught = parameterization(teacher.prediction, schedule)
         self.conditions = conditions
         self.teacher = teacher
         self.critic = teacher.critic
@@ -122,7 +123,7 @@ class MomentMatching(Objective):
             images, before, self._signal, self._sigma, self._seed, positions, flip, self.dtype
         )
         output = model(x, before, told)[:, : x.shape[1]].to(self.dtype)
-        drawn = to_x0(self.prediction, output, x, *self._levels(before))
+        drawn = self.prediction.to_x0(output, x, *self._levels(before))
 
         shown = self._clipped(drawn.detach())
         x = self.taken_on(x, shown, before, after, positions)
@@ -209,14 +210,13 @@ class MomentMatching(Objective):
     ) -> Tensor:
         """Add the gradient of the critic's loss to its own; returns its estimate, without one."""
         a, s = self._levels(timesteps)
-        kind = self.teacher.prediction
         with torch.enable_grad():
             output = self.critic(x, timesteps, told)[:, : x.shape[1]].to(self.dtype)
             # Both squares are one, about the mean, and a constant.
-            wanted = from_x0(kind, (drawn + expected) / 2, x, a, s)
+            wanted = self._taught.from_x0((drawn + expected) / 2, x, a, s)
             (output - wanted).square().mean().backward()
         self._pieces += 1
-        return self._clipped(to_x0(kind, output.detach(), x, a, s))
+        return self._clipped(self._taught.to_x0(output.detach(), x, a, s))
 
     @torch.no_grad()
     def _teachers_estimate(self, x: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
@@ -224,7 +224,7 @@ class MomentMatching(Objective):
             self.teacher.network, x, timesteps, told, self.plan.guidance_scale,
             self.conditions.null_class, self.dtype,
         )  # fmt: skip
-        return self._clipped(to_x0(self.teacher.prediction, output, x, *self._levels(timesteps)))
+        return self._clipped(self._taught.to_x0(output, x, *self._levels(timesteps)))
 
     def _average_gradients(self, gather: Gather) -> None:
         gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]

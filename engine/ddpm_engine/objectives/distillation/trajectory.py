@@ -43,7 +43,6 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.conditioning import UNCONDITIONAL, Conditioning, ConditioningSpec, cat
 from ddpm_engine.objectives.inputs import Conditions
@@ -64,7 +63,7 @@ class Teacher:
 
     network: UNet
     """In eval mode; progressive distillation replaces its weights after each stage."""
-    prediction: Prediction
+    prediction: str
     """What it predicts, until it is replaced."""
     student: UNet | None = None
     """What the student begins as, where that is not the teacher; moment matching needs it."""
@@ -93,9 +92,12 @@ class Jumps:
         """The same on a device, in a precision."""
 
         def moved(table: CoefficientTable) -> CoefficientTable:
-            shown = None if table.shown is None else table.shown.to(device, dtype)
+            levels = table.noise_input
             return CoefficientTable(
-                table.timesteps.to(device), table.rows.to(device, dtype), shown=shown
+                table.timesteps.to(device),
+                table.rows.to(device, dtype),
+                table.state_scale.to(device, dtype),
+                levels.to(device, dtype if levels.is_floating_point() else None),
             )
 
         rest = (self.signal, self.sigma, self.share, self.weights)
@@ -105,8 +107,8 @@ class Jumps:
 
 
 def jumps(
-    schedule: NoiseSchedule, steps: int, teacher_steps: int, prediction: Prediction,
-    teacher: Prediction,
+    schedule: NoiseSchedule, steps: int, teacher_steps: int, prediction: str,
+    teacher: str,
 ) -> Jumps:  # fmt: skip
     """The tables of a stage.
 
@@ -131,7 +133,7 @@ def jumps(
     between = (level + 1).clamp(max=teacher_steps - 1)
     share = (a[end] - s[end] * rho[between]) / (a[end] - s[end] * rho)
     share[stride - 1 :: stride] = 0
-    scale = 1 if ours.scale is None else ours.scale[:-1]
+    scale = ours.state_scale[:-1]
     return Jumps(
         theirs,
         ours,
@@ -162,7 +164,7 @@ class Distillation(Objective, ABC):
     def __init__(
         self,
         schedule: NoiseSchedule,
-        prediction: Prediction,
+        prediction: str,
         conditions: Conditions,
         teacher: Teacher,
         plan: DistillationConfig,
@@ -266,7 +268,7 @@ class Distillation(Objective, ABC):
         )
         self.tables = tables.to(self.device, self.dtype)
 
-    def _taught(self) -> Prediction:
+    def _taught(self) -> str:
         """What the teacher of this stage predicts."""
         return self.teacher.prediction
 
@@ -328,7 +330,7 @@ class ProgressiveDistillation(Distillation):
         weights = self.teacher.network.state_dict()
         return {**super().state(), **{f"teacher.{name}": w for name, w in weights.items()}}
 
-    def _taught(self) -> Prediction:
+    def _taught(self) -> str:
         return self.teacher.prediction if int(self._stage) == 0 else self.prediction
 
     def _guided(self) -> bool:
@@ -394,7 +396,7 @@ def guided(
 
 def _noise(table: CoefficientTable, levels: Tensor) -> Tensor:
     """What a network is told of the noise at levels: `[B]`."""
-    return (table.timesteps if table.shown is None else table.shown)[levels]
+    return table.noise_input[levels]
 
 
 def _rows(table: CoefficientTable, levels: Tensor) -> Tensor:
