@@ -482,7 +482,7 @@ def test_steps_out_of_range(sampler: str, steps: int) -> None:
 
 
 def test_steps_and_list_together() -> None:
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         build_table(SCHEDULE, "ddim", 10, timesteps=[3, 2])
 
 
