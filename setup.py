@@ -30,6 +30,7 @@ setup(
         "annotated-types>=0.6",
         "cattrs>=24.1",
         "docstring-parser>=0.15",
+        "fsspec>=2023.5",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.3",

@@ -40,7 +40,7 @@ from ddpm_engine.cli.options import Positive, at_least, parse_options
 from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.loader import make_loader
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import Example, LazyExamples, Source
+from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
 from ddpm_engine.data.shuffle import Order
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.training.trainer import Trainer

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.errors import UserError
 
 
@@ -77,19 +76,18 @@ def use_local_compile_cache() -> None:
     """
     if not hasattr(os, "getuid"):  # a system without Triton
         return
-    folder = Path(tempfile.gettempdir()) / f"ddpm-engine-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
+    try:
+        folders = {variable: str(node_cache(name)) for variable, name in CACHES.items()}
+    except PermissionError as error:
         logger.warning(
-            "%s belongs to someone else or is open to others: compiled code is kept where the "
-            "compilers keep it by default. Remove the folder, or set %s",
-            folder,
+            "%s: compiled code is kept where the compilers keep it by default. Remove the folder, "
+            "or set %s",
+            error,
             " and ".join(CACHES),
         )
         return
-    for variable, name in CACHES.items():
-        os.environ.setdefault(variable, str(folder / name))
+    for variable, folder in folders.items():
+        os.environ.setdefault(variable, folder)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from tests.tiny import TINY
 from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import Example, Source
+from ddpm_engine.data.packing.sources.source import Example, Source
 from ddpm_engine.data.remote import fetch
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)

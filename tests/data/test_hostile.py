@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +28,12 @@ from hypothesis import strategies as st
 from tests.data.conftest import PIXELS, pack
 
 from ddpm_engine.data.dataset import ShardDataset
-from ddpm_engine.data.packing.pack import index_shards
-from ddpm_engine.data.shards.manifest import (
-    Shard,
-    index_dtype,
-    open_shards,
-    parse_index,
-    parse_manifest,
-)
+from ddpm_engine.data.packing.index import index_shards
+from ddpm_engine.data.shards.index import index_dtype, parse_index
+from ddpm_engine.data.shards.manifest import Shard, parse_manifest
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.data.shards.verify import verify
-from ddpm_engine.data.tar import MAX_HEADER, BoundedTarInfo, scan_tar
+from ddpm_engine.data.tar import MAX_HEADER, scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import encode
 
@@ -273,34 +269,6 @@ def _edited(content: bytes, changes: list[tuple[int, int]], length: int) -> byte
     for place, value in changes:
         edited[place] = value
     return bytes(edited[:length])
-
-
-@FEW
-@given(
-    st.sampled_from((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT)),
-    st.text(min_size=1, max_size=150),
-    st.integers(0, 1 << 40),
-    st.sampled_from([b"%06o\0 ", b"%07o\0", b"%6o \0"]),
-    st.lists(st.tuples(st.integers(0, BLOCK - 1), st.integers(0, 255)), max_size=1),
-)
-def test_headers_read_fast_are_read_as_tarfile_reads_them(
-    kind: Literal[0, 1], name: str, size: int, checksum: bytes, damage: list[tuple[int, int]]
-) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    with suppress(ValueError):  # a name or size that this format cannot hold
-        block = info.tobuf(kind, errors="surrogateescape")[-BLOCK:]
-        block = block[:148] + checksum % int(block[148:154], 8) + block[156:]
-        block = _edited(block, damage, BLOCK)
-
-        def read(how: type[tarfile.TarInfo]) -> tuple[str, int, bytes] | str:
-            try:
-                found = how.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.HeaderError as error:
-                return str(error)
-            return found.name, found.size, found.type
-
-        assert read(BoundedTarInfo) == read(tarfile.TarInfo)
 
 
 def scans_or_refuses(tmp_path: Path, content: bytes) -> None:

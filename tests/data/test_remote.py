@@ -6,11 +6,15 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.queues import Queue
 from pathlib import Path
+from unittest import mock
 
+import fsspec
 import numpy as np
 import pytest
 from tests.data.conftest import PIXELS, Server, pack
@@ -20,7 +24,7 @@ from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.remote import fetch
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import ATTEMPTS, FetchError
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.trainer import Trainer
 
@@ -110,10 +114,39 @@ def test_a_body_without_end_is_cut_off(server: Server, cache: ShardCache) -> Non
         fetch.fetch(url, 100)
 
 
-def test_local_files_are_not_fetched(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
-    with pytest.raises(FetchError, match="only http"):
-        fetch.fetch(f"file://{tmp_path}/secret", 100)
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A set in fsspec's store in memory."""
+    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.001)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(pack(tmp_path / "local")), "/bucket/set", recursive=True)
+    yield "memory://bucket/set"
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_set_in_another_store_is_read_through_its_back_end(
+    stored: str, cache: ShardCache
+) -> None:
+    dataset = ShardDataset(open_shards(stored, cache), seed=5)
+    samples = [dataset[p] for p in range(20)]
+    assert all(np.array_equal(s.image, PIXELS[s.label]) and not s.faults for s in samples)
+    assert len(cached(cache)) == 6
+    with pytest.raises(UserError, match=r"nowhere/manifest\.json cannot be read: .*FileNotFound"):
+        open_shards("memory://bucket/nowhere", cache)
+
+
+def test_content_of_another_store_is_verified(stored: str, cache: ShardCache) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/set/shard-000001.tar", b"something else")
+    dataset = ShardDataset(open_shards(stored, cache), seed=5)
+    faults = {f.shard for p in range(20) for f in dataset[p].faults}
+    assert faults == {"shard-000001.tar"}
+
+
+def test_a_back_end_that_is_missing_is_named(cache: ShardCache) -> None:
+    with mock.patch.dict(sys.modules, {"s3fs": None}), pytest.raises(UserError, match="s3fs"):
+        open_shards("s3://bucket/set", cache)
+    with pytest.raises(UserError, match="unknown scheme, nowhere: give"):
+        open_shards("nowhere://bucket/set", cache)
 
 
 def test_a_new_version_is_not_mistaken_for_the_old(server: Server, cache: ShardCache) -> None:
@@ -139,7 +172,7 @@ def test_the_longest_unused_goes_first_and_nothing_in_use(server: Server, tmp_pa
     assert kept == {"a", "c", "d"}
     assert os.pread(held, 1000, 0) == b"a" * 1000
     os.close(held)
-    with pytest.raises(UserError, match=r"--data\.cache-gb"):
+    with pytest.raises(UserError, match=r"`data\.cache_gb`"):
         cache.open(*files["b"], 4000)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ddpm_engine.data import shuffle as order
-from ddpm_engine.data.shards.manifest import MAX_OPEN_INDEXES, Manifest, Shard, ShardSet
+from ddpm_engine.data.shards.manifest import Manifest, Shard
+from ddpm_engine.data.shards.shard_set import MAX_OPEN_INDEXES, ShardSet
 from ddpm_engine.data.shuffle import Order, rank_positions
 
 SHARDS, PER_SHARD, WORLD = 100_000, 10_000, 1024

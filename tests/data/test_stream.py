@@ -57,7 +57,7 @@ def test_all_samples_of_all_shards_come_with_labels(server: Server) -> None:
 def test_positions_are_those_of_the_step_and_place(server: Server, workers: int) -> None:
     pack(server.folder)
     stream = ShardStream(f"{server.url}/{SHARDS}", 4, 1)
-    positions = BatchPositions(8, rank=1, world=2, accumulation=2, start_step=3, end_step=6)
+    positions = BatchPositions(8, rank=1, world_size=2, accumulation=2, start_step=3, end_step=6)
     batches = list(make_batches(stream, positions, workers))
     assert [batch.positions.tolist() for batch in batches] == list(positions)
     assert all(batch.images.shape == (2, 1, 4, 4) for batch in batches)
@@ -76,7 +76,7 @@ def test_training_streams_says_what_it_cannot_promise_and_goes_on(
     config = replace(config, data=replace(config.data, path=f"{server.url}/{SHARDS}"))
     with caplog.at_level(logging.WARNING):
         Trainer(replace(config, training=replace(config.training, steps=2))).fit()
-    assert "drawn with replacement" in caplog.text
+    assert "with replacement" in caplog.text
     assert load_config(config.out).data.path == config.data.path
     Trainer(config).fit()
     lines = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
@@ -162,14 +162,16 @@ def test_a_stream_of_nothing_ends_with_a_message(server: Server) -> None:
 def test_commands_run_only_if_they_are_allowed(tmp_path: Path) -> None:
     pack(tmp_path / "set")
     pattern = f"pipe:cat {tmp_path / 'set'}/shard-{{000000..000002}}.tar"
-    with pytest.raises(UserError, match=r"--data\.allow-pipe"):
+    with pytest.raises(UserError, match=r"`data\.allow_pipe`"):
         ShardStream(pattern, 8, 3)
     with pytest.raises(UserError, match="run a command"):
         ShardStream(f"{tmp_path}/{{a.tar,pipe:touch x}}".replace(f"{tmp_path}/", "", 1), 8, 3)
     assert next(iter(ShardStream(pattern, 8, 3, allow_pipe=True))).image.shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize("pattern", ["s3://bucket/a.tar", "file:///etc/a.tar", "gs://b/{0..2}.tar"])
-def test_other_schemes_are_refused(pattern: str) -> None:
-    with pytest.raises(UserError, match="http"):
-        ShardStream(pattern, 8, 3)
+def test_other_stores_are_streamed_through_their_back_end(tmp_path: Path) -> None:
+    pack(tmp_path)
+    stream = ShardStream(f"file://{tmp_path}/{SHARDS}", 8, 3)
+    assert not next(iter(stream)).faults
+    with pytest.raises(UserError, match="unknown scheme, nowhere"):
+        ShardStream("nowhere://bucket/a.tar", 8, 3)

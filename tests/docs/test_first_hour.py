@@ -28,8 +28,8 @@ from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import open_source
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.images.grid import grid
 from ddpm_engine.training.trainer import Trainer
 from ddpm_kernels.triton_shim import HAS_TRITON

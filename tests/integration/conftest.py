@@ -16,7 +16,7 @@ from tests.tiny import TINY_GREY
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.packing.sources.registry import open_source
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -17,7 +17,7 @@ import torch
 from ddpm_engine import runtime as cpu
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig, dump_config, from_dict, load_config, to_dict
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.training import accelerator

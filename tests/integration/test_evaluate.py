@@ -23,8 +23,8 @@ from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import open_source
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.evaluation.digits import digit_classifier

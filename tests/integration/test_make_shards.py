@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.images.codec import encode
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_shards.py"

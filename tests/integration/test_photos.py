@@ -10,7 +10,7 @@ import torch
 
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.figures import run_figures as exhibit
 from ddpm_engine.figures.run_figures import Exhibit
 from ddpm_engine.presets import PRESETS

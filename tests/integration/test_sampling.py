@@ -25,7 +25,7 @@ from tests.tiny import TINY_GREY
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.dataset import ShardDataset
-from ddpm_engine.data.packing.pack import index_shards
+from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import units
 from ddpm_engine.generation.sample_dir import SampleDir

@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, why_not
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.presets import digits
 
 ROOT = Path(__file__).parents[2]

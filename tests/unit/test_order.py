@@ -74,7 +74,7 @@ def test_any_number_of_ranks_covers_a_step_once(step: int, world: int, share: in
 
 
 def test_micro_batches_are_the_contiguous_parts_of_a_rank() -> None:
-    one = list(BatchPositions(12, rank=1, world=2, accumulation=3, start_step=5, end_step=7))
+    one = list(BatchPositions(12, rank=1, world_size=2, accumulation=3, start_step=5, end_step=7))
     assert one == [[66, 67], [68, 69], [70, 71], [78, 79], [80, 81], [82, 83]]
     assert len(BatchPositions(12, accumulation=3, start_step=5, end_step=7)) == 6
     endless = iter(BatchPositions(4, start_step=10**9))
@@ -83,9 +83,9 @@ def test_micro_batches_are_the_contiguous_parts_of_a_rank() -> None:
 
 def test_batches_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match="global batch 10 is not divisible by 4"):
-        BatchPositions(10, world=4)
+        BatchPositions(10, world_size=4)
     with pytest.raises(UserError, match="accumulation"):
-        BatchPositions(8, world=2, accumulation=3)
+        BatchPositions(8, world_size=2, accumulation=3)
 
 
 ORDER_7 = [2, 0, 6, 4, 3, 5, 1, 10, 9, 7, 8, 11]

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm_engine.data.packing.pack import index_shards, prepare_shards, write_shards
-from ddpm_engine.data.packing.sources import Example, LazyExamples, Source
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.packing.index import index_shards
+from ddpm_engine.data.packing.pack import prepare_shards, write_shards
+from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.data.shards.verify import verify
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import encode
@@ -100,9 +101,9 @@ def test_names_with_dots_and_slashes_become_keys_that_webdataset_keeps_whole(
 
 def test_images_that_differ_are_named_with_the_remedy(tmp_path: Path) -> None:
     tall, grey = PIXELS[0][:, :5], PIXELS[0][..., :1]
-    with pytest.raises(UserError, match=r"'k3' is 6×5; give --size"):
+    with pytest.raises(UserError, match=r"'k3' is 6×5; give `size`"):
         write_shards(source(k3=tall), tmp_path / "set")
-    with pytest.raises(UserError, match=r"'k4' has 1; give --channels"):
+    with pytest.raises(UserError, match=r"'k4' has 1; give `channels`"):
         write_shards(source(k4=grey), tmp_path / "set")
     # The same folder serves the corrected run.
     manifest = write_shards(source(k3=tall, k4=grey), tmp_path / "set", size=4, channels=1)
@@ -401,10 +402,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
 def test_an_error_in_another_process_reaches_the_user_and_leaves_nothing_half(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(UserError, match=r"'k3' is 6×5; give --size"):
+    with pytest.raises(UserError, match=r"'k3' is 6×5; give `size`"):
         write_shards(source(k3=PIXELS[0][:, :5]), tmp_path / "set", per_shard=2, processes=2)
     assert not list((tmp_path / "set").glob("*.tmp"))
-    with pytest.raises(UserError, match="--processes is 0"):
+    with pytest.raises(UserError, match="`processes` is 0"):
         write_shards(source(), tmp_path / "other", processes=0)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpm_engine.data.packing.sources import Example, open_source
+from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.data.packing.sources.source import Example
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import encode
 

@@ -20,9 +20,10 @@ import tyro
 from tqdm import tqdm
 
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
-from ddpm_engine.data.packing.pack import index_shards, write_shards
+from ddpm_engine.data.packing.index import index_shards
+from ddpm_engine.data.packing.pack import write_shards
 from ddpm_engine.data.packing.process_map import usable_cores
-from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.shards.manifest import Manifest, Shard
 from ddpm_engine.data.shards.verify import verify as find_damage
 from ddpm_engine.errors import UserError

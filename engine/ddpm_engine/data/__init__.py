@@ -1,1 +1,1 @@
-"""Training data: WebDataset shards, read in an order that is a pure function."""
+"""Training data: shards, and the order in which their samples are read."""

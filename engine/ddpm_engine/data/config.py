@@ -8,30 +8,35 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the training images come from and how they are read."""
+    """Where the training images come from, and how they are read."""
 
     path: Path | str = Path("data/shards")
-    """Folder of indexed WebDataset shards, its http(s) URL, or a pattern of shards to stream."""
+    """Folder of indexed WebDataset shards, its URL (https, s3, gs, ...), or a pattern of shards to
+    stream."""
     source: str | None = None
-    """What to make the shards from if the folder is missing, as `make_shards.py` takes it."""
+    """Source of images to pack into the folder if it is missing: a folder of images, an .npz file,
+    CIFAR's binary version, an IDX file, hf:NAME[:SPLIT], digits, or photos."""
     mix_with: tuple[str, ...] = ()
-    """Further sets, folders or URLs, that are mixed with the first."""
+    """Further sets, folders or URLs, to mix with the first."""
     weights: tuple[int, ...] = ()
-    """Samples of each set, the first one's before those of mix-with, in every sum of weights."""
+    """Relative numbers of samples from each set, the first set's before those of mix_with; integers
+    from 1."""
     cache: Path | None = None
-    """Folder on a local disk for shards of a URL; default: one of yours under the temporary one."""
+    """Folder on a local disk for shards of a URL; default: one of the user's in the temporary
+    directory."""
     cache_gb: float = 64.0
-    """Bound on that folder, in 10⁹ bytes."""
+    """Limit on the size of that folder in 10⁹ bytes; greater than 0."""
     allow_pipe: bool = False
-    """Let pipe: patterns run their command in a shell."""
+    """Permission for pipe: patterns to run their command in a shell."""
     horizontal_flip: bool = False
-    """Mirror each image with probability one half."""
+    """Random mirroring of each image, with probability one half."""
     window_shards: int = 16
-    """Samples are shuffled within windows of this many shuffled shards."""
+    """Number of shuffled shards in each window, within which samples are shuffled; from 1."""
     workers: int = 2
-    """Decoding processes of each rank; the order of samples does not depend on it."""
+    """Number of decoding processes of each rank, from 0; the order of samples does not depend on
+    it."""
     max_bad_samples: int = 100
-    """Stop once a run, over all ranks, has replaced more unreadable samples than this."""
+    """Number of unreadable samples that a run replaces, over all ranks, before it stops."""
 
     def __post_init__(self) -> None:
         # A URL is no path: two slashes would become one.

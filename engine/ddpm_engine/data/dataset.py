@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_engine.data.shards.manifest import ShardSet, open_shards
 from ddpm_engine.data.shards.reader import BadSample, DamagedSample, ShardReader
+from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.shuffle import Order
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import Pixels, fit
@@ -24,16 +24,16 @@ MAX_SUBSTITUTES = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """What stands at one position."""
+    """The sample at one position."""
 
     image: Pixels
     """uint8 `[H, W, C]`."""
     label: int
-    """Class, or -1 where the set has none."""
+    """Class, or -1 in a set without labels."""
     position: int
-    """Place in the order of training."""
+    """Position in the order of training."""
     faults: tuple[BadSample, ...] = ()
-    """Samples tried before this one."""
+    """Bad samples that this one replaces."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Batch:
     labels: Tensor | None
     """int64 `[B]`; None for a set without labels."""
     positions: Tensor
-    """int64 `[B]`: keys of everything random about each sample."""
+    """int64 `[B]`; everything random about a sample is keyed by its position."""
     faults: list[BadSample] = field(default_factory=list)
-    """Samples that were replaced."""
+    """Bad samples that were replaced."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copy the tensors to a device."""
@@ -72,15 +72,15 @@ class Batch:
 class ShardDataset(Dataset[Sample]):
     """Samples by position in the order of training (see `Order`), each read with one `pread`.
 
-    A damaged sample is replaced by another that its position determines, so that nothing else
-    moves, and is named in the faults of the sample that came instead.
+    A damaged sample is replaced by another that its position determines, so that no other position
+    changes, and is named in the `faults` of its substitute.
 
     Args:
         shards: an open set, or the folder or URL of one.
         seed: of the order and of substitutes.
-        size: cut and resize images to so many pixels a side; None takes them as they are.
+        size: cut and resize images to this side in pixels; None takes them as they are.
         channels: convert images to 1 (grey) or 3 (RGB); None takes them as they are.
-        window_shards: shards whose samples are mixed.
+        window_shards: number of shards whose samples are mixed.
 
     Raises:
         UserError: not a finished set, or its images differ in size or channels and the argument
@@ -98,9 +98,9 @@ class ShardDataset(Dataset[Sample]):
         self.shards = shards if isinstance(shards, ShardSet) else open_shards(shards)
         manifest, folder = self.shards.manifest, self.shards.storage
         if size is not None and size < 1:
-            raise UserError(f"image size must be at least 1, not {size}")
+            raise UserError(f"`size` is {size}; it must be at least 1")
         if channels not in (None, 1, 3):
-            raise UserError(f"images have 1 or 3 channels, not {channels}")
+            raise UserError(f"`channels` is {channels}; it must be 1 or 3")
         height, width = (size or manifest.height), (size or manifest.width)
         channels = channels or manifest.channels
         if height is None or width is None:
@@ -118,11 +118,11 @@ class ShardDataset(Dataset[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """Names the data: the fingerprint of its manifest."""
+        """Fingerprint of the manifest, which names the data."""
         return self.shards.manifest.fingerprint
 
     def __len__(self) -> int:
-        """Samples of one epoch; positions go on beyond it."""
+        """Return the number of samples in one epoch; positions continue beyond it."""
         return len(self.order)
 
     def __getitem__(self, position: int) -> Sample:
@@ -153,8 +153,8 @@ class ShardDataset(Dataset[Sample]):
                 label = int(self.shards.indexes[shard][row]["label"])
                 return Sample(image, label, position, tuple(faults))
             except DamagedSample as damage:
-                faults.append(self._reader.fault(shard, row, str(damage)))
-            # Keyed by the position, like the order: a resumed run meets the same substitute.
+                faults.append(self._reader.describe(shard, row, str(damage)))
+            # Keyed by the position, like the order: a resumed run reads the same substitute.
             sample = int(
                 random_integers(
                     self.order.seed,
@@ -166,7 +166,7 @@ class ShardDataset(Dataset[Sample]):
             )
         raise UserError(
             f"{MAX_SUBSTITUTES} samples in a row cannot be read for position {position}; the last: "
-            f"{faults[-1]}. Run 'make_shards.py verify {self.shards.storage}'"
+            f"{faults[-1]}. Verify {self.shards.storage} to list all damage"
         )
 
 

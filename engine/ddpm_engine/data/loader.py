@@ -1,4 +1,4 @@
-"""From a dataset indexed by position to batches, in worker processes or in this one."""
+"""Read batches of a dataset, in worker processes or in this one."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ from ddpm_engine.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPositions(Sampler[list[int]]):
-    """The positions of each micro-batch of one rank: a batch sampler for a `DataLoader`.
+    """Positions of each micro-batch of one rank: a batch sampler for a `DataLoader`.
 
     Every step yields `accumulation` lists, the contiguous parts of `rank_positions`.
 
     Raises:
-        UserError: the global batch is not divisible by `world` · `accumulation`.
+        UserError: the global batch is not divisible by `world_size` · `accumulation`.
     """
 
     global_batch: int
-    """Samples a step, over all ranks and micro-batches."""
+    """Samples per step, over all ranks and micro-batches."""
     rank: int = 0
-    """This process."""
-    world: int = 1
-    """Number of processes."""
+    """Rank of this process."""
+    world_size: int = 1
+    """Number of ranks."""
     accumulation: int = 1
-    """Micro-batches a step."""
+    """Micro-batches per step."""
     start_step: int = 0
-    """First step: where a run resumes."""
+    """First step, where a run resumes."""
     end_step: int | None = None
-    """One past the last step; None: without end."""
+    """One past the last step; None: endless."""
 
     def __post_init__(self) -> None:
-        rank_positions(self.start_step, self.global_batch, self.rank, self.world)
-        share = self.global_batch // self.world
+        rank_positions(self.start_step, self.global_batch, self.rank, self.world_size)
+        share = self.global_batch // self.world_size
         if self.accumulation < 1 or share % self.accumulation:
             raise UserError(
-                f"{share} samples of each process (global batch {self.global_batch} over "
-                f"{self.world}) do not split into {self.accumulation} accumulation steps; "
-                "choose a global batch divisible by processes × accumulation"
+                f"{share} samples per rank (global batch {self.global_batch} over "
+                f"{self.world_size}) do not split into {self.accumulation} accumulation steps; "
+                "choose a global batch divisible by world size × accumulation"
             )
 
     @property
     def micro_batch(self) -> int:
-        """Samples of each list."""
-        return self.global_batch // self.world // self.accumulation
+        """Samples in each micro-batch."""
+        return self.global_batch // self.world_size // self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
         while self.end_step is None or step < self.end_step:
-            positions = rank_positions(step, self.global_batch, self.rank, self.world)
+            positions = rank_positions(step, self.global_batch, self.rank, self.world_size)
             for first in range(0, len(positions), self.micro_batch):
                 yield list(positions[first : first + self.micro_batch])
             step += 1
 
     def __len__(self) -> int:
-        """Micro-batches of this rank.
+        """Return the number of micro-batches of this rank.
 
         Raises:
-            TypeError: without end, as for any endless iterable.
+            TypeError: there is no last step, as for any endless iterable.
         """
         if self.end_step is None:
             raise TypeError("positions without end have no length")
@@ -83,12 +83,12 @@ def make_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of a rank, from a set, a mix or a stream.
+    """Iterate over the batches of a rank, from a set, a mixture or a stream.
 
     Args:
-        dataset: what to read: by position, or a `ShardStream`.
+        dataset: indexed by position, or a `ShardStream`.
         positions: of each batch.
-        workers: processes; 0 reads in this one.
+        workers: number of processes; 0 reads in this one.
         pin_memory: copy batches to page-locked memory.
 
     Raises:
@@ -107,17 +107,17 @@ def make_loader(
     prefetch: int = 4,
     pin_memory: bool = False,
 ) -> DataLoader[Sample]:
-    """Read batches of positions ahead; they come in the order given, whatever `workers` is.
+    """Make a loader that reads ahead, in the order of `batches` whatever `workers` is.
 
-    Workers are persistent and compute with one thread each (torch's rule for workers). They ignore
+    Workers are persistent and compute with one thread each, as torch sets them up. They ignore
     SIGTERM, SIGUSR1 and SIGINT, which schedulers send to the whole process group: the trainer then
     still gets the batches of the step it is finishing. They end with the loader or the process.
 
     Args:
-        dataset: what to read.
+        dataset: indexed by position.
         batches: positions of each batch, such as a `BatchPositions`.
-        workers: processes; 0 reads in this one.
-        prefetch: batches read ahead by each worker.
+        workers: number of processes; 0 reads in this one.
+        prefetch: batches that each worker reads ahead.
         pin_memory: copy batches to page-locked memory, for asynchronous copies to a GPU.
 
     Returns:
@@ -138,10 +138,10 @@ def _loader(
     **batching: Any,
 ) -> DataLoader[Sample]:
     if workers < 0:
-        raise UserError(f"workers must be 0 or more, not {workers}")
+        raise UserError(f"`data.workers` is {workers}; it must be 0 or more")
     if workers == 0:
         return DataLoader(dataset, collate_fn=collate, pin_memory=pin_memory, **batching)
-    # Python ends daemonic children at exit by SIGTERM and waits for them: that one must be obeyed.
+    # Python ends daemonic children at exit by SIGTERM and waits for them: obey that one.
     exiting = multiprocessing.Event()
     atexit.register(exiting.set)
     return DataLoader(

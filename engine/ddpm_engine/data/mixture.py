@@ -1,4 +1,4 @@
-"""Several sets at fixed proportions: a pure function from a position to a set and its position."""
+"""Mix several sets in fixed proportions: a pure function of the position."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MAX_BLOCK = 1 << 16
 
 
 class Mixture:
-    """Which set is at a position, and which of its own positions.
+    """Map from a position to a set and a position in it.
 
-    Positions come in blocks as long as the sum of the weights, divided by what divides all of them.
-    Every block holds exactly as many positions of each set as its weight says, evenly spread: the
-    i-th of w is as near as it can be to (i + ½)/w of the block. Each set's own positions follow
-    each other without gaps, so every set is walked through in its own order, epoch after epoch.
+    Positions form blocks as long as the sum of the weights in lowest terms. Every block holds
+    exactly `weight` positions of each set, evenly spread: the i-th of w is as near as it can be to
+    (i + ½)/w of the block. Each set's own positions follow each other without gaps, so every set is
+    read in its own order, epoch after epoch.
 
     Args:
         weights: at least 1 each.
@@ -37,12 +37,12 @@ class Mixture:
 
     def __init__(self, weights: Sequence[int]) -> None:
         if not weights or min(weights) < 1:
-            raise UserError(f"--data.weights are {list(weights)}; each must be at least 1")
+            raise UserError(f"`data.weights` are {list(weights)}; each must be at least 1")
         shared = math.gcd(*weights)
         self._weights = np.array([weight // shared for weight in weights], dtype=np.int64)
         if self._weights.sum() > MAX_BLOCK:
             raise UserError(
-                f"--data.weights {list(weights)} make blocks of {self._weights.sum()} samples; "
+                f"`data.weights` {list(weights)} make blocks of {self._weights.sum()} samples; "
                 f"choose rounder ones, whose sum is at most {MAX_BLOCK}"
             )
         places = sorted(
@@ -54,14 +54,14 @@ class Mixture:
         self._ranks = np.array([i for _, _, i in places], dtype=np.int64)
 
     def at(self, positions: ArrayLike) -> tuple[Indices, Indices]:
-        """Sets, and positions in them, of some positions: int64 `[N]` to two int64 `[N]`."""
+        """Return sets, and positions in them, for positions: int64 `[N]` to two int64 `[N]`."""
         blocks, offsets = np.divmod(np.asarray(positions, dtype=np.int64), len(self._sets))
         sets = self._sets[offsets]
         return sets, blocks * self._weights[sets] + self._ranks[offsets]
 
     @property
     def weights(self) -> list[int]:
-        """In lowest terms."""
+        """Weights in lowest terms."""
         return [int(weight) for weight in self._weights]
 
 
@@ -94,12 +94,12 @@ class MixedDataset(Dataset[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """Names the data: a hash of the sets' fingerprints and their weights, in order."""
+        """Hash of the sets' fingerprints and weights, in order, which names the data."""
         parts = [one.fingerprint for one in self.sets], self._mixture.weights
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
-        """Samples of all sets; positions go on beyond it."""
+        """Return the number of samples in all sets; positions continue beyond it."""
         return sum(map(len, self.sets))
 
     def __getitem__(self, position: int) -> Sample:
@@ -116,7 +116,7 @@ class MixedDataset(Dataset[Sample]):
                 places.tolist(), self.sets[number].__getitems__(inner[places].tolist()), strict=True
             ):
                 storage = self.sets[number].shards.storage
-                # Shards of different sets may have one name.
+                # Shards of different sets may have the same name.
                 faults = tuple(replace(f, shard=f"{storage}/{f.shard}") for f in sample.faults)
                 samples[place] = replace(sample, position=int(positions[place]), faults=faults)
         return [samples[place] for place in range(len(positions))]

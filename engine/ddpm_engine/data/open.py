@@ -1,4 +1,4 @@
-"""The data of a run: made if asked for, opened, and checked against the network."""
+"""Open the training data: made if asked for, checked against the network."""
 
 from __future__ import annotations
 
@@ -7,158 +7,153 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
-
-from ddpm_engine.config import RunConfig
 from ddpm_engine.data.config import DataConfig, is_location
 from ddpm_engine.data.dataset import Batch, ShardDataset, collate
 from ddpm_engine.data.mixture import MixedDataset
 from ddpm_engine.data.packing.pack import prepare_shards
 from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
-from ddpm_engine.data.shards.manifest import ShardSet, open_shards
+from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.stream import ShardStream, is_stream
-from ddpm_engine.distributed import raise_together
 from ddpm_engine.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RunDataset = ShardDataset | MixedDataset | ShardStream
+TrainingData = ShardDataset | MixedDataset | ShardStream
 
 
-def open_dataset(config: RunConfig, accelerator: Accelerator) -> RunDataset:
-    """Open a run's data, which the main process makes first if it is missing.
+def make_missing_shards(config: DataConfig, size: int) -> None:
+    """Pack `config.source` into `config.path` unless that is a finished set.
+
+    For one process at a time.
+
+    Args:
+        config: without a source, nothing is done.
+        size: side of the images in pixels.
+
+    Raises:
+        UserError: the source cannot be packed, or the path is a URL.
+    """
+    if config.source is None:
+        return
+    if isinstance(config.path, str):
+        raise UserError(
+            f"`data.source` {config.source} cannot be packed into {config.path}: give a folder"
+        )
+    prepare_shards(config.path, config.source, size)
+
+
+def open_dataset(
+    config: DataConfig,
+    size: int,
+    channels: int,
+    classes: int | None,
+    seed: int,
+    check: bool = True,
+) -> TrainingData:
+    """Open a set of shards, a mixture of sets, or a stream.
+
+    Args:
+        config: where the data is, and how it is read.
+        size: side of the network's images in pixels.
+        channels: of the network's images, 1 (grey) or 3 (RGB).
+        classes: number of classes of the network; None: unconditional.
+        seed: of the order of samples.
+        check: as in `open_shards`.
 
     Raises:
         UserError: no shards there, or images or labels that do not fit the network.
     """
-    data = config.data
-    with raise_together(UserError):
-        if data.source is not None and accelerator.is_main_process:
-            if isinstance(data.path, str):
-                raise UserError(
-                    f"--data.source {data.source} cannot be packed into {data.path}: give a folder"
-                )
-            prepare_shards(data.path, data.source, config.model.sample_size)
-    return dataset_of(config, check=accelerator.is_main_process)
-
-
-def dataset_of(config: RunConfig, check: bool = True) -> RunDataset:
-    """A run's data, as its configuration describes it.
-
-    Args:
-        config: the run.
-        check: as `open_shards` takes it.
-
-    Raises:
-        UserError: as `open_dataset`.
-    """
-    data, model = config.data, config.model
-    locations: list[str | Path] = [data.path, *data.mix_with]
-    if is_stream(str(data.path)):
-        return _stream(config)
+    locations: list[str | Path] = [config.path, *config.mix_with]
     for location in locations:
-        if is_stream(str(location)):
+        if config.mix_with and is_stream(str(location)):
             raise UserError(f"{location} is streamed, which cannot be mixed with other sets")
-    cache = _cache(data, locations)
+    if is_stream(str(config.path)):
+        return _open_stream(config, size, channels, classes)
+    cache = _open_cache(config, locations)
     sets = [open_shards(location, cache, check) for location in locations]
     for shards in sets:
-        _check_images(config, shards)
-        if model.num_class_embeds is not None:
-            _check_labels(shards, model.num_class_embeds)
-            _check_classes(sets[0], shards)
+        _check_images(shards, size, channels)
+        if classes is not None:
+            _check_labels(shards, classes)
+            _check_class_names(sets[0], shards)
     datasets = [
-        ShardDataset(
-            shards,
-            config.training.seed,
-            size=model.sample_size,
-            channels=model.in_channels,
-            window_shards=data.window_shards,
-        )
+        ShardDataset(shards, seed, size=size, channels=channels, window_shards=config.window_shards)
         for shards in sets
     ]
-    return datasets[0] if len(datasets) == 1 else MixedDataset(datasets, data.weights)
+    return datasets[0] if len(datasets) == 1 else MixedDataset(datasets, config.weights)
 
 
-def samples_at(dataset: RunDataset, positions: Sequence[int]) -> Batch:
-    """The samples at some positions; of a stream, which has none, as many that come first."""
+def samples_at(dataset: TrainingData, positions: Sequence[int]) -> Batch:
+    """Read the samples at some positions; of a stream, which has none, the same number of samples.
+
+    Raises:
+        UserError: data that cannot be read.
+    """
     if isinstance(dataset, ShardStream):
         return collate(list(itertools.islice(dataset, len(positions))))
     return collate(dataset.__getitems__(positions))
 
 
-def _cache(data: DataConfig, locations: list[str | Path]) -> ShardCache | None:
-    """Made only for a run that reads from elsewhere."""
+def _open_cache(config: DataConfig, locations: list[str | Path]) -> ShardCache | None:
+    """Open the cache if any location is a URL."""
     if not any(is_location(str(location)) for location in locations):
         return None
-    return ShardCache(data.cache or default_cache_directory(), int(data.cache_gb * 1e9))
+    return ShardCache(config.cache or default_cache_directory(), int(config.cache_gb * 1e9))
 
 
-def _stream(config: RunConfig) -> ShardStream:
-    data, model = config.data, config.model
-    if data.mix_with:
-        raise UserError(f"{data.path} is streamed, which cannot be mixed with other sets")
-    classes = model.num_class_embeds
-    stream = ShardStream(
-        str(data.path),
-        model.sample_size,
-        model.in_channels,
-        None if classes is None else classes - 1,
-        data.allow_pipe,
-    )
+def _open_stream(config: DataConfig, size: int, channels: int, classes: int | None) -> ShardStream:
+    stream = ShardStream(str(config.path), size, channels, classes, config.allow_pipe)
     logger.warning(
-        "streaming %d shards of %s, drawn with replacement: there are no epochs; a resumed run "
-        "sees other samples than one that was never stopped; images are cut and resized to %d "
-        "pixels; damage that an image format does not notice is not noticed. Shards with an index "
-        "(make_shards.py index) promise all of that",
-        len(stream.urls), stream.pattern, model.sample_size,
+        "streaming %d shards of %s with replacement: there are no epochs; a resumed run reads "
+        "other samples than one that was never stopped; images are cut and resized to %d pixels; "
+        "damage that an image format does not notice is not noticed. Indexed shards have none of "
+        "these limitations",
+        len(stream.urls), stream.pattern, size,
     )  # fmt: skip
     return stream
 
 
-def _check_images(config: RunConfig, shards: ShardSet) -> None:
-    """Refuse to resize without a word: images of one size must have the network's."""
-    stored, model = shards.manifest, config.model
-    size, channels = model.sample_size, model.in_channels
+def _check_images(shards: ShardSet, size: int, channels: int) -> None:
+    """Refuse to resize silently: where stored images have one size, it must be the network's."""
+    stored = shards.manifest
     change, repack = [], []
     if any(side not in (None, size) for side in (stored.height, stored.width)):
-        repack.append(f"--size {size}")
+        repack.append(f"size {size}")
         if stored.height == stored.width:
-            change.append(f"--model.sample-size {stored.height}")
+            change.append(f"`model.sample_size` {stored.height}")
     if stored.channels not in (None, channels):
-        repack.append(f"--channels {channels}")
-        outputs = model.out_channels // channels * (stored.channels or channels)
-        change += [f"--model.in-channels {stored.channels}", f"--model.out-channels {outputs}"]
+        repack.append(f"{channels} channels")
+        change.append(f"`model.in_channels` {stored.channels} and `model.out_channels` to match")
     if repack:
-        fitting = f"give {' '.join(change)}, or make" if change else "make"
+        alternative = f"give {', '.join(change)}, or " if change else ""
         raise UserError(
             f"images in {shards.storage} are {stored.height}×{stored.width} with "
             f"{stored.channels} channels, but the network's are {size}×{size} with {channels}; "
-            f"{fitting} the shards anew with launch/make_shards.py {' '.join(repack)}"
+            f"{alternative}pack the shards again with {', '.join(repack)}"
         )
 
 
-def _check_classes(first: ShardSet, other: ShardSet) -> None:
-    """A class is the same in all sets of a mix: one list of names begins with the other."""
-    ours, theirs = first.manifest.classes or (), other.manifest.classes or ()
-    for number, (one, two) in enumerate(zip(ours, theirs, strict=False)):
+def _check_labels(shards: ShardSet, classes: int) -> None:
+    path, highest = shards.storage, shards.highest_label
+    if highest is None:
+        raise UserError(
+            f"`model.num_class_embeds` is {classes + 1} but samples in {path} have no labels; pack "
+            "shards with labels, or leave it unset for an unconditional model"
+        )
+    if highest >= classes:
+        raise UserError(
+            f"`model.num_class_embeds` is {classes + 1} but labels in {path} go up to {highest}; "
+            f"it must be at least {highest + 2}, one more than the classes, for the null class"
+        )
+
+
+def _check_class_names(first: ShardSet, other: ShardSet) -> None:
+    """Check that a label means the same class in both sets."""
+    names, others = first.manifest.classes or (), other.manifest.classes or ()
+    for number, (one, two) in enumerate(zip(names, others, strict=False)):
         if one != two:
             raise UserError(
                 f"class {number} is {one!r} in {first.storage} and {two!r} in {other.storage}; "
-                "sets that are mixed for a class-conditional model must agree: pack them anew with "
-                "the same class folders"
+                "sets that are mixed for a class-conditional model must agree: pack them again "
+                "with the same class folders"
             )
-
-
-def _check_labels(shards: ShardSet, embeddings: int) -> None:
-    path, highest_label = shards.storage, shards.highest_label
-    if highest_label is None:
-        raise UserError(
-            f"--model.num-class-embeds is {embeddings} but samples in {path} have no labels; make "
-            "shards with labels, or leave it unset for an unconditional model"
-        )
-    if highest_label + 2 > embeddings:
-        raise UserError(
-            f"--model.num-class-embeds is {embeddings} but labels in {path} go up to "
-            f"{highest_label}; it must be at least {highest_label + 2}, one more than the classes, "
-            "for the null class"
-        )

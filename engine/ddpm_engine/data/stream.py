@@ -1,8 +1,8 @@
-"""Shards that cannot be indexed, read as they come: WebDataset's pipeline, resampled.
+"""Stream shards that cannot be indexed: WebDataset's pipeline, resampled.
 
-Shards are drawn with replacement, by every worker of every rank for itself, and samples are mixed
-in a buffer. What this promises is less than an index does: no epochs, no exact resume (a run that
-goes on draws other shards), and no notice of a flipped bit that the image format lets pass.
+Every worker of every rank samples shards with replacement, independently, and mixes samples in a
+buffer. The guarantees are weaker than an index's: no epochs, no exact resume (a resumed run samples
+other shards), and a flipped bit that the image format accepts goes unnoticed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys
 
 from ddpm_engine.data.dataset import Batch, Sample
-from ddpm_engine.data.remote.fetch import Body, FetchError, is_http, retried
+from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, is_url, retried
 from ddpm_engine.data.shards.reader import BadSample
 from ddpm_engine.data.tar import MAX_LABEL, MAX_PAYLOAD, MEMBERS, label_of, members_of, open_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 
 BUFFER = 1000
-"""Decoded samples that each worker mixes."""
+"""Decoded samples in the shuffle buffer of each worker."""
 MAX_FAULTS_IN_A_ROW = 64
 MAX_SHARDS = 1_000_000
 
@@ -41,25 +41,25 @@ class _Readable(Protocol):
 
 
 def is_stream(location: str) -> bool:
-    """Whether a location names shards themselves, rather than a folder with a manifest."""
+    """Whether a location names shards themselves rather than a folder with a manifest."""
     return location.startswith("pipe:") or urllib.parse.urlsplit(location).path.endswith(".tar")
 
 
 class ShardStream(IterableDataset[Sample]):
-    """Samples of streamed shards, endlessly; every iterator draws for itself.
+    """An endless stream of samples; every iterator samples shards independently.
 
-    Positions are not the samples' own: see `number_batches`.
+    Samples have no positions of their own: see `number_batches`.
 
     Args:
         pattern: URLs or paths of shards, with braces, such as `https://host/shard-{000..009}.tar`;
             or `pipe:` and a command for a shell.
-        size: cut and resize images to so many pixels a side.
+        size: cut and resize images to this side in pixels.
         channels: convert images to 1 (grey) or 3 (RGB).
-        classes: labels must be below it, and samples must have them; None: labels are left out.
-        allow_pipe: whether commands may be run.
+        classes: every sample must have a label below it; None: labels are ignored.
+        allow_pipe: whether `pipe:` commands may be run.
 
     Raises:
-        UserError: a pattern that names nothing, or a scheme that is not read.
+        UserError: a malformed pattern, a `pipe:` without permission, or an unreadable scheme.
     """
 
     def __init__(
@@ -78,35 +78,32 @@ class ShardStream(IterableDataset[Sample]):
         try:
             self.urls = list(itertools.islice(braceexpand(pattern), MAX_SHARDS + 1))
         except ValueError as error:
-            raise UserError(f"--data.path {pattern} has braces that do not match") from error
+            raise UserError(f"`data.path` {pattern} has braces that do not match") from error
         if len(self.urls) > MAX_SHARDS:
-            raise UserError(f"--data.path {pattern} names more than {MAX_SHARDS} shards")
+            raise UserError(f"`data.path` {pattern} names more than {MAX_SHARDS} shards")
         for url in self.urls:
             if url.startswith("pipe:"):
                 if not allow_pipe:
                     raise UserError(
-                        f"--data.path {url} would run a command in a shell: if you trust it, say "
-                        "--data.allow-pipe"
+                        f"`data.path` {url} would run a command in a shell: if you trust it, set "
+                        "`data.allow_pipe`"
                     )
-            elif "://" in url and not is_http(url):
-                raise UserError(
-                    f"--data.path {url}: only paths, http:// and https:// are streamed; for other "
-                    "stores give a command, 'pipe:COMMAND', with --data.allow-pipe"
-                )
+            elif is_url(url):
+                check_scheme(url)
 
     @property
     def fingerprint(self) -> str:
-        """Names the data as well as it can: a hash of the pattern without query strings."""
+        """Hash of the pattern without query strings, which names the data as well as possible."""
         return hashlib.sha256(f"stream\0{self.pattern.partition('?')[0]}".encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Sample]:
-        """Draw for ever.
+        """Yield samples for ever.
 
         Raises:
             UserError: `MAX_FAULTS_IN_A_ROW` faults without a sample between them.
         """
         faults: list[BadSample] = []
-        # Not seeded: with a seed, a run that goes on would begin the stream again.
+        # Not seeded: with a seed, a resumed run would begin the stream again.
         shards = webdataset.ResampledShards(self.urls, deterministic=False)
         decoded = self._decoded((entry["url"] for entry in shards), faults)
         pipeline = webdataset.filters.shuffle(BUFFER, initial=BUFFER // 10)
@@ -115,7 +112,7 @@ class ShardStream(IterableDataset[Sample]):
             faults.clear()
 
     def _decoded(self, urls: Iterable[str], faults: list[BadSample]) -> Iterator[Sample]:
-        """Decode before mixing: images of one size bound the buffer."""
+        """Decode samples before they are mixed, so that the buffer's memory is bounded."""
         in_a_row = 0
         for url in urls:
             for found in self._samples(url):
@@ -132,7 +129,7 @@ class ShardStream(IterableDataset[Sample]):
                     )
 
     def _samples(self, url: str) -> Iterator[Sample | BadSample]:
-        """Samples of a shard; what is wrong with one, or with the rest of it, as a `BadSample`."""
+        """Yield a shard's samples; a `BadSample` in place of an unusable one, or of the rest."""
         count = 0
         try:
             with _opened(url) as stream:
@@ -162,16 +159,16 @@ class ShardStream(IterableDataset[Sample]):
 
 
 def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> Iterator[Batch]:
-    """Give streamed samples the positions of the places that they take.
+    """Give streamed samples the positions that their places in the batches have.
 
-    Noise and timesteps then follow from the step and the place in the batch, as in any run.
+    Noise and timesteps then depend on step and place in the batch, as in any run.
     """
     for places, batch in zip(positions, batches, strict=False):
         yield replace(batch, positions=torch.tensor(places))
 
 
 def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
-    """Members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
+    """Yield members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
     with open_tar(_Buffered(stream), "r|") as tar:
         for key, extension, member in members_of(tar):
             if extension not in MEMBERS:
@@ -189,7 +186,7 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
 
 
 class _Buffered:
-    """What tarfile asks of a stream: as many bytes as it wants, fewer only at the end."""
+    """A stream as tarfile needs it: reads return fewer bytes only at the end."""
 
     def __init__(self, stream: _Readable) -> None:
         self._stream = stream
@@ -204,7 +201,7 @@ class _Buffered:
 def _opened(url: str) -> AbstractContextManager[_Readable]:
     if url.startswith("pipe:"):
         return _pipe(url.removeprefix("pipe:"))
-    if is_http(url):
+    if is_url(url):
         return retried(lambda: Body(url))
     return open(url, "rb")
 

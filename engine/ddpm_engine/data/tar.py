@@ -1,8 +1,8 @@
-"""What a WebDataset shard holds, found without trusting it.
+"""The samples of a WebDataset shard, found without trusting it.
 
-Tars come from anywhere. Nothing is extracted: members are read in place, and a name is only a key,
-so that links, absolute names and `../` mean nothing. Headers, labels and images are bounded in
-size, and what has been passed is forgotten, so that memory does not grow with the members.
+Tars may come from anywhere. Nothing is extracted: members are read in place, and a name is only a
+key, so that links, absolute names and `../` mean nothing. Headers, labels and images are bounded in
+size, and members already seen are forgotten, so that memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,21 +29,20 @@ MAX_PAYLOAD = 1 << 28
 """Bytes of one encoded image; the largest npy within the bound on sides is smaller."""
 
 MEMBERS = (*EXTENSIONS, "cls", "json")
-"""Extensions that are looked at; all others are left alone."""
+"""Extensions that are read; members of all others are skipped."""
 
-_BLOCK = 512
 _LABEL_NAMES = ("label", "cls", "class")
 _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
-# What tarfile raises at numbers that are none, and at headers nested without end.
+# What tarfile raises for fields that are no numbers, and for endlessly nested headers.
 _MALFORMED = (ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """Where the members of one sample are."""
+    """Where the image of one sample is, and its label."""
 
     key: str
     """WebDataset key: the path up to the first dot."""
@@ -53,25 +51,13 @@ class TarSample:
     image: tarfile.TarInfo
     """The image's member."""
     label: int
-    """-1: none."""
+    """Class; -1: none."""
     damage: str | None = None
-    """Why the label, which is -1 then, cannot be read."""
+    """Why the label cannot be read; it is -1 then."""
 
 
 class BoundedTarInfo(tarfile.TarInfo):
-    """Refuses headers that would be read into memory whole, whatever size they claim."""
-
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> BoundedTarInfo:
-        """As tarfile's own, but of a plain file reads only name and size: a third of the time."""
-        if len(buf) != _BLOCK or buf[156:157] != tarfile.REGTYPE or not _is_sound(buf):
-            return super().frombuf(buf, encoding, errors)
-        name, prefix = (
-            _text(field).decode(encoding, errors) for field in (buf[:100], buf[345:500])
-        )
-        info = cls(f"{prefix}/{name}" if prefix else name)
-        info.size = tarfile.nti(buf[124:136])  # type: ignore[attr-defined]
-        return info
+    """A header that refuses to read further headers of unbounded size into memory."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         # The hook that tarfile leaves to subclasses.
@@ -86,18 +72,6 @@ class BoundedTarInfo(tarfile.TarInfo):
     def _proc_gnusparse_10(self, *_: object) -> None:
         # The map of a sparse member may be as long as the file.
         raise tarfile.ReadError("a sparse member")
-
-
-def _is_sound(header: bytes) -> bool:
-    """Whether a header has its checksum, written as almost everybody writes it."""
-    # The low half of Adler-32 is one more than the sum of bytes, exact up to 65520: half a header.
-    first, second = zlib.adler32(header[:256]) % 65536, zlib.adler32(header[256:]) % 65536
-    stated = header[148:156]
-    return stated == b"%06o\0 " % (first + second - 2 - sum(stated) + 8 * ord(" "))
-
-
-def _text(field: bytes) -> bytes:
-    return field.partition(b"\0")[0]
 
 
 def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
@@ -116,7 +90,7 @@ def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
 
 
 def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, lower-case extension and header of each regular member, in order.
+    """Yield key, lower-case extension and header of each regular member, in order.
 
     Args:
         tar: from `open_tar`.
@@ -158,13 +132,13 @@ def scan_tar(path: Path) -> Iterator[TarSample]:
 
 
 def label_of(members: dict[str, bytes]) -> int:
-    """Label of a sample, or -1.
+    """Return the label of a sample, or -1 if it has none.
 
     Args:
-        members: content of its `cls` or `json`, if it has them.
+        members: content of its `cls` or `json` member, if it has them.
 
     Raises:
-        ValueError: there is one and it is not an integer within bounds.
+        ValueError: there is a label and it is not an integer within bounds.
     """
     label = None
     if "cls" in members:
@@ -184,7 +158,7 @@ def label_of(members: dict[str, bytes]) -> int:
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """tarfile takes a damaged header for the end of the archive: the real end is zeros."""
+    """Check that zeros follow: tarfile takes a damaged header for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(offset)
         empty = True

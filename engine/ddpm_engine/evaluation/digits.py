@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from ddpm_engine.atomic_io import write_once
-from ddpm_engine.data.packing.sources import open_source
+from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.images.codec import fit
 
 HIDDEN = 128

@@ -6,7 +6,6 @@ name, the hash, and how pictures were brought to the size it looks at.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm_engine.cache_directories import user_cache
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import CLASSES, HIDDEN, DigitClassifier, digit_classifier
 from ddpm_engine.evaluation.inception import FEATURES, OUTPUTS, InceptionNetwork, load_inception
@@ -76,8 +76,7 @@ def feature_network(
 
 def default_cache() -> Path:
     """Where features of data sets, and networks, are kept: `~/.cache/ddpm-engine/evaluation`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ddpm-engine" / "evaluation"
+    return user_cache("evaluation")
 
 
 class InceptionFeatures:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ddpm_engine.data.shards.manifest import open_shards
+from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.features_store import FeatureSet

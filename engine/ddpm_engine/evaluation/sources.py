@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import sha256_of
-from ddpm_engine.data.shards.manifest import ShardSet, open_shards
 from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
+from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
 from ddpm_engine.generation.id_store import MANIFEST
@@ -149,7 +149,7 @@ class RealImages:
         try:
             return fit(self._reader.image(shard, row, self.shape[2]), self.shape[0])
         except DamagedSample as damage:
-            fault = self._reader.fault(shard, row, str(damage))
+            fault = self._reader.describe(shard, row, str(damage))
             raise UserError(
                 f"{fault}; a measure of the other samples would be another measure: run "
                 f"'make_shards.py verify {self.shards.storage}' and repair the set"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.config import RunConfig
-from ddpm_engine.data.open import dataset_of
-from ddpm_engine.data.stream import ShardStream
+from ddpm_engine.data.open import open_dataset, samples_at
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
@@ -100,10 +98,15 @@ class Exhibit:
     @cached_property
     def real(self) -> np.ndarray:
         """The first images in training order: uint8 `[64, H, W, C]`."""
-        dataset = dataset_of(self.config)
-        if isinstance(dataset, ShardStream):
-            return np.stack([one.image for one in itertools.islice(dataset, _GRID)])
-        return np.stack([one.image for one in dataset.__getitems__(range(_GRID))])
+        model = self.config.model
+        dataset = open_dataset(
+            self.config.data,
+            size=model.sample_size,
+            channels=model.in_channels,
+            classes=None if model.num_class_embeds is None else model.num_class_embeds - 1,
+            seed=self.config.training.seed,
+        )
+        return samples_at(dataset, range(_GRID)).images.permute(0, 2, 3, 1).numpy()
 
     def labels(self, ids: Tensor) -> Tensor | None:
         """Classes of pictures, one after the other: int64 `[B]` as `ids`, or None."""

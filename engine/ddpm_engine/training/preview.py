@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.data.open import RunDataset, samples_at
+from ddpm_engine.data.open import TrainingData, samples_at
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import shrink
 from ddpm_engine.images.data_codec import PixelCodec
@@ -27,7 +27,7 @@ def draw_preview(
     config: RunConfig,
     step: int,
     accelerator: Accelerator,
-    dataset: RunDataset,
+    dataset: TrainingData,
 ) -> None:
     """Write `samples/step-….png`: always the same ids, each rank drawing its share of them.
 

@@ -17,7 +17,7 @@ from ddpm_engine.checkpoints.store import SNAPSHOTS, Checkpoint, CheckpointStore
 from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.data.loader import BatchPositions, make_batches
-from ddpm_engine.data.open import open_dataset
+from ddpm_engine.data.open import make_missing_shards, open_dataset
 from ddpm_engine.distributed import raise_together
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
@@ -68,7 +68,19 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         model = UNet(config.model)
         teacher = self._load_teacher(model)
-        self.dataset = open_dataset(config, self.accelerator)
+        with raise_together(UserError):
+            if self.accelerator.is_main_process:
+                make_missing_shards(config.data, config.model.sample_size)
+        embeds = config.model.num_class_embeds
+        with raise_together(UserError):
+            self.dataset = open_dataset(
+                config.data,
+                size=config.model.sample_size,
+                channels=config.model.in_channels,
+                classes=None if embeds is None else embeds - 1,
+                seed=config.training.seed,
+                check=self.accelerator.is_main_process,
+            )
         with raise_together(UserError):
             # By one process: two that write one file at a time take it from each other.
             if self.accelerator.is_main_process:

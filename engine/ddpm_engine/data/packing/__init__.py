@@ -1,1 +1,1 @@
-"""Making shards from folders of images and from datasets."""
+"""Makes sets of shards, from images or from shards made elsewhere."""

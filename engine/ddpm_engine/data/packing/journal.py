@@ -1,15 +1,14 @@
-"""A folder that is being packed: claimed by one run, with a journal of what is finished.
+"""A folder that is being packed: reserved for one run, with a journal of finished shards.
 
-Until the manifest is written, which happens last, the marker `.packing` stands in the folder. It
-tells the leftovers of an interrupted run from shards that somebody else put there, which must not
-be touched, and is locked while a run writes. Its first line is a hash of what is being packed; each
-other line describes a finished shard.
+Until the manifest is written, which happens last, the folder holds a marker, `.packing`. The marker
+distinguishes leftovers of an interrupted run from shards that somebody else put there, which must
+not be touched, and is locked while a run writes. Its first line is a hash of what is being packed;
+every other line describes a finished shard.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Any
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
+from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 MARKER_NAME = ".packing"
 
@@ -30,12 +30,12 @@ _GRACE_SECONDS = 2.0
 
 
 class Journal:
-    """What interrupted runs of the same recipe have finished, and what this one finishes.
+    """The shards that runs of the same recipe have finished.
 
     Args:
         descriptor: of the marker, open for reading and appending.
-        recipe: hash of the source and everything that decides about the bytes; None: not known, so
-            that nothing can be kept.
+        recipe: hash of the source and of everything else that determines the bytes; None: not
+            known, so that nothing can be kept.
     """
 
     def __init__(self, descriptor: int, recipe: str | None) -> None:
@@ -43,17 +43,17 @@ class Journal:
         first, *entries = self._lines() or [""]
         same = recipe is not None and first == recipe
         self.finished: list[dict[str, Any]] = [json.loads(entry) for entry in entries] * same
-        """Entries that an earlier run recorded."""
+        """Entries that earlier runs recorded."""
         if not same:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{recipe or ''}\n".encode())
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Append an entry. Not synced: one that is lost costs only the work."""
+        """Append an entry. It is not synced: losing it costs only the work."""
         os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
 
     def _lines(self) -> list[str]:
-        """Whole lines; what follows the last good one, such as a half-written one, is cut off."""
+        """Read the whole lines, and cut off what follows, such as a half-written one."""
         content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
         lines: list[str] = []
         length = 0
@@ -75,15 +75,17 @@ def _is_object(text: str) -> bool:
 
 
 @contextmanager
-def claim(
+def packing_run(
     folder: Path, recipe: str | None, files_of: Callable[[dict[str, Any]], set[str]]
 ) -> Iterator[Journal]:
-    """Claim an output folder for one run, clear what is not recorded, mark it finished at the end.
+    """Reserve an output folder for one run, and remove the marker once it has succeeded.
+
+    Files of earlier runs that are not in the journal are removed.
 
     Args:
         folder: made if it is missing.
         recipe: as `Journal` takes it.
-        files_of: names of the files that an entry of the journal describes.
+        files_of: returns the names of the files that an entry of the journal describes.
 
     Yields:
         The `Journal`.
@@ -92,13 +94,13 @@ def claim(
         UserError: the folder holds something else, is in use, or cannot be written.
     """
     marker = folder / MARKER_NAME
-    with naming(folder):
+    with explain_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _leftovers(folder)
         lock = os.open(marker, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         _lock(lock, folder)
-        with naming(folder):
+        with explain_os_error(folder):
             journal = Journal(lock, recipe)
             kept = set[str]().union(*(files_of(entry) for entry in journal.finished))
             # Looked at again: whoever held the lock may have finished meanwhile.
@@ -112,7 +114,7 @@ def claim(
             for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
                 half.unlink(missing_ok=True)
             raise
-        with naming(folder):
+        with explain_os_error(folder):
             marker.unlink()
             fsync_directory(folder)
     finally:
@@ -120,7 +122,7 @@ def claim(
 
 
 def _leftovers(folder: Path) -> set[str]:
-    """Files that an interrupted run left in an output folder.
+    """Return the names of the files that an interrupted run left in an output folder.
 
     Raises:
         UserError: it holds anything else.
@@ -138,24 +140,23 @@ def _leftovers(folder: Path) -> set[str]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    # The processes of a run that was killed share its lock, and need a moment to notice.
+    # Children of a killed run share its lock, and need a moment to notice that they are orphans.
     deadline = time.monotonic() + _GRACE_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise UserError(f"another process is packing into {folder}: wait for it") from error
-            time.sleep(0.05)
-        except OSError:
-            # Some network file systems have no locks; the marker still protects foreign files.
-            return
+            # Inherited, so that the folder stays reserved until the last child has ended.
+            if acquire(descriptor, inherit=True):
+                return
+        except LocksUnsupportedError:
+            return  # the marker still protects foreign files
+        if time.monotonic() > deadline:
+            raise UserError(f"another process is packing into {folder}: wait for it")
+        time.sleep(0.05)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Say which file the operating system refused to read or write, and what to do.
+def explain_os_error(path: Path) -> Iterator[None]:
+    """Say which file the operating system refused to read or write, and what to do about it.
 
     Raises:
         UserError: in place of an `OSError`.

@@ -1,4 +1,4 @@
-"""Making sets of shards: packing a source, and indexing shards made elsewhere.
+"""Pack a source of images into a set of shards.
 
 A set is finished when its manifest is written, which happens last.
 """
@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,15 @@ import webdataset
 from webdataset import TarWriter
 
 from ddpm_engine.atomic_io import atomic_write, sha256_of
-from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, claim, naming
+from ddpm_engine.data.packing.index import Scan, class_names, index_shard
+from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, explain_os_error, packing_run
 from ddpm_engine.data.packing.process_map import map_forked
-from ddpm_engine.data.packing.sources import Example, Source, open_source
-from ddpm_engine.data.shards.manifest import (
-    MANIFEST_NAME,
-    MAX_KEY,
-    Index,
-    Manifest,
-    Shard,
-    index_dtype,
-)
-from ddpm_engine.data.tar import MAX_CLASSES, scan_tar
+from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.data.packing.sources.source import Example, Source
+from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
+from ddpm_engine.data.tar import MAX_CLASSES
 from ddpm_engine.errors import UserError
-from ddpm_engine.images.codec import EXTENSIONS, DecodeError, encode, fit, probe, with_channels
-
-_CHUNK = 4096
+from ddpm_engine.images.codec import EXTENSIONS, encode, fit, with_channels
 
 
 def write_shards(
@@ -55,37 +47,37 @@ def write_shards(
     """Pack a source into shards, indexes and a manifest.
 
     The same source and arguments give the same bytes, whatever the number of processes. A sample's
-    key is its number, followed by what the source calls it where that says more. Every file appears
-    complete or not at all. A run that was interrupted is simply run again: shards that it finished
-    are kept if their hashes are right and the source is still of the same revision.
+    key is its number, followed by the source's key where that says more. Every file appears
+    complete or not at all. An interrupted run is simply run again: shards that it finished are kept
+    if their hashes are right and the source is still of the same revision.
 
     Args:
         source: what to pack.
         out: folder to make; it may exist if it is empty or holds an unfinished run.
-        size: cut and resize to so many pixels a side (see `fit`); None requires equal sizes.
+        size: cut and resize to this side in pixels (see `fit`); None requires equal sizes.
         channels: convert to 1 (grey) or 3 (RGB); None requires that all images agree.
-        per_shard: images of each shard but the last.
+        per_shard: images in each shard but the last.
         image_format: png, webp and npy are lossless; jpg is smaller.
-        processes: forked for the work; 1 does it in this one.
-        progress: called with the number of images of every shard that is finished.
+        processes: number of forked processes; 1 works in this one.
+        progress: called with the number of images of every finished shard.
 
     Raises:
         UserError: an argument out of range, an empty source, images that differ, labels that are
             missing for some images, a folder in use, a full disk.
     """
     if size is not None and size < 1:
-        raise UserError(f"image size must be at least 1, not {size}")
+        raise UserError(f"`size` is {size}; it must be at least 1")
     if channels not in (None, 1, 3):
-        raise UserError(f"images have 1 or 3 channels, not {channels}")
+        raise UserError(f"`channels` is {channels}; it must be 1 or 3")
     if per_shard < 1:
-        raise UserError(f"a shard holds at least 1 image, not {per_shard}")
+        raise UserError(f"`per_shard` is {per_shard}; it must be at least 1")
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
     if not len(source.examples):
         raise UserError(f"source {source.name} holds no images")
     folder = Path(out)
     packing = _Packing(source, folder, size, channels, per_shard, image_format)
-    with claim(folder, packing.recipe(), _files_of) as journal:
+    with packing_run(folder, packing.recipe(), _files_of) as journal:
         scans = _pack_all(packing, journal, processes, progress)
         height, width, depth = packing.first.image.shape
         manifest = Manifest(
@@ -93,74 +85,17 @@ def write_shards(
             height=height,
             width=width,
             channels=depth,
-            classes=_class_names(scans, source.classes, source.name),
+            classes=class_names(scans, source.classes, source.name),
         )
-        with naming(folder / MANIFEST_NAME):
+        with explain_os_error(folder / MANIFEST_NAME):
             manifest.write(folder)
-    return manifest
-
-
-def index_shards(
-    directory: str | os.PathLike[str],
-    processes: int = 1,
-    progress: Callable[[int], object] = lambda _: None,
-) -> Manifest:
-    """Index WebDataset shards made elsewhere: one scan of every `*.tar` in a folder.
-
-    A sample is an image with one of the known extensions (the first of `EXTENSIONS` where there are
-    several) and a label if there is a `cls` (an integer) or a `json` with an integer `label`, `cls`
-    or `class`. Captions (`txt`) and all other members are left alone, and never decoded.
-
-    Args:
-        directory: where the shards are.
-        processes: forked for the work; 1 does it in this one.
-        progress: called with the number of images of every shard that is finished.
-
-    Raises:
-        UserError: no shards, a finished set, a damaged tar (named with the offset), a sample
-            without an image, unreadable labels or labels for only some samples, a folder that
-            cannot be written.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise UserError(f"no folder of shards at {folder}")
-    if (folder / MANIFEST_NAME).exists():
-        raise UserError(
-            f"{folder} is indexed already; to index it again, delete {folder / MANIFEST_NAME}"
-        )
-    if (folder / MARKER_NAME).exists():
-        raise UserError(f"{folder} is an unfinished set: run make_shards.py on its source again")
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder} holds no .tar files to index")
-    scans = []
-    for scan in map_forked(_index, paths, processes):
-        scans.append(scan)
-        progress(scan.shard.samples)
-    scans.sort(key=lambda scan: scan.shard.name)
-    if not any(scan.shard.samples for scan in scans):
-        raise UserError(f"the shards in {folder} hold no samples")
-    shapes = frozenset[tuple[int, int, int]]().union(*(scan.shapes for scan in scans))
-    height, width, depth = (
-        sides.pop() if len(sides := {shape[axis] for shape in shapes}) == 1 else None
-        for axis in range(3)
-    )
-    manifest = Manifest(
-        shards=tuple(scan.shard for scan in scans),
-        height=height,
-        width=width,
-        channels=depth,
-        classes=_class_names(scans, None, str(folder)),
-    )
-    with naming(folder / MANIFEST_NAME):
-        manifest.write(folder)
     return manifest
 
 
 def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | None = None) -> None:
     """Pack a source, named as `open_source` takes it, unless the folder holds a finished set.
 
-    A set that is there is left as it is, whatever it was made from. For one process at a time.
+    An existing set is left as it is, whatever it was made from. For one process at a time.
 
     Raises:
         UserError: as `open_source` and `write_shards`.
@@ -169,24 +104,8 @@ def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | N
         write_shards(open_source(source), directory, size)
 
 
-# Packing
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What one scan of a shard finds."""
-
-    shard: Shard
-    highest_label: int
-    """-1: no labels."""
-    unlabelled: str | None
-    """Key of the first sample without a label."""
-    shapes: frozenset[tuple[int, int, int]] = frozenset()
-    """Heights, widths and channels that occur; not recorded of shards that were packed here."""
-
-
 class _Packing:
-    """Everything that decides about the bytes of a set."""
+    """Everything that determines the bytes of a set."""
 
     def __init__(
         self,
@@ -207,11 +126,11 @@ class _Packing:
         self._check_alike(self.first)
 
     def __len__(self) -> int:
-        """Shards of the set."""
+        """Return the number of shards."""
         return -(-len(self.source.examples) // self._per_shard)
 
     def recipe(self) -> str | None:
-        """Hash of everything here; None where the source does not know its revision."""
+        """Return a hash of all of it; None where the source does not know its revision."""
         if self.source.revision is None:
             return None
         everything = (
@@ -221,13 +140,13 @@ class _Packing:
         )  # fmt: skip
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
-    def make(self, number: int) -> _Scan:
+    def make(self, number: int) -> Scan:
         """Write one shard and its index."""
         path = self.folder / f"shard-{number:06d}.tar"
         end = min((number + 1) * self._per_shard, len(self.source.examples))
-        with naming(path):
+        with explain_os_error(path):
             self._write_tar(path, range(number * self._per_shard, end))
-            return _index(path)
+            return index_shard(path)
 
     def _write_tar(self, path: Path, numbers: Iterable[int]) -> None:
         # No encoder: TarWriter's own would pickle some extensions. mtime 0: the same bytes always.
@@ -251,18 +170,18 @@ class _Packing:
         return example._replace(image=image if self._size is None else fit(image, self._size))
 
     def _check_alike(self, example: Example) -> None:
-        """All examples have the first one's shape and labelling."""
+        """Check that an example has the first one's shape, and a label if that has one."""
         first, source = self.first, self.source
         (height, width, depth), (h, w, d) = first.image.shape, example.image.shape
         if (h, w) != (height, width):
             raise UserError(
                 f"images of {source.name} differ in size: {first.key!r} is {height}×{width}, "
-                f"{example.key!r} is {h}×{w}; give --size to cut and resize all of them"
+                f"{example.key!r} is {h}×{w}; give `size` to cut and resize all of them"
             )
         if d != depth:
             raise UserError(
                 f"images of {source.name} differ in channels: {first.key!r} has {depth}, "
-                f"{example.key!r} has {d}; give --channels 1 (grey) or --channels 3 (RGB)"
+                f"{example.key!r} has {d}; give `channels` 1 (grey) or 3 (RGB)"
             )
         if (example.label is None) != (first.label is None):
             raise UserError(
@@ -279,22 +198,22 @@ class _Packing:
 
 def _pack_all(
     packing: _Packing, journal: Journal, processes: int, progress: Callable[[int], object]
-) -> list[_Scan]:
-    """Every shard of the set, in order: those in the journal if they are sound, else made."""
+) -> list[Scan]:
+    """Return the scans of all shards in order: kept if the journal has them and they are sound."""
     recorded = {entry["number"]: _recorded(entry) for entry in journal.finished}
-    scans: dict[int, _Scan] = {}
+    scans: dict[int, Scan] = {}
     make = partial(_keep_or_make, packing, recorded)
     with closing(map_forked(make, range(len(packing)), processes)) as made:
         for number, scan in made:
             scans[number] = scan
             if recorded.get(number) != scan:
-                with naming(packing.folder / MARKER_NAME):
+                with explain_os_error(packing.folder / MARKER_NAME):
                     journal.record(_entry(number, scan))
             progress(scan.shard.samples)
     return [scans[number] for number in range(len(packing))]
 
 
-def _keep_or_make(packing: _Packing, recorded: dict[int, _Scan], number: int) -> tuple[int, _Scan]:
+def _keep_or_make(packing: _Packing, recorded: dict[int, Scan], number: int) -> tuple[int, Scan]:
     scan = recorded.get(number)
     if scan is not None and _is_intact(packing.folder, scan.shard):
         return number, scan
@@ -311,7 +230,7 @@ def _is_intact(folder: Path, shard: Shard) -> bool:
         return False
 
 
-def _entry(number: int, scan: _Scan) -> dict[str, Any]:
+def _entry(number: int, scan: Scan) -> dict[str, Any]:
     return {
         "number": number,
         "shard": dataclasses.asdict(scan.shard),
@@ -320,8 +239,8 @@ def _entry(number: int, scan: _Scan) -> dict[str, Any]:
     }
 
 
-def _recorded(entry: dict[str, Any]) -> _Scan:
-    return _Scan(Shard(**entry["shard"]), entry["highest_label"], entry["unlabelled"])
+def _recorded(entry: dict[str, Any]) -> Scan:
+    return Scan(Shard(**entry["shard"]), entry["highest_label"], entry["unlabelled"])
 
 
 def _files_of(entry: dict[str, Any]) -> set[str]:
@@ -330,73 +249,6 @@ def _files_of(entry: dict[str, Any]) -> set[str]:
 
 
 def _member_key(number: int, name: str) -> str:
-    """A key that is unique, sorts in order, and has no dot, at which WebDataset would split it."""
+    """Return a key that is unique, sorts in order, and has no dot, where WebDataset would split."""
     key = f"{number:08d}"
     return key if name == key else f"{key}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[-60:]}"
-
-
-# Indexing
-
-
-def _index(path: Path) -> _Scan:
-    """Scan a shard, write its index beside it, and describe both."""
-    with naming(path):
-        index, shapes = _rows(path)
-        shard = Shard(path.name, len(index), path.stat().st_size, sha256_of(path), index_sha256="")
-        index_path = path.with_name(shard.index_name)
-        with atomic_write(index_path) as index_file:
-            np.save(index_file, index, allow_pickle=False)
-        shard = replace(shard, index_sha256=sha256_of(index_path))
-    without = np.flatnonzero(index["label"] < 0)
-    return _Scan(
-        shard,
-        int(index["label"].max(initial=-1)),
-        index["key"][without[0]].decode("utf-8", "replace") if len(without) else None,
-        shapes,
-    )
-
-
-def _rows(path: Path) -> tuple[Index, frozenset[tuple[int, int, int]]]:
-    """Index of a shard, and the shapes of its images."""
-    chunks: list[Index] = []
-    rows: list[tuple[bytes, int, int, int, bytes, int]] = []
-    shapes: set[tuple[int, int, int]] = set()
-
-    def pack_rows() -> None:
-        # Python's objects take ten times the room of the rows.
-        widest = max((len(row[0]) for row in rows), default=0)
-        chunks.append(np.array(rows, dtype=index_dtype(widest)))
-        rows.clear()
-
-    with open(path, "rb") as file:
-        for sample in scan_tar(path):
-            if sample.damage:
-                raise UserError(f"sample {sample.key!r} of {path}: {sample.damage}")
-            file.seek(sample.image.offset_data)
-            payload = file.read(sample.image.size)
-            # Undecodable images stay in the index, where reading replaces and reports them.
-            with suppress(DecodeError):
-                shapes.add(probe(payload, sample.extension))
-            key = sample.key.encode("utf-8", "surrogateescape")[-MAX_KEY:]
-            place = sample.image.offset_data, sample.image.size, zlib.crc32(payload)
-            rows.append((key, *place, sample.extension.encode("ascii"), sample.label))
-            if len(rows) == _CHUNK:
-                pack_rows()
-    pack_rows()
-    dtype = index_dtype(max(chunk.dtype["key"].itemsize for chunk in chunks))
-    return np.concatenate([chunk.astype(dtype) for chunk in chunks]), frozenset(shapes)
-
-
-def _class_names(
-    scans: Sequence[_Scan], known: tuple[str, ...] | None, source: str
-) -> tuple[str, ...] | None:
-    """Names of the classes; numbers where the source has no names; None without labels."""
-    highest = max(scan.highest_label for scan in scans)
-    if highest < 0:
-        return None
-    key = next((scan.unlabelled for scan in scans if scan.unlabelled is not None), None)
-    if key is not None:
-        raise UserError(
-            f"of {source}, sample {key!r} has no label while others do: label all or none"
-        )
-    return known or tuple(str(label) for label in range(highest + 1))

@@ -1,4 +1,4 @@
-"""A function called in several processes, which end with the one that started them."""
+"""Call a function in several processes, which end with the one that started them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _function: Callable[[Any], Any] | None = None
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -30,18 +30,18 @@ def usable_cores() -> int:
 def map_forked(
     function: Callable[[Argument], Result], arguments: Sequence[Argument], processes: int
 ) -> Generator[Result, None, None]:
-    """Call a function for every argument in forked processes; results come as they are finished.
+    """Call a function for every argument in forked processes; yield results as they are finished.
 
     The function and what it refers to are inherited, not pickled, so that memory is shared; its
-    arguments and results are pickled. With one process, or one argument, it is called right here.
-    The processes end at once when the caller fails, stops listening or is killed.
+    arguments and results are pickled. With one process, or one argument, it is called in this
+    process. The children end at once when the caller fails, closes the generator or is killed.
 
     Raises:
         UserError: `processes` below 1, or one of them was killed.
         Exception: whatever the function raises.
     """
     if processes < 1:
-        raise UserError(f"--processes is {processes}; it must be at least 1")
+        raise UserError(f"`processes` is {processes}; it must be at least 1")
     processes = min(processes, len(arguments))
     if processes <= 1:
         yield from map(function, arguments)
@@ -55,7 +55,7 @@ def map_forked(
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process was killed, perhaps for want of memory; run again with fewer --processes"
+            "a process was killed, perhaps for want of memory; run again with fewer `processes`"
         ) from error
     finally:
         alive.close()
@@ -66,14 +66,14 @@ def map_forked(
 def _start(function: Callable[[Any], Any], ended: Connection, alive: Connection) -> None:
     global _function
     _function = function
-    # The caller, who gets an interrupt too, decides what becomes of the work.
+    # The caller, which gets the interrupt too, decides what becomes of the work.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     alive.close()
     threading.Thread(target=_end_with_caller, args=(ended,), daemon=True).start()
 
 
 def _end_with_caller(ended: Connection) -> None:
-    ended.poll(None)  # until nobody holds the other end: it was closed, or its process is gone
+    ended.poll(None)  # returns once the other end is closed, by hand or because its process is gone
     os._exit(1)
 
 

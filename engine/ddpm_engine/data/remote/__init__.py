@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: fetched, verified and cached."""
+"""Shards under a URL: fetched, verified and cached on a local disk."""

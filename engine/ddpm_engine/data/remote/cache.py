@@ -1,30 +1,30 @@
 """Remote files on a local disk: verified, bounded, shared by all processes of a node.
 
 A file is kept under the hash of its whole URL and the hash of its content, so that neither two sets
-with equal names nor two versions of a set are confused. It is downloaded beside, hashed on the way,
-and gets its name only if the hash is right. Locks are `flock`s, which end with their process:
+with equal names nor two versions of a set are confused. It is downloaded under a temporary name,
+hashed on the way, and renamed only if the hash is right. Three kinds of locks, which end with their
+process:
 
-    locks/NN      exclusive while somebody downloads a file whose key begins so: one download a node
-    files/KEY     shared while somebody reads it: such a file is never removed
+    locks/NN      exclusive during the download of a file whose key begins so: one per node
+    files/KEY     shared while the file is read: such a file is never removed
     room.lock     exclusive while room is made and taken
 
-Files that were not opened for longest are removed first.
+The least recently opened files are removed first.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.data.remote.fetch import Body, FetchError, retried
 from ddpm_engine.errors import UserError
+from ddpm_engine.locks import acquire, locked
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,25 @@ _PIECE = 1 << 20
 
 
 def default_cache_directory() -> Path:
-    """A folder of this user on this node: under the temporary directory."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return Path(tempfile.gettempdir()) / f"ddpm-engine-shards-{user}"
+    """Return the folder of this user's shards on this node's local disk.
+
+    Raises:
+        UserError: it is not safe to use.
+    """
+    try:
+        return node_cache("shards")
+    except PermissionError as error:
+        raise UserError(f"{error}: remove it, or choose another folder by `data.cache`") from error
 
 
 class ShardCache:
     """A bounded folder of downloaded files.
 
     Args:
-        directory: made if it is missing; on a local disk, since its locks must work. Several
+        directory: made if it is missing; on a local disk, since file locks must work. Several
             processes may use it at the same time, best with the same limit.
-        limit: bytes of all files together. It is exceeded, with a warning, only while files that
-            are being read leave no other way.
+        limit: bytes of all files together. It is exceeded, with a warning, only while every file is
+            in use.
 
     Raises:
         UserError: the folder cannot be made, or belongs to somebody else.
@@ -62,38 +68,38 @@ class ShardCache:
             owner = directory.stat().st_uid
         except OSError as error:
             raise UserError(
-                f"--data.cache {directory} cannot be used ({error.strerror}): choose another folder"
+                f"`data.cache` {directory} cannot be used ({error.strerror}): choose another folder"
             ) from error
         if hasattr(os, "getuid") and owner != os.getuid():
-            raise UserError(f"--data.cache {directory} belongs to someone else: choose another")
+            raise UserError(f"`data.cache` {directory} belongs to someone else: choose another")
 
     def open(self, url: str, sha256: str, at_most: int) -> int:
-        """Open a file, downloaded if it is not there; a descriptor for reading.
+        """Return a descriptor for reading a file, which is downloaded if it is not there.
 
-        As long as the descriptor is open, the file is in use.
+        The file counts as in use until the descriptor is closed.
 
         Args:
-            url: where it is.
+            url: of the file.
             sha256: of its content.
             at_most: its size in bytes, or a bound on it.
 
         Raises:
-            FetchError: it cannot be had, or its content has another hash or is longer.
-            UserError: it alone is over the limit.
+            FetchError: it cannot be fetched, or its content has another hash or is longer.
+            UserError: it alone is over the limit, or no package here reads such URLs.
             OSError: the disk cannot be written.
         """
         if at_most > self.limit:
             raise UserError(
                 f"{url} may have {at_most} bytes, more than the cache holds ({self.limit}): raise "
-                "--data.cache-gb"
+                "`data.cache_gb`"
             )
         key = f"{hashlib.sha256(url.encode()).hexdigest()}-{sha256}"
         descriptor = self._open_present(key)
         if descriptor is not None:
             return descriptor
-        with _locked(self._locks / key[:2]):
+        with locked(self._locks / key[:2]):
             while True:
-                # Looked for again: another process may have been faster, or thrown it out.
+                # Looked for again: another process may have downloaded it, or removed it.
                 descriptor = self._open_present(key)
                 if descriptor is not None:
                     return descriptor
@@ -104,7 +110,7 @@ class ShardCache:
             descriptor = os.open(self._files / key, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        acquire(descriptor, shared=True, wait=True, inherit=True)
         if os.fstat(descriptor).st_nlink == 0:  # removed before it was locked
             os.close(descriptor)
             return None
@@ -115,12 +121,11 @@ class ShardCache:
         path = self._files / key
         temporary = path.with_name(key + TEMPORARY_SUFFIX)
         with Body(url) as body:
-            with _locked(self.directory / "room.lock"):
+            with locked(self.directory / "room.lock"):
                 self._make_room(body.length if body.length is not None else at_most)
                 file = open(temporary, "wb")  # noqa: SIM115
-                # Locked before others make room, or they take it for the rest of a download that
-                # was killed.
-                fcntl.flock(file, fcntl.LOCK_EX)
+                # Locked before others make room, who would take it for what a killed download left.
+                acquire(file, wait=True, inherit=True)
             try:
                 digest, size = hashlib.sha256(), 0
                 while piece := body.read(_PIECE):
@@ -146,7 +151,7 @@ class ShardCache:
         fsync_directory(self._files)
 
     def _make_room(self, needed: int) -> None:
-        """Remove what was not used for longest; by whoever holds the lock of the room."""
+        """Remove the least recently used files; the caller holds `room.lock`."""
         entries = []
         for entry in os.scandir(self._files):
             with suppress(FileNotFoundError):
@@ -160,32 +165,21 @@ class ShardCache:
                 excess -= size
         if excess > 0:
             logger.warning(
-                "the cache %s is %d bytes over its limit, all of it in use: raise --data.cache-gb",
+                "the cache %s is %d bytes over its limit, all of it in use: raise `data.cache_gb`",
                 self.directory, excess,
             )  # fmt: skip
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless somebody has locked it."""
+    """Remove a file unless it is locked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not acquire(descriptor, inherit=True):
+            return False
         path.unlink(missing_ok=True)
         return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
     finally:
         os.close(descriptor)

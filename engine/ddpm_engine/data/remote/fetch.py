@@ -1,4 +1,9 @@
-"""Reading over HTTP: retried with growing pauses, and complete or an error."""
+"""Read files under a URL: retried with growing pauses, and complete or an error.
+
+http(s) is read by the standard library, every other scheme (s3://, gs://, hf://, ...) by fsspec and
+the back end that it names. fsspec's own http(s) back end would need aiohttp, which nothing else
+here needs, and its timeouts bound a whole download instead of each read.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,17 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import fsspec
+
+from ddpm_engine.errors import UserError
 
 Result = TypeVar("Result")
 
 ATTEMPTS = 6
 TIMEOUT_SECONDS = 30.0
-"""Of connecting, and of every read."""
+"""Limit on connecting, and on every read, over http(s). Other back ends have their own."""
 
 _FIRST_PAUSE_SECONDS = 0.5
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
@@ -32,35 +41,24 @@ class FetchError(OSError):
 
 
 class Body:
-    """The body of a response, which must be as long as its header says.
+    """The content of a remote file, which must be as long as its server announced.
 
     Raises:
         FetchError: the server cannot be reached or refuses, or later, the connection breaks.
+        UserError: the package that reads this scheme is not installed.
     """
 
     def __init__(self, url: str) -> None:
-        if not is_http(url):
-            # urllib would open files, too.
-            raise FetchError(url, "only http:// and https:// are fetched", lasting=True)
         self.url = url
-        try:
-            self._response = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
-        except urllib.error.HTTPError as error:
-            error.close()
-            reason = f"{error.code} {error.reason}"
-            raise FetchError(url, reason, error.code not in _TRANSIENT) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise FetchError(url, str(error)) from error
-        length = self._response.headers.get("Content-Length", "")
-        self.length = int(length) if length.isdecimal() else None
-        """Bytes that the server announced, if it did."""
+        check_scheme(url)
+        self._stream, self.length = _open_http(url) if is_http(url) else _open_fsspec(url)
         self._seen = 0
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes; fewer only at the end."""
+        """Return up to `size` bytes; fewer only at the end."""
         try:
-            piece: bytes = self._response.read(size)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            piece: bytes = self._stream.read(size)
+        except Exception as error:  # each back end has errors of its own
             raise FetchError(self.url, str(error)) from error
         self._seen += len(piece)
         if len(piece) < size and self.length is not None and self._seen < self.length:
@@ -69,7 +67,7 @@ class Body:
 
     def close(self) -> None:
         """Close the connection."""
-        self._response.close()
+        self._stream.close()
 
     def __enter__(self) -> Body:
         return self
@@ -78,15 +76,45 @@ class Body:
         self.close()
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is a URL rather than a path."""
+    return "://" in location
+
+
 def is_http(location: str) -> bool:
     """Whether a location is an http(s) URL."""
     return urllib.parse.urlsplit(location).scheme.lower() in ("http", "https")
 
 
-def retried(work: Callable[[], Result]) -> Result:
-    """Call `work`, again while it raises a `FetchError` that may pass, `ATTEMPTS` times in all.
+def check_scheme(url: str) -> None:
+    """Check that URLs of this scheme can be read here.
 
-    Pauses double, and differ between processes, so that a server that comes back is not stormed.
+    Raises:
+        UserError: the scheme is unknown, or needs a package that is not installed.
+    """
+    if is_http(url):
+        return
+    if not is_url(url):
+        raise UserError(f"{url} is not a URL")
+    # fsspec chains schemes by "::", as in simplecache::s3://bucket/file.
+    for scheme in url.partition("://")[0].lower().split("::"):
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            # The message names the package, as in "Install s3fs to access S3".
+            raise UserError(f"{url} cannot be read here: {error}") from error
+        except ValueError as error:
+            raise UserError(
+                f"{url} has an unknown scheme, {scheme}: give an http(s):// URL, or one that "
+                "fsspec knows, such as s3://, gs:// or hf://"
+            ) from error
+
+
+def retried(work: Callable[[], Result]) -> Result:
+    """Call `work` until it succeeds, at most `ATTEMPTS` times.
+
+    It is called again after a `FetchError` that may pass. Pauses double, and differ between
+    processes, so that a server that comes back is not stormed.
 
     Raises:
         FetchError: the last one.
@@ -104,10 +132,11 @@ def retried(work: Callable[[], Result]) -> Result:
 
 
 def fetch(url: str, at_most: int) -> bytes:
-    """The whole of a small file.
+    """Return the whole content of a small file.
 
     Raises:
         FetchError: it cannot be had, or is longer than `at_most` bytes.
+        UserError: the package that reads this scheme is not installed.
     """
 
     def attempt() -> bytes:
@@ -120,3 +149,32 @@ def fetch(url: str, at_most: int) -> bytes:
         return bytes(content)
 
     return retried(attempt)
+
+
+def _open_http(url: str) -> tuple[Any, int | None]:
+    """Return the response's stream and the length that its header announces, if it does."""
+    try:
+        response = urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        error.close()
+        reason = f"{error.code} {error.reason}"
+        raise FetchError(url, reason, error.code not in _TRANSIENT) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise FetchError(url, str(error)) from error
+    length = response.headers.get("Content-Length", "")
+    return response, int(length) if length.isdecimal() else None
+
+
+def _open_fsspec(url: str) -> tuple[Any, int | None]:
+    """Return the file's stream and its length, if the back end knows it."""
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        # Listings of before are not trusted: the file may have come, or changed, since.
+        system.invalidate_cache()
+        size = system.size(path)
+        return system.open(path, "rb"), size
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise FetchError(url, reason, lasting=True) from error
+    except Exception as error:  # each back end has errors of its own
+        raise FetchError(url, f"{type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Where a set's files are: a folder, or a URL whose files come through the cache."""
+"""Where the files of a set are: a local folder, or a URL whose files come through the cache."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import FetchError, fetch
 
 MAX_MANIFEST = 1 << 28
-"""Bytes of a manifest that came from elsewhere."""
+"""Bytes of a manifest under a URL."""
 
 _REMEMBERED_SECONDS = 60.0
 
 
 class Storage(Protocol):
-    """Files of a set by name."""
+    """The files of a set, by name."""
 
     def open(self, name: str, sha256: str, at_most: int) -> int:
-        """A descriptor for reading a file of that hash and at most so many bytes.
+        """Return a descriptor for reading a file of this hash and of at most `at_most` bytes.
 
-        A local file may have another hash and size: whoever reads it finds out.
+        A local file may have another hash and size: readers check what they read.
 
         Raises:
-            OSError: it cannot be had.
+            OSError: it cannot be opened or fetched.
         """
 
     def manifest(self, name: str) -> bytes:
-        """The content of the manifest.
+        """Return the content of the manifest.
 
         Raises:
-            OSError: it cannot be had.
+            OSError: it cannot be read or fetched.
         """
 
     def __str__(self) -> str:
-        """The set's location, as a user wrote it."""
+        """The set's location, as the user wrote it."""
 
 
 class Folder:
@@ -58,11 +58,11 @@ class Folder:
 
 
 class Remote:
-    """A set under a URL, whose files are downloaded when they are first opened.
+    """A set under a URL, whose files are downloaded on first use.
 
     Args:
         url: of the folder that holds the manifest.
-        cache: what is downloaded goes here.
+        cache: keeps what is downloaded.
     """
 
     def __init__(self, url: str, cache: ShardCache) -> None:

@@ -1,1 +1,1 @@
-"""Indexed sets of shards: manifest, index and reader."""
+"""Indexed sets of shards: manifest, index, opening, reading, verifying."""

@@ -1,4 +1,4 @@
-"""Reading one sample by its place in the index: one `pread`, a checksum, a decode."""
+"""Read one sample by its place in the index: one `pread`, a checksum, a decode."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_engine.data.shards.manifest import ShardSet
+from ddpm_engine.data.shards.shard_set import ShardSet
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, Pixels, decode
 
 MAX_OPEN_SHARDS = 64
-"""Files kept open at a time, well below the usual limit of 1024 a process."""
+"""Files kept open at a time, well below the usual limit of 1024 per process."""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """Something in a set that cannot be used."""
+    """A sample, or a whole shard, that cannot be used, and why."""
 
     shard: str
     """File name of the shard."""
     key: str | None
     """WebDataset key of the sample; None for the shard itself."""
     reason: str
-    """What is wrong with it."""
+    """Why it cannot be used."""
 
     def __str__(self) -> str:
         sample = "" if self.key is None else f"sample {self.key!r}: "
@@ -33,15 +33,15 @@ class BadSample:
 
 
 class DamagedSample(Exception):
-    """One sample cannot be used; the message says why."""
+    """A sample cannot be used; the message says why."""
 
 
 class ShardReader:
     """Random access to the images of a set.
 
-    Files are opened when they are first needed and closed when others displace them. A reader can
-    be pickled or inherited by a forked worker: `pread` has no shared position, and descriptors
-    stay behind in a pickle.
+    Files are opened on first use; the least recently used one is closed when there are too many.
+    A reader can be pickled, which leaves its descriptors behind, or inherited by a forked worker,
+    since `pread` shares no position.
 
     Args:
         shards: an open set.
@@ -79,8 +79,8 @@ class ShardReader:
         except DecodeError as error:
             raise DamagedSample(str(error)) from error
 
-    def fault(self, shard: int, row: int, reason: str) -> BadSample:
-        """Describe what is wrong with one index row."""
+    def describe(self, shard: int, row: int, reason: str) -> BadSample:
+        """Name the sample of one index row in a `BadSample`."""
         try:
             key = self._shards.indexes[shard][row]["key"].decode("utf-8", "replace")
         except UserError:

@@ -1,4 +1,4 @@
-"""Reading every byte of a set and naming what is damaged."""
+"""Read every byte of a set and name what is damaged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.data.remote.storage import Folder
-from ddpm_engine.data.shards.manifest import Index, Shard, ShardSet, index_dtype, read_manifest
+from ddpm_engine.data.shards.index import Index, index_dtype
+from ddpm_engine.data.shards.manifest import Shard
 from ddpm_engine.data.shards.reader import BadSample, DamagedSample, ShardReader
+from ddpm_engine.data.shards.shard_set import ShardSet, read_manifest
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 
@@ -24,7 +26,7 @@ def verify(
 
     Args:
         directory: the set's folder.
-        progress: wraps the shards that are gone through, such as `tqdm.tqdm`.
+        progress: wraps the iterable of shards, such as `tqdm.tqdm`.
 
     Returns:
         Everything damaged, empty for a sound set: missing or altered shards and indexes, and each
@@ -44,18 +46,18 @@ def verify(
         except UserError as error:
             faults.append(BadSample(shard.name, None, str(error)))
             index = np.empty(0, index_dtype(1))
-        faults += _shard_faults(folder / shard.name, shard, index)
+        faults += _check_shard(folder / shard.name, shard, index)
         for row in range(len(index)) if (folder / shard.name).exists() else ():
             try:
                 reader.image(number, row)
             except DamagedSample as damage:
-                faults.append(reader.fault(number, row, str(damage)))
+                faults.append(reader.describe(number, row, str(damage)))
     reader.close()
     return faults
 
 
-def _shard_faults(path: Path, shard: Shard, index: Index) -> list[BadSample]:
-    """The file as a whole and, where it was altered, its structure and labels."""
+def _check_shard(path: Path, shard: Shard, index: Index) -> list[BadSample]:
+    """Check the file as a whole and, where it was altered, its structure and labels."""
     try:
         size, digest = path.stat().st_size, sha256_of(path)
     except OSError as error:

@@ -1,0 +1,1 @@
+"""What can be packed into shards: one module per kind of source."""

@@ -1,0 +1,73 @@
+"""Data sets of the Hugging Face hub, or saved to disk by its library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
+from ddpm_engine.errors import UserError
+from ddpm_engine.images.codec import DecodeError, decode, extension_of
+
+
+def hugging_face(name: str) -> Source:
+    """Open `hf:NAME[:SPLIT]`: a data set's first image column, and its labels if it has any.
+
+    Raises:
+        UserError: the library is missing, or the data set cannot be loaded or has no images.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs Hugging Face's library: pip install 'ddpm-engine[huggingface]'"
+        ) from error
+    where, _, split = name.removeprefix("hf:").partition(":")
+    split = split or "train"
+    if not where:
+        raise UserError(f"{name!r} names no data set: write hf:NAME or hf:NAME:SPLIT")
+    # Downloading, parsing and splitting fail in more ways than the library has error classes.
+    try:
+        if (Path(where) / "state.json").is_file():
+            table = datasets.load_from_disk(where)
+        elif (Path(where) / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(where)[split]
+        else:
+            table = datasets.load_dataset(where, split=split)
+    except Exception as error:
+        raise UserError(f"cannot load {name} (split {split!r}): {error}") from error
+
+    columns = table.features
+    image = next((c for c, kind in columns.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise UserError(f"{name} has no image column, only {', '.join(columns) or 'nothing'}")
+    label, classes = _label_column(columns, datasets.ClassLabel)
+    # Undecoded: the bytes go through this engine's own table of formats.
+    table = table.select_columns([image] if label is None else [image, label])
+    table = table.cast_column(image, datasets.Image(decode=False))
+
+    def load(number: int) -> Example:
+        row = table[number]
+        try:
+            payload = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
+            pixels = decode(payload, extension_of(payload))
+        except (DecodeError, OSError, TypeError) as error:
+            raise UserError(f"cannot read image {number} of {name}: {error}") from error
+        # Hidden labels of a test split are None or -1.
+        known = label is not None and row[label] is not None and row[label] >= 0
+        return Example(f"{number:08d}", pixels, int(row[label]) if known else None)
+
+    return Source(name, LazyExamples(range(len(table)), load), classes, table._fingerprint)
+
+
+def _label_column(
+    columns: dict[str, Any], class_label: type
+) -> tuple[str | None, tuple[str, ...] | None]:
+    """Find the label column and its class names: a ClassLabel, else integers called label(s)."""
+    for column, kind in columns.items():
+        if isinstance(kind, class_label):
+            return column, tuple(kind.names)  # type: ignore[attr-defined]
+    for column in ("label", "labels"):
+        if "int" in str(getattr(columns.get(column), "dtype", "")):
+            return column, None
+    return None, None
