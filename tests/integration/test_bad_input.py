@@ -61,13 +61,13 @@ def test_missing_shards(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_shards_of_another_size_or_kind(config: RunConfig) -> None:
-    refuse(changed(config, "model", sample_size=16), "8×8", "16×16", "give --model.sample-size 8,")
+    refuse(changed(config, "model", sample_size=16), "8×8", "16×16", "give `model.sample_size` 8,")
     other = changed(config, "model", sample_size=16, in_channels=3, out_channels=3)
     refuse(
         other,
         "8×8 with 1 channels",
-        "give --model.sample-size 8 --model.in-channels 1 --model.out-channels 1, or",
-        "make_shards.py --size 16 --channels 3",
+        "give `model.sample_size` 8, `model.in_channels` 1 and `model.out_channels` to match, or",
+        "again with size 16, 3 channels",
     )
 
 
@@ -92,7 +92,7 @@ def test_batch_that_does_not_divide(config: RunConfig) -> None:
 def test_classes(config: RunConfig) -> None:
     refuse(
         changed(config, "model", num_class_embeds=10),
-        "--model.num-class-embeds is 10",
+        "`model.num_class_embeds` is 10",
         "at least 11",
     )
 

@@ -98,9 +98,9 @@ class ShardDataset(Dataset[Sample]):
         self.shards = shards if isinstance(shards, ShardSet) else open_shards(shards)
         manifest, folder = self.shards.manifest, self.shards.storage
         if size is not None and size < 1:
-            raise UserError(f"`size` is {size}; it must be at least 1")
+            raise UserError(f"`size` is {size}; it must be at least 1", field="size")
         if channels not in (None, 1, 3):
-            raise UserError(f"`channels` is {channels}; it must be 1 or 3")
+            raise UserError(f"`channels` is {channels}; it must be 1 or 3", field="channels")
         height, width = (size or manifest.height), (size or manifest.width)
         channels = channels or manifest.channels
         if height is None or width is None:

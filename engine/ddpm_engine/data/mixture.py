@@ -37,13 +37,16 @@ class Mixture:
 
     def __init__(self, weights: Sequence[int]) -> None:
         if not weights or min(weights) < 1:
-            raise UserError(f"`data.weights` are {list(weights)}; each must be at least 1")
+            raise UserError(
+                f"`data.weights` are {list(weights)}; each must be at least 1", field="data.weights"
+            )
         shared = math.gcd(*weights)
         self._weights = np.array([weight // shared for weight in weights], dtype=np.int64)
         if self._weights.sum() > MAX_BLOCK:
             raise UserError(
                 f"`data.weights` {list(weights)} make blocks of {self._weights.sum()} samples; "
-                f"choose rounder ones, whose sum is at most {MAX_BLOCK}"
+                f"choose rounder ones, whose sum is at most {MAX_BLOCK}",
+                field="data.weights",
             )
         places = sorted(
             (Fraction(2 * i + 1, 2 * int(weight)), number, i)

@@ -37,7 +37,8 @@ def make_missing_shards(config: DataConfig, size: int) -> None:
         return
     if isinstance(config.path, str):
         raise UserError(
-            f"`data.source` {config.source} cannot be packed into {config.path}: give a folder"
+            f"`data.source` {config.source} cannot be packed into {config.path}: give a folder",
+            field="data.source",
         )
     prepare_shards(config.path, config.source, size)
 
@@ -138,12 +139,14 @@ def _check_labels(shards: ShardSet, classes: int) -> None:
     if highest is None:
         raise UserError(
             f"`model.num_class_embeds` is {classes + 1} but samples in {path} have no labels; pack "
-            "shards with labels, or leave it unset for an unconditional model"
+            "shards with labels, or leave it unset for an unconditional model",
+            field="model.num_class_embeds",
         )
     if highest >= classes:
         raise UserError(
             f"`model.num_class_embeds` is {classes + 1} but labels in {path} go up to {highest}; "
-            f"it must be at least {highest + 2}, one more than the classes, for the null class"
+            f"it must be at least {highest + 2}, one more than the classes, for the null class",
+            field="model.num_class_embeds",
         )
 
 

@@ -93,7 +93,10 @@ class Order:
         if self._sizes.sum() < 1 or self._sizes.min() < 0:
             raise UserError(f"cannot order shards of sizes {self._sizes}: no samples")
         if window_shards < 1:
-            raise UserError(f"`data.window_shards` is {window_shards}; it must be at least 1")
+            raise UserError(
+                f"`data.window_shards` is {window_shards}; it must be at least 1",
+                field="data.window_shards",
+            )
         self.seed = seed
         self.window_shards = window_shards
         self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])

@@ -78,15 +78,20 @@ class ShardStream(IterableDataset[Sample]):
         try:
             self.urls = list(itertools.islice(braceexpand(pattern), MAX_SHARDS + 1))
         except ValueError as error:
-            raise UserError(f"`data.path` {pattern} has braces that do not match") from error
+            raise UserError(
+                f"`data.path` {pattern} has braces that do not match", field="data.path"
+            ) from error
         if len(self.urls) > MAX_SHARDS:
-            raise UserError(f"`data.path` {pattern} names more than {MAX_SHARDS} shards")
+            raise UserError(
+                f"`data.path` {pattern} names more than {MAX_SHARDS} shards", field="data.path"
+            )
         for url in self.urls:
             if url.startswith("pipe:"):
                 if not allow_pipe:
                     raise UserError(
                         f"`data.path` {url} would run a command in a shell: if you trust it, set "
-                        "`data.allow_pipe`"
+                        "`data.allow_pipe`",
+                        field="data.path",
                     )
             elif is_url(url):
                 check_scheme(url)

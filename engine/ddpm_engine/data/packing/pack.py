@@ -66,11 +66,11 @@ def write_shards(
             missing for some images, a folder in use, a full disk.
     """
     if size is not None and size < 1:
-        raise UserError(f"`size` is {size}; it must be at least 1")
+        raise UserError(f"`size` is {size}; it must be at least 1", field="size")
     if channels not in (None, 1, 3):
-        raise UserError(f"`channels` is {channels}; it must be 1 or 3")
+        raise UserError(f"`channels` is {channels}; it must be 1 or 3", field="channels")
     if per_shard < 1:
-        raise UserError(f"`per_shard` is {per_shard}; it must be at least 1")
+        raise UserError(f"`per_shard` is {per_shard}; it must be at least 1", field="per_shard")
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
     if not len(source.examples):

@@ -41,7 +41,7 @@ def map_forked(
         Exception: whatever the function raises.
     """
     if processes < 1:
-        raise UserError(f"`processes` is {processes}; it must be at least 1")
+        raise UserError(f"`processes` is {processes}; it must be at least 1", field="processes")
     processes = min(processes, len(arguments))
     if processes <= 1:
         yield from map(function, arguments)

@@ -68,10 +68,14 @@ class ShardCache:
             owner = directory.stat().st_uid
         except OSError as error:
             raise UserError(
-                f"`data.cache` {directory} cannot be used ({error.strerror}): choose another folder"
+                f"`data.cache` {directory} cannot be used ({error.strerror}): choose another folder",
+                field="data.cache",
             ) from error
         if hasattr(os, "getuid") and owner != os.getuid():
-            raise UserError(f"`data.cache` {directory} belongs to someone else: choose another")
+            raise UserError(
+                f"`data.cache` {directory} belongs to someone else: choose another",
+                field="data.cache",
+            )
 
     def open(self, url: str, sha256: str, at_most: int) -> int:
         """Return a descriptor for reading a file, which is downloaded if it is not there.
