@@ -68,7 +68,7 @@ class ShardCache:
             owner = directory.stat().st_uid
         except OSError as error:
             raise UserError(
-                f"`data.cache` {directory} cannot be used ({error.strerror}): choose another folder",
+                f"`data.cache` {directory} cannot be used ({error.strerror}): choose another",
                 field="data.cache",
             ) from error
         if hasattr(os, "getuid") and owner != os.getuid():
