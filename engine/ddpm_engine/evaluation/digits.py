@@ -1,8 +1,8 @@
-"""A small classifier of handwritten digits, trained on the spot in seconds.
+"""A small classifier of handwritten digits, trained in seconds when it is first needed.
 
-Its hidden units are features for a Fréchet distance where no Inception network can be had, and it
-says which digit a picture shows. Distances in these features compare with each other only (and
-within one version of scikit-learn), never with a published Fréchet Inception Distance.
+Its hidden units are features for a Fréchet distance where no Inception network is available.
+Distances in these features compare with each other only (and within one version of scikit-learn),
+never with a published Fréchet Inception Distance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ARRAYS = ("hidden_weights", "hidden_biases", "output_weights", "output_biases")
 
 
 class Digits(NamedTuple):
-    """Pictures of digits and which they are."""
+    """Images of digits and their classes."""
 
     images: NDArray[np.uint8]
     """`[N, size, size, 1]`."""
@@ -41,14 +41,14 @@ class Digits(NamedTuple):
 
 
 def real_digits(size: int) -> Digits:
-    """Scikit-learn's 1,797 handwritten digits, cut and resized as `fit` does."""
+    """Load scikit-learn's 1,797 handwritten digits, cropped and resized by `fit`."""
     examples = list(open_source("digits").examples)
     images = np.stack([fit(example.image, size) for example in examples])
     return Digits(images, np.array([example.label for example in examples]))
 
 
 def seen_and_unseen(digits: Digits) -> tuple[Digits, Digits]:
-    """What a classifier is trained on, three quarters of each class, and the rest."""
+    """Split into what the classifier is trained on, three quarters of each class, and the rest."""
     seen, unseen, seen_labels, unseen_labels = train_test_split(
         digits.images, digits.labels, test_size=_TEST_SHARE, random_state=_SEED,
         stratify=digits.labels,
@@ -69,7 +69,7 @@ class DigitClassifier:
 
     @property
     def size(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return round(len(self.arrays["hidden_weights"]) ** 0.5)
 
     @property
@@ -81,28 +81,28 @@ class DigitClassifier:
         return digest.hexdigest()
 
     def features(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """The hidden units: uint8 `[N, size, size, 1]` to float64 `[N, 128]`."""
+        """Compute the hidden units: uint8 `[N, size, size, 1]` to float64 `[N, 128]`."""
         pixels = images.reshape(len(images), -1) / 255
         hidden = pixels @ self.arrays["hidden_weights"] + self.arrays["hidden_biases"]
         return np.asarray(hidden.clip(min=0))
 
     def logits(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Logarithms of the probabilities, up to a constant each: `[N, 128]` to `[N, 10]`."""
+        """Compute log-probabilities up to a constant per image: `[N, 128]` to `[N, 10]`."""
         return features @ self.arrays["output_weights"] + self.arrays["output_biases"]
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """How probable each digit is: uint8 `[N, size, size, 1]` to float64 `[N, 10]`."""
+        """Compute the probability of each digit: uint8 `[N, size, size, 1]` to float64 `[N, 10]`."""
         logits = self.logits(self.features(images))
         shares = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(shares / shares.sum(1, keepdims=True))
 
     def classify(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The most probable digit: uint8 `[N, size, size, 1]` to int64 `[N]`."""
+        """Return the most probable digit: uint8 `[N, size, size, 1]` to int64 `[N]`."""
         return np.asarray(self.logits(self.features(images)).argmax(1))
 
 
 def train_digit_classifier(digits: Digits) -> DigitClassifier:
-    """Train on what `seen_and_unseen` calls seen, always from the same seed; some seconds."""
+    """Train on the first part of `seen_and_unseen`, from a fixed seed; takes seconds."""
     seen, _ = seen_and_unseen(digits)
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=_SEED)
     network.fit(seen.images.reshape(len(seen.images), -1) / 255, seen.labels)
@@ -111,12 +111,12 @@ def train_digit_classifier(digits: Digits) -> DigitClassifier:
 
 
 def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
-    """The classifier of digits of one size.
+    """Return the classifier of digits of one size.
 
     Args:
-        size: side of the pictures in pixels.
-        cache: a folder that keeps it; of several processes all get the one that was kept first,
-            whose weights may differ from another machine's in the last bits. None: train it.
+        size: side of the images in pixels.
+        cache: a folder that keeps it; all processes get the one that was kept first, since
+            weights may differ in the last bits from machine to machine. None: train it.
 
     Raises:
         OSError: the cache cannot be written.
@@ -124,8 +124,8 @@ def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
     digits = real_digits(size)
     if cache is None:
         return train_digit_classifier(digits)
-    about = [sklearn.__version__, np.__version__, HIDDEN, _SEED, _TEST_SHARE]
-    key = hashlib.sha256(json.dumps(about).encode() + digits.images.tobytes()).hexdigest()
+    provenance = [sklearn.__version__, np.__version__, HIDDEN, _SEED, _TEST_SHARE]
+    key = hashlib.sha256(json.dumps(provenance).encode() + digits.images.tobytes()).hexdigest()
     path = cache / f"digits-{size}-{key[:16]}.npz"
     if not path.exists():
         content = io.BytesIO()

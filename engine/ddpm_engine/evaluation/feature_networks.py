@@ -1,7 +1,7 @@
-"""Networks that say which pictures are alike, known by name and by the hash of their weights.
+"""Feature networks, identified by name and by the hash of their weights.
 
-Every measure but the likelihood is one of such features, and means nothing without the network's
-name, the hash, and how pictures were brought to the size it looks at.
+Every metric but the likelihood compares such features, and means nothing without the network's
+name, the hash, and how images were resized for it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ FeaturesName = Literal["inception", "digits"]
 
 
 class FeatureNetwork(Protocol):
-    """Pictures to features and to the logits of classes."""
+    """Images to features and logits of classes."""
 
     name: str
     hash: str
     """SHA-256 of the weights."""
     resize: str
-    """How pictures are brought to the size that the network looks at."""
+    """How images are resized for the network."""
     features: int
-    """D."""
+    """D, the number of features."""
     outputs: int
-    """K classes."""
+    """K, the number of classes."""
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
         """Evaluate: uint8 `[N, H, W, C]` to float `[N, D + K]`, features before logits.
 
         Raises:
-            UserError: pictures that the network does not look at.
+            UserError: images of a size that the network does not take.
         """
         ...
 
@@ -52,38 +52,40 @@ def feature_network(
     weights: Path | None = None,
     cache: Path | None = None,
 ) -> FeatureNetwork:
-    """A feature network by its name.
+    """Return a feature network by its name.
 
     Args:
         name: `"inception"`: the network of the Fréchet Inception Distance; `"digits"`: a small
             classifier of digits, for them only.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         device: where it runs; digits always on the CPU.
-        weights: file of Inception's weights, instead of the one that is downloaded.
-        cache: folder of what is downloaded or trained; None: `default_cache`.
+        weights: file of Inception's weights, instead of downloading them.
+        cache: folder for what is downloaded or trained; None: `default_cache`.
 
     Raises:
-        UserError: no such network, or its weights cannot be had.
+        UserError: unknown network, or its weights are not available.
     """
     cache = cache or default_cache()
     if name == "digits":
         return DigitFeatures(digit_classifier(size, cache))
     if name != "inception":
-        raise UserError(f"features are {name!r}; they must be inception or digits")
+        raise UserError(
+            f"`features` is {name!r}; it must be inception or digits", field="features"
+        )
     network, digest = load_inception(weights, cache)
     return InceptionFeatures(network.to(device), digest)
 
 
 def default_cache() -> Path:
-    """Where features of data sets, and networks, are kept: `~/.cache/ddpm-engine/evaluation`."""
+    """Return the folder of features and networks: `~/.cache/ddpm-engine/evaluation`."""
     return user_cache("evaluation")
 
 
 class InceptionFeatures:
-    """2048 features and 1008 unbiased logits, float32; grey pictures become three equal channels.
+    """2048 features and 1008 unbiased logits, float32; grey images become three equal channels.
 
     Args:
-        network: on the device that is to evaluate it.
+        network: on the device that evaluates it.
         hash: of its weights.
     """
 
@@ -113,7 +115,7 @@ class DigitFeatures:
     """128 hidden units and 10 logits of the digit classifier, float64; colours become grey.
 
     Args:
-        classifier: for pictures of one size.
+        classifier: for images of one size.
     """
 
     name = "digits"
@@ -129,7 +131,7 @@ class DigitFeatures:
         """See `FeatureNetwork`."""
         size = self._classifier.size
         if images.shape[1:3] != (size, size):
-            raise UserError(f"pictures have {images.shape[1:3]} pixels, not {size}×{size}")
+            raise UserError(f"images have {images.shape[1:3]} pixels, not {size}×{size}")
         grey = np.stack([with_channels(image, 1) for image in images])
         hidden = self._classifier.features(grey)
         return np.concatenate([hidden, self._classifier.logits(hidden)], axis=1)

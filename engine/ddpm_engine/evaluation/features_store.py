@@ -1,7 +1,8 @@
-"""Features of numbered pictures on disk, which several processes fill together."""
+"""Features of numbered images on disk, filled by several processes."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,43 +11,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_engine.atomic_io import atomic_write
+from ddpm_engine.atomic_io import atomic_write, sha256_of
+from ddpm_engine.evaluation.feature_networks import FeatureNetwork
+from ddpm_engine.evaluation.fid import Moments, moments
+from ddpm_engine.evaluation.sources import RULE, RealImages, SampleSource
 from ddpm_engine.generation.id_store import IdStore
 from ddpm_engine.generation.sample_formats import consecutive, ids_in
 
 
-class FeatureSet(IdStore):
-    """Rows of numbers, one for each picture, in NumPy archives that hold a range of ids each.
+class FeatureStore(IdStore):
+    """Rows of numbers, one per image, in NumPy archives that hold a range of ids each.
 
     An archive `00000000-00000255.npz` holds ids int64 `[N]` and rows `[N, D]`.
 
     Args:
-        directory: made if missing. If it holds rows of the same settings, more are added.
-        settings: JSON values: whatever determines a row, besides its id.
-        flag: how the user chose the directory, for error messages.
+        directory: created if missing. If it holds rows of the same settings, more are added.
+        settings: JSON values: everything that determines a row besides its id.
+        field: the configuration field that named the directory, for error messages.
 
     Raises:
         UserError: the directory holds something else, or cannot be written.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], flag: str = "--out") -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any], field: str = "out") -> None:
         folder = directory / "shards"
-        super().__init__(directory, folder, {**settings, "format": "features"}, flag)
+        super().__init__(directory, folder, {**settings, "format": "features"}, field)
 
     @property
     def sharded(self) -> bool:
-        """True: a file holds many."""
+        """True: a file holds many rows."""
         return True
 
-    def write(
-        self, ids: Sequence[int], things: np.ndarray, labels: Sequence[int | None] | None = None
-    ) -> None:
-        """Write rows whose ids this process has claimed, one archive for each range without gaps.
+    def write(self, ids: Sequence[int], items: np.ndarray) -> None:
+        """Write rows whose ids this process has reserved, one archive per range without gaps.
 
         Args:
             ids: N ascending ids.
-            things: `[N, D]`.
-            labels: not kept.
+            items: `[N, D]`.
 
         Raises:
             UserError: the disk is full or the folder cannot be written; whole files stay.
@@ -56,13 +57,13 @@ class FeatureSet(IdStore):
             for part in consecutive(ids):
                 content = io.BytesIO()
                 numbers = np.asarray(ids[part], dtype=np.int64)
-                np.savez(content, allow_pickle=False, ids=numbers, rows=things[part])
+                np.savez(content, allow_pickle=False, ids=numbers, rows=items[part])
                 name = f"{ids[part][0]:08d}-{ids[part][-1]:08d}.npz"
                 with atomic_write(self.folder / name) as file:
                     file.write(content.getvalue())
 
     def blocks(self, ids: Sequence[int]) -> Iterator[NDArray[np.floating]]:
-        """Rows of these ids in ascending order, file by file: `[n, D]` each.
+        """Yield the rows of these ids in ascending order, file by file: `[n, D]` each.
 
         Raises:
             KeyError: one is not there.
@@ -81,14 +82,86 @@ class FeatureSet(IdStore):
             raise KeyError(f"{len(wanted) - found} of {len(wanted)} rows are not in {self.folder}")
 
     def read(self, ids: Sequence[int]) -> NDArray[np.floating]:
-        """Rows of these ids in ascending order: `[N, D]`.
+        """Read the rows of these ids in ascending order: `[N, D]`.
 
         Raises:
             KeyError: one is not there.
         """
         return np.concatenate(list(self.blocks(ids)))
 
+    def moments(self, ids: Sequence[int]) -> tuple[Moments, str]:
+        """Return the moments of all rows, kept beside them, and the SHA-256 of their file.
+
+        Args:
+            ids: of all rows.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        path = self.directory / "moments.npz"
+        if (kept := _read_moments(path)) is not None:
+            return kept, sha256_of(path)
+        found = moments(self.blocks(ids))
+        content = io.BytesIO()
+        np.savez(
+            content, allow_pickle=False, count=np.int64(found.count), mean=found.mean,
+            covariance=found.covariance,
+        )  # fmt: skip
+        with self.writing(), atomic_write(path) as file:
+            file.write(content.getvalue())
+        return found, sha256_of(path)
+
+
+def open_real_features(cache: Path, images: RealImages, network: FeatureNetwork) -> FeatureStore:
+    """Open the features of a data set, kept by fingerprint, feature network and resize rule.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    fingerprint = images.shards.manifest.fingerprint
+    shape = "x".join(map(str, images.shape))
+    settings = {
+        "data": fingerprint,
+        "count": len(images),
+        "of": images.total,
+        "shape": images.shape,
+        "rule": RULE,
+        "features": network.name,
+        "hash": network.hash,
+        "resize": network.resize,
+    }
+    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    name = f"{fingerprint[:12]}-{network.name}-{shape}-{key[:12]}"
+    return FeatureStore(cache / name, settings, "cache")
+
+
+def open_sample_features(out: Path, source: SampleSource, network: FeatureNetwork) -> FeatureStore:
+    """Open the features of the evaluated samples.
+
+    Raises:
+        UserError: the folder holds features of other samples, or cannot be written.
+    """
+    settings = {
+        "pictures": source.hash,
+        "features": network.name,
+        "hash": network.hash,
+        "resize": network.resize,
+    }
+    return FeatureStore(out / "features" / f"{network.name}-{network.hash[:12]}", settings)
+
 
 def _any_within(ascending: NDArray[np.int64], held: range) -> bool:
     first = int(np.searchsorted(ascending, held[0]))
     return first < len(ascending) and int(ascending[first]) <= held[-1]
+
+
+def _read_moments(path: Path) -> Moments | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            mean, covariance = archive["mean"], archive["covariance"]
+            if covariance.shape == (len(mean), len(mean)):
+                return Moments(int(archive["count"]), mean, covariance)
+    # A damaged archive fails in many ways; its content can be computed again.
+    except Exception:
+        pass
+    return None

@@ -16,10 +16,10 @@ from ddpm_engine.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of N features of D numbers."""
+    """Mean and covariance of N features of D numbers."""
 
     count: int
-    """N."""
+    """N, the number of features."""
     mean: NDArray[np.float64]
     """`[D]`."""
     covariance: NDArray[np.float64]
@@ -27,7 +27,7 @@ class Moments:
 
 
 def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
-    """Mean and covariance of features that need not fit in memory.
+    """Compute mean and covariance of features that need not fit in memory.
 
     Blocks are added by Chan, Golub and LeVeque's rule (1983), which never subtracts two large
     numbers; the result does not depend on how features are cut into blocks beyond rounding.
@@ -45,7 +45,7 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
         features = np.asarray(block, dtype=np.float64)
         if not np.isfinite(features).all():
             raise UserError(
-                "a feature is not a finite number; look at the pictures and at the weights of the "
+                "a feature is not a finite number; look at the images and at the weights of the "
                 "feature network"
             )
         block_mean = features.mean(0)
@@ -61,17 +61,17 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
             mean, scatter = block_mean, block_scatter
         count = total
     if count < 2:
-        raise UserError(f"a covariance needs at least 2 pictures, and there are {count}")
+        raise UserError(f"a covariance needs at least 2 images, and there are {count}")
     return Moments(count, mean, scatter / (count - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), the square of the distance proper.
+    """Compute ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½).
 
-    With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b. So
-    nothing is squared whose root is then taken, which would cost half of the digits, and singular
-    covariances, those of fewer pictures than features, are like others; a general matrix square
-    root meets them with complex numbers, and by custom with an offset on the diagonal.
+    With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b. This
+    avoids squaring and taking the root again, which would cost half of the digits, and is exact for
+    singular covariances (fewer images than features), where a general matrix square root returns
+    complex numbers or needs an offset on the diagonal.
 
     Raises:
         ValueError: features of different lengths.
@@ -81,13 +81,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     apart = a.mean - b.mean
     trace = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
     distance = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace
-    # Of two equal sets, rounding may leave less than nothing.
+    # For two equal sets, rounding may leave a negative number.
     return max(float(distance), 0.0)
 
 
 def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R with R Rᵀ = covariance, `[D, D]`."""
+    """Return R with R Rᵀ = covariance, `[D, D]`."""
     values, vectors = np.linalg.eigh(covariance)
-    # Less than this is the rounding of zero, and its root would not be small.
+    # Smaller values are rounded zeros, whose roots would not be small.
     noise = values.max() * len(values) * np.finfo(np.float64).eps
     return np.asarray(vectors * np.sqrt(np.where(values > noise, values, 0)))

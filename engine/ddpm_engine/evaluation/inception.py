@@ -48,7 +48,7 @@ Pool = Literal["average", "largest", "halve"]
 
 
 class InceptionNetwork(nn.Module):
-    """Pictures to the features of the last average, and to unbiased class logits.
+    """Map images to the features of the last average pooling, and to unbiased class logits.
 
     Weights are random until `load_inception` fills them in.
     """
@@ -97,12 +97,13 @@ def load_inception(weights: Path | None, cache: Path) -> tuple[InceptionNetwork,
         cache: a folder.
 
     Raises:
-        UserError: the weights cannot be had, or are of something else; the message says what to do.
+        UserError: the weights are not available, or are those of another network.
     """
     path = cache / FILE_NAME if weights is None else weights
     if weights is not None and not weights.is_file():
         raise UserError(
-            f"there is no --inception-weights {weights}; download {URL}, and give its path"
+            f"there is no `inception_weights` {weights}; download {URL}, and give its path",
+            field="inception_weights",
         )
     if weights is None and not path.exists():
         _download(path)
@@ -153,8 +154,9 @@ def _download(path: Path) -> None:
     except (FetchError, OSError) as error:
         raise UserError(
             f"features inception need the weights of the Inception network, and {error}. On a "
-            f"machine with internet, download {URL} and give its path with --inception-weights; "
-            "or take --features digits for pictures of digits"
+            f"machine with internet access, download {URL} and give its path as "
+            "`inception_weights`; or set `features` to digits for images of digits",
+            field="inception_weights",
         ) from error
 
 

@@ -1,6 +1,6 @@
-"""The Inception Score (Salimans et al. 2016): sure of each picture, unsure of all together.
+"""The Inception Score (Salimans et al. 2016): confident about each image, diverse over all.
 
-It never looks at real images: a model that draws one perfect picture of each class reaches the
+It never looks at real images: a model that generates one perfect image of each class reaches the
 highest score. Report it beside a distance, not instead of one.
 """
 
@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.subsets import DRAWN, shuffled
+from ddpm_engine.evaluation.subsets import GENERATED, shuffled
 
 SPLITS = 10
 
 
 class InceptionScore(NamedTuple):
-    """Over the splits, as it is usually reported."""
+    """Mean and standard deviation over the splits, as usually reported."""
 
     mean: float
     deviation: float
@@ -27,19 +27,19 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits: NDArray[np.floating]) -> InceptionScore:
-    """exp of the mean KL(p(y | x) ‖ p(y)) in each of ten splits; between 1 and the classes' number.
+    """Compute exp of the mean KL(p(y | x) ‖ p(y)) in ten splits: between 1 and the number of classes.
 
     Args:
-        logits: `[N, K]`: logarithms of p(y | x), up to a constant of each picture.
+        logits: `[N, K]`: logarithms of p(y | x), up to a constant per image.
 
     Raises:
-        UserError: fewer than 20 pictures.
+        UserError: fewer than 20 images.
     """
     if len(logits) < 2 * SPLITS:
-        raise UserError(f"is takes {SPLITS} splits of {len(logits)} pictures; draw more")
+        raise UserError(f"is takes {SPLITS} splits of {len(logits)} samples; generate more")
     logs = torch.from_numpy(logits).double().log_softmax(1).numpy()
     scores = []
-    for rows in np.array_split(shuffled(len(logs), DRAWN), SPLITS):
+    for rows in np.array_split(shuffled(len(logs), GENERATED), SPLITS):
         log_shares = logs[rows]
         shares = np.exp(log_shares)
         # p(y) may underflow; then so does every p(y | x), and the product is zero.

@@ -1,7 +1,7 @@
 """The kernel distance between two sets of features (Bińkowski et al. 2018).
 
 With Inception's features it is the Kernel Inception Distance, KID. Unlike the Fréchet distance its
-expectation does not depend on how many pictures there are, so that few suffice to compare models.
+expectation does not depend on the number of images, so that few suffice to compare models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.subsets import DRAWN, REAL, shuffled
+from ddpm_engine.evaluation.subsets import GENERATED, REAL, shuffled
 
 _LARGEST_BLOCK = 1000
 _FEWEST_BLOCKS = 10
@@ -20,26 +20,26 @@ _SMALLEST_BLOCK = 2
 
 
 class KernelDistance(NamedTuple):
-    """An estimate from disjoint blocks of pictures."""
+    """Estimate from disjoint blocks of images."""
 
     mean: float
-    """Of the blocks' estimates; may be slightly negative where there is no difference."""
+    """Mean of the blocks' estimates; may be slightly negative where the sets do not differ."""
     deviation: float
     """Standard deviation of one block's estimate."""
     error: float
     """Standard error of the mean: the deviation over the root of the number of blocks."""
     blocks: int
     block_size: int
-    """Pictures of either side in each."""
+    """Images of either side in each block."""
 
 
 def polynomial_kernel(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """k(x, y) = (x·y / D + 1)³ of all pairs: `[N, D]` and `[M, D]` to `[N, M]`."""
+    """Compute k(x, y) = (x·y / D + 1)³ of all pairs: `[N, D]` and `[M, D]` to `[N, M]`."""
     return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
 
 
 def squared_mmd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, equation 3).
+    """Estimate the squared maximum mean discrepancy without bias (Gretton et al. 2012, eq. 3).
 
     The mean of k(a_i, a_j) and of k(b_i, b_j) over i ≠ j, less twice that of k(a_i, b_j).
 
@@ -55,32 +55,34 @@ def squared_mmd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return within(a) + within(b) - 2 * float(polynomial_kernel(a, b).mean())
 
 
-def kernel_distance(drawn: NDArray[np.floating], real: NDArray[np.floating]) -> KernelDistance:
-    """Mean and spread of `squared_mmd` over disjoint blocks.
+def kernel_distance(
+    generated: NDArray[np.floating], real: NDArray[np.floating]
+) -> KernelDistance:
+    """Compute mean and spread of `squared_mmd` over disjoint blocks.
 
-    Blocks have 1000 pictures, or a tenth of the smaller set where that is less: the size changes
-    the spread, never the expectation. They do not overlap, so that the error given is one.
+    Blocks have 1000 images, or a tenth of the smaller set if that is less: the size changes the
+    spread, never the expectation. They do not overlap, so that the standard error is valid.
 
     Args:
-        drawn: `[N, D]`.
+        generated: `[N, D]`.
         real: `[M, D]`.
 
     Raises:
-        UserError: fewer than 20 pictures on a side.
+        UserError: fewer than 20 images on a side.
     """
-    smaller = min(len(drawn), len(real))
+    smaller = min(len(generated), len(real))
     size = min(_LARGEST_BLOCK, smaller // _FEWEST_BLOCKS)
     if size < _SMALLEST_BLOCK:
         raise UserError(
-            f"kid compares {len(drawn)} pictures with {len(real)}; give it at least "
+            f"kid compares {len(generated)} samples with {len(real)} real images; it needs at least "
             f"{_SMALLEST_BLOCK * _FEWEST_BLOCKS} of each"
         )
     blocks = smaller // size
-    drawn_rows = shuffled(len(drawn), DRAWN)[: blocks * size].reshape(blocks, size)
+    generated_rows = shuffled(len(generated), GENERATED)[: blocks * size].reshape(blocks, size)
     real_rows = shuffled(len(real), REAL)[: blocks * size].reshape(blocks, size)
     estimates = [
-        squared_mmd(drawn[some].astype(np.float64), real[others].astype(np.float64))
-        for some, others in zip(drawn_rows, real_rows, strict=True)
+        squared_mmd(generated[some].astype(np.float64), real[others].astype(np.float64))
+        for some, others in zip(generated_rows, real_rows, strict=True)
     ]
     deviation = float(np.std(estimates, ddof=1))
     return KernelDistance(

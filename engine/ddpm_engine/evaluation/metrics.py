@@ -1,13 +1,14 @@
-"""Pictures against real images: features of both by several processes, then each measure."""
+"""Compare the features of generated samples with those of real images.
+
+Everything here is a pure function of features; where they come from is the caller's business.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,203 +16,112 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ddpm_engine.atomic_io import atomic_write, sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.feature_networks import FeatureNetwork
-from ddpm_engine.evaluation.features_store import FeatureSet
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.inception_score import inception_score
 from ddpm_engine.evaluation.kid import kernel_distance
 from ddpm_engine.evaluation.precision_recall import blocks, precision_recall
-from ddpm_engine.evaluation.sources import RULE, Images, RealImages
 from ddpm_engine.evaluation.subsets import evenly_spaced
-from ddpm_engine.generation.work_sharing import fill
 
-PIECE = 256
-"""Pictures whose features are written at a time: what a process that is killed loses."""
-_BATCH = 64
+METRICS = ("fid", "kid", "is", "precision-recall", "accuracy")
 
 
-@dataclass(frozen=True)
-class Division:
-    """This process among those that share the work."""
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Output of a feature network for a set of images."""
 
-    rank: int = 0
-    ranks: int = 1
-    piece: int = PIECE
-    """Ids that one of them does at a time."""
+    blocks: Callable[[], Iterable[NDArray[np.floating]]]
+    """Yields the rows `[n, D + K]` block by block: D features, then K logits. Of real images the
+    logits may be missing."""
+    width: int
+    """D."""
+    labels: Sequence[int | None] | None = None
+    """The class each image was conditioned on, if any."""
+    known_moments: Moments | None = None
+    """Moments of the features, if they are known."""
 
+    @classmethod
+    def of(
+        cls, rows: NDArray[np.floating], width: int, labels: Sequence[int | None] | None = None
+    ) -> Features:
+        """Take rows `[N, D + K]` that are in memory as one block."""
+        return cls(lambda: [rows], width, labels)
 
-def fill_features(
-    features: FeatureSet,
-    images: Images,
-    ids: Sequence[int],
-    network: FeatureNetwork,
-    columns: int,
-    division: Division,
-    on_step: Callable[[int], None] = lambda _: None,
-    on_written: Callable[[int], None] = lambda _: None,
-) -> bool:
-    """Evaluate the network on images whose features are missing and nobody else is at.
+    @cached_property
+    def moments(self) -> Moments:
+        """Mean and covariance of the features."""
+        return self.known_moments or moments(self._features())
 
-    Args:
-        features: where the rows go.
-        images: of these ids.
-        ids: all that is wanted.
-        network: evaluated in batches of 64.
-        columns: how many of the network's numbers to keep.
-        division: of the work.
-        on_step: called with the images of each batch.
-        on_written: called with how many rows were just written.
+    def features(self) -> NDArray[np.floating]:
+        """All features: `[N, D]`."""
+        return np.concatenate(list(self._features()))
 
-    Returns:
-        Whether all are there; False: other processes are still at the rest.
+    def logits(self) -> NDArray[np.floating]:
+        """All logits: `[N, K]`."""
+        return np.concatenate([rows[:, self.width :] for rows in self.blocks()])
 
-    Raises:
-        UserError: images that cannot be had, or no room to write.
-    """
-
-    def rows(some: Sequence[int]) -> NDArray[np.floating]:
-        pictures = images.read(some)
-        parts = []
-        for first in range(0, len(pictures), _BATCH):
-            parts.append(network(pictures[first : first + _BATCH])[:, :columns])
-            on_step(len(parts[-1]))
-        return np.concatenate(parts)
-
-    fill(
-        features, ids, rows, on_written=on_written, batch_size=division.piece,
-        per_shard=division.piece, rank=division.rank, ranks=division.ranks,
-    )  # fmt: skip
-    return features.ids().issuperset(ids)
+    def _features(self) -> Iterator[NDArray[np.floating]]:
+        return (rows[:, : self.width] for rows in self.blocks())
 
 
-def reference_features(cache: Path, images: RealImages, network: FeatureNetwork) -> FeatureSet:
-    """Where the features of a data set are kept, by fingerprint, network and resize rule.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
-    fingerprint = images.shards.manifest.fingerprint
-    shape = "x".join(map(str, images.shape))
-    settings = {
-        "data": fingerprint,
-        "count": len(images),
-        "of": images.total,
-        "shape": images.shape,
-        "rule": RULE,
-        "features": network.name,
-        "hash": network.hash,
-        "resize": network.resize,
-    }
-    key = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
-    name = f"{fingerprint[:12]}-{network.name}-{shape}-{key[:12]}"
-    return FeatureSet(cache / name, settings, "--cache")
-
-
-def reference_moments(features: FeatureSet, ids: Sequence[int]) -> tuple[Moments, str]:
-    """Moments of all of a data set's features, kept beside them, and the SHA-256 of their file.
-
-    Raises:
-        UserError: the cache cannot be written.
-    """
-    path = features.directory / "moments.npz"
-    if (kept := _read_moments(path)) is not None:
-        return kept, sha256_of(path)
-    found = moments(features.blocks(ids))
-    content = io.BytesIO()
-    np.savez(
-        content, allow_pickle=False, count=np.int64(found.count), mean=found.mean,
-        covariance=found.covariance,
-    )  # fmt: skip
-    with features.writing(), atomic_write(path) as file:
-        file.write(content.getvalue())
-    return found, sha256_of(path)
-
-
-def _read_moments(path: Path) -> Moments | None:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            mean, covariance = archive["mean"], archive["covariance"]
-            if covariance.shape == (len(mean), len(mean)):
-                return Moments(int(archive["count"]), mean, covariance)
-    # A damaged archive fails in many ways; its content can be had again.
-    except Exception:
-        pass
-    return None
-
-
-def measure(
+def compute(
+    generated: Features,
+    real: Features,
     metrics: Collection[str],
-    drawn: FeatureSet,
-    ids: Sequence[int],
-    real: FeatureSet,
-    real_ids: Sequence[int],
-    network: FeatureNetwork,
-    label_of: Callable[[int], int | None],
     device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Whatever is asked for, once all features are there: JSON values by metric.
+) -> dict[str, dict[str, Any]]:
+    """Compute metrics: JSON values by metric.
 
     Args:
-        metrics: of `fid`, `kid`, `is`, `precision-recall` and `accuracy`.
-        drawn: rows of features and logits.
-        ids: of the pictures.
-        real: rows of features.
-        real_ids: of the real images.
-        network: whose features they are.
-        label_of: the class that a picture was drawn as, if any.
+        generated: of the samples.
+        real: of the images they are compared with, by the same network.
+        metrics: of `METRICS`.
         device: where distances between features are computed.
 
     Raises:
-        UserError: too few pictures for a measure, or no labels where it needs them.
+        UserError: too few images for a metric, or no labels where one needs them.
     """
-    found: dict[str, Any] = {}
-    width = network.features
-
-    def of_drawn() -> Iterator[NDArray[np.floating]]:
-        return (rows[:, :width] for rows in drawn.blocks(ids))
-
+    found: dict[str, dict[str, Any]] = {}
     if "fid" in metrics:
-        reference, digest = reference_moments(real, real_ids)
-        distance = frechet_distance(moments(of_drawn()), reference)
-        found["fid"] = {"distance": distance, "reference_sha256": digest}
+        found["fid"] = {"distance": frechet_distance(generated.moments, real.moments)}
     if "kid" in metrics:
-        kid = kernel_distance(np.concatenate(list(of_drawn())), real.read(real_ids))
-        found["kid"] = kid._asdict()
+        found["kid"] = kernel_distance(generated.features(), real.features())._asdict()
     if "is" in metrics:
-        logits = np.concatenate([rows[:, width:] for rows in drawn.blocks(ids)])
-        found["is"] = inception_score(logits)._asdict()
+        found["is"] = inception_score(generated.logits())._asdict()
     if "precision-recall" in metrics:
-        count = min(len(ids), len(real_ids))
-        sides = [
-            torch.from_numpy(rows[evenly_spaced(len(rows), count)]).to(device)
-            for rows in (np.concatenate(list(of_drawn())), real.read(real_ids))
-        ]
-        with tqdm(
-            total=blocks(count, count), desc="precision-recall", unit="block",
-            disable=not sys.stderr.isatty(),
-        ) as bar:  # fmt: skip
-            shares = precision_recall(sides[0], sides[1], on_block=bar.update)
-        found["precision-recall"] = {**shares._asdict(), "count": count}
+        found["precision-recall"] = _precision_recall(generated, real, device)
     if "accuracy" in metrics:
-        found["accuracy"] = _accuracy(drawn, ids, network, label_of)
+        found["accuracy"] = {"share": float(classified_as_conditioned(generated).mean())}
     return found
 
 
-def _accuracy(
-    drawn: FeatureSet,
-    ids: Sequence[int],
-    network: FeatureNetwork,
-    label_of: Callable[[int], int | None],
-) -> Mapping[str, Any]:
-    """Share of pictures that the network takes for what they were drawn as."""
-    labels = [label_of(k) for k in sorted(ids)]
+def classified_as_conditioned(generated: Features) -> NDArray[np.bool_]:
+    """Which samples the network assigns to the class they were conditioned on: bool `[N]`.
+
+    Raises:
+        UserError: a sample has no class.
+    """
+    logits = generated.logits()
+    labels = generated.labels or [None] * len(logits)
     if unlabelled := sum(label is None for label in labels):
         raise UserError(
-            f"accuracy needs the class of each picture, and {unlabelled} have none; draw with "
-            "--class-labels all, or leave accuracy out of --metrics"
+            f"`metrics` has accuracy, which needs the class of each sample, and {unlabelled} have "
+            "none; generate samples of all classes, or leave accuracy out",
+            field="metrics",
         )
-    logits = np.concatenate([rows[:, network.features :] for rows in drawn.blocks(ids)])
-    right = logits.argmax(1) == np.asarray(labels)
-    return {"share": float(right.mean())}
+    return np.asarray(logits.argmax(1) == np.asarray(labels))
+
+
+def _precision_recall(
+    generated: Features, real: Features, device: torch.device | str
+) -> dict[str, Any]:
+    """As many of either side, evenly spaced, as the smaller has."""
+    sides = [generated.features(), real.features()]
+    count = min(map(len, sides))
+    a, b = (torch.from_numpy(rows[evenly_spaced(len(rows), count)]).to(device) for rows in sides)
+    with tqdm(
+        total=blocks(count, count), desc="precision-recall", unit="block",
+        disable=not sys.stderr.isatty(),
+    ) as bar:  # fmt: skip
+        shares = precision_recall(a, b, on_block=bar.update)
+    return {**shares._asdict(), "count": count}

@@ -1,10 +1,11 @@
-"""The variational bound of real images, by any number of processes, and what it is made of."""
+"""The variational bound of real images, computed by several processes, and its terms."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,26 @@ from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.features_store import FeatureSet
-from ddpm_engine.evaluation.metrics import Division
+from ddpm_engine.evaluation.features_store import FeatureStore
 from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, RealImages
 from ddpm_engine.generation.progress import Progress
-from ddpm_engine.generation.work_sharing import fill
+from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.plots.curves import bound_figure
-
-_REPORT = 1 << 48
 
 
-def likelihood_of_real(
-    pretrained: LoadedModel,
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The bound of all images."""
+
+    report: Path
+    """The report; its folder also holds the terms over t, `terms.csv`."""
+    terms: NDArray[np.float64]
+    """`[N, T + 1]` in bits per dimension, as `bits_per_dim` returns them."""
+
+
+def bound_of_real_images(
+    model: LoadedModel,
     weights: str | None,
     real: RealImages,
     out: Path,
@@ -39,99 +46,96 @@ def likelihood_of_real(
     variance: Variance | None = None,
     seed: int = 0,
     batch_size: int = 64,
-    division: Division = Division(),  # noqa: B008
-    show: bool = False,
-) -> Path | None:
-    """Bits per dimension of real images: T network evaluations of each.
+    share: WorkShare = WorkShare(),  # noqa: B008
+    show_progress: bool = False,
+) -> Bound | None:
+    """Compute the bound in bits per dimension: T network evaluations per image.
 
-    Every term of every image is kept as it is found, in a folder `nll-HASH` of `out`, where the
-    report, the terms over t (`terms.csv`) and their plot (`terms.png`) go, too.
+    Every term of every image is kept in the folder `nll-HASH` of `out`, beside the report.
 
     Args:
-        pretrained: the network, on its device.
+        model: the network, on its device.
         weights: which of a run's, `ema` or `model`; None for another library's model.
         real: the images, of the network's shape.
-        out: folder of the evaluation, made if missing.
-        variance: of the reverse steps; None: that which the run samples with.
+        out: folder of the evaluation, created if missing.
+        variance: of the reverse steps; None: the run's sampling variance.
         seed: of the noise.
         batch_size: images at a time, and what a process that is killed loses.
-        division: of the work among processes.
-        show: whether to show progress.
+        share: this process among those that share the work.
+        show_progress: whether to print progress.
 
     Returns:
-        The report's path; None: other processes are still at it, and the last of them reports.
+        The bound; None: other processes are still working, and the last of them reports.
 
     Raises:
-        UserError: a network that learned no variance if that is asked for, or is of another kind
-            than `bits_per_dim` takes, or was distilled; images that cannot be had; no room.
+        UserError: a learned variance of a network that has none, a parameterization that
+            `bits_per_dim` does not take, a distilled network, images that cannot be read, or a
+            full disk.
     """
-    variance = variance or pretrained.config.sampling.variance
-    model = pretrained.config.model
-    if variance == "learned_range" and model.out_channels < 2 * model.in_channels:
-        raise UserError(
-            f"variance is learned_range, but the network has {model.out_channels} outputs, none of "
-            "them for it; choose --variance fixed_small or fixed_large"
-        )
-    if pretrained.config.distillation.teacher is not None:
-        raise UserError(
-            "nll is the bound of all timesteps, and this network was distilled: it knows those of "
-            f"its {pretrained.config.sampling.steps} steps; leave nll out of --metrics"
-        )
-    asked = _asked(pretrained, weights, variance, real, seed)
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    variance = variance or model.config.sampling.variance
+    _check(model, variance)
+    inputs = _inputs(model, weights, variance, real, seed)
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = out / f"nll-{digest[:8]}"
-    found = FeatureSet(folder, asked)
+    store = FeatureStore(folder, inputs)
     ids = range(len(real))
-    timesteps = pretrained.schedule.timesteps
-    progress = Progress(
-        len(real), lambda: len(found.ids().intersection(ids)), timesteps, active=show
-    )
+    device = next(model.model.parameters()).device
 
     def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        output: Tensor = pretrained.model(x, t, conditioning)
+        output: Tensor = model.model(x, t, conditioning)
         progress.step(len(x))
         return output
 
-    def terms(some: Sequence[int]) -> NDArray[np.float64]:
-        device = next(pretrained.model.parameters()).device
-        images = torch.from_numpy(real.read(some)).permute(0, 3, 1, 2)
-        return np.asarray(
-            bits_per_dim(
-                network,
-                pretrained.schedule,
-                images.to(device),
-                torch.from_numpy(real.place_in_set(some)).to(device),
-                seed=seed,
-                prediction=pretrained.config.diffusion.prediction,
-                variance=variance,
-                conditioning=Conditioning(_labels(pretrained, real, some, device)),
-                clip=pretrained.clip,
-            )
-            .cpu()
-            .numpy()
+    def terms(batch: Sequence[int]) -> NDArray[np.float64]:
+        images = torch.from_numpy(real.read(batch)).permute(0, 3, 1, 2)
+        found = bits_per_dim(
+            network,
+            model.schedule,
+            images.to(device),
+            torch.from_numpy(real.index_in_set(batch)).to(device),
+            seed=seed,
+            prediction=model.config.diffusion.prediction,
+            variance=variance,
+            conditioning=Conditioning(_labels(model, real, batch, device)),
+            clip=model.clip,
         )
+        return np.asarray(found.cpu().numpy())
 
-    fill(
-        found, ids, terms, on_written=progress.written, batch_size=batch_size,
-        per_shard=batch_size, rank=division.rank, ranks=division.ranks,
-    )  # fmt: skip
-    progress.close()
-    if not found.ids().issuperset(ids):
-        return None
-    with found.claim([_REPORT]) as granted:
-        if not granted:
+    with Progress(
+        len(real), lambda: len(store.ids().intersection(ids)), model.schedule.timesteps,
+        active=show_progress, unit="images",
+    ) as progress:  # fmt: skip
+        if not fill_missing(
+            store, ids, terms, batch_size=batch_size, chunk_size=batch_size, share=share,
+            progress=progress,
+        ):  # fmt: skip
             return None
-        rows = found.read(ids).astype(np.float64)
-        with found.writing():
-            bound_figure(rows, folder / "terms.png")
-            with atomic_write(folder / "terms.csv") as file:
-                file.write(_table(rows).encode())
-        locations = {"data": str(real.shards.storage)}
-        return write_report(folder, asked, {"nll": summary(rows)}, locations)
+    rows = store.read(ids).astype(np.float64)
+    with store.writing(), atomic_write(folder / "terms.csv") as file:
+        file.write(_table(rows).encode())
+    locations = {"data": str(real.shards.storage)}
+    return Bound(write_report(folder, inputs, {"nll": summary(rows)}, locations), rows)
+
+
+def _check(model: LoadedModel, variance: Variance) -> None:
+    shape = model.config.model
+    if variance == "learned_range" and shape.out_channels < 2 * shape.in_channels:
+        raise UserError(
+            f"`variance` is learned_range, but the network has {shape.out_channels} outputs, none "
+            "of them for it; choose fixed_small or fixed_large",
+            field="variance",
+        )
+    if model.config.distillation.teacher is not None:
+        raise UserError(
+            "`metrics` has nll, which is a bound over all timesteps, but this network was "
+            f"distilled and knows only the {model.config.sampling.steps} steps it samples with; "
+            "leave nll out",
+            field="metrics",
+        )
 
 
 def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
-    """What the bound is made of, in bits per dimension, JSON values.
+    """Return the parts of the bound in bits per dimension: JSON values.
 
     Args:
         terms: `[N, T + 1]`, as `bits_per_dim` returns them.
@@ -148,20 +152,20 @@ def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _asked(
-    pretrained: LoadedModel, weights: str | None, variance: Variance, real: RealImages, seed: int
+def _inputs(
+    model: LoadedModel, weights: str | None, variance: Variance, real: RealImages, seed: int
 ) -> dict[str, Any]:
-    config = pretrained.config
+    config = model.config
     return {
         "model": {
-            "checkpoint": pretrained.hash,
-            "checkpoint_step": pretrained.step,
+            "checkpoint": model.hash,
+            "checkpoint_step": model.step,
             "weights": weights,
             "ema_decay": config.training.ema_decay if weights == "ema" else None,
             "prediction": config.diffusion.prediction,
             "variance": variance,
-            "timesteps": pretrained.schedule.timesteps,
-            "clip": pretrained.clip,
+            "timesteps": model.schedule.timesteps,
+            "clip": model.clip,
         },
         "seed": seed,
         "reference": {
@@ -175,10 +179,10 @@ def _asked(
 
 
 def _labels(
-    pretrained: LoadedModel, real: RealImages, ids: Sequence[int], device: torch.device
+    model: LoadedModel, real: RealImages, ids: Sequence[int], device: torch.device
 ) -> Tensor | None:
-    """The classes of images, for a network that has any; the null class where they have none."""
-    null = pretrained.model.conditioning.null_class
+    """Return the classes of images, or the null class, for a class-conditional network."""
+    null = model.model.conditioning.null_class
     if null is None:
         return None
     labels = [real.label_of(k) for k in ids]
@@ -186,7 +190,7 @@ def _labels(
 
 
 def _table(terms: NDArray[np.float64]) -> str:
-    """Mean and standard error of each term over images, as CSV."""
+    """Return mean and standard error of each term over images, as CSV."""
     mean = terms.mean(0)
     error = terms.std(0, ddof=1) / len(terms) ** 0.5 if len(terms) > 1 else np.zeros_like(mean)
     last = len(mean) - 1

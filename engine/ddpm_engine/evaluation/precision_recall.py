@@ -1,8 +1,8 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019): quality apart from variety.
+"""Improved precision and recall (Kynkäänniemi et al. 2019): fidelity apart from diversity.
 
-The manifold of a set is taken to be the union of a ball around each of its features, which reaches
-to its k-th nearest neighbour. Precision is the share of drawn pictures within the real manifold,
-recall the share of real images within the drawn one.
+The manifold of a set is the union of balls around its features, each of which reaches to the k-th
+nearest neighbour of its centre. Precision is the share of samples within the real manifold, recall
+the share of real images within the generated one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpm_engine.errors import UserError
 NEIGHBOUR = 3
 """k, the paper's choice."""
 BLOCK = 4096
-"""Rows and columns of distances that are in memory at a time: 128 MiB."""
+"""Rows and columns of distances in memory at a time: 128 MiB."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -31,16 +31,16 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    drawn: Tensor,
+    generated: Tensor,
     real: Tensor,
     neighbour: int = NEIGHBOUR,
     block: int = BLOCK,
     on_block: Callable[[], object] = lambda: None,
 ) -> PrecisionRecall:
-    """Measure both; memory grows with the block, not with the square of the pictures.
+    """Compute both; memory grows with the block, not with the square of the number of images.
 
     Args:
-        drawn: `[N, D]`, on the device that is to compute; distances are float64.
+        generated: `[N, D]`, on the device that computes; distances are float64.
         real: `[M, D]`, on the same. Both measures depend on N and M: the paper has N = M.
         neighbour: k.
         block: rows and columns at a time.
@@ -49,30 +49,30 @@ def precision_recall(
     Raises:
         UserError: a set has not more than k members.
     """
-    smallest = min(len(drawn), len(real))
+    smallest = min(len(generated), len(real))
     if smallest <= neighbour:
         raise UserError(
-            f"precision-recall needs more than {neighbour} pictures on each side, one of which has "
+            f"precision-recall needs more than {neighbour} images on each side, one of which has "
             f"{smallest}"
         )
-    drawn, real = drawn.double(), real.double()
+    generated, real = generated.double(), real.double()
     return PrecisionRecall(
-        _share_within(drawn, real, neighbour, block, on_block),
-        _share_within(real, drawn, neighbour, block, on_block),
+        _share_within(generated, real, neighbour, block, on_block),
+        _share_within(real, generated, neighbour, block, on_block),
         neighbour,
     )
 
 
-def blocks(drawn: int, real: int, block: int = BLOCK) -> int:
-    """How many blocks of distances that takes."""
-    rows, columns = -(-drawn // block), -(-real // block)
+def blocks(generated: int, real: int, block: int = BLOCK) -> int:
+    """Count the blocks of distances that `precision_recall` computes."""
+    rows, columns = -(-generated // block), -(-real // block)
     return rows * rows + columns * columns + 2 * rows * columns
 
 
 def _share_within(
     points: Tensor, centres: Tensor, neighbour: int, block: int, on_block: Callable[[], object]
 ) -> float:
-    """Share of points in a ball around any centre."""
+    """Return the share of points in a ball around any centre."""
     radii = _squared_radii(centres, neighbour, block, on_block)
     inside = 0
     for some in points.split(block):

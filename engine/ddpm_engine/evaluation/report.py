@@ -1,4 +1,4 @@
-"""What was measured and everything needed to measure it again, for programs and for people."""
+"""Reports: the metrics and everything needed to measure them again, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Return the versions of the libraries that the metrics depend on."""
     return {"python": platform.python_version()} | {
         name: metadata.version(name) for name in _LIBRARIES
     }
@@ -25,20 +25,20 @@ def versions() -> dict[str, str]:
 
 def write_report(
     out: Path,
-    asked: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     measured: Mapping[str, Any],
     locations: Mapping[str, str | None],
 ) -> Path:
-    """Write `result-HASH.json`, and beside it a Markdown table of one line.
+    """Write `result-HASH.json`, and beside it a Markdown table of one row.
 
-    The hash is of what was asked, so that another question does not replace the answer to this
-    one, and further measures of the same join it.
+    The hash is that of the inputs, so that an evaluation of other inputs does not replace this one,
+    and further metrics of the same inputs join it.
 
     Args:
         out: an existing folder.
-        asked: JSON values: of what the figures are a function.
+        inputs: JSON values: everything that the metrics are a function of.
         measured: JSON values by metric.
-        locations: where things were found, which changes nothing; None: nowhere.
+        locations: where the inputs were found, which changes nothing; None: nowhere.
 
     Returns:
         The JSON's path.
@@ -46,12 +46,12 @@ def write_report(
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    asked = json.loads(json.dumps(asked))
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    inputs = json.loads(json.dumps(inputs))
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     path = out / f"result-{digest[:8]}.json"
-    metrics = {**_earlier(path, asked), **measured}
+    metrics = {**_earlier(path, inputs), **measured}
     found = {name: location for name, location in locations.items() if location is not None}
-    report = {"metrics": metrics, **asked, "found_at": found, "versions": versions()}
+    report = {"metrics": metrics, **inputs, "found_at": found, "versions": versions()}
     try:
         for file, text in [
             (path, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
@@ -64,17 +64,17 @@ def write_report(
     return path
 
 
-def _earlier(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _earlier(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         before = json.loads(path.read_bytes())
-        same = all(before[name] == value for name, value in asked.items())
+        same = all(before[name] == value for name, value in inputs.items())
         return dict(before["metrics"]) if same and before["versions"] == versions() else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """A table of one line: the figures, and what they were measured on."""
+    """Return a table of one row: the metrics, and what they were measured on."""
     cells = [*_figures(report["metrics"]), *_circumstances(report)]
     heads, values = zip(*cells, strict=True)
     lines = [heads, ["---"] * len(heads), values]
@@ -102,20 +102,20 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     cells: list[tuple[str, str]] = []
-    pictures = report.get("pictures") or {}
+    samples = report.get("pictures") or {}
     features, reference = report.get("features"), report.get("reference")
     bound = report.get("model")
-    model = bound or pictures
-    if pictures:
-        cells.append(("pictures", f"{pictures['count']:,}"))
+    model = bound or samples
+    if samples:
+        cells.append(("samples", f"{samples['count']:,}"))
     if reference is not None:
         real = f"{reference['count']:,} of {reference['fingerprint'][:12]}"
         cells.append(("real images", real))
     if features is not None:
         cells.append(("features", f"{features['name']} {features['hash'][:8]}"))
-    if pictures.get("sampler") is not None:
-        guidance = pictures.get("guidance_scale")
-        sampler = f"{pictures['sampler']}, {pictures['steps']} steps, seed {pictures['seed']}"
+    if samples.get("sampler") is not None:
+        guidance = samples.get("guidance_scale")
+        sampler = f"{samples['sampler']}, {samples['steps']} steps, seed {samples['seed']}"
         cells.append(("sampler", sampler + (f", guidance {guidance:g}" if guidance else "")))
     if "samples" in report["found_at"]:
         cells.append(("folder", report["found_at"]["samples"]))

@@ -1,102 +1,55 @@
-"""The images that are compared: drawn on demand, of a folder, or of a set of shards.
+"""The images that are compared: generated samples, a folder of them, or a set of shards.
 
-All are uint8: what a model draws is rounded to the nearest of 256 levels before anything looks at
-it, as a file would hold it, and files are lossless (PNG). An image of another size is cut to its
-central square and resized by `fit` to that of the pictures it is compared with.
+All are uint8: what a model generates is rounded to the nearest of 256 levels before anything else,
+as a file would hold it, and files are lossless (PNG). Real images of another size are cropped to
+their central square and resized by `fit` to the size of the samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
-from ddpm_engine.generation.id_store import MANIFEST
-from ddpm_engine.generation.recipe import Drawing
+from ddpm_engine.generation.progress import Progress
+from ddpm_engine.generation.recipe import Drawing, Recipe
 from ddpm_engine.generation.sample_dir import SampleDir
-from ddpm_engine.generation.sample_formats import ids_in, picture_files
-from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.generation.sample_reader import open_images, read_manifest
+from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
+from ddpm_engine.images.codec import fit
 
 RULE = (
     "uint8; cut to the central square, halved by averaging while at least twice as large, then "
     "Pillow's bicubic, to the pictures' size"
 )
-"""How `RealImages` brings images to one size."""
+"""How `RealImages` brings images to one size. Part of reports and of cache keys."""
 
 
 class Images(Protocol):
     """Numbered images of one size."""
 
-    shape: tuple[int, int, int]
-    """(H, W, C)."""
-
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """Some of them, ids ascending: `[N, H, W, C]`.
+        """Read images, ids ascending: `[N, H, W, C]`.
 
         Raises:
-            UserError: one cannot be had.
+            UserError: one cannot be read.
         """
         ...
 
-
-class DrawnPictures:
-    """Pictures of a recipe, drawn when they are first asked for and kept.
-
-    Args:
-        drawing: draws them.
-        pictures: keeps them; other processes may fill it at the same time.
-        batch_size: pictures at a time.
-        on_found: called with how many were there already.
-    """
-
-    def __init__(
-        self,
-        drawing: Drawing,
-        pictures: SampleDir,
-        batch_size: int = 64,
-        on_found: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        channels, height, width = drawing.model.sample_shape
-        self.shape = (height, width, channels)
-        self.pictures = pictures
-        self._drawing, self._batch_size, self._on_found = drawing, batch_size, on_found
-
     def label_of(self, sample_id: int) -> int | None:
-        """The class of a picture, if it has one."""
-        return self._drawing.label_of(sample_id)
-
-    def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """As `Images.read`: `[N, H, W, C]`. What is missing is drawn.
-
-        Raises:
-            UserError: no room to write, or a recipe whose images cannot be read.
-        """
-        present = self.pictures.ids()
-        old, missing = [k for k in ids if k in present], [k for k in ids if k not in present]
-        found = dict(zip(old, self.pictures.read(old), strict=True)) if old else {}
-        self._on_found(len(old))
-        if missing:
-            size = self._batch_size
-            batches = [missing[i : i + size] for i in range(0, len(missing), size)]
-            drawn = np.concatenate([self._drawing.draw(batch) for batch in batches])
-            with self.pictures.claim(missing) as granted:
-                # Whoever else has claimed them writes the same pictures.
-                if granted:
-                    labels = [self._drawing.label_of(k) for k in missing]
-                    self.pictures.write(missing, drawn, labels)
-            found.update(zip(missing, drawn, strict=True))
-        return np.stack([found[k] for k in ids])
+        """Return the class of an image, or None."""
+        ...
 
 
 class RealImages:
@@ -105,7 +58,7 @@ class RealImages:
     Args:
         shards: an open set.
         shape: (H, W, C), H = W.
-        count: only so many, evenly spaced, are ids 0 … count − 1; None: all of them.
+        count: use this many, evenly spaced, as ids 0 … count − 1; None: all of them.
     """
 
     def __init__(
@@ -113,7 +66,7 @@ class RealImages:
     ) -> None:
         self.shards, self.shape = shards, shape
         self.total = shards.manifest.samples
-        """How many the set has."""
+        """Images in the set."""
         self._picked = evenly_spaced(self.total, min(self.total, count or self.total))
         self._starts = np.cumsum([0] + [shard.samples for shard in shards.manifest.shards])
         self._reader = ShardReader(shards)
@@ -121,145 +74,183 @@ class RealImages:
     def __len__(self) -> int:
         return len(self._picked)
 
-    def place_in_set(self, ids: Sequence[int]) -> NDArray[np.int64]:
-        """Which samples of the set these are: int64 `[N]`."""
+    def index_in_set(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Return the indexes of these images in the whole set: int64 `[N]`."""
         return self._picked[np.asarray(ids, dtype=np.int64)]
 
     def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """As `Images.read`: `[N, H, W, C]`.
+        """See `Images`.
 
         Raises:
-            UserError: a damaged sample; leaving it out would change the measure.
+            UserError: a damaged sample; leaving it out would change the metrics.
         """
         return np.stack([self._read(k) for k in ids])
 
     def label_of(self, sample_id: int) -> int | None:
-        """The class of an image, if it has one."""
-        shard, row = self._place(sample_id)
+        """See `Images`."""
+        shard, row = self._locate(sample_id)
         label = int(self.shards.indexes[shard][row]["label"])
         return None if label < 0 else label
 
-    def _place(self, sample_id: int) -> tuple[int, int]:
+    def _locate(self, sample_id: int) -> tuple[int, int]:
         sample = int(self._picked[sample_id])
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
     def _read(self, sample_id: int) -> NDArray[np.uint8]:
-        shard, row = self._place(sample_id)
+        shard, row = self._locate(sample_id)
         try:
             return fit(self._reader.image(shard, row, self.shape[2]), self.shape[0])
         except DamagedSample as damage:
             fault = self._reader.describe(shard, row, str(damage))
             raise UserError(
-                f"{fault}; a measure of the other samples would be another measure: run "
-                f"'make_shards.py verify {self.shards.storage}' and repair the set"
+                f"{fault}; metrics without it would be other metrics: verify the set in "
+                f"{self.shards.storage} and repair it"
             ) from None
 
 
-class PictureFolder:
-    """Pictures that are there: a folder that launch/sample.py filled, or any folder of images.
+@dataclass(frozen=True)
+class SampleSource:
+    """The samples that are evaluated."""
+
+    images: Images
+    shape: tuple[int, int, int]
+    """(H, W, C)."""
+    ids: Sequence[int]
+    """Ascending."""
+    provenance: Mapping[str, Any]
+    """JSON values: everything that determines the samples, besides the ids."""
+    present: Callable[[], set[int]]
+    """Returns the ids of the samples that exist."""
+    generate: Callable[[WorkShare, bool, bool], None] | None = None
+    """Generates the missing samples; arguments: share of the work, whether to wait for those of
+    other processes, whether to show progress. None: all exist."""
+    location: str | None = None
+    """Where they were found; None if they are generated."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the provenance."""
+        return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
+
+
+def generated_source(
+    model: LoadedModel,
+    recipe: Recipe,
+    weights: str | None,
+    count: int,
+    out: Path | None = None,
+    parent: Path = Path(),
+    batch_size: int = 64,
+    chunk_size: int = 1024,
+) -> tuple[SampleSource, Path]:
+    """Evaluate samples 0 … count − 1 of a recipe, which are generated into `out / "pictures"`.
+
+    They are kept as WebDataset shards of PNGs, as sampling keeps them in the format `tar`; what is
+    already there is kept.
 
     Args:
-        folder: of pictures of one size. Ids are those of its files' names if it has a manifest of
-            ours, else places in the order of its files' names.
+        model: generates them.
+        recipe: what to generate.
+        weights: which of a run's, `ema` or `model`; None for another library's model.
+        count: number of samples.
+        out: folder of the evaluation, created if missing; None: one named by the settings, in
+            `parent`.
+        parent: folder of evaluations.
+        batch_size: samples at a time.
+        chunk_size: samples in a shard.
+
+    Returns:
+        The samples, and the folder of the evaluation.
 
     Raises:
-        UserError: nothing there that can be read.
+        UserError: a recipe that this network cannot carry out, or a folder that holds samples of
+            other settings.
     """
+    progress: Progress | None = None
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"there is no folder --samples {folder}; give one of pictures")
-        self.folder = folder
-        self.about = _manifest(folder)
-        """What the manifest says of the pictures; None without one."""
-        format = (self.about or {}).get("format")
-        self._held = _images(folder) if format is None else _numbered(folder, format)
-        if not self._held:
-            raise UserError(f"--samples {folder} holds no pictures ({', '.join(EXTENSIONS)})")
-        self.ids = sorted(self._held)
-        """Which there are."""
-        self._kept: tuple[Path, dict[int, NDArray[np.uint8]]] | None = None
-        self.shape = self._read(self.ids[0]).shape
+    def on_step(samples: int) -> None:
+        if progress is not None:
+            progress.step(samples)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the content of all files in the order of ids."""
-        digest = hashlib.sha256()
-        for file in dict.fromkeys(file for file, _ in map(self._held.__getitem__, self.ids)):
-            digest.update(bytes.fromhex(sha256_of(file)))
-        return digest.hexdigest()
+    drawing = Drawing(model, recipe, on_step)
+    settings = {**drawing.settings(), "weights": weights}
+    if out is None:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        sampling = drawing.recipe.sampling
+        out = parent / f"{sampling.sampler}-{sampling.steps}-seed{recipe.seed}-{digest[:8]}"
+    store = SampleDir(out / "pictures", settings, "tar", drawing.label_of)
+    ids = range(count)
 
-    def label_of(self, sample_id: int) -> int | None:
-        """The class of a picture, if the manifest says that they were drawn by class in turn."""
-        classes = (self.about or {}).get("classes")
-        if not isinstance(classes, list) or not classes:
-            return None
-        return int(classes[sample_id % len(classes)])
+    def generate(share: WorkShare, wait: bool, show_progress: bool) -> None:
+        nonlocal progress
+        wanted = set(ids)
+        with Progress(
+            count, lambda: len(wanted & store.ids()), drawing.evaluations,
+            active=show_progress and not store.ids().issuperset(wanted),
+        ) as progress:  # fmt: skip
+            fill_missing(
+                store, ids, drawing.draw, batch_size=batch_size, chunk_size=chunk_size,
+                share=share, progress=progress, wait=wait,
+            )  # fmt: skip
 
-    def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
-        """As `Images.read`: `[N, H, W, C]`.
-
-        Raises:
-            UserError: a file that cannot be read, or a picture of another size.
-        """
-        found = []
-        for k in ids:
-            picture = self._read(k)
-            if picture.shape != self.shape:
-                raise UserError(
-                    f"picture {k} in --samples {self.folder} has shape {list(picture.shape)}, the "
-                    f"first has {list(self.shape)}; all must be of one size"
-                )
-            found.append(picture)
-        return np.stack(found)
-
-    def _read(self, sample_id: int) -> NDArray[np.uint8]:
-        file, load = self._held[sample_id]
-        # A shard holds many, which are asked for in order.
-        if self._kept is None or self._kept[0] != file:
-            try:
-                self._kept = (file, load(file))
-            except (DecodeError, OSError, ValueError, KeyError) as error:
-                raise UserError(f"cannot read {file}: {error}; repair or remove it") from error
-        pictures = self._kept[1]
-        return pictures[sample_id] if sample_id in pictures else pictures[-1]
+    channels, height, width = model.model.sample_shape
+    decay = model.config.training.ema_decay if weights == "ema" else None
+    source = SampleSource(
+        store, (height, width, channels), ids, {**settings, "ema_decay": decay}, store.ids, generate
+    )
+    return source, out
 
 
-Load = Callable[[Path], dict[int, NDArray[np.uint8]]]
-_Held = dict[int, tuple[Path, Load]]
+def folder_source(folder: Path, count: int | None = None) -> SampleSource:
+    """Evaluate existing samples: a folder of images, or a finished set of shards.
+
+    Args:
+        folder: as `open_images` takes it, or of shards whose images have one size.
+        count: only the first so many; None: all.
+
+    Raises:
+        UserError: no images there, fewer, or of different sizes.
+    """
+    if "shards" in (read_manifest(folder) or {}):
+        return _shards_source(folder, count)
+    reader = open_images(folder)
+    ids = sorted(reader.ids())
+    _check_count(folder, len(ids), count)
+    height, width, channels = reader.shape
+    provenance = {"sha256": reader.fingerprint, **(reader.settings or {})}
+    return SampleSource(
+        reader, (height, width, channels), ids[:count], provenance, reader.ids, None, str(folder)
+    )
 
 
-def is_shard_set(folder: Path) -> bool:
-    """Whether a folder has the manifest of a set of shards; pictures have one of another kind."""
-    return "shards" in (_manifest(folder) or {})
+def _shards_source(folder: Path, count: int | None) -> SampleSource:
+    shards = open_shards(folder)
+    stored = shards.manifest
+    if stored.height is None or stored.width is None or stored.channels is None:
+        raise UserError(
+            f"images in `samples` {folder} differ in size or channels; make shards of one size",
+            field="samples",
+        )
+    shape = (stored.height, stored.width, stored.channels)
+    images = RealImages(shards, shape)
+    _check_count(folder, len(images), count)
+    provenance = {"fingerprint": stored.fingerprint}
+    ids = range(len(images))
+    return SampleSource(
+        images, shape, ids[:count], provenance, lambda: set(ids), None, str(folder)
+    )
 
 
-def _manifest(folder: Path) -> dict[str, object] | None:
-    try:
-        about = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return about if isinstance(about, dict) else None
+def _check_count(folder: Path, found: int, count: int | None) -> None:
+    if count is not None and found < count:
+        raise UserError(
+            f"`count` is {count}, but `samples` {folder} holds {found}; ask for fewer",
+            field="count",
+        )
 
 
-def _numbered(folder: Path, format: object) -> _Held:
-    files = picture_files(folder, format)  # type: ignore[arg-type]
-    paths = sorted(files.folder.iterdir()) if files.folder.is_dir() else []
-    return {
-        k: (path, lambda p: dict(files.read(p))) for path in paths for k in ids_in(path.name) or ()
-    }
-
-
-def _images(folder: Path) -> _Held:
-    def load(path: Path) -> dict[int, NDArray[np.uint8]]:
-        return {-1: decode(path.read_bytes(), path.suffix[1:].lower())}
-
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix[1:].lower() in EXTENSIONS]
-    return {k: (path, load) for k, path in enumerate(paths)}
-
-
-def open_reference(
+def open_real_images(
     location: str, shape: tuple[int, int, int], count: int | None = None
 ) -> RealImages:
     """Open the real images.
@@ -270,10 +261,10 @@ def open_reference(
         count: as `RealImages` takes it.
 
     Raises:
-        UserError: no finished set of shards there, or pictures that are not square.
+        UserError: no finished set of shards there, or samples that are not square.
     """
     if shape[0] != shape[1]:
         raise UserError(
-            f"pictures are {shape[0]}×{shape[1]} pixels; images are compared as squares"
+            f"the samples are {shape[0]}×{shape[1]} pixels; only square images can be compared"
         )
     return RealImages(open_shards(location), shape, count)

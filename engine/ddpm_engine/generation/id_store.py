@@ -1,14 +1,12 @@
-"""A folder of numbered things made with the same settings, which several processes fill together.
+"""A folder of items numbered by id and made with the same settings, filled by several processes.
 
-The manifest is written first and never again: it says what everything in the folder was made with.
-Processes divide the ids by locking ranges of them, as ranges of the manifest's bytes, which the
+The manifest is written first and never again; it records what everything in the folder was made
+with. Processes share the ids by locking ranges of them, as byte ranges of the manifest, which the
 operating system releases whenever and however a process ends.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from abc import ABC, abstractmethod
@@ -19,77 +17,81 @@ from typing import Any
 
 import numpy as np
 
+from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, write_once
 from ddpm_engine.errors import UserError
-from ddpm_engine.generation.sample_formats import consecutive, ids_being_written, ids_in
+from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
 
 MANIFEST = "manifest.json"
-_EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
-_SHARED = fcntl.LOCK_SH | fcntl.LOCK_NB
-_PRESENCE = 1 << 60  # a byte beyond every id, which all who fill the set lock together
+_PRESENCE = 1 << 60  # a byte beyond every id, which all processes in the store lock together
 
 
 class IdStore(ABC):
-    """Things made with the same settings, in files that are named by the ids they hold.
+    """Items made with the same settings, in files named by the ids they hold.
 
     Args:
-        directory: made if missing. If it holds things of the same settings, more are added.
+        directory: created if missing. If it holds items of the same settings, more are added.
         folder: where in it the files are.
-        settings: JSON values: whatever determines a thing, besides its id.
-        flag: how the user chose the directory, for error messages.
+        settings: JSON values: everything that determines an item besides its id.
+        field: the configuration field that named the directory, for error messages.
 
     Raises:
         UserError: the directory holds something else, or cannot be written.
     """
 
     def __init__(
-        self, directory: Path, folder: Path, settings: Mapping[str, Any], flag: str = "--out"
+        self, directory: Path, folder: Path, settings: Mapping[str, Any], field: str = "out"
     ) -> None:
-        self.directory, self.folder, self.flag = directory, folder, flag
-        # Through JSON and back, so that it compares with what the file says.
+        self.directory, self.folder, self.field = directory, folder, field
+        # Through JSON and back, so that it compares equal to what the file says.
         self.settings = json.loads(json.dumps(settings))
         manifest = directory / MANIFEST
         if directory.exists() and not directory.is_dir():
-            raise UserError(f"{flag} {directory} is a file; choose a folder")
+            raise self._error(f"`{field}` {directory} is a file; choose a folder")
         if not manifest.exists():
             self._refuse_foreign()
             with self.writing():
                 directory.mkdir(parents=True, exist_ok=True)
                 write_once(manifest, (json.dumps(self.settings, indent=2) + "\n").encode())
         with self.writing():
-            # Kept open, and the only time that this process opens it: closing the file a second
-            # time would release every lock.
+            # Kept open and never opened again: closing a second descriptor of the file would
+            # release every lock of this process.
             self._manifest = manifest.open("r+b")
         self._refuse_other_settings(self._manifest.read())
-        self.locks = self._try_lock(_SHARED) is not None
+        self.supports_locks = self._acquire(_PRESENCE, shared=True) is not None
         self._remove_leftovers()
 
     def ids(self) -> set[int]:
-        """Which things are there."""
+        """Return the ids of the items that are there."""
         return {k for name in self._names() for k in ids_in(name) or ()}
 
     @contextmanager
-    def claim(self, ids: Sequence[int]) -> Iterator[bool]:
-        """Reserve the ids from the first to the last for this process; False: they are taken.
-
-        On a file system without locks everything is granted: see `locks`.
+    def reserve(self, ids: Sequence[int], wait: bool = False) -> Iterator[bool]:
+        """Reserve the range from the first id to the last for this process.
 
         Args:
             ids: ascending, not empty.
+            wait: block until no other process has reserved any of them.
+
+        Yields:
+            Whether the range was reserved; False if another process has reserved part of it. True
+            on a file system without locks, see `supports_locks`.
         """
-        with self._locked(ids[0], ids[-1] - ids[0] + 1) as granted:
-            yield granted
+        length = ids[-1] - ids[0] + 1
+        acquired = self._acquire(ids[0], length, wait=wait)
+        try:
+            yield acquired is not False
+        finally:
+            if acquired:
+                locks.release(self._manifest, start=ids[0], length=length)
 
     @abstractmethod
-    def write(
-        self, ids: Sequence[int], things: np.ndarray, labels: Sequence[int | None] | None = None
-    ) -> None:
-        """Write things whose ids this process has claimed.
+    def write(self, ids: Sequence[int], items: np.ndarray) -> None:
+        """Write items whose ids this process has reserved.
 
         Args:
             ids: N ascending ids.
-            things: `[N, ...]`.
-            labels: the class of each, or None.
+            items: `[N, ...]`.
 
         Raises:
             UserError: the disk is full or the folder cannot be written; whole files stay.
@@ -98,55 +100,24 @@ class IdStore(ABC):
     @property
     @abstractmethod
     def sharded(self) -> bool:
-        """Whether one file holds many things."""
+        """Whether one file holds many items."""
 
     def finish(self, ids: Sequence[int]) -> None:  # noqa: B027
-        """Whatever is to be done once all these ids are there; for one process at a time."""
+        """Do what is left to do once all these ids are there; one process at a time calls it."""
 
-    def leave(self) -> bool:
-        """Stop counting as one who fills the set; True: nobody else does, and nobody else is told.
+    def last_to_leave(self) -> bool:
+        """Stop counting as a process in the store; True for exactly one: the last to leave.
 
-        Of several who leave at the same time one is the last. True without locks.
+        Always True on a file system without locks.
         """
-        self._try_lock(fcntl.LOCK_UN)
-        return self._try_lock(_EXCLUSIVE) is not False
-
-    def _names(self) -> Collection[str]:
-        try:
-            return os.listdir(self.folder)
-        except FileNotFoundError:
-            return ()
-
-    @contextmanager
-    def _locked(self, start: int, length: int) -> Iterator[bool]:
-        granted = self._try_lock(_EXCLUSIVE, start, length)
-        try:
-            yield granted is not False
-        finally:
-            if granted:
-                self._try_lock(fcntl.LOCK_UN, start, length)
-
-    def _try_lock(self, kind: int, start: int = _PRESENCE, length: int = 1) -> bool | None:
-        """Lock or unlock bytes: whether that was granted, or None without locks."""
-        try:
-            fcntl.lockf(self._manifest, kind, length, start)
-        except OSError as error:
-            return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
-        return True
-
-    def _remove_leftovers(self) -> None:
-        """Delete what killed processes had begun to write; what is being written is locked."""
-        for name in self._names():
-            ids = ids_being_written(name)
-            if ids is None:
-                continue
-            with self._locked(ids[0], len(ids)) as granted, suppress(FileNotFoundError):
-                if granted:
-                    (self.folder / name).unlink()
+        if not self.supports_locks:
+            return True
+        locks.release(self._manifest, start=_PRESENCE, length=1)
+        return self._acquire(_PRESENCE) is not False
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Say what to do when the operating system refuses to write.
+        """Explain a failure to write.
 
         Raises:
             UserError: instead of any `OSError` in the block.
@@ -154,10 +125,35 @@ class IdStore(ABC):
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"writing to {self.flag} {self.directory} failed: {error}; make room or choose "
+            raise self._error(
+                f"writing to `{self.field}` {self.directory} failed: {error}; make room or choose "
                 "another, and run it again"
             ) from None
+
+    def _names(self) -> Collection[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return ()
+
+    def _acquire(
+        self, start: int, length: int = 1, shared: bool = False, wait: bool = False
+    ) -> bool | None:
+        """Lock bytes of the manifest: whether that was granted, or None without locks."""
+        try:
+            return locks.acquire(
+                self._manifest, start=start, length=length, shared=shared, wait=wait
+            )
+        except locks.LocksUnsupportedError:
+            return None
+
+    def _remove_leftovers(self) -> None:
+        """Delete what killed processes had begun to write; what is being written is reserved."""
+        for name in self._names():
+            if (ids := ids_being_written(name)) is not None:
+                with self.reserve(ids) as reserved, suppress(FileNotFoundError):
+                    if reserved:
+                        (self.folder / name).unlink()
 
     def _refuse_foreign(self) -> None:
         foreign = [
@@ -165,10 +161,11 @@ class IdStore(ABC):
             for name in (os.listdir(self.directory) if self.directory.exists() else [])
             if not name.startswith((".", MANIFEST)) and not name.endswith(TEMPORARY_SUFFIX)
         ]
-        # Looked at again: another process of the same run may have begun meanwhile.
+        # Look again: another process of the same run may have begun meanwhile.
         if foreign and not (self.directory / MANIFEST).exists():
-            raise UserError(
-                f"{self.flag} {self.directory} holds other things ({min(foreign)}); choose another"
+            raise self._error(
+                f"`{self.field}` {self.directory} holds other things ({min(foreign)}); choose "
+                "another"
             )
 
     def _refuse_other_settings(self, content: bytes) -> None:
@@ -177,8 +174,8 @@ class IdStore(ABC):
             before = json.loads(content)
             before["format"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{manifest} is not a manifest of pictures; choose another {self.flag}"
+            raise self._error(
+                f"{manifest} is not a manifest of samples; choose another `{self.field}`"
             ) from None
         different = [
             f"{name} was {before.get(name)} and is now {self.settings.get(name)}"
@@ -186,27 +183,10 @@ class IdStore(ABC):
             if before.get(name) != self.settings.get(name)
         ]
         if different:
-            raise UserError(
-                f"{self.flag} {self.directory} holds pictures drawn otherwise "
+            raise self._error(
+                f"`{self.field}` {self.directory} was made with other settings "
                 f"({'; '.join(different)}); choose another"
             )
 
-
-def units(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:
-    """Cut ascending ids into pieces that are drawn one at a time.
-
-    Args:
-        ids: ascending.
-        size: ids of a piece, at most.
-        aligned: cut at multiples of `size` and wherever an id is left out, as shards do, so that a
-            shard holds the same ids whichever else are asked for.
-    """
-    if not aligned:
-        return [list(ids[i : i + size]) for i in range(0, len(ids), size)]
-    pieces: list[list[int]] = []
-    for part in consecutive(ids):
-        for k in ids[part]:
-            if not pieces or k % size == 0 or k != pieces[-1][-1] + 1:
-                pieces.append([])
-            pieces[-1].append(k)
-    return pieces
+    def _error(self, message: str) -> UserError:
+        return UserError(message, field=self.field)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
-from ddpm_engine.generation.sample_reader import open_pictures
+from ddpm_engine.generation.sample_reader import open_samples
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 from ddpm_engine.images.data_codec import PixelCodec
 
@@ -77,7 +77,7 @@ class SamplesAsInput:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.pictures = open_pictures(path)
+        self.pictures = open_samples(path)
         self.shape = shape
         classes = self.pictures.settings.get("classes")
         self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)

@@ -1,4 +1,4 @@
-"""How far a set of pictures is, over all processes that fill it."""
+"""Progress of filling a store of numbered items, over all processes that fill it."""
 
 from __future__ import annotations
 
@@ -12,50 +12,60 @@ _SECONDS_IN_A_LOG = 30
 
 
 class Progress:
-    """One line, renewed every other second on a terminal, or every half minute in a log.
+    """Print one line, renewed every two seconds on a terminal or every half minute in a log.
 
     Args:
-        total: pictures wanted.
-        count: how many of them are there; it is asked at every line.
-        evaluations: steps a picture.
-        active: whether to show anything.
+        total: items wanted.
+        count: returns how many of them are there; called for every line.
+        steps: steps per item; `step` counts them.
+        active: whether to print anything.
+        unit: what the items are called.
     """
 
     def __init__(
-        self, total: int, count: Callable[[], int], evaluations: int, active: bool = True
+        self,
+        total: int,
+        count: Callable[[], int],
+        steps: int = 1,
+        active: bool = True,
+        unit: str = "samples",
     ) -> None:
-        self.total = total
-        self.active = active
-        self._count = count
-        self._evaluations = evaluations
+        self._total, self._count, self._steps = total, count, steps
+        self._active, self._unit = active, unit
         self._terminal = sys.stderr.isatty()
         self._interval = _SECONDS_ON_A_TERMINAL if self._terminal else _SECONDS_IN_A_LOG
         self._at_first = count() if active else 0
-        self._began = self._shown = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._in_flight = 0.0
 
-    def step(self, pictures: int) -> None:
-        """So many pictures are one step further in this process."""
-        self._in_flight += pictures / self._evaluations
-        if self.active and time.monotonic() - self._shown >= self._interval:
-            self._show()
+    def __enter__(self) -> Progress:
+        return self
 
-    def written(self, pictures: int) -> None:
-        """So many pictures of this process are where `count` sees them."""
-        self._in_flight -= pictures
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, items: int) -> None:
+        """Advance this many items by one step in this process."""
+        self._in_flight += items / self._steps
+        if self._active and time.monotonic() - self._printed >= self._interval:
+            self._print()
+
+    def written(self, items: int) -> None:
+        """Note that this many items of this process are where `count` sees them."""
+        self._in_flight -= items
 
     def close(self) -> None:
         """End the line."""
-        if self.active and self._terminal:
-            self._show()
+        if self._active and self._terminal:
+            self._print()
             print(file=sys.stderr)
 
-    def _show(self) -> None:
-        self._shown = time.monotonic()
+    def _print(self) -> None:
+        self._printed = time.monotonic()
         done = self._count() + self._in_flight
-        rate = (done - self._at_first) / (self._shown - self._began)
-        left = timedelta(seconds=round((self.total - done) / rate)) if rate > 0 else "unknown"
-        line = f"{done:,.0f}/{self.total:,} pictures  {rate:.3g} images/s  eta {left}"
+        rate = (done - self._at_first) / (self._printed - self._began)
+        left = timedelta(seconds=round((self._total - done) / rate)) if rate > 0 else "unknown"
+        line = f"{done:,.0f}/{self._total:,} {self._unit}  {rate:.3g} per second  eta {left}"
         if self._terminal:
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
         else:

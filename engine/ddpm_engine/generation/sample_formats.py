@@ -1,7 +1,7 @@
-"""How pictures lie in a folder: one file each, or in shards that hold a range of ids.
+"""File formats of samples in a folder: one file each, or shards that hold a range of ids.
 
-The file names say which pictures are there, and a name appears only when its file is whole. So the
-folder is the one record of what is done, whoever wrote it and however they ended.
+The file names say which samples are there, and a name appears only once its file is complete. So
+the folder is the only record of what is done, whoever wrote it and however they ended.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ Format = Literal["png", "tar", "tar-npy", "npz"]
 _NAME = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.(png|tar|npz)")
 
 
-class PictureFiles(Protocol):
-    """One of the ways."""
+class SampleFiles(Protocol):
+    """Files of one format."""
 
     folder: Path
-    """Where the files are; made by `write` if missing."""
+    """Where the files are; created by `write` if missing."""
 
     def write(
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
     ) -> None:
-        """Write pictures, each file complete or not at all.
+        """Write samples, each file complete or not at all.
 
         Args:
             ids: N ascending ids.
             images: uint8 `[N, H, W, C]`.
             labels: the class of each, or None.
-            seed: that they were drawn from.
+            seed: of their noise.
 
         Raises:
             OSError: as the operating system reports it.
@@ -49,18 +49,18 @@ class PictureFiles(Protocol):
         ...
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
-        """The pictures in one file by id, uint8 `[H, W, C]` each."""
+        """Read one file: samples by id, uint8 `[H, W, C]` each."""
         ...
 
 
-def picture_files(folder: Path, format: Format) -> PictureFiles:
-    """The files of a format.
+def sample_files(folder: Path, format: Format) -> SampleFiles:
+    """Return the reader and writer of a format.
 
     Raises:
-        UserError: no such format.
+        UserError: unknown format.
     """
     if format == "png":
-        return SingleFiles(folder)
+        return PngFiles(folder)
     if format not in get_args(Format):
         raise UserError(f"format is {format!r}; it must be one of {', '.join(get_args(Format))}")
     if format == "npz":
@@ -69,7 +69,7 @@ def picture_files(folder: Path, format: Format) -> PictureFiles:
 
 
 def ids_in(name: str) -> range | None:
-    """The ids that a file holds by its name, or None for other names."""
+    """Return the ids in a file according to its name; None for other names."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -78,19 +78,19 @@ def ids_in(name: str) -> range | None:
 
 
 def ids_being_written(name: str) -> range | None:
-    """Those of a file that is not complete yet, or never will be."""
+    """Return the ids in a file that is not complete yet, or never will be; None for other names."""
     whole = name.removesuffix(TEMPORARY_SUFFIX)
     return None if whole == name else ids_in(whole)
 
 
 def consecutive(ids: Sequence[int]) -> list[slice]:
-    """Cut ascending ids where one is left out."""
+    """Cut ascending ids at gaps."""
     cuts = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1]
     return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True) if a < b]
 
 
-class SingleFiles:
-    """One PNG a picture, `00000017.png`."""
+class PngFiles:
+    """One PNG per sample, `00000017.png`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,18 +98,18 @@ class SingleFiles:
     def write(
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
     ) -> None:
-        """See `PictureFiles`; the manifest says what the labels are."""
+        """See `SampleFiles`; the labels are in the manifest only."""
         for sample_id, image in zip(ids, images, strict=True):
             with atomic_write(self.folder / f"{sample_id:08d}.png") as file:
                 file.write(encode(image, "png"))
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
-        """See `PictureFiles`."""
+        """See `SampleFiles`."""
         return {int(path.stem): decode(path.read_bytes(), "png")}
 
 
 class TarShards:
-    """WebDataset shards, `00001024-00002047.tar`: each picture as png or npy, its json, its cls.
+    """WebDataset shards, `00001024-00002047.tar`: per sample png or npy, json, and cls.
 
     The json holds id, seed and label; there is a cls if there is a label.
     """
@@ -121,32 +121,32 @@ class TarShards:
     def write(
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
     ) -> None:
-        """See `PictureFiles`; one shard for each range without gaps."""
+        """See `SampleFiles`; one shard per range without gaps."""
         self.folder.mkdir(exist_ok=True)
         for part in consecutive(ids):
             path = self.folder / f"{ids[part][0]:08d}-{ids[part][-1]:08d}.tar"
-            # No encoder: what is written is encoded. mtime 0: the same bytes every time.
+            # No encoder: the members are encoded already. mtime 0: the same bytes every time.
             with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
                 for k, image, label in zip(ids[part], images[part], labels[part], strict=True):
-                    about = {"id": k, "seed": seed, "label": label}
+                    description = {"id": k, "seed": seed, "label": label}
                     members = {
                         "__key__": f"{k:08d}",
                         self.extension: encode(image, self.extension),
-                        "json": json.dumps(about).encode(),
+                        "json": json.dumps(description).encode(),
                     }
                     if label is not None:
                         members["cls"] = str(label).encode()
                     tar.write(members)
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
-        """See `PictureFiles`."""
-        pictures = {}
+        """See `SampleFiles`."""
+        samples = {}
         with path.open("rb") as file:
             for sample in scan_tar(path):
                 file.seek(sample.image.offset_data)
                 payload = file.read(sample.image.size)
-                pictures[int(sample.key)] = decode(payload, sample.extension)
-        return pictures
+                samples[int(sample.key)] = decode(payload, sample.extension)
+        return samples
 
 
 class NpzShards:
@@ -162,7 +162,7 @@ class NpzShards:
     def write(
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
     ) -> None:
-        """See `PictureFiles`; one archive for each range without gaps."""
+        """See `SampleFiles`; one archive per range without gaps."""
         self.folder.mkdir(exist_ok=True)
         for part in consecutive(ids):
             arrays = {"images": images[part], "ids": np.asarray(ids[part], dtype=np.int64)}
@@ -175,6 +175,6 @@ class NpzShards:
                 file.write(encoded.getvalue())
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
-        """See `PictureFiles`."""
+        """See `SampleFiles`."""
         with np.load(path, allow_pickle=False) as archive:
             return dict(zip(archive["ids"].tolist(), archive["images"], strict=True))

@@ -1,78 +1,165 @@
-"""Reading the pictures of a set by their ids, without a part in making it."""
+"""Read samples of a folder by their ids, without taking part in generating them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
-from ddpm_engine.generation.sample_formats import ids_in, picture_files
+from ddpm_engine.generation.sample_formats import ids_in, sample_files
+from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
 
 
 class SampleReader:
-    """The pictures that are in a folder at the time of asking.
+    """The samples in a folder at the time of asking.
+
+    In a folder that was generated, the names of the files hold the ids. In any other folder of
+    images, ids are positions in the order of the files' names.
 
     Args:
-        directory: of the pictures.
-        settings: that they were drawn with, as the manifest has them; `format` among them.
+        directory: the folder.
+        settings: what the samples were generated with, as the manifest says, `format` among them;
+            None without a manifest.
 
     Raises:
-        UserError: a format that nobody writes.
+        UserError: unknown format.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any] | None) -> None:
         self.directory = directory
         self.settings = settings
-        self.files = picture_files(directory, settings["format"])
+        self.files = None if settings is None else sample_files(directory, settings["format"])
+        self._paths: dict[int, Path] = {}
+        self._last: tuple[Path, Mapping[int, NDArray[np.uint8]]] | None = None
+        self._first: tuple[int, tuple[int, ...]] | None = None
 
     def ids(self) -> set[int]:
-        """Which pictures are there."""
-        return {k for name in self._names() for k in ids_in(name) or ()}
+        """Return the ids of the samples that are there."""
+        self._paths = self._list()
+        return set(self._paths)
 
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """Some of the pictures that are there: uint8 `[N, H, W, C]`.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the sample of the lowest id: (H, W, C)."""
+        return self.read([min(self.ids())]).shape[1:]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all files in the order of ids."""
+        digest = hashlib.sha256()
+        paths = self._list()
+        for path in dict.fromkeys(paths[k] for k in sorted(paths)):
+            digest.update(bytes.fromhex(sha256_of(path)))
+        return digest.hexdigest()
+
+    def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
+        """Read samples that are there: `[N, H, W, C]`.
 
         Raises:
             KeyError: one is not there.
+            UserError: a file cannot be read, or samples differ in shape.
         """
-        wanted, found = set(ids), dict[int, np.ndarray]()
-        for name in sorted(self._names()):
-            if wanted.intersection(ids_in(name) or ()):
-                pictures = self.files.read(self.files.folder / name)
-                found.update((k, pictures[k]) for k in wanted.intersection(pictures))
+        # File by file: a shard holds many.
+        found = {k: self._read(k) for k in sorted(set(ids))}
+        for k, image in found.items():
+            self._first = self._first or (k, image.shape)
+            first, shape = self._first
+            if image.shape != shape:
+                raise UserError(
+                    f"images in {self.directory} differ in shape: {first} has {list(shape)}, {k} "
+                    f"has {list(image.shape)}; all must be of one size"
+                )
         return np.stack([found[k] for k in ids])
 
     def label_of(self, sample_id: int) -> int | None:
-        """The class that a picture was asked to be of, if of any."""
-        classes: Sequence[int] | None = self.settings.get("classes")
-        return classes[sample_id % len(classes)] if classes else None
+        """Return the class a sample was conditioned on, or None."""
+        classes = (self.settings or {}).get("classes")
+        if not isinstance(classes, list) or not classes:
+            return None
+        return int(classes[sample_id % len(classes)])
 
-    def _names(self) -> list[str]:
-        return os.listdir(self.files.folder) if self.files.folder.exists() else []
+    def _list(self) -> dict[int, Path]:
+        if self.files is None:
+            names = sorted(os.listdir(self.directory))
+            images = [name for name in names if _extension(Path(name)) in EXTENSIONS]
+            return {k: self.directory / name for k, name in enumerate(images)}
+        folder = self.files.folder
+        names = os.listdir(folder) if folder.exists() else []
+        return {k: folder / name for name in sorted(names) for k in ids_in(name) or ()}
+
+    def _read(self, sample_id: int) -> NDArray[np.uint8]:
+        if sample_id not in self._paths:
+            self._paths = self._list()
+        path = self._paths[sample_id]
+        if self._last is None or self._last[0] != path:
+            try:
+                if self.files is not None:
+                    self._last = path, self.files.read(path)
+                else:
+                    self._last = path, {sample_id: decode(path.read_bytes(), _extension(path))}
+            except (DecodeError, OSError, ValueError, KeyError) as error:
+                raise UserError(f"cannot read {path}: {error}; repair or remove it") from error
+        return self._last[1][sample_id]
 
 
-def open_pictures(directory: Path) -> SampleReader:
-    """The pictures of a set, finished or not; nothing is changed.
-
-    Args:
-        directory: that launch/sample.py drew into.
+def open_samples(directory: Path) -> SampleReader:
+    """Open a folder of generated samples, finished or not; nothing is changed.
 
     Raises:
-        UserError: it holds no manifest of pictures.
+        UserError: it has no manifest of samples.
     """
     try:
         settings = json.loads((directory / MANIFEST).read_bytes())
+        settings["format"]
         return SampleReader(directory, settings)
     except OSError as error:
         reason = error.strerror
-    except (ValueError, KeyError, TypeError):
-        reason = "it is not a manifest of pictures"
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = "it is not a manifest of samples"
     raise UserError(
-        f"{directory} is no folder of launch/sample.py: its {MANIFEST} cannot be read ({reason})"
+        f"{directory} is not a folder of generated samples: its {MANIFEST} cannot be read ({reason})"
     )
+
+
+def open_images(directory: Path) -> SampleReader:
+    """Open a folder of generated samples, or any folder of images.
+
+    Raises:
+        UserError: no such folder, or no images in it.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"there is no folder `samples` {directory}; give one of images", field="samples"
+        )
+    manifest = read_manifest(directory)
+    reader = SampleReader(directory, manifest if manifest and "format" in manifest else None)
+    if not reader.ids():
+        raise UserError(
+            f"`samples` {directory} holds no images ({', '.join(EXTENSIONS)})", field="samples"
+        )
+    return reader
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Read the manifest of a folder, of samples or of shards; None if there is none."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _extension(path: Path) -> str:
+    return path.suffix[1:].lower()

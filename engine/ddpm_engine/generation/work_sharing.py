@@ -1,93 +1,132 @@
-"""Drawing what is missing from a set of pictures, alone or beside other processes.
+"""Fill a store of numbered items, alone or together with other processes.
 
-Every process goes through all of the ids: first the pieces that are its own by turn, then, from the
-end, those of the others. What is there is skipped, and so is what another process has claimed. So
-nobody waits for anybody, whoever is late or dead has its pieces taken over, and a run that was
-ended is run again with any number of processes. The last one that leaves finishes the set.
+Each process works through its own chunks of ids round-robin, then takes over unfinished chunks of
+the others, starting at the end. Items that exist are skipped, and so are chunks that another
+process has reserved. So no process waits for another, chunks of a slow or dead process are picked
+up, and an interrupted run is resumed by running it again, with any number of processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.generation.id_store import IdStore, units
+from ddpm_engine.generation.id_store import IdStore
+from ddpm_engine.generation.progress import Progress
+from ddpm_engine.generation.sample_formats import consecutive
 
 
-def fill(
-    pictures: IdStore,
+@dataclass(frozen=True)
+class WorkShare:
+    """This process among those that share the work."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> WorkShare:
+        """Read `RANK` and `WORLD_SIZE` as launchers set them; without them, a single process."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def fill_missing(
+    store: IdStore,
     ids: Sequence[int],
-    draw: Callable[[Sequence[int]], np.ndarray],
-    label_of: Callable[[int], int | None] = lambda _: None,
-    on_written: Callable[[int], None] = lambda _: None,
+    compute: Callable[[Sequence[int]], np.ndarray],
     *,
     batch_size: int = 64,
-    per_shard: int = 1024,
-    rank: int = 0,
-    ranks: int = 1,
+    chunk_size: int = 1024,
+    share: WorkShare = WorkShare(),  # noqa: B008
+    progress: Progress | None = None,
+    wait: bool = False,
 ) -> bool:
-    """Draw the missing pictures; the last process that does so makes the grid.
+    """Compute the missing items; the last process to leave also finishes the store.
 
     Args:
-        pictures: where they go.
-        ids: all that is wanted.
-        draw: ids `[N]` to uint8 `[N, H, W, C]`.
-        label_of: the class of a picture, to be noted beside it.
-        on_written: called with how many pictures were just written.
-        batch_size: pictures to draw at a time.
-        per_shard: ids of a shard. One PNG a picture is written batch by batch.
-        rank: of this process.
-        ranks: how many there are.
+        store: where the items go.
+        ids: everything wanted.
+        compute: ids `[N]` to items `[N, ...]`, at most `batch_size` at a time.
+        batch_size: items computed at a time.
+        chunk_size: items reserved and written at a time. Where each item has a file of its own,
+            chunks are single batches.
+        share: this process among those that share the work.
+        progress: counts the items written.
+        wait: wait for chunks that other processes have reserved, instead of skipping them. On
+            return everything is there.
 
     Returns:
-        Whether the set is finished; False: other processes are still drawing what is missing.
+        True for the last process to leave, once everything is there. False: other processes are
+        still working in the store.
 
     Raises:
-        UserError: the disk is full, or there are several processes and no file locks.
+        UserError: the disk is full, or there are several processes but no file locks.
     """
-    if ranks > 1 and not pictures.locks:
+    if share.world_size > 1 and not store.supports_locks:
         raise UserError(
-            f"{pictures.flag} {pictures.directory} is on a file system without file locks, by "
-            "which several processes divide the pictures; choose another, or start one process"
+            f"`{store.field}` is {store.directory}, on a file system without file locks, by which "
+            "several processes share the work; choose another, or start one process",
+            field=store.field,
         )
     ids = sorted(ids)
-    if pictures.sharded:
-        pieces = units(ids, per_shard, aligned=True)
+    if store.sharded:
+        pieces = chunks(ids, chunk_size, aligned=True)
     else:
-        # Not larger than leaves something to do for everyone.
-        pieces = units(ids, min(batch_size, -(-len(ids) // ranks)), aligned=False)
-    own = pieces[rank::ranks]
-    others = [piece for i, piece in enumerate(pieces) if i % ranks != rank]
+        # Small enough that every process has something to do.
+        pieces = chunks(ids, min(batch_size, -(-len(ids) // share.world_size)), aligned=False)
+    own = pieces[share.rank :: share.world_size]
+    others = [piece for i, piece in enumerate(pieces) if i % share.world_size != share.rank]
 
     def pass_over() -> bool:
-        """Draw what can be claimed; whether there was anything."""
-        present, drawn = pictures.ids(), False
+        """Compute every chunk that can be reserved; return whether there was any."""
+        present, computed = store.ids(), False
         for piece in [*own, *reversed(others)]:
             if present.issuperset(piece):
                 continue
-            with pictures.claim(piece) as granted:
-                if not granted:
+            with store.reserve(piece, wait=wait) as reserved:
+                if not reserved:
                     continue
-                present = pictures.ids()
+                present = store.ids()
                 if missing := [k for k in piece if k not in present]:
                     batches = (
                         missing[i : i + batch_size] for i in range(0, len(missing), batch_size)
                     )
-                    images = np.concatenate([draw(batch) for batch in batches])
-                    pictures.write(missing, images, [label_of(k) for k in missing])
-                    on_written(len(missing))
-                    drawn = True
-        return drawn
+                    store.write(missing, np.concatenate([compute(batch) for batch in batches]))
+                    if progress is not None:
+                        progress.written(len(missing))
+                    computed = True
+        return computed
 
-    drawn = True
-    while drawn:
-        drawn = pass_over()
-        if not pictures.leave():
+    computed = True
+    while computed:
+        computed = pass_over()
+        if not store.last_to_leave():
             return False
-        if pictures.ids().issuperset(ids):
-            pictures.finish(ids)
+        if store.ids().issuperset(ids):
+            store.finish(ids)
             return True
-        # Somebody who had claimed a piece has died since it was passed over.
+        # A process that had reserved a chunk died after this one passed it over.
     return False
+
+
+def chunks(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:
+    """Cut ascending ids into chunks.
+
+    Args:
+        ids: ascending.
+        size: largest number of ids in a chunk.
+        aligned: cut at multiples of `size` and at gaps, as shards are, so that a shard holds the
+            same ids whatever else is asked for.
+    """
+    if not aligned:
+        return [list(ids[i : i + size]) for i in range(0, len(ids), size)]
+    pieces: list[list[int]] = []
+    for part in consecutive(ids):
+        for k in ids[part]:
+            if not pieces or k % size == 0 or k != pieces[-1][-1] + 1:
+                pieces.append([])
+            pieces[-1].append(k)
+    return pieces
