@@ -23,7 +23,7 @@ from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.diffusion.super_resolution import shrink
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.pipeline import export_pipeline
-from ddpm_engine.generation.sample_reader import open_pictures
+from ddpm_engine.generation.sample_reader import open_samples
 from ddpm_engine.images.grid import grid, to_uint8
 from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.training.trainer import Trainer
@@ -93,7 +93,7 @@ def draw(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pixels(folder: Path) -> np.ndarray:
-    pictures = open_pictures(folder)
+    pictures = open_samples(folder)
     return pictures.read(sorted(pictures.ids())).astype(int)
 
 

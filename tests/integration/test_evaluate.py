@@ -29,9 +29,9 @@ from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.evaluation.digits import digit_classifier
 from ddpm_engine.evaluation.feature_networks import feature_network
+from ddpm_engine.evaluation.features_store import open_real_features
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.evaluation.inception import InceptionNetwork
-from ddpm_engine.evaluation.metrics import reference_features
 from ddpm_engine.evaluation.sources import RealImages
 from ddpm_engine.generation.sample_formats import TarShards
 from ddpm_engine.images.codec import encode
@@ -270,7 +270,7 @@ def test_a_damaged_real_image_stops_it(
         )
     said = capsys.readouterr().err
     assert "checksum differs" in said
-    assert "make_shards.py verify" in said
+    assert "verify the set" in said
 
 
 def test_real_images_that_another_evaluation_is_at_are_waited_for(
@@ -283,7 +283,7 @@ def test_real_images_that_another_evaluation_is_at_are_waited_for(
     other = os.fork()
     if other == 0:
         # It claims the first piece, and ends a second later without having done anything.
-        with reference_features(own, real, network).claim(range(16)):
+        with open_real_features(own, real, network).reserve(range(16)):
             os.write(tell, b".")
             time.sleep(1)
             os._exit(0)
@@ -292,7 +292,7 @@ def test_real_images_that_another_evaluation_is_at_are_waited_for(
         shutil.copy(kept, own)
     evaluate("out", "--checkpoint", trained, *ASKED, "--metrics", "fid", "--cache", own)
     assert os.waitpid(other, 0)[1] == 0
-    assert reference_features(own, real, network).ids() == set(range(100))
+    assert open_real_features(own, real, network).ids() == set(range(100))
 
 
 def test_colour_pictures_by_inceptions_features(evaluate: Evaluate, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_the_bound_of_real_images(
     # By hand, the whole batch at once.
     pretrained = load_model(trained)
     real = RealImages(open_shards(shards), (8, 8, 1), 6)
-    ids = real.place_in_set(range(6))
+    ids = real.index_in_set(range(6))
     assert ids.tolist() == [0, 16, 33, 50, 66, 83]
     terms = bits_per_dim(
         pretrained.model,
@@ -360,9 +360,9 @@ def test_the_bound_of_real_images(
         ([], "either --checkpoint"),
         (["--checkpoint", "{run}", "--samples", "x"], "either --checkpoint"),
         (["--samples", "nowhere", "--data", "{data}"], "no folder --samples nowhere"),
-        (["--samples", ".", "--data", "{data}"], "holds no pictures"),
-        (["--samples", "x", "--seed", 3], "drawn already"),
-        (["--samples", "x", "--metrics", "nll"], "nll is of a network"),
+        (["--samples", ".", "--data", "{data}"], "holds no images"),
+        (["--samples", "x", "--seed", 3], "exist already"),
+        (["--samples", "x", "--metrics", "nll"], "nll is a metric of a network"),
         (["--checkpoint", "{run}", "--metrics", "fid,lpips"], "'lpips'; there are fid, kid"),
         (["--checkpoint", "{run}", "--metrics", "accuracy"], "accuracy needs --features digits"),
         (["--checkpoint", "{run}", "--count", 0], "--count is 0"),

@@ -27,8 +27,8 @@ from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.errors import UserError
-from ddpm_engine.generation.id_store import units
 from ddpm_engine.generation.sample_dir import SampleDir
+from ddpm_engine.generation.work_sharing import WorkShare, chunks, fill_missing
 from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -482,9 +482,9 @@ def test_nobody_waits_for_a_process_that_hangs(trained: Path, tmp_path: Path, dr
 
 
 def test_ids_are_cut_where_shards_end_and_where_one_is_left_out() -> None:
-    assert units([0, 1, 2, 3, 4, 5, 9], 4, aligned=True) == [[0, 1, 2, 3], [4, 5], [9]]
-    assert units([2, 3, 4, 5], 4, aligned=True) == [[2, 3], [4, 5]]
-    assert units([2, 3, 9, 11, 12], 2, aligned=False) == [[2, 3], [9, 11], [12]]
+    assert chunks([0, 1, 2, 3, 4, 5, 9], 4, aligned=True) == [[0, 1, 2, 3], [4, 5], [9]]
+    assert chunks([2, 3, 4, 5], 4, aligned=True) == [[2, 3], [4, 5]]
+    assert chunks([2, 3, 9, 11, 12], 2, aligned=False) == [[2, 3], [9, 11], [12]]
 
 
 def test_without_locks_there_is_one_process(
@@ -492,8 +492,6 @@ def test_without_locks_there_is_one_process(
 ) -> None:
     import errno
     import fcntl
-
-    from ddpm_engine.generation.work_sharing import fill
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -504,8 +502,8 @@ def test_without_locks_there_is_one_process(
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     pictures = SampleDir(tmp_path / "out", {"seed": 0})
     with pytest.raises(UserError, match="without file locks"):
-        fill(pictures, range(4), black, ranks=2)
-    assert fill(pictures, range(4), black)
+        fill_missing(pictures, range(4), black, share=WorkShare(0, 2))
+    assert fill_missing(pictures, range(4), black)
     assert pictures.ids() == {0, 1, 2, 3}
 
 
@@ -514,5 +512,5 @@ def test_pictures_without_a_manifest_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds other things \(00000000.png\)"):
         SampleDir(tmp_path, {"seed": 0})
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="not a manifest of pictures"):
+    with pytest.raises(UserError, match="not a manifest of samples"):
         SampleDir(tmp_path, {"seed": 0})

@@ -78,7 +78,7 @@ REFUSED = [
     (["--only", "forward", "--timesteps", "1,21"], "timestep 21 is to be shown"),
     (["--only", "forward", "--timesteps", "a"], "--timesteps is 'a'"),
     (["--only", "denoising", "--photo", "none.jpg"], "there is no --photo none.jpg"),
-    (["--only", "real-and-drawn", "--samples", "."], "--samples . holds no pictures"),
+    (["--only", "real-and-drawn", "--samples", "."], "--samples . holds no images"),
     (["--count", "1"], "--count is 1"),
     (["--toy", "moons"], "either --checkpoint RUN or --toy NAME"),
 ]

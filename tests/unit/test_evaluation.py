@@ -18,7 +18,7 @@ from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.inception_score import inception_score
 from ddpm_engine.evaluation.kid import kernel_distance, squared_mmd
 from ddpm_engine.evaluation.precision_recall import blocks, precision_recall
-from ddpm_engine.evaluation.subsets import DRAWN, REAL, evenly_spaced, shuffled
+from ddpm_engine.evaluation.subsets import GENERATED, REAL, evenly_spaced, shuffled
 
 Array = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ def test_moments_are_numpys_however_the_features_are_cut() -> None:
 
 
 def test_moments_refuse_what_has_none() -> None:
-    with pytest.raises(UserError, match="at least 2 pictures, and there are 1"):
+    with pytest.raises(UserError, match="at least 2 images, and there are 1"):
         moments([normal(1, 3)])
     with pytest.raises(UserError, match="not a finite number"):
         moments([normal(4, 3), np.full((1, 3), np.nan)])
@@ -126,7 +126,7 @@ def test_kernel_distance_uses_blocks_of_everything() -> None:
     found = kernel_distance(classes, classes + 1e-9)
     assert abs(found.mean) < 4 * found.error
     assert found.blocks == 10
-    with pytest.raises(UserError, match="19 pictures with 1000; give it at least 20"):
+    with pytest.raises(UserError, match="19 samples with 1000 real images; it needs at least 20"):
         kernel_distance(classes[:19], classes)
 
 
@@ -146,7 +146,7 @@ def test_inception_score_between_its_bounds() -> None:
 def test_inception_score_is_the_formula_of_each_split() -> None:
     logits = normal(57, 4) * 3
     scores = []
-    for rows in np.array_split(shuffled(57, DRAWN), 10):
+    for rows in np.array_split(shuffled(57, GENERATED), 10):
         p = np.exp(logits[rows]) / np.exp(logits[rows]).sum(1, keepdims=True)
         divergences = [
             sum(p[i, k] * math.log(p[i, k] / p[:, k].mean()) for k in range(4))
@@ -207,7 +207,7 @@ def test_precision_falls_with_quality_and_recall_with_variety() -> None:
     assert kept.recall < 0.2
     assert spoiled.precision < 0.2
     assert spoiled.recall > 0.9
-    with pytest.raises(UserError, match="more than 3 pictures on each side"):
+    with pytest.raises(UserError, match="more than 3 images on each side"):
         precision_recall(real[:3], real)
 
 
@@ -215,7 +215,7 @@ def test_precision_falls_with_quality_and_recall_with_variety() -> None:
 
 
 def test_orders_are_permutations_and_sides_differ() -> None:
-    one, other = shuffled(1000, REAL), shuffled(1000, DRAWN)
+    one, other = shuffled(1000, REAL), shuffled(1000, GENERATED)
     assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(1000))
     assert (one != other).mean() > 0.9
     assert shuffled(5, REAL).tolist() == [4, 1, 0, 2, 3]  # the same for ever

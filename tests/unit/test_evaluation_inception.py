@@ -83,14 +83,14 @@ def test_resize_as_tensorflow_did_it() -> None:
 def test_without_weights_the_message_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"no --inception-weights nowhere.*download https://"):
+    with pytest.raises(UserError, match=r"no `inception_weights` nowhere.*download https://"):
         load_inception(Path("nowhere"), tmp_path)
 
     def unreachable(url: str, at_most: int) -> bytes:
         raise fetch.FetchError(url, "no route to host")
 
     monkeypatch.setattr("ddpm_engine.evaluation.inception.fetch", unreachable)
-    with pytest.raises(UserError, match=r"no route.*--inception-weights.*--features digits"):
+    with pytest.raises(UserError, match=r"no route.*`inception_weights`.*`features` to digits"):
         feature_network("inception", 32, cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -1,18 +1,15 @@
-"""Measure a model or a folder of pictures against real images:
+"""Compute metrics of a model, or of a folder of samples, against real images:
 
     python launch/evaluate.py --checkpoint RUN --data SHARDS --metrics fid,kid,is --count 50000
-    python launch/evaluate.py --samples PICTURES --data SHARDS
+    python launch/evaluate.py --samples FOLDER --data SHARDS
 
-Started by `accelerate launch` or torchrun, the processes divide the work; an evaluation that was
-ended goes on when it is started again. docs/evaluation.md says what the figures mean.
+Started by `accelerate launch` or torchrun, the processes share the work; an interrupted evaluation
+is resumed by running the same command again. docs/evaluation.md explains the metrics.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,284 +23,300 @@ from ddpm_engine.data.stream import is_stream
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation import metrics as comparing
 from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
-from ddpm_engine.evaluation.metrics import PIECE, Division
-from ddpm_engine.evaluation.nll import likelihood_of_real
-from ddpm_engine.evaluation.run import (
-    Steps,
-    Subject,
-    compare_with_real,
-    drawn_subject,
-    folder_subject,
-)
-from ddpm_engine.evaluation.sources import open_reference
-from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
+from ddpm_engine.evaluation.nll import bound_of_real_images
+from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
+from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
+from ddpm_engine.generation.recipe import Precision, Recipe
+from ddpm_engine.generation.work_sharing import WorkShare
+from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
 from ddpm_engine.samplers.config import SamplerName, Spacing
 
-COMPARING = ("fid", "kid", "is", "precision-recall", "accuracy")
-METRICS = (*COMPARING, "nll")
+METRICS = (*comparing.METRICS, "nll")
 
 
 @dataclass(frozen=True)
-class DrawingOptions:
-    """How pictures are drawn; for more than this, draw with launch/sample.py and give --samples."""
+class SamplingOptions:
+    """How samples are generated; for other options, use launch/sample.py and --samples."""
 
     seed: int = 0
-    """Of all noise: another seed, other pictures."""
+    """Seed of all noise."""
     weights: Literal["ema", "model"] = "ema"
-    """Of a run: averaged weights, or those of the last step."""
+    """Weights of a run: the EMA, or those of the last step."""
     sampler: SamplerName | None = None
-    """Which one; default: the run's."""
+    """Name of the sampler; default: the run's."""
     steps: int | None = None
-    """Steps a picture, one or two network evaluations each; default: the run's."""
+    """Steps per sample, one or two network evaluations each; default: the run's."""
     spacing: Spacing | None = None
-    """Which timesteps are visited; default: the run's."""
+    """Spacing of the timesteps; default: the run's."""
     variance: Variance | None = None
     """Variance of ddpm, and of nll; default: the run's."""
     eta: float | None = None
     """Share of fresh noise in ddim, 0 to 1; default: the run's."""
     class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
-    """Class of picture 0, 1, 2, ..., and again from the first. all: every class in turn, the
-    default of a class-conditional network; none: no class."""
+    """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
+    default of a class-conditional network; none: unconditional."""
     guidance_scale: float | None = None
-    """Go so far towards the class, 1 being no guidance; default: 1."""
+    """Scale of classifier-free guidance; 1: no guidance; default: 1."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only while the noise level sigma is above the first and at most the second; default:
-    always."""
+    """Noise levels sigma with guidance: above the first and at most the second; default: all."""
     batch_size: int = 64
-    """Pictures at a time, in each process."""
+    """Samples generated at a time by each process."""
     precision: Precision = "no"
-    """Mixed precision of the network's arithmetic; no: float32."""
+    """Mixed precision of the network; no: float32."""
 
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """What pictures are compared by."""
+    """What samples and real images are compared by."""
 
     features: FeaturesName = "inception"
-    """inception: the network of the Fréchet Inception Distance; digits: a small classifier."""
+    """Feature network. inception: that of the Fréchet Inception Distance; digits: a small
+    classifier."""
     inception_weights: Path | None = None
     """File of Inception's weights; default: downloaded once, into --cache."""
     reference_count: int | None = None
-    """Compare with so many of the real images, evenly spaced; default: all."""
+    """Number of real images to compare with, evenly spaced; default: all."""
     cache: Path | None = None
-    """Keeps features of real images; default: ~/.cache/ddpm-engine/evaluation."""
+    """Folder of the features of real images; default: ~/.cache/ddpm-engine/evaluation."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a model or a folder of pictures. Run the same command again to go on."""
+    """Compute metrics of a model or a folder of samples. Run the same command again to resume."""
 
     checkpoint: Path | None = None
     """A run directory, one checkpoints/step-… in it, or the folder of a diffusers pipeline."""
     samples: Path | None = None
-    """Evaluate these pictures instead: a folder of launch/sample.py, or of any images."""
+    """Existing samples to evaluate instead: a folder of launch/sample.py, or of any images."""
     data: str | None = None
-    """Real images: a folder of indexed shards or its URL; default: what the run was trained on."""
+    """Real images: a folder of indexed shards or its URL; default: the run's training data."""
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
-    """Which: fid, kid, is, precision-recall, accuracy (of the classes of drawn digits), nll."""
+    """Metrics to compute: fid, kid, is, precision-recall, accuracy (of the classes of generated
+    digits), nll."""
     count: int | None = None
-    """How many pictures, and for nll real images; default: 50000, or all of --samples, and for nll
-    all."""
+    """Number of samples, and for nll of real images; default: 50000, or all of --samples, and for
+    nll all."""
     out: Path | None = None
-    """Folder of pictures, features and reports; default: one by settings, in RUN/evaluation."""
-    drawing: DrawingOptions = DrawingOptions()
+    """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
+    sampling: SamplingOptions = SamplingOptions()
     features: FeatureOptions = FeatureOptions()
-    piece: int = PIECE
-    """Pictures that a process claims and finishes at a time."""
+    piece: int = CHUNK_SIZE
+    """Samples that a process reserves and finishes at a time."""
 
 
 def parse_metrics(options: Options) -> list[str]:
-    """The metrics asked for.
+    """Parse the list of metrics.
 
     Raises:
-        UserError: one that there is not, or that does not go with the features.
+        UserError: an unknown one, or one that the features do not allow.
     """
     metrics = [metric.strip() for metric in options.metrics.split(",")]
     if unknown := [metric for metric in metrics if metric not in METRICS]:
-        raise UserError(f"--metrics has {unknown[0]!r}; there are {', '.join(METRICS)}")
+        raise UserError(
+            f"`metrics` has {unknown[0]!r}; there are {', '.join(METRICS)}", field="metrics"
+        )
     if "accuracy" in metrics and options.features.features != "digits":
         raise UserError(
-            f"accuracy needs --features digits, not {options.features.features}, whose classes "
-            "are not the pictures'"
+            f"accuracy needs `features` digits, not {options.features.features}, whose classes "
+            "are not those of the samples",
+            field="features",
         )
     return metrics
 
 
 def check(options: Options) -> None:
-    """Refuse flags that do not go together, and numbers out of range.
+    """Refuse options that contradict each other, and numbers out of range.
 
     Raises:
         UserError: the first of them.
     """
     if (options.checkpoint is None) == (options.samples is None):
-        raise UserError("give either --checkpoint, to draw pictures, or --samples, which are there")
+        raise UserError(
+            "give either `checkpoint`, to generate samples, or `samples`, which exist already"
+        )
     if options.samples is not None and "nll" in parse_metrics(options):
-        raise UserError("nll is of a network: give --checkpoint, or leave it out of --metrics")
-    if options.samples is not None and options.drawing != DrawingOptions():
-        raise UserError("--samples are drawn already; leave out how to draw")
-    for flag, value in [
+        raise UserError(
+            "nll is a metric of a network: give `checkpoint`, or leave it out of `metrics`",
+            field="metrics",
+        )
+    if options.samples is not None and options.sampling != SamplingOptions():
+        raise UserError(
+            "`samples` exist already; leave out the options of how to generate some",
+            field="samples",
+        )
+    for field, value in [
         ("count", options.count),
-        ("reference-count", options.features.reference_count),
+        ("reference_count", options.features.reference_count),
         ("piece", options.piece),
-        ("batch-size", options.drawing.batch_size),
+        ("batch_size", options.sampling.batch_size),
     ]:
         if value is not None and value < 1:
-            raise UserError(f"--{flag} is {value}; it must be at least 1")
-    if options.drawing.guidance_interval is not None and options.drawing.guidance_scale is None:
-        raise UserError("--guidance-interval needs --guidance-scale; give that too")
+            raise UserError(f"`{field}` is {value}; it must be at least 1", field=field)
+    if options.sampling.guidance_interval is not None and options.sampling.guidance_scale is None:
+        raise UserError(
+            "`guidance_interval` needs `guidance_scale`; give that too", field="guidance_interval"
+        )
 
 
-def recipe(options: DrawingOptions, pretrained: LoadedModel) -> Recipe:
-    """What the options ask for, with the run's own sampling where they say nothing."""
+def recipe(options: SamplingOptions, loaded: LoadedModel) -> Recipe:
+    """Build the recipe; what is not given is the run's own."""
     chosen = {
         name: value
         for name in ("sampler", "steps", "spacing", "variance", "eta")
         if (value := getattr(options, name)) is not None
     }
-    null = pretrained.model.conditioning.null_class
+    null = loaded.model.conditioning.null_class
     labels = options.class_labels or ("none" if null is None else "all")
     classes: tuple[int, ...] | None = None
     if labels == "all":
         if null is None:
-            raise UserError("--class-labels is all, but this network was trained without classes")
+            raise UserError(
+                "`class_labels` is all, but this network was trained without classes",
+                field="class_labels",
+            )
         classes = tuple(range(null))
     elif labels != "none":
         try:
             classes = tuple(int(part) for part in labels.split(","))
         except ValueError:
-            raise UserError(f"--class-labels is {labels!r}; it takes numbers, as 3,1") from None
+            raise UserError(
+                f"`class_labels` is {labels!r}; it takes numbers, as 3,1", field="class_labels"
+            ) from None
     guidance = None if options.guidance_scale is None else Guidance(options.guidance_scale)
     if guidance is not None and options.guidance_interval is not None:
         guidance = replace(guidance, interval=options.guidance_interval)
     return Recipe(
         seed=options.seed,
-        sampling=replace(pretrained.config.sampling, **chosen),
+        sampling=replace(loaded.config.sampling, **chosen),
         classes=classes,
         guidance=guidance,
         precision=options.precision,
     )
 
 
-def folder_of(options: Options, pretrained: LoadedModel | None) -> Path:
-    """Where evaluations live: --out, or beside what is evaluated, never within a checkpoint."""
+def evaluations_folder(options: Options, loaded: LoadedModel | None) -> Path:
+    """Return --out, or a folder beside what is evaluated, never within a checkpoint."""
     if options.out is not None:
         return options.out
     if options.samples is not None:
         return options.samples.with_name(f"{options.samples.name}-evaluation")
     assert options.checkpoint is not None, "checked"
-    loaded = None if pretrained is None else pretrained.checkpoint
-    if loaded is not None and options.checkpoint == loaded.path:
+    checkpoint = None if loaded is None else loaded.checkpoint
+    if checkpoint is not None and options.checkpoint == checkpoint.path:
         return options.checkpoint.parent.parent / "evaluation"
     return options.checkpoint / "evaluation"
 
 
-def name_of(drawing: Drawing, weights: str | None) -> str:
-    """Of the folder of pictures drawn with these settings."""
-    settings = json.dumps({**drawing.settings(), "weights": weights}, sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    sampling = drawing.recipe.sampling
-    return f"{sampling.sampler}-{sampling.steps}-seed{drawing.recipe.seed}-{digest[:8]}"
-
-
-def location(options: Options, pretrained: LoadedModel | None) -> str:
-    """Where the real images are.
+def real_location(options: Options, loaded: LoadedModel | None) -> str:
+    """Return where the real images are.
 
     Raises:
-        UserError: nothing says, or they cannot be indexed.
+        UserError: neither the options nor the run say, or they cannot be indexed.
     """
     if options.data is not None:
         where = options.data
-    elif pretrained is None or pretrained.checkpoint is None:
-        raise UserError("give the real images with --data; nothing else says where they are")
-    elif pretrained.config.data.mix_with:
-        raise UserError("the run mixes several sets; say with --data which one to compare with")
+    elif loaded is None or loaded.checkpoint is None:
+        raise UserError(
+            "there are no real images to compare with; give them as `data`", field="data"
+        )
+    elif loaded.config.data.mix_with:
+        raise UserError(
+            "the run mixes several sets; give the one to compare with as `data`", field="data"
+        )
     else:
-        where = str(pretrained.config.data.path)
+        where = str(loaded.config.data.path)
     if is_stream(where):
-        raise UserError(f"--data {where} is a stream, which has no end; give a set with an index")
+        raise UserError(
+            f"`data` {where} is a stream, which has no end; give a set with an index", field="data"
+        )
     return where
 
 
 def compare(
-    options: Options, pretrained: LoadedModel | None, device: torch.device, division: Division
+    options: Options, loaded: LoadedModel | None, device: torch.device, share: WorkShare
 ) -> Path | None:
-    """Draw, if there is a network, and measure the pictures."""
-    out, show = folder_of(options, pretrained), division.rank == 0
-    subject: Subject
-    if pretrained is None:
+    """Compute every metric but nll."""
+    out, show = evaluations_folder(options, loaded), share.rank == 0
+    if loaded is None:
         assert options.samples is not None, "checked"
-        subject = folder_subject(options.samples, options.count)
+        source = folder_source(options.samples, options.count)
     else:
-        steps, weights = Steps(), options.drawing.weights if pretrained.checkpoint else None
-        drawing = Drawing(pretrained, recipe(options.drawing, pretrained), steps)
-        if options.out is None:
-            out /= name_of(drawing, weights)
-        subject = drawn_subject(
-            drawing, weights, options.count or 50_000, out, options.drawing.batch_size, steps
+        source, out = generated_source(
+            loaded,
+            recipe(options.sampling, loaded),
+            options.sampling.weights if loaded.checkpoint else None,
+            options.count or 50_000,
+            out=options.out,
+            parent=out,
+            batch_size=options.sampling.batch_size,
+            chunk_size=options.piece,
         )
-    shape = subject.images.shape
     chosen = options.features
-    real = open_reference(location(options, pretrained), shape, chosen.reference_count)
+    real = open_real_images(real_location(options, loaded), source.shape, chosen.reference_count)
     cache = chosen.cache or default_cache()
     network = feature_network(
-        chosen.features, shape[0], device, weights=chosen.inception_weights, cache=cache
+        chosen.features, source.shape[0], device, weights=chosen.inception_weights, cache=cache
     )
-    metrics = [metric for metric in parse_metrics(options) if metric in COMPARING]
-    return compare_with_real(
-        subject, real, network, metrics, out, cache, division=division, device=device, show=show
-    )
+    return evaluate(
+        source, real, network, parse_metrics(options), out, cache, chunk_size=options.piece,
+        share=share, device=device, show_progress=show,
+    )  # fmt: skip
 
 
-def bound(options: Options, pretrained: LoadedModel, division: Division) -> Path | None:
-    """Take the bound of the real images."""
-    channels, height, width = pretrained.model.sample_shape
-    real = open_reference(location(options, pretrained), (height, width, channels), options.count)
-    return likelihood_of_real(
-        pretrained,
-        options.drawing.weights if pretrained.checkpoint else None,
-        real,
-        folder_of(options, pretrained),
-        variance=options.drawing.variance,
-        seed=options.drawing.seed,
-        batch_size=options.drawing.batch_size,
-        division=division,
-        show=division.rank == 0,
+def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | None:
+    """Compute nll, and plot its terms."""
+    channels, height, width = loaded.model.sample_shape
+    shape = (height, width, channels)
+    found = bound_of_real_images(
+        loaded,
+        options.sampling.weights if loaded.checkpoint else None,
+        open_real_images(real_location(options, loaded), shape, options.count),
+        evaluations_folder(options, loaded),
+        variance=options.sampling.variance,
+        seed=options.sampling.seed,
+        batch_size=options.sampling.batch_size,
+        share=share,
+        show_progress=share.rank == 0,
     )
+    if found is None:
+        return None
+    bound_figure(found.terms, found.report.with_name("terms.png"))
+    return found.report
 
 
 def main() -> None:
-    """Parse, load, draw, measure, report."""
+    """Parse, load, evaluate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_user_error(Options, omit_prefixes=True):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
         metrics = parse_metrics(options)
-        # No process needs to know more of the others, and none ever waits for one.
-        rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
-        division, device = Division(rank, ranks, options.piece), local_device()
-        pretrained = None
+        share, device = WorkShare.from_environment(), local_device()
+        loaded = None
         if options.checkpoint is not None:
-            pretrained = load_model(options.checkpoint, device, options.drawing.weights)
-            if pretrained.model.conditioning.low_resolution is not None:
+            loaded = load_model(options.checkpoint, device, options.sampling.weights)
+            if loaded.model.low_resolution is not None:
                 raise UserError(
-                    f"--checkpoint {options.checkpoint} enlarges pictures: draw some with "
-                    "launch/sample.py --low-resolution, and give them with --samples"
+                    f"`checkpoint` {options.checkpoint} is a super-resolution model: generate "
+                    "samples from low-resolution images first, and give them as `samples`",
+                    field="checkpoint",
                 )
         reports = []
-        if any(metric in COMPARING for metric in metrics):
-            reports.append(compare(options, pretrained, device, division))
+        if any(metric in comparing.METRICS for metric in metrics):
+            reports.append(compare(options, loaded, device, share))
         if "nll" in metrics:
-            assert pretrained is not None, "checked"
-            reports.append(bound(options, pretrained, division))
+            assert loaded is not None, "checked"
+            reports.append(bound(options, loaded, share))
         for report in reports:
             if report is not None:
                 print(report.with_suffix(".md").read_text(encoding="utf-8"))
                 print(report)
-            elif ranks == 1:
-                print("another process is still at it, and will report; or run this again")
+            elif share.world_size == 1:
+                print("another process is still working and will report; or run this again")
 
 
 if __name__ == "__main__":

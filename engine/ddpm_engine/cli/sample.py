@@ -8,7 +8,6 @@ torchrun, the processes divide the pictures; a run that was ended goes on when i
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
-from ddpm_engine.generation.work_sharing import fill
+from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
 from ddpm_engine.runtime import local_device, use_local_compile_cache
 from ddpm_engine.samplers.config import SamplerName, Spacing
 
@@ -315,8 +314,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_user_error(Options, omit_prefixes=True):
         options = parse_options(Options, omit_prefixes=True)
-        # No process needs to know more of the others, and none ever waits for one.
-        rank, ranks = (int(os.environ.get(k, d)) for k, d in [("RANK", "0"), ("WORLD_SIZE", "1")])
+        share = WorkShare.from_environment()
         ids = parse_ids(options)
         pretrained = load_model(options.checkpoint, local_device(), options.weights)
         asked = recipe(options, pretrained)
@@ -330,27 +328,26 @@ def main() -> None:
         drawing = Drawing(pretrained, asked, on_step)
         weights = None if pretrained.checkpoint is None else options.weights
         settings = {**drawing.settings(), "weights": weights}
-        pictures = SampleDir(options.out, settings, machine.format)
+        pictures = SampleDir(options.out, settings, machine.format, drawing.label_of)
         wanted = set(ids)
         before = len(wanted & pictures.ids())
         if before == len(ids) and pictures.grid.exists():
-            if rank == 0:
+            if share.rank == 0:
                 print(f"all {len(ids)} pictures are already in {options.out}")
             return
         if machine.compile:
-            compile_network(drawing, min(machine.batch_size, len(ids)), tell=rank == 0)
+            compile_network(drawing, min(machine.batch_size, len(ids)), tell=share.rank == 0)
         progress = Progress(
-            len(ids), lambda: len(wanted & pictures.ids()), drawing.evaluations, rank == 0
+            len(ids), lambda: len(wanted & pictures.ids()), drawing.evaluations, share.rank == 0
         )
-        finished = fill(
-            pictures, ids, drawing.draw, drawing.label_of, progress.written,
-            batch_size=machine.batch_size, per_shard=machine.per_shard or 1024,
-            rank=rank, ranks=ranks,
+        finished = fill_missing(
+            pictures, ids, drawing.draw, batch_size=machine.batch_size,
+            chunk_size=machine.per_shard or 1024, share=share, progress=progress,
         )  # fmt: skip
         progress.close()
         if finished:
             print(f"{len(ids)} pictures in {options.out}, the first of them in {pictures.grid}")
-        elif ranks == 1:
+        elif share.world_size == 1:
             print(f"another process is still drawing pictures in {options.out}")
 
 

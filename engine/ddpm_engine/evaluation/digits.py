@@ -91,7 +91,7 @@ class DigitClassifier:
         return features @ self.arrays["output_weights"] + self.arrays["output_biases"]
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Compute the probability of each digit: uint8 `[N, size, size, 1]` to float64 `[N, 10]`."""
+        """Compute the probabilities of digits: uint8 `[N, size, size, 1]` to float64 `[N, 10]`."""
         logits = self.logits(self.features(images))
         shares = np.exp(logits - logits.max(1, keepdims=True))
         return np.asarray(shares / shares.sum(1, keepdims=True))

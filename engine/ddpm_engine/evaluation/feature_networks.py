@@ -69,9 +69,7 @@ def feature_network(
     if name == "digits":
         return DigitFeatures(digit_classifier(size, cache))
     if name != "inception":
-        raise UserError(
-            f"`features` is {name!r}; it must be inception or digits", field="features"
-        )
+        raise UserError(f"`features` is {name!r}; it must be inception or digits", field="features")
     network, digest = load_inception(weights, cache)
     return InceptionFeatures(network.to(device), digest)
 

@@ -68,10 +68,10 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Compute ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½).
 
-    With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b. This
-    avoids squaring and taking the root again, which would cost half of the digits, and is exact for
-    singular covariances (fewer images than features), where a general matrix square root returns
-    complex numbers or needs an offset on the diagonal.
+    With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b.
+    This avoids squaring and taking the root again, which would cost half of the digits, and is
+    exact for singular covariances (fewer images than features), where a general matrix square root
+    returns complex numbers or needs an offset on the diagonal.
 
     Raises:
         ValueError: features of different lengths.

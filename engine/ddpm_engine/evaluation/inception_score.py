@@ -27,7 +27,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits: NDArray[np.floating]) -> InceptionScore:
-    """Compute exp of the mean KL(p(y | x) ‖ p(y)) in ten splits: between 1 and the number of classes.
+    """Compute exp of the mean KL(p(y | x) ‖ p(y)) in ten splits: 1 to the number of classes.
 
     Args:
         logits: `[N, K]`: logarithms of p(y | x), up to a constant per image.

@@ -55,9 +55,7 @@ def squared_mmd(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return within(a) + within(b) - 2 * float(polynomial_kernel(a, b).mean())
 
 
-def kernel_distance(
-    generated: NDArray[np.floating], real: NDArray[np.floating]
-) -> KernelDistance:
+def kernel_distance(generated: NDArray[np.floating], real: NDArray[np.floating]) -> KernelDistance:
     """Compute mean and spread of `squared_mmd` over disjoint blocks.
 
     Blocks have 1000 images, or a tenth of the smaller set if that is less: the size changes the
@@ -74,8 +72,8 @@ def kernel_distance(
     size = min(_LARGEST_BLOCK, smaller // _FEWEST_BLOCKS)
     if size < _SMALLEST_BLOCK:
         raise UserError(
-            f"kid compares {len(generated)} samples with {len(real)} real images; it needs at least "
-            f"{_SMALLEST_BLOCK * _FEWEST_BLOCKS} of each"
+            f"kid compares {len(generated)} samples with {len(real)} real images; it needs at "
+            f"least {_SMALLEST_BLOCK * _FEWEST_BLOCKS} of each"
         )
     blocks = smaller // size
     generated_rows = shuffled(len(generated), GENERATED)[: blocks * size].reshape(blocks, size)

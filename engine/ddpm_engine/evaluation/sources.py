@@ -218,7 +218,7 @@ def folder_source(folder: Path, count: int | None = None) -> SampleSource:
     ids = sorted(reader.ids())
     _check_count(folder, len(ids), count)
     height, width, channels = reader.shape
-    provenance = {"sha256": reader.fingerprint, **(reader.settings or {})}
+    provenance = {"sha256": reader.fingerprint, **reader.settings}
     return SampleSource(
         reader, (height, width, channels), ids[:count], provenance, reader.ids, None, str(folder)
     )
@@ -237,9 +237,7 @@ def _shards_source(folder: Path, count: int | None) -> SampleSource:
     _check_count(folder, len(images), count)
     provenance = {"fingerprint": stored.fingerprint}
     ids = range(len(images))
-    return SampleSource(
-        images, shape, ids[:count], provenance, lambda: set(ids), None, str(folder)
-    )
+    return SampleSource(images, shape, ids[:count], provenance, lambda: set(ids), None, str(folder))
 
 
 def _check_count(folder: Path, found: int, count: int | None) -> None:

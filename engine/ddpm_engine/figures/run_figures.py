@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ddpm_engine.checkpoints.load import LoadedModel
@@ -36,6 +35,7 @@ from ddpm_engine.figures.trajectory import (
     shown_timesteps,
     watch,
 )
+from ddpm_engine.generation.sample_reader import open_images
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.plots.curves import bound_figure, loss_figure, quality_figure, schedules_figure
@@ -140,19 +140,11 @@ def real_and_drawn(exhibit: Exhibit) -> list[Path]:
     if exhibit.samples is None:
         drawn = exhibit.drawn(_GRID, exhibit.sampling)
     else:
-        drawn = _read_pictures(exhibit.samples)
+        reader = open_images(exhibit.samples)
+        drawn = reader.read(sorted(reader.ids())[:_GRID])
     path = exhibit.out / "real-and-drawn.png"
     side_by_side(exhibit.real[: len(drawn)], drawn, ("real", "drawn by the model"), path)
     return [path]
-
-
-def _read_pictures(folder: Path) -> np.ndarray:
-    """The first PNGs of a folder: uint8 `[N, H, W, C]`."""
-    files = sorted(file for file in folder.glob("*.png") if file.stem.isdigit())[:_GRID]
-    if not files:
-        raise UserError(f"--samples {folder} holds no pictures; draw some with launch/sample.py")
-    images = np.stack([np.asarray(Image.open(file)) for file in files])
-    return images[..., None] if images.ndim == 3 else images
 
 
 def forward(exhibit: Exhibit) -> list[Path]:

@@ -29,16 +29,16 @@ class SampleReader:
     Args:
         directory: the folder.
         settings: what the samples were generated with, as the manifest says, `format` among them;
-            None without a manifest.
+            empty for any other folder.
 
     Raises:
         UserError: unknown format.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any] | None) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory
         self.settings = settings
-        self.files = None if settings is None else sample_files(directory, settings["format"])
+        self.files = sample_files(directory, settings["format"]) if settings else None
         self._paths: dict[int, Path] = {}
         self._last: tuple[Path, Mapping[int, NDArray[np.uint8]]] | None = None
         self._first: tuple[int, tuple[int, ...]] | None = None
@@ -83,7 +83,7 @@ class SampleReader:
 
     def label_of(self, sample_id: int) -> int | None:
         """Return the class a sample was conditioned on, or None."""
-        classes = (self.settings or {}).get("classes")
+        classes = self.settings.get("classes")
         if not isinstance(classes, list) or not classes:
             return None
         return int(classes[sample_id % len(classes)])
@@ -129,7 +129,7 @@ def open_samples(directory: Path) -> SampleReader:
             raise
         reason = "it is not a manifest of samples"
     raise UserError(
-        f"{directory} is not a folder of generated samples: its {MANIFEST} cannot be read ({reason})"
+        f"{directory} is no folder of generated samples: its {MANIFEST} cannot be read ({reason})"
     )
 
 
@@ -144,7 +144,7 @@ def open_images(directory: Path) -> SampleReader:
             f"there is no folder `samples` {directory}; give one of images", field="samples"
         )
     manifest = read_manifest(directory)
-    reader = SampleReader(directory, manifest if manifest and "format" in manifest else None)
+    reader = SampleReader(directory, manifest if manifest and "format" in manifest else {})
     if not reader.ids():
         raise UserError(
             f"`samples` {directory} holds no images ({', '.join(EXTENSIONS)})", field="samples"

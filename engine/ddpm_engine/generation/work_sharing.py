@@ -40,7 +40,7 @@ def fill_missing(
     *,
     batch_size: int = 64,
     chunk_size: int = 1024,
-    share: WorkShare = WorkShare(),  # noqa: B008
+    share: WorkShare = WorkShare(),
     progress: Progress | None = None,
     wait: bool = False,
 ) -> bool:
