@@ -299,7 +299,7 @@ def main() -> None:
         loaded = None
         if options.checkpoint is not None:
             loaded = load_model(options.checkpoint, device, options.sampling.weights)
-            if loaded.model.low_resolution is not None:
+            if loaded.model.conditioning.low_resolution is not None:
                 raise UserError(
                     f"`checkpoint` {options.checkpoint} is a super-resolution model: generate "
                     "samples from low-resolution images first, and give them as `samples`",
