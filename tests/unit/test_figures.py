@@ -20,6 +20,7 @@ from ddpm_engine.figures.interpolation import denoising_figure, interpolation_fi
 from ddpm_engine.figures.run_figures import Exhibit
 from ddpm_engine.figures.trajectory import forward_figure, shown_timesteps, watch
 from ddpm_engine.images.grid import save_gif
+from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.plots.curves import bound_figure, quality_figure, schedules_figure
@@ -160,7 +161,7 @@ def test_denoising_little_noise_leaves_the_image(
         """Knows the image, and so the noise in it."""
 
         sample_shape = (1, 8, 8)
-        null_class = None
+        conditioning = ConditioningSpec()
 
         def __init__(self) -> None:
             super().__init__()
