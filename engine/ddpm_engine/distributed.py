@@ -1,4 +1,4 @@
-"""What the ranks of a run settle among themselves."""
+"""What the ranks of a run exchange; a process that was launched alone is one rank."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
+def rank() -> int:
+    """Number of this process among all ranks; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_main() -> bool:
     """Whether this is rank 0, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 @contextmanager
@@ -21,8 +33,8 @@ def raise_together(kind: type[ErrorT], group: dist.ProcessGroup | None = None) -
     """If the block fails with an error of this kind on any rank, raise one on every rank.
 
     Args:
-        kind: of error; any other is raised where it happens and leaves the other ranks waiting.
-        group: whose ranks all enter the block; None: all ranks.
+        kind: type of error; any other is raised where it happens, and the other ranks wait.
+        group: ranks that all enter the block; None: all ranks.
     """
     failure: ErrorT | None = None
     try:
@@ -36,3 +48,30 @@ def raise_together(kind: type[ErrorT], group: dist.ProcessGroup | None = None) -
             failure = kind("; ".join(message for message in messages if message))
     if failure is not None:
         raise failure
+
+
+class Ranks:
+    """Collectives over all ranks. Every method is called by all of them together."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate a tensor `[N, ...]` of every rank, in rank order: `[world size · N, ...]`.
+
+        Takes the memory of all ranks' tensors on each rank: not for anything as large as a network.
+        """
+        if world_size() == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(gathered, tensor)
+        return torch.cat(gathered)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over ranks, elementwise; takes the memory of one copy."""
+        total = tensor.clone()
+        if world_size() > 1:
+            dist.all_reduce(total)
+        return total
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over ranks, elementwise; takes the memory of one copy."""
+        return self.sum(tensor).div_(world_size())

@@ -119,7 +119,7 @@ def test_a_class_must_be_the_same_everywhere(config: RunConfig, tmp_path: Path) 
     with pytest.raises(UserError, match=r"class 1 is 'dog' in .*one and 'cow' in .*two"):
         Trainer(mix(conditional, tmp_path))
     # An unconditional model does not look at labels.
-    assert isinstance(Trainer(mix(config, tmp_path)).dataset, MixedDataset)
+    assert isinstance(Trainer(mix(config, tmp_path)).run.dataset, MixedDataset)
 
 
 def test_weights_are_one_for_each_set(config: RunConfig, tmp_path: Path) -> None:

@@ -25,10 +25,8 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -37,97 +35,106 @@ from torch import Tensor
 from ddpm_engine.cli.options import exit_on_user_error
 from ddpm_engine.config import load_config
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.networks.unet.config import UNetConfig
-from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.denoising import DenoisingObjective
-from ddpm_engine.objectives.objective import Objective
-from ddpm_engine.training import accelerator, trainer
-from ddpm_engine.training.strategies import loss_scale
+from ddpm_engine.distributed import rank
+from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.objectives.objective import Network, Objective
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
 
 GRACE_SECONDS = 2.0
 """Between the failure of a rank and the end of those that wait for it."""
 
 
-def float64_network(config: UNetConfig) -> UNet:
-    return UNet(config).double()
+class ChangedLoss(Callback):
+    """Let the run's objective compute another loss, and stay what it is otherwise."""
+
+    def on_start(self, run: Run) -> None:
+        run.objective = Wrapped(run.objective, self)
+
+    def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
 
-Loss = Callable[[Any, Batch], Tensor]
+class Wrapped(Objective):
+    def __init__(self, objective: Objective, changed: ChangedLoss) -> None:
+        self.objective, self.changed = objective, changed
+        self.begin_step, self.end_step = objective.begin_step, objective.end_step  # type: ignore[method-assign]
+        self.state, self.load = objective.state, objective.load  # type: ignore[method-assign]
+
+    def __call__(self, model: Network, batch: Batch) -> Tensor:
+        return self.changed.loss(self.objective, model, batch)
 
 
-def override(objective: Objective, changed: Callable[[Loss], Loss]) -> None:
-    """Let an objective compute what `changed` makes of its loss, and stay what it is otherwise."""
-    loss = changed(objective.__call__)
-
-    class Overridden(type(objective)):  # type: ignore[misc]
-        def __call__(self, model: Any, batch: Batch) -> Tensor:
-            return loss(model, batch)
-
-    objective.__class__ = Overridden
-
-
-def poisoned(loss: Loss, position: int) -> Loss:
+class Poisoned(ChangedLoss):
     """Let the loss of the sample at one position be no number."""
 
-    def poisoned_loss(network: Any, batch: Batch) -> Tensor:
-        return loss(network, batch) * (math.nan if position in batch.positions else 1)
+    def __init__(self, position: int) -> None:
+        self.position = position
 
-    return poisoned_loss
+    def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
+        return objective(network, batch) * (math.nan if self.position in batch.positions else 1)
 
 
-def traced(loss: Loss, file: IO[str]) -> Loss:
+class Traced(ChangedLoss):
     """Write a line a sample: position, checksums of image and x_t, timestep, label if any."""
 
-    def traced_loss(network: Any, batch: Batch) -> Tensor:
-        def noting(x_t: Tensor, *conditions: Tensor) -> Tensor:
-            for row in zip(batch.positions, batch.images, x_t, *conditions, strict=True):
+    def __init__(self, path: str) -> None:
+        self.file = open(f"{path}.{rank()}", "w")  # noqa: SIM115
+
+    def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
+        def noting(x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+            labels = [] if conditioning.labels is None else [conditioning.labels]
+            for row in zip(batch.positions, batch.images, x_t, timesteps, *labels, strict=True):
                 values = [
                     zlib.crc32(v.contiguous().numpy().tobytes()) if v.dim() else int(v) for v in row
                 ]
-                print(*values, file=file, flush=True)
-            prediction: Tensor = network(x_t, *conditions)
-            return prediction
+                print(*values, file=self.file, flush=True)
+            return network(x_t, timesteps, conditioning)
 
-        return loss(noting, batch)
+        return objective(noting, batch)
 
-    return traced_loss
+
+class FirstScale(Callback):
+    """Begin with another loss scale, unless the run has resumed."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_start(self, run: Run) -> None:
+        if run.step == 0 and run.strategy.loss_scale is not None:
+            run.strategy.loss_scale.value = self.value
 
 
 def train(job: dict[str, Any]) -> None:
     """Train one run as one rank."""
     os.environ.update(job["environment"])
-    trainer.UNet = float64_network if job["float64"] else UNet  # type: ignore[misc,assignment]
-    # Slow, but the arithmetic is there.
-    accelerator.check_precision = lambda *_: None
+    callbacks: list[Callback] = []
     if job["first_scale"] is not None:
-        loss_scale.FIRST_SCALE = job["first_scale"]
+        callbacks.append(FirstScale(job["first_scale"]))
+    if job["poisoned"] is not None:
+        callbacks.append(Poisoned(job["poisoned"]))
+    if job["trace"] is not None:
+        callbacks.append(Traced(job["trace"]))
+    dtype = torch.float64 if job["float64"] else torch.float32
     with exit_on_user_error():
-        run = Trainer(load_config(Path(job["config"])))
-        if job["float64"]:
-            assert isinstance(run.objective, DenoisingObjective)
-            run.objective._signal = run.schedule.sqrt_alpha_bar
-            run.objective._sigma = run.schedule.sqrt_one_minus_alpha_bar
-        if job["poisoned"] is not None:
-            override(run.objective, partial(poisoned, position=job["poisoned"]))
-        if job["trace"] is not None:
-            file = open(f"{job['trace']}.{os.environ.get('RANK', '0')}", "w")  # noqa: SIM115
-            override(run.objective, partial(traced, file=file))
-        run.fit()
+        # Half precision is slow here, but the arithmetic is there.
+        config = load_config(Path(job["config"]))
+        Trainer(config, callbacks, dtype=dtype, any_precision=True).fit()
     for name in job["environment"]:
         del os.environ[name]
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def become_rank(rank: int, order: dict[str, Any]) -> None:
+def become_rank(number: int, order: dict[str, Any]) -> None:
     """Train all jobs as one rank, in a fork."""
-    log = os.open(Path(order["folder"]) / f"rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    log = os.open(Path(order["folder"]) / f"rank{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
-    os.environ.update(order["environments"][rank])
-    level = logging.INFO if rank == 0 else logging.WARNING
+    os.environ.update(order["environments"][number])
+    level = logging.INFO if number == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout, force=True)
     for job in order["jobs"]:
         train(job)
@@ -139,10 +146,10 @@ def run_ranks(order: dict[str, Any]) -> list[int] | None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401
     ranks = []
-    for rank in range(len(order["environments"])):
+    for number in range(len(order["environments"])):
         ranks.append(os.fork())
-        if ranks[rank] == 0:
-            become_rank(rank, order)
+        if ranks[number] == 0:
+            become_rank(number, order)
             return None
     statuses: dict[int, int] = {}
     deadline = time.monotonic() + order["timeout"]

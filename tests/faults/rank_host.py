@@ -6,7 +6,7 @@ Reads one JSON job a line from standard input, and answers each with one line:
     {"status": [0, -9], "ended_by_launcher": [1]}
 
 Like torchrun it kills what is left some time after a rank has failed. Faults are the functions of
-this file that take them: they are injected into a rank from outside, before it trains.
+this file that take them; what they return are callbacks of that rank's run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,26 @@ from ddpm_engine.cli.options import exit_on_user_error
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.errors import UserError
-from ddpm_engine.objectives.denoising import DenoisingObjective
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
 
 PATIENCE_SECONDS = 14.0
 """Between the failure of a rank and the end of the others by force."""
 
 
-def at_every_event(action: Callable[[], None]) -> None:
+class Before(Callback):
+    """Act before every step, or before the one that follows `step` others."""
+
+    def __init__(self, action: Callable[[], object], step: int | None = None) -> None:
+        self.action, self.step = action, step
+
+    def on_step_begin(self, run: Run) -> None:
+        if self.step in (None, run.step):
+            self.action()
+
+
+def at_every_event(action: Callable[[], None]) -> Callback:
     """Act before every step, and before whatever makes a checkpoint durable."""
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,25 +65,12 @@ def at_every_event(action: Callable[[], None]) -> None:
 
         return call
 
-    for holder, name in [
-        (os, "replace"), (os, "fsync"), (shutil, "rmtree"), (dcp, "save"), (Trainer, "_train_step"),
-    ]:  # fmt: skip
+    for holder, name in [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (dcp, "save")]:
         setattr(holder, name, watched(getattr(holder, name)))
+    return Before(action)
 
 
-def at_step(step: int, action: Callable[[], None]) -> None:
-    """Act once `step` steps are done, before the next."""
-    original = Trainer._train_step
-
-    def train_step(self: Trainer, *arguments: Any, **named: Any) -> bool:
-        if self.step == step:
-            action()
-        return original(self, *arguments, **named)
-
-    Trainer._train_step = train_step  # type: ignore[method-assign]
-
-
-def signal_at_event(_config: RunConfig, number: int, event: int) -> None:
+def signal_at_event(_config: RunConfig, number: int, event: int) -> list[Callback]:
     """Send this rank a signal at its n-th event."""
     seen = 0
 
@@ -81,10 +80,10 @@ def signal_at_event(_config: RunConfig, number: int, event: int) -> None:
         if seen == event:
             os.kill(os.getpid(), number)
 
-    at_every_event(count)
+    return [at_every_event(count)]
 
 
-def count_events(_config: RunConfig, path: str) -> None:
+def count_events(_config: RunConfig, path: str) -> list[Callback]:
     """Keep the number of events so far in a file."""
     seen = 0
 
@@ -93,15 +92,15 @@ def count_events(_config: RunConfig, path: str) -> None:
         seen += 1
         Path(path).write_text(str(seen))
 
-    at_every_event(count)
+    return [at_every_event(count)]
 
 
-def signal_at_step(_config: RunConfig, number: int, step: int) -> None:
+def signal_at_step(_config: RunConfig, number: int, step: int) -> list[Callback]:
     """Send this rank a signal between two steps."""
-    at_step(step, lambda: os.kill(os.getpid(), number))
+    return [Before(lambda: os.kill(os.getpid(), number), step)]
 
 
-def die_while_saving(_config: RunConfig, saved: int) -> None:
+def die_while_saving(_config: RunConfig, saved: int) -> list[Callback]:
     """Be killed in the save of one step, a second after training has got as far as it will."""
     original = CheckpointStore.save
 
@@ -112,9 +111,10 @@ def die_while_saving(_config: RunConfig, saved: int) -> None:
         original(self, step, *arguments)
 
     CheckpointStore.save = save  # type: ignore[assignment,method-assign]
+    return []
 
 
-def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:
+def fail_at_step(_config: RunConfig, kind: str, step: int) -> list[Callback]:
     """Raise a UserError, or another error, between two steps."""
 
     def fail() -> None:
@@ -122,18 +122,24 @@ def fail_at_step(_config: RunConfig, kind: str, step: int) -> None:
             raise UserError("the dog ate the data")
         raise RuntimeError("a defect")
 
-    at_step(step, fail)
+    return [Before(fail, step)]
 
 
-def not_a_number(_config: RunConfig, position: int, value: float) -> None:
+def not_a_number(_config: RunConfig, position: int, value: float) -> list[Callback]:
     """Let the loss of the sample at one position be inf or nan."""
-    original = DenoisingObjective.__call__
 
-    def objective(self: DenoisingObjective, model: Any, batch: Batch) -> Tensor:
-        loss = original(self, model, batch)
-        return loss * torch.where(batch.positions == position, value, 1.0)
+    class NotANumber(Callback):
+        def on_start(self, run: Run) -> None:
+            original = run.objective
 
-    DenoisingObjective.__call__ = objective  # type: ignore[method-assign]
+            class Poisoned(type(original)):  # type: ignore[misc]
+                def __call__(self, model: Any, batch: Batch) -> Tensor:
+                    loss: Tensor = super().__call__(model, batch)
+                    return loss * torch.where(batch.positions == position, value, 1.0)
+
+            original.__class__ = Poisoned
+
+    return [NotANumber()]
 
 
 def after_saves(action: Callable[[], object]) -> Callable[[], None]:
@@ -148,17 +154,19 @@ def after_saves(action: Callable[[], object]) -> Callable[[], None]:
     return wait_and_act
 
 
-def no_large_files(_config: RunConfig, first: int, last: int) -> None:
+def no_large_files(_config: RunConfig, first: int, last: int) -> list[Callback]:
     """Let no file grow beyond 16 KiB between two steps."""
 
     def limit(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    at_step(first, after_saves(lambda: limit(16384)))
-    at_step(last, after_saves(lambda: limit(resource.RLIM_INFINITY)))
+    return [
+        Before(after_saves(lambda: limit(16384)), first),
+        Before(after_saves(lambda: limit(resource.RLIM_INFINITY)), last),
+    ]
 
 
-def full_disk(config: RunConfig, first: int, last: int) -> None:
+def full_disk(config: RunConfig, first: int, last: int) -> list[Callback]:
     """Fill the file system of the run with a file of somebody else's between two steps."""
     ballast = config.out.with_name("ballast")
 
@@ -170,8 +178,7 @@ def full_disk(config: RunConfig, first: int, last: int) -> None:
                     os.write(descriptor, bytes(size))
         os.close(descriptor)
 
-    at_step(first, after_saves(fill))
-    at_step(last, after_saves(ballast.unlink))
+    return [Before(after_saves(fill), first), Before(after_saves(ballast.unlink), last)]
 
 
 def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
@@ -189,11 +196,12 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
             }  # fmt: skip
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
         config = load_config(Path(job["config"]))
+        callbacks: list[Callback] = []
         for faulty, name, arguments in job["faults"]:
             if faulty == rank:
-                globals()[name](config, *arguments)
+                callbacks += globals()[name](config, *arguments)
         with exit_on_user_error():
-            Trainer(config).fit()
+            Trainer(config, callbacks).fit()
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)

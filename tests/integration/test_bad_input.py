@@ -175,15 +175,15 @@ def test_a_bad_step_is_skipped_and_training_goes_on(
 ) -> None:
     config = changed(config, "training", steps=6)
     trainer = Trainer(config)
-    original = type(trainer.objective).__call__
+    original = type(trainer.run.objective).__call__
 
     def poisoned(self: Any, model: Any, batch: Any) -> torch.Tensor:
         loss = original(self, model, batch)
         return loss * float("nan") if 2 * 8 in batch.positions else loss
 
-    monkeypatch.setattr(type(trainer.objective), "__call__", poisoned)
+    monkeypatch.setattr(type(trainer.run.objective), "__call__", poisoned)
     trainer.fit()
-    for part in trainer.strategy.state().values():
+    for part in trainer.run.strategy.state().values():
         assert all(bool(tensor.isfinite().all()) for tensor in part.values())
     assert '"skipped_steps": 1' in (config.out / "metrics.jsonl").read_text()
 

@@ -25,6 +25,8 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.teacher import student_config
 from ddpm_engine.training.trainer import Trainer
 
@@ -36,22 +38,21 @@ STEPS = 12
 """Of the distillation, in two stages."""
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from ddpm_engine.config import load_config
+from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.trainer import Trainer
 
-trainer = Trainer(load_config(Path(sys.argv[1])))
-step = trainer._train_step
+class Killed(Callback):
+    def on_step_begin(self, run):
+        if run.step == int(sys.argv[2]):
+            for thread in threading.enumerate():
+                if thread.name.startswith("checkpoint"):
+                    thread.join()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def killed(*arguments, **named):
-    if trainer.step == int(sys.argv[2]):
-        trainer._wait_for_saves()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*arguments, **named)
-
-trainer._train_step = killed
-trainer.fit()
+Trainer(load_config(Path(sys.argv[1])), [Killed()]).fit()
 """
 
 
@@ -140,7 +141,7 @@ def test_the_student_begins_with_its_teachers_weights(teacher: Path, tmp_path: P
     known = load_model(teacher)
     plan = replace(known.config.distillation, teacher=teacher, steps=2, start_steps=8)
     trainer = Trainer(student_config(known.config, plan, tmp_path / "run"))
-    with trainer.strategy.averaged() as average:
+    with trainer.run.strategy.averaged() as average:
         ours = average.state_dict()
     for name, tensor in known.model.state_dict().items():
         assert torch.equal(ours[name], tensor)
@@ -217,18 +218,14 @@ def test_resumed_to_the_bit(
 ) -> None:
     out = tmp_path / "student"
     config = replace(load_model(student).config, out=out)
-    trainer = Trainer(config)
-    train_step = trainer._train_step
 
-    def failing(*arguments: Any, **named: Any) -> bool:
-        if trainer.step == at:
-            raise UserError("stopped")
-        return train_step(*arguments, **named)
+    class Failing(Callback):
+        def on_step_begin(self, run: TrainingRun) -> None:
+            if run.step == at:
+                raise UserError("stopped")
 
-    trainer._train_step = failing  # type: ignore[method-assign]
     with pytest.raises(UserError, match="stopped"):
-        trainer.fit()
-    trainer._lock.close()
+        Trainer(config, [Failing()]).fit()
     AcceleratorState._reset_state(reset_partial_state=True)
     assert max(os.listdir(out / "checkpoints")) == f"step-{at:08d}"
     script("distill", *command(teacher, out))

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -33,6 +35,8 @@ import os, signal, sys
 from pathlib import Path
 from ddpm_engine.config import load_config
 from ddpm_engine.checkpoints import store as checkpoint
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.trainer import Trainer
 
 name, step, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -114,10 +118,10 @@ def test_training_waits_for_a_checkpoint_that_is_being_written(
 
     def slow_save(self: CheckpointStore, step: int, *arguments: Any) -> None:
         deadline = time.monotonic() + 30
-        while trainer.step < min(step + overlap, 40) and time.monotonic() < deadline:
+        while trainer.run.step < min(step + overlap, 40) and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.2)  # enough for more steps
-        ahead.append(trainer.step - step)
+        ahead.append(trainer.run.step - step)
         save(self, step, *arguments)
 
     monkeypatch.setattr(CheckpointStore, "save", slow_save)
@@ -206,18 +210,14 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_the_run_between_steps(
-    number: signal.Signals, config: RunConfig, reference: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, config: RunConfig, reference: Path
 ) -> None:
-    original = Trainer._train_step
+    class Signal(Callback):
+        def on_step_begin(self, run: TrainingRun) -> None:
+            if run.step == 16:
+                os.kill(os.getpid(), number)
 
-    def signalled(self: Trainer, *arguments: Any, **named: Any) -> bool:
-        if self.step == 16:
-            os.kill(os.getpid(), number)
-        return original(self, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", signalled)
-        Trainer(config).fit()
+    Trainer(config, [Signal()]).fit()
     assert (config.out / "requeue").read_text() == "stopped at step 17\n"
     assert CheckpointStore(config.out / "checkpoints").steps() == [10, 17]
     assert signal.getsignal(number) == signal.SIG_DFL

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.training.build_objective import build_objective
-from ddpm_engine.training.precompile import warm_up
+from ddpm_engine.training.precompile import precompile
 from ddpm_kernels.dispatch import force_ops
 
 
 @pytest.mark.parametrize("classes", [None, 11])
-def test_warm_up_runs_both_passes_and_leaves_weights_and_gradients(
+def test_precompile_runs_both_passes_and_leaves_weights_and_gradients(
     config: RunConfig, classes: int | None
 ) -> None:
     config = replace(config, model=replace(config.model, num_class_embeds=classes))
@@ -32,7 +31,7 @@ def test_warm_up_runs_both_passes_and_leaves_weights_and_gradients(
 
     model.eval()
     with force_ops():
-        warm_up(model, objective, Accelerator(cpu=True), config)
+        precompile(model, objective, config, torch.device("cpu"))
 
     assert shapes == [(config.training.batch_size, 1, 8, 8)]
     assert len(backward_passes) == 1

@@ -58,6 +58,7 @@ class DenoisingObjective(Objective):
         sampling: of timesteps; None: uniform.
         offset_noise: standard deviation of noise that a channel's pixels share, which is added to
             the noise of x_t and to be predicted with it.
+        dtype: of the tables, and so of the arithmetic.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class DenoisingObjective(Objective):
         learned_variance: bool = False,
         sampling: UniformTimesteps | None = None,
         offset_noise: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.timesteps = schedule.timesteps
         self.prediction = prediction
         self.conditions = conditions
         self.device = torch.device(device)
+        self.dtype = dtype
         self.sampling = sampling or UniformTimesteps(schedule.timesteps)
         self.offset_noise = offset_noise
         self._seed = torch.tensor(conditions.seed, device=self.device)
@@ -166,7 +169,7 @@ class DenoisingObjective(Objective):
         return (None, ones) if self.prediction == "eps" else (ones, None)
 
     def _table(self, values: Tensor) -> Tensor:
-        return values.to(self.device, torch.float32)
+        return values.to(self.device, self.dtype)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -50,6 +50,7 @@ class EdmObjective(Objective):
         device: where the network runs.
         p_mean: of ln σ.
         p_std: of ln σ.
+        dtype: of the tables, and so of the arithmetic.
     """
 
     def __init__(
@@ -60,14 +61,14 @@ class EdmObjective(Objective):
         *,
         p_mean: float = -1.2,
         p_std: float = 1.2,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.sigma_data = sigma_data
         self.conditions = conditions
         self.device = torch.device(device)
         self.p_mean = p_mean
         self.p_std = p_std
-        self.dtype = torch.float32
-        """Of the tables, and so of the arithmetic."""
+        self.dtype = dtype
         self._seed = torch.tensor(conditions.seed, device=self.device)
 
     def draw(self, positions: Tensor, labels: Tensor | None) -> EdmDraws:

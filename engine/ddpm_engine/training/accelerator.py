@@ -14,18 +14,26 @@ from ddpm_engine.runtime import check_precision, use_all_cores
 from ddpm_engine.training.strategies.launcher_env import Request, without_plug_ins
 
 
-def start_accelerator(config: RunConfig, request: Request) -> Accelerator:
-    """Start Accelerate for a run: processes, device, precision; not what the strategy does.
+def start_accelerator(
+    config: RunConfig, request: Request, any_precision: bool = False
+) -> Accelerator:
+    """Start Accelerate for a run: processes, device and trackers; the strategies do the rest.
+
+    Args:
+        config: the run.
+        request: what the launcher asked for.
+        any_precision: do not refuse a precision that this hardware emulates slowly.
 
     Raises:
-        UserError: a precision that this machine cannot serve, or processes that do not see each
+        UserError: a precision that this hardware does not have, or processes that do not see each
             other and would train independently.
     """
     cpu = not torch.accelerator.is_available()
     precision = config.training.precision
     if cpu:
         use_all_cores()
-        if not (precision == "bf16" and config.training.allow_slow_bf16):
+        slow_bf16 = precision == "bf16" and config.training.allow_slow_bf16
+        if not (any_precision or slow_bf16):
             insist = ", or insist with --training.allow-slow-bf16"
             check_precision(precision, "--training.precision", insist)
     with without_plug_ins():

@@ -34,6 +34,7 @@ def build_objective(
     device: torch.device | str = "cpu",
     null_class: int | None = None,
     teacher: Teacher | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Objective:
     """The objective of a run.
 
@@ -43,6 +44,7 @@ def build_objective(
         device: where the network runs.
         null_class: the network's; None if it is unconditional.
         teacher: on the same device; needed if and only if the run distils one.
+        dtype: of the objective's tables, and so of its arithmetic.
     """
     conditions = Conditions(
         config.training.seed,
@@ -65,6 +67,7 @@ def build_objective(
             config.optimizer.clip_norm,
             device,
             clip=config.diffusion.clip,
+            dtype=dtype,
         )
     if teacher is not None:
         return DISTILLATIONS[config.distillation.method](
@@ -76,6 +79,7 @@ def build_objective(
             config.training.steps,
             device,
             clip=config.diffusion.clip,
+            dtype=dtype,
         )
     if config.diffusion.prediction == "edm":
         return EdmObjective(
@@ -84,6 +88,7 @@ def build_objective(
             device,
             p_mean=config.objective.p_mean,
             p_std=config.objective.p_std,
+            dtype=dtype,
         )
     return DenoisingObjective(
         schedule,
@@ -94,6 +99,7 @@ def build_objective(
         learned_variance=config.objective.learned_variance,
         sampling=_sampling(config.objective, schedule.timesteps),
         offset_noise=config.objective.offset_noise,
+        dtype=dtype,
     )
 
 

@@ -1,90 +1,60 @@
-"""What a run reports: a line or a progress bar for people, metrics.jsonl for programs."""
+"""What a run measures between two log lines."""
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-import time
-from datetime import timedelta
-from pathlib import Path
-
-from tqdm import tqdm
-
-from ddpm_engine.atomic_io import atomic_write
-
-logger = logging.getLogger(__name__)
+from dataclasses import asdict, dataclass
 
 
-class MetricsLog:
-    """Append-only metrics of one run, kept in step with its checkpoints.
+@dataclass
+class Meters:
+    """Sums since the last log line; saved with a checkpoint, so that a resumed run logs the same.
 
     Args:
-        path: the jsonl file, one object a row, each with its `step`.
-        start: steps done before; rows beyond them, logged after the checkpoint that the run
-            resumed from, are dropped, since they are about to be made again.
-        total: steps in all.
-        active: whether this rank writes and shows anything.
+        steps: optimizer steps taken.
+        skipped: steps skipped because a gradient was not finite.
+        loss: sum of the losses of the steps taken.
+        grad_norm: sum of their gradient norms.
+        seconds: time in steps.
+        waiting: part of it that was spent waiting for data, seconds.
+        checkpoint_stall_seconds: time that training waited for checkpoints.
+        checkpoint_write_seconds: time that checkpoints took in the background.
     """
 
-    def __init__(self, path: Path, start: int, total: int, active: bool) -> None:
-        self.path = path
-        self.total = total
-        self.active = active
-        self._bar: tqdm | None = None
-        self._waiting = ""
-        if not active:
-            return
-        if path.exists():
-            rows = [row for row in path.read_text().splitlines() if _step(row) <= start]
-            with atomic_write(path) as file:
-                file.write("".join(row + "\n" for row in rows).encode())
-        # Unbuffered, so that it is known what has been written when the disk is full.
-        self._file = path.open("ab", buffering=0)
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+    steps: int = 0
+    skipped: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    checkpoint_stall_seconds: float = 0.0
+    checkpoint_write_seconds: float = 0.0
 
-    def advance(self) -> None:
-        """One more step is done."""
-        if self._bar is not None:
-            self._bar.update()
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Count one optimizer step."""
+        self.steps += 1
+        self.loss += loss
+        self.grad_norm += grad_norm
 
-    def record(self, step: int, values: dict[str, float], seconds_a_step: float) -> None:
-        """Write one row, and show it; rows that find no room are kept and written with the next."""
-        if not self.active:
-            return
-        self._waiting += json.dumps({"step": step, **values, "time": time.time()}) + "\n"
-        self._write()
-        shown = (
-            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
-            f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.0f} images/s  "
-            f"data wait {values['data_wait_percent']:.1f}%  seen {values['samples_seen']:,.0f}"
-        )
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown)
-        else:
-            left = timedelta(seconds=round((self.total - step) * seconds_a_step))
-            logger.info("step %d/%d  %s  eta %s", step, self.total, shown, left)
+    @property
+    def mean_loss(self) -> float:
+        """Per step taken."""
+        return self.loss / max(self.steps, 1)
 
-    def _write(self) -> None:
-        try:
-            while self._waiting:
-                written = self._file.write(self._waiting.encode())
-                self._waiting = self._waiting[written:]  # JSON is ASCII
-        except OSError as error:
-            logger.error("%s cannot be written: %s. Training goes on", self.path, error)
+    @property
+    def mean_grad_norm(self) -> float:
+        """Per step taken."""
+        return self.grad_norm / max(self.steps, 1)
 
-    def close(self) -> None:
-        """End the bar and the file."""
-        if self.active:
-            self._file.close()
-        if self._bar is not None:
-            self._bar.close()
+    @property
+    def steps_per_second(self) -> float:
+        """Skipped steps included."""
+        return max(self.steps + self.skipped, 1) / max(self.seconds, 1e-9)
 
+    @property
+    def data_wait_percent(self) -> float:
+        """Share of the time in steps that was spent waiting for data."""
+        return 100 * self.waiting / max(self.seconds, 1e-9)
 
-def _step(row: str) -> float:
-    """The step of a row; a row cut short by a crash counts as beyond every step."""
-    try:
-        return int(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+    def state(self) -> dict[str, float]:
+        """As JSON values, for `Meters(**state)`."""
+        return asdict(self)

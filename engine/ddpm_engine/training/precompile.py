@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
+from ddpm_engine.distributed import world_size
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.runtime import autocast
 
 
-def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config: RunConfig) -> None:
+def precompile(model: UNet, objective: Objective, config: RunConfig, device: torch.device) -> None:
     """Run one step's forward and backward pass on black images; weights and gradients stay.
 
     Args:
-        model: on the device, not yet prepared by Accelerate: nothing is exchanged between ranks.
-        objective: of the run.
-        accelerator: for the device and the number of ranks.
-        config: for the shape of a rank's piece of a batch.
+        model: on the device, not yet given to a strategy: nothing is exchanged between ranks.
+        objective: objective of the run.
+        config: the run, for the shape of a rank's micro-batch.
+        device: device of the network.
     """
     training, shape = config.training, config.model
-    count = training.batch_size // (accelerator.num_processes * training.accumulation)
+    count = training.batch_size // (world_size() * training.accumulation)
     size = shape.sample_size
     images = torch.zeros(count, shape.in_channels, size, size, dtype=torch.uint8)
     positions = torch.arange(count)
@@ -30,8 +30,8 @@ def warm_up(model: UNet, objective: Objective, accelerator: Accelerator, config:
     batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
     was_training = model.training
     model.train()
-    with autocast(training.precision, accelerator.device):
-        loss = objective(model, batch.to(accelerator.device)).mean()
+    with autocast(training.precision, device):
+        loss = objective(model, batch.to(device)).mean()
     loss.backward()
     objective.end_step(None)
     model.zero_grad(set_to_none=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,16 +57,18 @@ class TorchStrategy:
         self.model = model
         self.emas = emas
         self.optimizer = make_optimizer(model, config.optimizer)
-        self._pieces = config.training.accumulation
+        self._accumulation = config.training.accumulation
         self._clip_norm = config.optimizer.clip_norm
         self.loss_scale = LossScale() if config.training.precision == "fp16" else None
 
-    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`."""
-        loss = loss_of(self.network)
-        mean = loss / self._pieces
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy`."""
+        mean = loss / self._accumulation
         (mean if self.loss_scale is None else mean * self.loss_scale.value).backward()
-        return loss.detach()
 
     def step(self, learning_rate: float) -> float:
         """See `Strategy`."""
@@ -146,11 +148,9 @@ class Replicated(TorchStrategy):
             config,
         )
 
-    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
-        """See `Strategy`; gradients are exchanged with the last piece."""
-        waits = self._parallel is not None and not last
-        with self._parallel.no_sync() if waits and self._parallel else nullcontext():
-            return super().accumulate(loss_of, last)
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """See `Strategy`; gradients are exchanged with the last micro-batch."""
+        return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
 
     def close(self) -> None:
         """See `Strategy`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -31,17 +31,26 @@ class Strategy(Protocol):
     name: str
     """What is in force, in words for the log."""
     loss_scale: LossScale | None
-    """Of a run in fp16; a part of the training state."""
+    """Loss scale of a run in fp16; a part of the training state."""
 
-    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
-        """Add one piece of a step to the gradients.
+    @property
+    def network(self) -> Network:
+        """The network to call while training: the model, or a wrapper of it."""
+        ...
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Enclose the forward and backward pass of one micro-batch.
 
         Args:
-            loss_of: computes the mean loss of this rank's piece with the network that it is given.
-            last: whether the piece completes the step.
+            last: whether the micro-batch completes the step, so that gradients are exchanged.
+        """
+        ...
 
-        Returns:
-            That loss, detached, 0-dim.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch to those of the step, inside `accumulate`.
+
+        Args:
+            loss: mean loss of this rank's micro-batch, 0-dim.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,16 +93,25 @@ class Zero:
         self.loss_scale = LossScale() if training.precision == "fp16" else None
         self._begin_optimizer_state()
 
-    def accumulate(self, loss_of: Callable[[Network], Tensor], last: bool) -> Tensor:
+    @property
+    def network(self) -> Network:
+        """See `Strategy`; DeepSpeed's engine must be what is called."""
+        engine: Network = self._engine
+        return engine
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
         """See `Strategy`."""
         if self.loss_scale is not None:
             # DeepSpeed multiplies the loss by it, and divides the gradients when it steps.
             self._engine.optimizer.loss_scale = self.loss_scale.value
-        loss = loss_of(self._engine)
-        self._engine.backward(loss)
+        yield
         if not last:
-            self._engine.step()  # counts the piece
-        return loss.detach()
+            self._engine.step()  # counts the micro-batch
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy`."""
+        self._engine.backward(loss)
 
     def step(self, learning_rate: float) -> float:
         """See `Strategy`."""

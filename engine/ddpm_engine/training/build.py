@@ -1,0 +1,128 @@
+"""From a configuration to a run in force: the only place that knows all of its parts."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.open import TrainingData, make_missing_shards, open_dataset
+from ddpm_engine.distributed import is_main, raise_together, world_size
+from ddpm_engine.errors import UserError
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.runtime import autocast_forward
+from ddpm_engine.training.accelerator import start_accelerator
+from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.callbacks.checkpoints import Checkpoints, Snapshots
+from ddpm_engine.training.callbacks.console import Console
+from ddpm_engine.training.callbacks.metrics_file import MetricsFile
+from ddpm_engine.training.callbacks.preview import Preview
+from ddpm_engine.training.callbacks.trackers import Trackers
+from ddpm_engine.training.precompile import precompile
+from ddpm_engine.training.run import Run
+from ddpm_engine.training.run_directory import claim_run_directory
+from ddpm_engine.training.strategies.build import start_strategy
+from ddpm_engine.training.strategies.launcher_env import read_request
+from ddpm_engine.training.teacher import load_teacher
+from ddpm_engine.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+
+def build_run(
+    config: RunConfig, *, dtype: torch.dtype = torch.float32, any_precision: bool = False
+) -> Run:
+    """Start the processes, open the data, claim the directory, build network and objective.
+
+    Args:
+        config: the run. Its directory is made, or continued if it holds the same run.
+        dtype: of the weights and of the objective's arithmetic.
+        any_precision: run in a precision that this hardware emulates slowly, instead of refusing.
+
+    Raises:
+        UserError: the configuration, the data, the directory or the launch is wrong.
+    """
+    config.validate()
+    request = read_request(config.training)
+    accelerator = start_accelerator(config, request, any_precision)
+    device = accelerator.device
+
+    torch.manual_seed(config.training.seed)
+    model = UNet(config.model).to(dtype)
+    teacher = _start_from_teacher(model, config, device)
+    dataset = _open_data(config)
+    lock = None
+    with raise_together(UserError):
+        # By one process: of two that write one file at a time, one would lose it.
+        if is_main():
+            lock = claim_run_directory(config, dataset.fingerprint)
+
+    model.to(device)
+    if config.training.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    if config.training.compile:
+        model.compile_blocks()
+    schedule = config.diffusion.build_schedule()
+    objective = build_objective(
+        config, schedule, device, model.conditioning.null_class, teacher, dtype
+    )
+    if device.type != "cpu" and world_size() > 1:
+        # What the first process of a node compiles, the others find in the cache.
+        with accelerator.local_main_process_first():
+            precompile(model, objective, config, device)
+    strategy = start_strategy(model.train(), request, config, accelerator)
+    logger.info(
+        "%s: %d process(es), first on %s, precision %s",
+        strategy.name, world_size(), device, config.training.precision,
+    )  # fmt: skip
+    watchdog = Watchdog(config.training.timeout_seconds)
+    return Run(config, accelerator, dataset, schedule, objective, strategy, watchdog, lock)
+
+
+def _open_data(config: RunConfig) -> TrainingData:
+    """Open the training data, which rank 0 makes first if it is missing."""
+    model = config.model
+    with raise_together(UserError):
+        if is_main():
+            make_missing_shards(config.data, model.sample_size)
+    with raise_together(UserError):
+        return open_dataset(
+            config.data,
+            size=model.sample_size,
+            channels=model.in_channels,
+            classes=None if model.num_class_embeds is None else model.num_class_embeds - 1,
+            seed=config.training.seed,
+            check=is_main(),
+        )
+
+
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """What a run does besides stepping; its log lines come first, since saving reads the meters."""
+    callbacks: list[Callback] = [Console(), MetricsFile()]
+    if config.log.tracker != "none":
+        callbacks.append(Trackers())
+    callbacks.append(Checkpoints())
+    if config.training.ema_profiles:
+        callbacks.append(Snapshots())
+    if config.log.sample_every:
+        callbacks.append(Preview())
+    return callbacks
+
+
+def _start_from_teacher(student: UNet, config: RunConfig, device: torch.device) -> Teacher | None:
+    """Load what distillation needs, if the run distils; the student starts from those weights."""
+    if config.distillation.teacher is None:
+        return None
+    with raise_together(UserError):
+        teacher = load_teacher(config, device)
+    student.load_state_dict((teacher.student or teacher.network).state_dict())
+    for network in filter(None, (teacher.network, teacher.critic)):
+        autocast_forward(network, config.training.precision, device)
+        if config.training.compile:
+            network.compile_blocks()
+    # The student has been copied; it would stay in memory as long as the run.
+    return replace(teacher, student=None)

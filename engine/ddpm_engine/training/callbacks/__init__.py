@@ -1,0 +1,1 @@
+"""What happens besides stepping, one callback a module."""

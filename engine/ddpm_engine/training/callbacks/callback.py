@@ -1,0 +1,39 @@
+"""The points of a run at which callbacks are called."""
+
+from __future__ import annotations
+
+from ddpm_engine.training.run import Run
+
+
+class Callback:
+    """Something that happens besides stepping; inherit it and define the methods that are needed.
+
+    Every rank has the same callbacks in the same order and calls each method at the same step, so
+    a method may use collectives. An exception ends the run.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Prepare, once: the run has resumed and at least one step is left."""
+
+    def on_step_begin(self, run: Run) -> None:
+        """Act before an optimizer step; `run.step` steps are done."""
+
+    def on_log(self, run: Run, values: dict[str, float]) -> None:
+        """Report the values of a log line: means since the line before, and counters.
+
+        Called every `log.every` steps and after the last, before `on_step_end`.
+        """
+
+    def on_step_end(self, run: Run) -> None:
+        """Act after an optimizer step; `run.step` counts it.
+
+        `run.finished` and `run.interrupted` tell whether it was the last of this start.
+        """
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Release what `on_start` took, however training ended.
+
+        Args:
+            run: the run.
+            error: exception that ended training; None: it is finished, or was asked to stop.
+        """

@@ -1,0 +1,113 @@
+"""Saving while training goes on: checkpoints, and snapshots of the power-function averages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore
+from ddpm_engine.config import to_dict
+from ddpm_engine.errors import UserError
+from ddpm_engine.training.async_save import BackgroundSaver
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
+from ddpm_engine.training.saving import checkpoint_store, parts_of, state_of
+from ddpm_engine.training.strategies.strategy import State
+
+logger = logging.getLogger(__name__)
+
+
+class _Saving(Callback):
+    """One kind of save: at most one is in flight, and training waits if it gets too far ahead."""
+
+    kind: str
+    """`checkpoint` or `snapshot`, for messages."""
+    _saver: BackgroundSaver
+
+    def on_step_begin(self, run: Run) -> None:
+        """See `Callback`: wait if the save in flight is `log.checkpoint_overlap` steps old."""
+        self._wait(run, ahead=run.config.log.checkpoint_overlap)
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """See `Callback`: a `UserError` ends the run too, but not half-way through a save."""
+        if error is None or isinstance(error, UserError):
+            self._wait(run)
+
+    def _start(self, run: Run, what: str, parts: State, state: dict[str, Any]) -> None:
+        """Copy the tensors and begin to write them."""
+        self._wait(run)
+        started = time.perf_counter()
+        run.watchdog.doing(f"copying the {what} of step {run.step}", limited=False)
+        self._saver.start(run.step, parts, state)
+        run.meters.checkpoint_stall_seconds += time.perf_counter() - started
+
+    def _wait(self, run: Run, ahead: int = 0) -> None:
+        """Report the save in flight once it is done.
+
+        Args:
+            run: the run.
+            ahead: wait for the save if training is this many steps ahead of it, or more.
+        """
+        step = self._saver.step
+        if step is None:
+            return
+        wait = run.step - step >= ahead
+        if wait:
+            run.watchdog.doing(f"saving the {self.kind} of step {step}", limited=False)
+        started = time.perf_counter()
+        saved = self._saver.finished(wait)
+        run.meters.checkpoint_stall_seconds += time.perf_counter() - started
+        if saved is None:
+            return
+        run.meters.checkpoint_write_seconds += saved.seconds
+        if saved.error is not None:
+            run.failed_checkpoints += 1
+            logger.error(
+                "%s of step %d failed (failure %d of this run): %s. Training goes on; "
+                "older %ss are untouched",
+                self.kind, saved.step, run.failed_checkpoints, saved.error, self.kind,
+            )  # fmt: skip
+
+
+class Checkpoints(_Saving):
+    """Save the state every `log.checkpoint_every` steps, after the last, and when asked to stop."""
+
+    kind = "checkpoint"
+
+    def on_start(self, run: Run) -> None:
+        """See `Callback`."""
+        self._saver = BackgroundSaver(checkpoint_store(run.config, _group_for_saving()))
+
+    def on_step_end(self, run: Run) -> None:
+        """See `Callback`."""
+        ending = run.finished or run.interrupted
+        if ending or run.step % run.config.log.checkpoint_every == 0:
+            self._start(run, "state", parts_of(run), state_of(run))
+        if ending:
+            self._wait(run)
+
+
+class Snapshots(_Saving):
+    """Save the power-function averages every `log.snapshot_every` steps and after the last."""
+
+    kind = "snapshot"
+
+    def on_start(self, run: Run) -> None:
+        """See `Callback`."""
+        directory = run.config.out / SNAPSHOTS
+        store = CheckpointStore(directory, keep_every=1, group=_group_for_saving())
+        self._saver = BackgroundSaver(store)
+
+    def on_step_end(self, run: Run) -> None:
+        """See `Callback`."""
+        if run.finished or run.step % run.config.log.snapshot_every == 0:
+            averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
+            self._start(run, "averages", averages, {"config": to_dict(run.config)})
+
+
+def _group_for_saving() -> dist.ProcessGroup | None:
+    """A process group that nothing else uses: saves talk over it while training goes on."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None

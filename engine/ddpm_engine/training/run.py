@@ -1,0 +1,82 @@
+"""A run in force: what its configuration has become on this process, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.open import TrainingData
+from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.distributed import Ranks
+from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.training.meters import Meters
+from ddpm_engine.training.strategies.strategy import Strategy
+from ddpm_engine.training.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """What a training step and the callbacks work on; `build_run` makes one.
+
+    The state to save is the strategy's, the objective's and the counters here. Data order and all
+    noise follow from the seed and the step.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    dataset: TrainingData
+    schedule: NoiseSchedule
+    objective: Objective
+    strategy: Strategy
+    watchdog: Watchdog
+    lock: BinaryIO | None
+    """Lock of the run directory, held until the file is closed; None on all ranks but the first."""
+    ranks: Ranks = field(default_factory=Ranks)
+    step: int = 0
+    """Optimizer steps done."""
+    meters: Meters = field(default_factory=Meters)
+    bad_steps: int = 0
+    """Steps in a row whose gradient was not finite."""
+    bad_samples: int = 0
+    """Unreadable samples that were replaced, on all ranks."""
+    failed_checkpoints: int = 0
+    """Checkpoints and snapshots that could not be written since this start."""
+    stop_requested: bool = False
+    """A signal has asked any rank to stop; the same on all ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return self.accelerator.device
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.config.training.steps
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run ends here, before its last step."""
+        return self.stop_requested and not self.finished
+
+    def take_report(self) -> dict[str, float]:
+        """Values to log, averaged since the last call; the meters start again."""
+        meters, self.meters = self.meters, Meters()
+        batch_size = self.config.training.batch_size
+        return {
+            "loss": meters.mean_loss,
+            "grad_norm": meters.mean_grad_norm,
+            "learning_rate": self.config.learning_rate(self.step - 1),
+            "samples_seen": self.step * batch_size,
+            "skipped_steps": meters.skipped,
+            "bad_samples": self.bad_samples,
+            "failed_checkpoints": self.failed_checkpoints,
+            "images_per_second": meters.steps_per_second * batch_size,
+            "data_wait_percent": meters.data_wait_percent,
+            "checkpoint_stall_seconds": meters.checkpoint_stall_seconds,
+            "checkpoint_write_seconds": meters.checkpoint_write_seconds,
+        }
