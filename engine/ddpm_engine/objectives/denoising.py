@@ -21,9 +21,10 @@ from torch import Tensor
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.distributed import Ranks
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.objectives.level_sampling import UniformTimesteps
-from ddpm_engine.objectives.objective import Gather, Network, Objective
+from ddpm_engine.objectives.objective import Network, Objective
 from ddpm_engine.objectives.weighting import x0_from_error
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 from ddpm_kernels.variational_bound import BoundColumn
@@ -128,12 +129,14 @@ class DenoisingObjective(Objective):
         self._seen.append((positions, loss.detach()))
         return loss * self._here(correction.to(loss.dtype))
 
-    def end_step(self, gather: Gather | None) -> None:
+    def end_step(self, ranks: Ranks | None) -> None:
         """See `Objective`."""
         seen, self._seen = self._seen, []
-        if gather is None or not seen:
+        if ranks is None or not seen:
             return
-        positions, losses = (gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True))
+        positions, losses = (
+            ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True)
+        )
         # In the order of positions, whichever rank and piece they were on.
         order = positions.argsort()
         positions, losses = positions[order], losses[order]

@@ -8,12 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from ddpm_engine.data.dataset import Batch
+from ddpm_engine.distributed import Ranks
 
 Network = Callable[..., Tensor]
 """`network(x, noise_level, conditioning)` → `[B, C, H, W]`; see `networks.base.Network`."""
-Gather = Callable[[Tensor], Tensor]
-"""`[N, …]` on every rank → `[ranks · N, …]`, the same on all."""
-
 Averaged = Callable[[], Mapping[str, Tensor]]
 
 
@@ -45,12 +43,12 @@ class Objective(Protocol):
         """
         return
 
-    def end_step(self, gather: Gather | None) -> None:
-        """Learn from the losses since the last call, those of all ranks.
+    def end_step(self, ranks: Ranks | None) -> None:
+        """Learn from the losses since the last call, those of all ranks, which call this together.
 
         Args:
-            gather: collects a tensor from all ranks, which all call this together; None: the step
-                was skipped, and its losses are to be forgotten.
+            ranks: collectives over all ranks; None: the step was skipped, and its losses are to be
+                forgotten.
         """
         return
 

@@ -58,7 +58,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
     _count_bad_samples(run, int(replaced))
     # Gradients are the same on every rank by now, so all of them decide alike.
     finite = math.isfinite(norm)
-    run.objective.end_step(run.ranks.gather if finite else None)
+    run.objective.end_step(run.ranks if finite else None)
     if finite:
         run.strategy.update_ema(run.step)
         run.meters.add(loss_sum / world_size(), norm)

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.parameterization import parameterization
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.distributed import Ranks
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.objectives.distillation.trajectory import Teacher, guided
 from ddpm_engine.objectives.inputs import Conditions
-from ddpm_engine.objectives.objective import Averaged, Gather, Network, Objective
+from ddpm_engine.objectives.objective import Averaged, Network, Objective
 from ddpm_kernels import Stream, gaussian_noise, q_sample, random_integers
 
 if TYPE_CHECKING:
@@ -175,10 +176,10 @@ class MomentMatching(Objective):
         for group in self._optimizer.param_groups:
             group["lr"] = CRITIC_RATE * self.rate(step)
 
-    def end_step(self, gather: Gather | None) -> None:
+    def end_step(self, ranks: Ranks | None) -> None:
         """See `Objective`: the critic takes a step, by the mean gradient of all ranks."""
-        if gather is not None:
-            self._average_gradients(gather)
+        if ranks is not None:
+            self._average_gradients(ranks)
             # The student's may be finite where the critic's are not.
             norm = nn.utils.clip_grad_norm_(self._weights.values(), self.clip_norm)
             if norm.isfinite():
@@ -226,10 +227,10 @@ class MomentMatching(Objective):
         )  # fmt: skip
         return self._clipped(self._taught.to_x0(output, x, *self._levels(timesteps)))
 
-    def _average_gradients(self, gather: Gather) -> None:
+    def _average_gradients(self, ranks: Ranks) -> None:
         gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients]) / self._pieces
-        mean = gather(flat[None]).mean(0)
+        mean = ranks.mean(flat)
         for gradient, part in zip(
             gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True
         ):
