@@ -1,4 +1,4 @@
-"""Small sets, a network small enough to train on them at once, and a server on the loopback."""
+"""A server on the loopback, and a run small enough to train at once."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from tests.tiny import TINY
 
 from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.source import Example, Source
 from ddpm_engine.data.remote import fetch
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
 
 
 class Server:
-    """Serves a folder, and misbehaves as it is told."""
+    """Serves a folder, and misbehaves on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -81,22 +75,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     started.close()
 
 
-def pack(
-    folder: Path,
-    first: int = 0,
-    count: int = 20,
-    per_shard: int = 8,
-    classes: tuple[str, ...] | None = None,
-) -> Path:
-    """Images `first` and on of `PIXELS`, labelled by number unless classes are given."""
-    examples = [
-        Example(f"{i:08d}", PIXELS[i], i % len(classes) if classes else i)
-        for i in range(first, first + count)
-    ]
-    write_shards(Source("memory", examples, classes), folder, per_shard=per_shard)
-    return folder
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return RunConfig(
@@ -111,10 +89,3 @@ def config(tmp_path: Path) -> RunConfig:
         training=TrainingConfig(steps=4, batch_size=4),
         log=LogConfig(every=1, checkpoint_every=2, sample_every=0, tracker="none"),
     )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its first settings for the process; forget them between tests."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)

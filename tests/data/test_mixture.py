@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.conftest import PIXELS, pack
+from tests.data.sets import PIXELS, pack
 
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data.dataset import ShardDataset
@@ -33,7 +33,7 @@ def test_every_block_has_exactly_its_share_of_each_set(weights: list[int], block
 
 @settings(deadline=None, max_examples=50)
 @given(weightings)
-def test_every_set_is_walked_in_order_without_gaps(weights: list[int]) -> None:
+def test_every_set_is_read_in_order_without_gaps(weights: list[int]) -> None:
     sets, inner = Mixture(weights).at(np.arange(5 * sum(weights)))
     for number in range(len(weights)):
         own = inner[sets == number]

@@ -1,4 +1,4 @@
-"""Two ranks on one machine that train on a set which comes from elsewhere."""
+"""Two ranks on one machine that train on a remote set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.conftest import Server, pack
+from tests.data.conftest import Server
+from tests.data.sets import pack
 from tests.distributed.launching import Job, launch, losses
 
 from ddpm_engine.config import RunConfig
@@ -43,7 +44,7 @@ def test_two_ranks_share_one_cache(config: RunConfig, server: Server, tmp_path: 
 def test_two_ranks_share_a_cache_that_is_too_small(
     config: RunConfig, server: Server, tmp_path: Path
 ) -> None:
-    """With room for a tenth of the set, a rank may have to fetch what the other has let go."""
+    """With room for a tenth of the set, a rank may have to fetch what the other has evicted."""
     folder = pack(server.folder / "set", count=40, per_shard=2)
     settings: dict[str, Any] = {
         "window_shards": 1,
@@ -59,7 +60,7 @@ def test_two_ranks_share_a_cache_that_is_too_small(
     assert losses(remote.out) == losses(local.out)
 
 
-def test_two_ranks_stream_for_themselves_and_go_on(config: RunConfig, server: Server) -> None:
+def test_two_ranks_stream_independently_and_resume(config: RunConfig, server: Server) -> None:
     pack(server.folder, count=40, per_shard=2)
     pattern = f"{server.url}/shard-{{000000..000019}}.tar"
     run = replace(
@@ -81,6 +82,6 @@ def test_two_ranks_stream_for_themselves_and_go_on(config: RunConfig, server: Se
     for rank in (0, 1):
         places = [int(row[0]) for leg in (0, 2) for row in traces[leg + rank]]
         assert places == [8 * step + 4 * rank + i for step in range(10) for i in range(4)]
-    # Four draws of 20 from 40 images: that two are equal is no chance.
+    # Four samples of 20 out of 40 images: no two are equal by chance.
     images = {tuple(row[1] for row in trace) for trace in traces}
     assert len(images) == 4

@@ -4,17 +4,16 @@ import io
 import itertools
 import json
 import logging
-import os
 import pickle
 import tarfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.conftest import PIXELS, Server, pack
+from tests.data.conftest import Server
+from tests.data.sets import PIXELS, Bomb, flip, pack, write_tar
 
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.data.loader import BatchPositions, make_batches
@@ -24,14 +23,6 @@ from ddpm_engine.images.codec import encode
 from ddpm_engine.training.trainer import Trainer
 
 SHARDS = "shard-{000000..000002}.tar"
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, payload in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(payload)
-            tar.addfile(member, io.BytesIO(payload))
 
 
 def test_what_is_a_stream() -> None:
@@ -61,7 +52,7 @@ def test_positions_are_those_of_the_step_and_place(server: Server, workers: int)
     batches = list(make_batches(stream, positions, workers))
     assert [batch.positions.tolist() for batch in batches] == list(positions)
     assert all(batch.images.shape == (2, 1, 4, 4) for batch in batches)
-    # Each draws for itself: three steps of the same 20 images in the same order cannot be chance.
+    # Every iterator samples independently: three steps of equal images would be no chance.
     again = list(make_batches(stream, positions, workers))
     assert any(
         not np.array_equal(one.images, other.images)
@@ -69,7 +60,7 @@ def test_positions_are_those_of_the_step_and_place(server: Server, workers: int)
     )
 
 
-def test_training_streams_says_what_it_cannot_promise_and_goes_on(
+def test_training_on_a_stream_warns_and_resumes(
     config: RunConfig, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack(server.folder)
@@ -84,13 +75,6 @@ def test_training_streams_says_what_it_cannot_promise_and_goes_on(
     assert lines[-1]["samples_seen"] == 16
 
 
-class Bomb:
-    """Unpickling it leaves a trace."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, ("executed",)
-
-
 def test_bad_samples_are_left_out_and_named_and_nothing_is_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,23 +84,17 @@ def test_bad_samples_are_left_out_and_named_and_nothing_is_executed(
     huge = png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]
     pickled = io.BytesIO()
     np.save(pickled, np.array([Bomb()], dtype=object), allow_pickle=True)
+    images = [("png", png), ("png", huge), ("npy", pickled.getvalue()), ("png", b""), ("png", png)]
     write_tar(
         tmp_path / "a.tar",
-        [
-            ("0.png", png),
-            ("0.cls", b"0"),
-            ("0.pyd", bomb),
-            ("0.pth", bomb),
-            ("1.png", huge),
-            ("1.cls", b"0"),
-            ("2.npy", pickled.getvalue()),
-            ("2.cls", b"0"),
-            ("3.png", b""),
-            ("3.cls", b"0"),
-            ("4.png", png),
-            ("4.cls", b"7"),
-            ("5.cls", b"0"),
-        ],
+        ("0.pyd", bomb),
+        ("0.pth", bomb),
+        *(
+            member
+            for i, (extension, payload) in enumerate(images)
+            for member in ((f"{i}.{extension}", payload), (f"{i}.cls", b"7" if i == 4 else b"0"))
+        ),
+        ("5.cls", b"0"),
     )
     stream = ShardStream(str(tmp_path / "a.tar"), 8, 3, classes=2)
     samples = list(itertools.islice(stream, 300))
@@ -129,7 +107,7 @@ def test_bad_samples_are_left_out_and_named_and_nothing_is_executed(
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_shard_that_is_cut_short_is_named_and_others_go_on(server: Server) -> None:
+def test_a_shard_that_is_cut_short_is_named_and_others_are_read(server: Server) -> None:
     pack(server.folder)
     server.faults["/shard-000000.tar"] = ["cut"] * 10_000
     stream = ShardStream(f"{server.url}/{SHARDS}", 8, 3)
@@ -141,12 +119,10 @@ def test_a_shard_that_is_cut_short_is_named_and_others_go_on(server: Server) -> 
 def test_a_damaged_header_is_noticed(tmp_path: Path) -> None:
     png = encode(PIXELS[0], "png")
     path = tmp_path / "a.tar"
-    write_tar(path, [(f"{i}.png", png) for i in range(40)])
+    write_tar(path, *((f"{i}.png", png) for i in range(40)))
     with tarfile.open(path) as tar:
         offset = tar.getmembers()[20].offset
-    content = bytearray(path.read_bytes())
-    content[offset + 3] ^= 0x40
-    path.write_bytes(content)
+    flip(path, offset + 3)
     stream = ShardStream(str(path), 8, 3)
     faults = [f for sample in itertools.islice(stream, 300) for f in sample.faults]
     assert all("damaged header" in fault.reason for fault in faults)
@@ -159,7 +135,7 @@ def test_a_stream_of_nothing_ends_with_a_message(server: Server) -> None:
         next(iter(stream))
 
 
-def test_commands_run_only_if_they_are_allowed(tmp_path: Path) -> None:
+def test_commands_run_only_with_permission(tmp_path: Path) -> None:
     pack(tmp_path / "set")
     pattern = f"pipe:cat {tmp_path / 'set'}/shard-{{000000..000002}}.tar"
     with pytest.raises(UserError, match=r"`data\.allow_pipe`"):

@@ -1,34 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
+from tests.conftest import MakeShards
 from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.registry import open_source
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its first settings for the process; forget them between tests."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(make_shards: MakeShards) -> Path:
     """A hundred digits of 16×16 in three shards."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    source = open_source("digits")
-    source = replace(source, examples=source.examples[:100])
-    write_shards(source, folder, size=16, per_shard=40)
-    return folder
+    return make_shards(100, size=16)
 
 
 @pytest.fixture

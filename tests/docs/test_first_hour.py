@@ -15,20 +15,18 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tests.conftest import MakeShards
 from tests.tiny import TINY, TINY_GREY
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import LogConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.images.grid import grid
 from ddpm_engine.training.trainer import Trainer
@@ -203,10 +201,8 @@ def test_a_loop_of_ones_own(reader: Reader) -> None:
     assert reader.pixels("digits.png").std() > 20
 
 
-def test_a_sampler_more(reader: Reader) -> None:
-    source = open_source("digits")
-    data = DataConfig(path=reader.folder / "data", workers=0)
-    write_shards(replace(source, examples=source.examples[:8]), data.path)
+def test_a_sampler_more(reader: Reader, make_shards: MakeShards) -> None:
+    data = DataConfig(path=make_shards(8), workers=0)
     training = TrainingConfig(steps=1, batch_size=4)
     log = LogConfig(sample_every=0, tracker="none")
     out = reader.folder / "runs" / "digits"

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import MakeShards
 from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.registry import open_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,13 +38,9 @@ Launch = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(make_shards: MakeShards) -> Path:
     """A hundred digits of 8×8 in five shards."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    source = open_source("digits")
-    source = replace(source, examples=source.examples[:100])
-    write_shards(source, folder, per_shard=20)
-    return folder
+    return make_shards(100, per_shard=20)
 
 
 @pytest.fixture(scope="session")

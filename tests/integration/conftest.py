@@ -5,31 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
+from tests.conftest import MakeShards
 from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.registry import open_source
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(make_shards: MakeShards) -> Path:
     """A hundred digits of 8×8 in three shards."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    source = open_source("digits")
-    source = replace(source, examples=source.examples[:100])
-    write_shards(source, folder, per_shard=40)
-    return folder
+    return make_shards(100)
 
 
 @pytest.fixture
@@ -42,13 +36,6 @@ def config(shards: Path, tmp_path: Path) -> RunConfig:
         training=TrainingConfig(steps=40, batch_size=8, ema_decay=0.9),
         log=LogConfig(every=3, checkpoint_every=10, sample_every=0, tracker="none"),
     )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its first settings for the process; forget them between tests."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

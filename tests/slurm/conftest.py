@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.conftest import MakeShards
 from tests.slurm.cluster import Cluster, why_not
 
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
-from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.presets import digits
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +43,9 @@ def cluster(shared_cluster: Cluster) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(make_shards: MakeShards) -> Path:
     """Scikit-learn's digits at 16×16."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    write_shards(open_source("digits"), folder, size=16)
-    return folder
+    return make_shards(1797, size=16, per_shard=10_000)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ddpm_engine.images.codec import encode
 RNG = np.random.default_rng(0)
 
 
-def picture(*shape: int) -> np.ndarray:
+def random_image(*shape: int) -> np.ndarray:
     return RNG.integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -65,7 +65,7 @@ def test_photos() -> None:
 
 
 def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
-    image = picture(4, 4, 3)
+    image = random_image(4, 4, 3)
     for name in ("dog/b.png", "cat/x/a.v2.PNG", "dog/.hidden.txt", ".git/config"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,9 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
 
 def test_images_directly_inside_have_no_labels(tmp_path: Path) -> None:
     for extension in ("png", "jpg", "webp", "npy"):
-        (tmp_path / f"{extension}.{extension}").write_bytes(encode(picture(4, 4, 3), extension))
+        (tmp_path / f"{extension}.{extension}").write_bytes(
+            encode(random_image(4, 4, 3), extension)
+        )
     source = open_source(str(tmp_path))
     assert source.classes is None
     assert [(e.key, e.label) for e in source.examples] == [
@@ -89,7 +91,7 @@ def test_images_directly_inside_have_no_labels(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encode(picture(4, 4, 3), "png"))
+    (tmp_path / "a.png").write_bytes(encode(random_image(4, 4, 3), "png"))
     (tmp_path / "notes.txt").write_text("hello")
     assert "notes.txt is not an image" in refused(tmp_path)
     (tmp_path / "notes.txt").rename(tmp_path / "damaged.png")
@@ -106,7 +108,7 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [("images", "labels"), ("arr_0", "arr_1"), ("x", "y")])
 def test_npz(tmp_path: Path, names: tuple[str, str]) -> None:
-    images, labels = picture(3, 4, 5), np.array([2, 0, 1], np.int64)
+    images, labels = random_image(3, 4, 5), np.array([2, 0, 1], np.int64)
     np.savez(tmp_path / "set.npz", **{names[0]: images, names[1]: labels})  # type: ignore[arg-type]
     examples = read(tmp_path / "set.npz")
     assert np.array_equal(np.stack([e.image for e in examples]), images[..., None])
@@ -140,7 +142,7 @@ def cifar_record(head: list[int], image: np.ndarray) -> bytes:
 
 
 def test_cifar10_folder_archive_and_file(tmp_path: Path) -> None:
-    images = picture(4, 32, 32, 3)
+    images = random_image(4, 32, 32, 3)
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
     for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
@@ -166,7 +168,7 @@ def test_cifar10_folder_archive_and_file(tmp_path: Path) -> None:
 
 
 def test_cifar100_takes_the_fine_label(tmp_path: Path) -> None:
-    image = picture(32, 32, 3)
+    image = random_image(32, 32, 3)
     (tmp_path / "train.bin").write_bytes(cifar_record([3, 42], image))
     (example,) = read(tmp_path)
     assert example.label == 42
@@ -186,7 +188,7 @@ def test_pickled_cifar_is_refused_unread(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx(tmp_path: Path, suffix: str) -> None:
-    images = picture(3, 5, 4)
+    images = random_image(3, 5, 4)
     pack = gzip.compress if suffix else bytes
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     head = b"".join(n.to_bytes(4, "big") for n in (0x803, *images.shape))
@@ -208,7 +210,7 @@ def test_idx(tmp_path: Path, suffix: str) -> None:
 
 def test_hugging_face_data_set_on_disk(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    images = picture(3, 6, 6, 3)
+    images = random_image(3, 6, 6, 3)
     features = datasets.Features(
         {
             "caption": datasets.Value("string"),

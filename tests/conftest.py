@@ -1,0 +1,36 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+MakeShards = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_shards(tmp_path_factory: pytest.TempPathFactory) -> MakeShards:
+    """Pack the first `n` of scikit-learn's digits, grey and labelled, at some size."""
+    from ddpm_engine.data.packing.pack import write_shards
+    from ddpm_engine.data.packing.sources.registry import open_source
+
+    def make(n: int, size: int = 8, per_shard: int = 40) -> Path:
+        folder = tmp_path_factory.mktemp("data") / "shards"
+        source = open_source("digits")
+        few = replace(source, examples=source.examples[:n])
+        write_shards(few, folder, size=size, per_shard=per_shard)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the process; forget them between tests."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
