@@ -15,7 +15,7 @@ beside the consistency and distance of bilinear interpolation, which invents not
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def main() -> None:
         by_interpolation = measured(interpolated)
         print(row("interpolation", by_interpolation), flush=True)
         steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps
-        sampling = asdict(pretrained.config.sampling) | {"steps": steps}
+        sampling = pretrained.config.sampling.table_options() | {"steps": steps}
         total = len(options.levels) * len(ids) * steps
         points: list[dict[str, Any]] = []
         rows: list[Tensor] = []

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def drawn_pictures(
         guidance=Guidance(scale),
         batch_size=options.batch_size,
         on_step=bar.update,
-        **asdict(replace(pretrained.config.sampling, **given)),
+        **replace(pretrained.config.sampling, **given).table_options(),
     )
     return to_uint8(pictures)
 

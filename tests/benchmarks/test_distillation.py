@@ -28,6 +28,7 @@ from ddpm_engine.cli import distill
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
+from ddpm_engine.rules import validate
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
         assert command[:2] == [sys.executable, str(launch)]
         monkeypatch.setattr(distill, "load_model", teacher)
         run: RunConfig = distill.parse(command[2:])
-        run.validate()
+        validate(run)
         return run
 
     return parsed

@@ -12,6 +12,7 @@ from benchmarks import objectives
 from benchmarks.objectives import Options, bits_fall, compare, configuration, finished, folder
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.rules import validate
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def pretend(options: Options, distances: dict[str, float], hybrid: float) -> Non
 @pytest.mark.parametrize("name", objectives.ENTRIES)
 def test_every_objective_is_a_run_that_differs_in_nothing_else(name: str, options: Options) -> None:
     config, plain = (configuration(options, n, 1) for n in (name, objectives.BEFORE))
-    config.validate()
+    validate(config)
     assert config.training == plain.training
     assert config.optimizer == plain.optimizer
     assert replace(config.model, out_channels=1) == plain.model

@@ -32,7 +32,7 @@ def config(shards: Path, tmp_path: Path) -> RunConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5, clip_norm=0.5),
         training=TrainingConfig(
-            steps=50, batch_size=24, ema_decay=0.9, ema_profiles=(0.1,), label_dropout=0.3
+            steps=50, batch_size=24, ema_decay=0.9, ema_sigma_rel=(0.1,), label_dropout=0.3
         ),
         log=LogConfig(
             every=1, checkpoint_every=1000, snapshot_every=1000, sample_every=0, tracker="none"

@@ -20,6 +20,7 @@ from ddpm_engine.config import RunConfig, dump_config, from_dict, load_config, t
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
+from ddpm_engine.rules import validate
 from ddpm_engine.training import accelerator
 from ddpm_engine.training.trainer import Trainer
 
@@ -41,13 +42,21 @@ def refuse(config: RunConfig, *patterns: str) -> None:
 
 def test_all_problems_are_reported_at_once(config: RunConfig) -> None:
     config = changed(config, "training", steps=0, ema_decay=1.0)
-    config = changed(config, "log", keep_checkpoints=1, sample_steps=2000)
+    config = changed(config, "log", keep_checkpoints=1)
+    config = changed(config, "model", low_resolution=5)
     refuse(
         config,
-        "--training.steps is 0; it must be at least 1",
-        "--training.ema-decay is 1.0",
-        "--log.keep-checkpoints is 1",
-        "--log.sample-steps is 2000; there are only --diffusion.timesteps 1000",
+        "`training.steps` is 0; it must be at least 1",
+        "`training.ema_decay` is 1.0; it must lie in [0, 1)",
+        "`log.keep_checkpoints` is 1; it must be at least 2",
+        "`model.low_resolution` is 5; it must divide `model.sample_size` 8",
+    )
+
+
+def test_steps_that_the_schedule_does_not_have(config: RunConfig) -> None:
+    refuse(
+        changed(config, "log", sample_steps=2000),
+        "`log.sample_steps` is 2000; a schedule of 1000 timesteps takes 1 to 1000 steps",
     )
 
 
@@ -236,7 +245,7 @@ def test_every_checkpoint_is_damaged(config: RunConfig) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_survive_the_disk(name: str, tmp_path: Path) -> None:
     preset = PRESETS[name]()
-    preset.validate()
+    validate(preset)
     (tmp_path / "config.json").write_text(dump_config(preset))
     assert load_config(tmp_path) == preset
 

@@ -51,7 +51,7 @@ def edm(config: RunConfig) -> RunConfig:
         model=replace(config.model, num_class_embeds=11),
         diffusion=DiffusionConfig(schedule="edm", prediction="edm", sigma_data=0.75),
         training=replace(config.training, steps=12),
-        sampling=SamplingConfig(sampler="heun", steps=4),
+        sampling=SamplingConfig(sampler="heun", steps=4, clip_x0=False),
         log=replace(config.log, every=1, sample_every=12, sample_count=4, sample_steps=3),
     )
 

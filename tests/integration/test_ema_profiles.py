@@ -20,6 +20,7 @@ from ddpm_engine.checkpoints.posthoc_average import reconstruct_average
 from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.rules import problems
 from ddpm_engine.training.trainer import Trainer
 
 Checkpoints = Callable[..., tuple[int, str]]
@@ -31,7 +32,7 @@ def with_profiles(config: RunConfig, out: Path, *lengths: float, steps: int = ST
     return replace(
         config,
         out=out,
-        training=replace(config.training, steps=steps, ema_profiles=lengths),
+        training=replace(config.training, steps=steps, ema_sigma_rel=lengths),
         log=replace(config.log, snapshot_every=EVERY),
     )
 
@@ -133,7 +134,7 @@ def test_a_resumed_run_keeps_the_averages_to_the_bit(
 
 
 def test_other_lengths_are_another_run(trained: Path, config: RunConfig) -> None:
-    with pytest.raises(UserError, match=r"training.ema-profiles was \(0.1, 0.2\) and is now"):
+    with pytest.raises(UserError, match=r"`training.ema_sigma_rel` was \(0.1, 0.2\) and is now"):
         Trainer(with_profiles(config, trained, 0.1))
 
 
@@ -167,10 +168,10 @@ def test_what_cannot_be_made(trained: Path, checkpoints: Checkpoints, tmp_path: 
     arguments = ["--length", "0.1", "--out", tmp_path / "average"]
     status, said = checkpoints("ema", tmp_path / "none", *arguments)
     assert status == 2
-    assert "--training.ema-profiles 0.05" in said
+    assert "--training.ema-sigma-rel 0.05" in said
 
 
 @pytest.mark.parametrize("lengths", [(0.0,), (0.3,), (0.1, 0.1), (0.1, 0.10000001)])
 def test_lengths_that_cannot_be_kept(config: RunConfig, lengths: tuple[float, ...]) -> None:
-    problems = with_profiles(config, config.out, *lengths).problems()
-    assert any("--training.ema-profiles are" in problem for problem in problems)
+    found = problems(with_profiles(config, config.out, *lengths))
+    assert [problem.field for problem in found] == ["training.ema_sigma_rel"]

@@ -278,7 +278,7 @@ def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> No
         (["--sampler", "ddim", "--variance", "fixed_small"], "--variance does nothing"),
         (["--sampler", "ddpm", "--eta", 0.5], "--eta does nothing"),
         (["--sampler", "heun", "--spacing", "leading"], "--spacing does nothing"),
-        (["--sampler", "ddim", "--eta", 2], "eta is 2"),
+        (["--sampler", "ddim", "--eta", 2], "--eta is 2"),
         (["--interpolate", "1,2", "--sampler", "ddpm", "--steps", 3], "must add no noise"),
         (["--interpolate", "1,2", "--ids", "3"], "--interpolate and --ids"),
         (["--interpolate", "1", "--sampler", "ddim"], "--interpolate is '1'"),

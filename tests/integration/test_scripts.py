@@ -118,8 +118,8 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
         (["--ids", "3,x"], "--ids is '3,x'"),
         (["--ids", "3,3"], "once each"),
         (["--count", "0"], "--count is 0"),
-        (["--steps", "0"], "steps is 0"),
-        (["--steps", "1001"], "steps is 1001"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--steps", "1001"], "--steps is 1001"),
         (["--stepz", "3"], "--steps"),
     ],
 )

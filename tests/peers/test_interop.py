@@ -180,7 +180,7 @@ def test_schedules(kind: str, shape: str, tmp_path: Path) -> None:
     torch.testing.assert_close(betas.float(), peer.betas, rtol=1e-5, atol=1e-7)
     assert process.diffusion.prediction == "v"
     assert process.sampling.spacing == "trailing"
-    assert not process.clip
+    assert not process.sampling.clip_x0
 
 
 def test_given_betas(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_there_and_back_from_diffusers(tmp_path: Path) -> None:
 
 def test_a_schedule_that_diffusers_does_not_have() -> None:
     diffusion = DiffusionConfig(schedule="sigmoid", timesteps=100)
-    entries = scheduler_entries(diffusion, SamplingConfig(), True)
+    entries = scheduler_entries(diffusion, SamplingConfig())
     peer = diffusers.DDPMScheduler.from_config(entries)
     assert torch.equal(peer.betas, diffusion.build_schedule().betas.float())
 

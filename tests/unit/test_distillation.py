@@ -32,6 +32,7 @@ from ddpm_engine.objectives.distillation.trajectory import (
     jumps,
 )
 from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.rules import validate
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
@@ -442,25 +443,25 @@ def plan_of(**changes: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (plan_of(steps=3), r"start-steps is 64 .* must be 2, 4, 8, … times"),
-        (plan_of(steps=0), r"--distillation.steps 0"),
+        (plan_of(steps=3), r"start_steps` is 64 .* must be 2, 4, 8, … times"),
+        (plan_of(steps=0), r"`distillation.steps` 0"),
         (plan_of(steps=64), r"must be 2, 4, 8, … times"),
-        (plan_of(start_steps=2048), r"there are only --diffusion.timesteps 1000"),
+        (plan_of(start_steps=2048), r"there are only `diffusion.timesteps` 1000"),
         (plan_of(guidance_scale=2.0), r"trained without classes; leave it out"),
         (lambda r: replace(r, training=TrainingConfig(steps=3)), r"4 stages, and each needs one"),
-        (lambda r: replace(r, sampling=replace(r.sampling, steps=5)), r"drawn with by ddim, 4"),
+        (lambda r: replace(r, sampling=replace(r.sampling, steps=5)), r"a network for ddim, 4"),
         (lambda r: replace(r, sampling=replace(r.sampling, sampler="ddpm")), r"are ddpm, 4 steps"),
         (
             lambda r: replace(r, objective=replace(r.objective, offset_noise=0.1)),
-            r"--objective.* say what ordinary training minimises",
+            r"the objective fields say what ordinary training minimises",
         ),
     ],
 )  # fmt: skip
 def test_plans_that_cannot_be(change: Change, message: str) -> None:
     run = student_config(RunConfig(), DistillationConfig(Path("teacher")), Path("out"))
-    run.validate()
+    validate(run)
     with pytest.raises(UserError, match=message):
-        change(run).validate()
+        validate(change(run))
 
 
 def test_students_of_eps_predict_v() -> None:

@@ -24,6 +24,7 @@ from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.presets import PRESETS
+from ddpm_engine.rules import problems
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.inpainting import Inpainting
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
@@ -169,11 +170,11 @@ def test_the_steps_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((1, 0.1, 1.0), "timesteps is 1"),
-        ((10, 1.0, 1.0), "sigma_min is 1.0 and sigma_max 1.0"),
-        ((10, 0.0, 1.0), "sigma_min is 0.0"),
-        ((10, 0.1, math.inf), "sigma_max inf"),
-        ((10, 0.1, 1.0, 0.0), "sigma_data is 0.0"),
+        ((1, 0.1, 1.0), "`timesteps` is 1"),
+        ((10, 1.0, 1.0), "`sigma_min` is 1.0 and `sigma_max` 1.0"),
+        ((10, 0.0, 1.0), "`sigma_min` is 0.0"),
+        ((10, 0.1, math.inf), "`sigma_max` inf"),
+        ((10, 0.1, 1.0, 0.0), "`sigma_data` is 0.0"),
     ],
 )
 def test_schedules_that_are_none(arguments: Any, message: str) -> None:
@@ -393,7 +394,7 @@ EDM = RunConfig(diffusion=DiffusionConfig(schedule="edm", prediction="edm"))
 @pytest.mark.parametrize("name", ["digits-edm", "cifar10-edm"])
 def test_presets(name: str) -> None:
     config = PRESETS[name]()
-    assert config.problems() == []
+    assert problems(config) == []
     assert from_dict(to_dict(config), "here") == config
     schedule = config.diffusion.build_schedule()
     objective = build_objective(config, schedule)
@@ -406,32 +407,33 @@ def test_presets(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"diffusion": DiffusionConfig(prediction="edm")}, "--diffusion.schedule edm"),
+        ({"diffusion": DiffusionConfig(prediction="edm")}, "`diffusion.schedule` edm"),
         (
             {"diffusion": replace(EDM.diffusion, timesteps=2, betas=(0.1, 0.2))},
-            "--diffusion.schedule edm, without betas",
+            "`diffusion.schedule` edm, without `diffusion.betas`",
         ),
         ({"diffusion": replace(EDM.diffusion, zero_terminal_snr=True)}, "cannot be infinite"),
-        ({"diffusion": replace(EDM.diffusion, sigma_min=0.0)}, "--diffusion.sigma-min is 0.0"),
-        ({"diffusion": replace(EDM.diffusion, sigma_data=-1.0)}, "--diffusion.sigma-data is -1.0"),
-        ({"diffusion": replace(EDM.diffusion, timesteps=1)}, "--diffusion.timesteps is 1"),
-        ({"objective": ObjectiveConfig(p_std=0.0)}, "--objective.p-std is 0.0"),
-        ({"objective": ObjectiveConfig(weighting="p2")}, "--objective.weighting is p2, but"),
-        ({"objective": ObjectiveConfig(offset_noise=0.1)}, "--objective.offset-noise is 0.1"),
+        ({"diffusion": replace(EDM.diffusion, sigma_min=0.0)}, "`diffusion.sigma_min` is 0.0"),
+        ({"diffusion": replace(EDM.diffusion, sigma_data=-1.0)}, "`diffusion.sigma_data` is -1.0"),
+        ({"diffusion": replace(EDM.diffusion, timesteps=1)}, "`diffusion.timesteps` is 1"),
+        ({"objective": ObjectiveConfig(p_std=0.0)}, "`objective.p_std` is 0.0"),
+        ({"objective": ObjectiveConfig(weighting="p2")}, "`objective.weighting` is p2, but"),
+        ({"objective": ObjectiveConfig(offset_noise=0.1)}, "`objective.offset_noise` is 0.1"),
         ({"sampling": SamplingConfig(variance="learned_range")}, "predicts no variance"),
         (
             {"diffusion": DiffusionConfig(), "objective": ObjectiveConfig(p_mean=0.0)},
-            "--objective.p-mean does nothing unless --diffusion.prediction is edm",
+            "`objective.p_mean` does nothing unless `diffusion.prediction` is edm",
         ),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
-    assert any(message in problem for problem in replace(EDM, **changes).problems())
+    assert any(message in str(problem) for problem in problems(replace(EDM, **changes)))
 
 
 def test_other_predictions_may_use_the_schedule() -> None:
     diffusion = DiffusionConfig(schedule="edm", prediction="v", timesteps=50)
-    assert replace(EDM, diffusion=diffusion, sampling=SamplingConfig(steps=50)).problems() == [
-        "--log.sample-steps is 100; there are only --diffusion.timesteps 50 to visit"
+    found = problems(replace(EDM, diffusion=diffusion, sampling=SamplingConfig(steps=50)))
+    assert [str(problem) for problem in found] == [
+        "`log.sample_steps` is 100; a schedule of 50 timesteps takes 1 to 50 steps"
     ]
     assert diffusion.build_schedule().timesteps == 50

@@ -193,9 +193,7 @@ def test_figures_of_edm(trained: LoadedModel, tmp_path: Path) -> None:
     diffusion = replace(preset.diffusion, timesteps=STEPS)
     sampling = replace(preset.sampling, steps=3)
     config = replace(preset, model=trained.config.model, diffusion=diffusion, sampling=sampling)
-    edm = LoadedModel(
-        trained.model, diffusion.build_schedule(), config, "0" * 64, clip=diffusion.clip
-    )
+    edm = LoadedModel(trained.model, diffusion.build_schedule(), config, "0" * 64)
     shown_of = Exhibit(edm, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
     for name in ("reverse", "schedules", "interpolation", "denoising"):
         assert all(shown(path).std() > 5 for path in exhibit.FIGURES[name](shown_of))

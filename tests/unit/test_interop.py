@@ -242,7 +242,7 @@ def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -
 def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
     file = exported / "scheduler" / "scheduler_config.json"
     diffusion = DiffusionConfig(schedule="edm", prediction="edm")
-    entries = scheduler_entries(diffusion, SamplingConfig(sampler="heun"), clip=False)
+    entries = scheduler_entries(diffusion, SamplingConfig(sampler="heun", clip_x0=False))
     file.write_text(json.dumps(entries))
     assert load_model(exported).config.diffusion == diffusion
     change(file, **{entry: value})

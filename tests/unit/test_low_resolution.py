@@ -28,6 +28,7 @@ from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.edm import EdmObjective
 from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.presets import digits_upscale
+from ddpm_engine.rules import validate
 from ddpm_engine.samplers import sampler as loop_module
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.sampler import initial_noise, sample, sampling_steps
@@ -228,16 +229,16 @@ def test_network_refuses_what_does_not_belong_to_it(
 
 @pytest.mark.parametrize("side", [0, 3, 8, 16])
 def test_sides_that_do_not_divide(side: int) -> None:
-    with pytest.raises(UserError, match=f"low_resolution is {side}: it must divide sample_size=8"):
+    with pytest.raises(UserError, match=f"`low_resolution` is {side}; it must"):
         UNet(replace(TINY, low_resolution=side))
 
 
 def test_levels_that_are_none() -> None:
     for levels in (0, MAX_LEVEL + 2):
         training = TrainingConfig(augmentation_levels=levels)
-        with pytest.raises(UserError, match=f"augmentation-levels is {levels}"):
-            replace(digits_upscale(), training=training).validate()
-    digits_upscale().validate()
+        with pytest.raises(UserError, match=f"`training.augmentation_levels` is {levels}"):
+            validate(replace(digits_upscale(), training=training))
+    validate(digits_upscale())
 
 
 def test_diffusers_has_no_such_network() -> None:

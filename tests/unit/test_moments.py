@@ -24,6 +24,7 @@ from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.objectives.distillation.moment_matching import MomentMatching
 from ddpm_engine.objectives.distillation.trajectory import Teacher
 from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.rules import validate
 from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.training.teacher import student_config
 from ddpm_kernels import Column, Stream, gaussian_noise
@@ -248,7 +249,7 @@ MOMENTS = DistillationConfig(Path("teacher"), "moments", 4, 4, student=Path("stu
     [
         ({"student": None}, {}, "goes on from a student"),
         ({"start_steps": 64}, {}, "moments takes no more of its teacher"),
-        ({"steps": 0, "start_steps": 0}, {}, "--distillation.steps 0"),
+        ({"steps": 0, "start_steps": 0}, {}, "`distillation.steps` 0"),
         ({}, {"training": TrainingConfig(precision="fp16")}, "critic's gradients would vanish"),
         ({}, {"diffusion": DiffusionConfig(schedule="edm", prediction="edm")}, "predicts edm"),
         ({"method": "progressive", "start_steps": 8}, {}, "begin as their teacher; leave it out"),
@@ -256,9 +257,9 @@ MOMENTS = DistillationConfig(Path("teacher"), "moments", 4, 4, student=Path("stu
 )
 def test_plans_that_cannot_be(plan: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     run = student_config(RunConfig(), MOMENTS, Path("out"))
-    run.validate()
+    validate(run)
     assert (run.sampling.sampler, run.sampling.variance) == ("ddpm", "fixed_small")
     assert run.optimizer.learning_rate < RunConfig().optimizer.learning_rate
     changed = replace(run, distillation=replace(MOMENTS, **plan), **changes)
     with pytest.raises(UserError, match=message):
-        changed.validate()
+        validate(changed)

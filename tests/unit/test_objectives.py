@@ -33,6 +33,7 @@ from ddpm_engine.objectives.level_sampling import (
     WeightedTimesteps,
     logit_normal_probabilities,
 )
+from ddpm_engine.rules import validate
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_kernels import Stream, gaussian_noise
 
@@ -441,13 +442,13 @@ def test_state_is_loaded() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": ObjectiveConfig(min_snr_gamma=0)}, "--objective.min-snr-gamma is 0"),
-        ({"objective": ObjectiveConfig(p2_k=-1)}, "--objective.p2-k is -1"),
-        ({"objective": ObjectiveConfig(p2_gamma=-1)}, "--objective.p2-gamma is -1"),
-        ({"objective": ObjectiveConfig(logit_std=0)}, "--objective.logit-std is 0"),
-        ({"objective": ObjectiveConfig(offset_noise=-0.1)}, "--objective.offset-noise is -0.1"),
+        ({"objective": ObjectiveConfig(min_snr_gamma=0)}, "`objective.min_snr_gamma` is 0"),
+        ({"objective": ObjectiveConfig(p2_k=-1)}, "`objective.p2_k` is -1"),
+        ({"objective": ObjectiveConfig(p2_gamma=-1)}, "`objective.p2_gamma` is -1"),
+        ({"objective": ObjectiveConfig(logit_std=0)}, "`objective.logit_std` is 0"),
+        ({"objective": ObjectiveConfig(offset_noise=-0.1)}, "`objective.offset_noise` is -0.1"),
         ({"objective": ObjectiveConfig(learned_variance=True)}, "it must be 6"),
-        ({"model": UNetConfig(out_channels=6)}, "no --objective.learned-variance it must be 3"),
+        ({"model": UNetConfig(out_channels=6)}, "no `objective.learned_variance` it must be 3"),
         (
             {
                 "objective": ObjectiveConfig(learned_variance=True, weighting="vlb"),
@@ -457,25 +458,27 @@ def test_state_is_loaded() -> None:
         ),
         (
             {"objective": ObjectiveConfig(offset_noise=0.1, weighting="vlb")},
-            "the bound that --objective.weighting vlb asks for",
+            "the bound that `objective.weighting` vlb asks for",
         ),
         (
             {
                 "objective": ObjectiveConfig(weighting="p2"),
                 "diffusion": DiffusionConfig(prediction="v", zero_terminal_snr=True),
             },
-            "--objective.weighting is p2, which gives no weight",
+            "`objective.weighting` is p2, which gives no weight",
         ),
     ],
 )
 def test_contradictions_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        RunConfig(**options).validate()
+        validate(RunConfig(**options))
 
 
 def test_a_learned_variance_is_allowed() -> None:
-    RunConfig(
-        model=UNetConfig(out_channels=6),
-        objective=ObjectiveConfig(learned_variance=True),
-        sampling=SamplingConfig(variance="learned_range"),
-    ).validate()
+    validate(
+        RunConfig(
+            model=UNetConfig(out_channels=6),
+            objective=ObjectiveConfig(learned_variance=True),
+            sampling=SamplingConfig(variance="learned_range"),
+        )
+    )

@@ -463,7 +463,7 @@ def test_a_list_is_visited_as_it_is() -> None:
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
 def test_eta_out_of_range(eta: float) -> None:
-    with pytest.raises(UserError, match=r"eta is .*; it must lie in \[0, 1\]"):
+    with pytest.raises(UserError, match=r"`eta` is .*; it must lie in \[0, 1\]"):
         build_table(SCHEDULE, "ddim", 10, eta=eta)
 
 
@@ -477,7 +477,7 @@ def test_unknown_sampler() -> None:
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_steps_out_of_range(sampler: str, steps: int) -> None:
-    with pytest.raises(UserError, match=f"steps is {steps}; a schedule of 1000 timesteps takes"):
+    with pytest.raises(UserError, match=f"`steps` is {steps}; a schedule of 1000 timesteps takes"):
         build_table(SCHEDULE, sampler, steps)
 
 

@@ -81,7 +81,7 @@ def test_any_number_of_steps_visits_distinct_timesteps_downwards(
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range(steps: int) -> None:
-    with pytest.raises(UserError, match=rf"steps is {steps}; .*1000 timesteps takes 1 to 1000"):
+    with pytest.raises(UserError, match=rf"`steps` is {steps}; .*1000 timesteps takes 1 to 1000"):
         spaced_timesteps(1000, steps)
 
 
@@ -247,8 +247,8 @@ def test_labels_go_with_their_pictures() -> None:
     ("options", "message"),
     [
         ({"sampler": "magic"}, r"sampler is 'magic'; it must be one of ddpm"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 21}, "steps is 21; .* 20 timesteps"),
+        ({"steps": 0}, "`steps` is 0"),
+        ({"steps": 21}, "`steps` is 21; .* 20 timesteps"),
         ({"spacing": "even"}, "spacing is 'even'"),
     ],
 )

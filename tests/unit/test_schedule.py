@@ -169,7 +169,7 @@ def test_zero_terminal_snr(name: str, timesteps: int) -> None:
 
 
 def test_one_timestep_cannot_be_rescaled() -> None:
-    with pytest.raises(UserError, match="timesteps is 1; a schedule needs at least 2"):
+    with pytest.raises(UserError, match="`timesteps` is 1; a schedule needs at least 2"):
         NoiseSchedule.linear(1).rescaled_to_zero_terminal_snr()
 
 
@@ -179,7 +179,7 @@ def test_one_timestep_cannot_be_rescaled() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("timesteps", [0, -5])
 def test_no_timesteps(name: str, timesteps: int) -> None:
-    with pytest.raises(UserError, match=f"timesteps is {timesteps}; .* at least 1"):
+    with pytest.raises(UserError, match=f"`timesteps` is {timesteps}; .* at least 1"):
         SCHEDULES[name](timesteps)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet import unet as unet_module
-from ddpm_engine.networks.unet.config import UNetConfig
-from ddpm_engine.networks.unet.unet import UNet, check_shape
+from ddpm_engine.networks.unet.config import UNetConfig, check_shape
+from ddpm_engine.networks.unet.unet import UNet
 
 
 def randomised(config: UNetConfig) -> UNet:
@@ -168,32 +168,32 @@ def test_labels_of_an_unconditional_network() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sample_size": 9}, r"sample_size is 9: .* multiple of 2; use 8 or 10"),
-        ({"sample_size": 1}, r"sample_size is 1: .* use 2"),
-        ({"sample_size": 0}, r"sample_size is 0: .* at least 1"),
-        ({"layers_per_block": 0}, r"layers_per_block is 0"),
+        ({"sample_size": 9}, r"`sample_size` is 9; .* multiple of 2; use 8 or 10"),
+        ({"sample_size": 1}, r"`sample_size` is 1; .* use 2"),
+        ({"sample_size": 0}, r"`sample_size` is 0; .* at least 1"),
+        ({"layers_per_block": 0}, r"`layers_per_block` is 0"),
         (
             {"block_out_channels": (8, 15)},
-            r"block_out_channels\[1\] is 15: .* norm_num_groups=4; use 12 or 16",
+            r"entry 1 of `block_out_channels` is 15; .* `norm_num_groups` 4; use 12 or 16",
         ),
-        ({"block_out_channels": ()}, r"block_out_channels is \(\): give at least one level"),
-        ({"norm_num_groups": 0}, r"norm_num_groups is 0"),
-        ({"attention_head_dim": 5}, r"attention_head_dim is 5: .* divide the 16 channels"),
-        ({"attention_head_dim": 0}, r"attention_head_dim is 0"),
-        ({"down_block_types": ("DownBlock2D",)}, r"down_block_types has 1 entries and .* 2"),
+        ({"block_out_channels": ()}, r"`block_out_channels` is \(\); give at least one level"),
+        ({"norm_num_groups": 0}, r"`norm_num_groups` is 0"),
+        ({"attention_head_dim": 5}, r"`attention_head_dim` is 5; .* divide the 16 channels"),
+        ({"attention_head_dim": 0}, r"`attention_head_dim` is 0"),
+        ({"down_block_types": ("DownBlock2D",)}, r"`down_block_types` has 1 entries and .* 2"),
         (
             {"up_block_types": ("UpBlock2D", "SkipUpBlock2D")},
-            r"up_block_types\[1\] is 'SkipUpBlock2D': it must be 'UpBlock2D' or 'AttnUpBlock2D'",
+            r"entry 1 of `up_block_types` is 'SkipUpBlock2D'; it must be 'UpBlock2D' or 'AttnUp",
         ),
-        ({"downsample_padding": 2}, r"downsample_padding is 2: it must be 0 or 1"),
-        ({"resnet_time_scale_shift": "spatial"}, r"resnet_time_scale_shift is 'spatial'"),
-        ({"mid_block_scale_factor": 0}, r"mid_block_scale_factor is 0"),
-        ({"dropout": 1.0}, r"dropout is 1.0"),
-        ({"num_class_embeds": 0}, r"num_class_embeds is 0"),
-        ({"attention": "flash"}, r"attention is 'flash'"),
+        ({"downsample_padding": 2}, r"`downsample_padding` is 2; it must be 0 or 1"),
+        ({"resnet_time_scale_shift": "spatial"}, r"`resnet_time_scale_shift` is 'spatial'"),
+        ({"mid_block_scale_factor": 0}, r"`mid_block_scale_factor` is 0"),
+        ({"dropout": 1.0}, r"`dropout` is 1.0"),
+        ({"num_class_embeds": 0}, r"`num_class_embeds` is 0"),
+        ({"attention": "flash"}, r"`attention` is 'flash'"),
         (
             {"block_out_channels": (2, 4), "norm_num_groups": 1},
-            r"block_out_channels\[0\] is 2: .* freq_shift=1; use at least 4",
+            r"entry 0 of `block_out_channels` is 2; .* `freq_shift` 1; use at least 4",
         ),
     ],
 )
@@ -211,7 +211,7 @@ def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(UserError) as caught:
         UNet(config)
     assert str(caught.value).count("\n  - ") == 5  # neither width is a multiple of 3
-    for field in ("sample_size", "attention_head_dim", "norm_num_groups=3", "dropout"):
+    for field in ("sample_size", "attention_head_dim", "`norm_num_groups` 3", "dropout"):
         assert field in str(caught.value)
 
 

@@ -16,6 +16,7 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.objectives.denoising import DenoisingObjective, bound_table
 from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
+from ddpm_engine.rules import validate
 from ddpm_engine.training.build_objective import build_objective
 
 STEPS = 1000
@@ -139,7 +140,7 @@ def test_configuration_names_the_weights(prediction: Prediction) -> None:
                 p2_k=2.0,
             ),
         )
-        config.validate()
+        validate(config)
         built = build_objective(config, SCHEDULE)
         assert isinstance(built, DenoisingObjective)
         if table is None:

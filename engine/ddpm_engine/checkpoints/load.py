@@ -32,8 +32,11 @@ class LoadedModel:
     """Identifies it: the checkpoint's hash, or the sha256 of another library's weight file."""
     checkpoint: Checkpoint | None = None
     """What was loaded; None for another library's model."""
-    clip: bool = True
-    """Whether samplers should clip their estimates of x_0 to [-1, 1]."""
+
+    @property
+    def clip(self) -> bool:
+        """Whether samplers should clip their estimates of x_0 to [-1, 1]."""
+        return self.config.sampling.clip_x0
 
     @property
     def step(self) -> int | None:
@@ -76,15 +79,14 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
     model = UNet(config.model)
     load_part(checkpoint.path, weights, model.state_dict())
-    plan, diffusion = config.distillation, config.diffusion
+    plan = config.distillation
     if plan.teacher is not None:
         # Of an unfinished distillation, the student has not learnt such long steps yet.
         stage = plan.stage(max(checkpoint.step - 1, 0), config.training.steps)
         sampling = replace(config.sampling, steps=plan.student_steps(stage))
         config = replace(config, sampling=sampling)
-    return LoadedModel(
-        model, diffusion.build_schedule(), config, checkpoint.hash, checkpoint, diffusion.clip
-    )
+    schedule = config.diffusion.build_schedule()
+    return LoadedModel(model, schedule, config, checkpoint.hash, checkpoint)
 
 
 def _load_diffusers(path: Path) -> LoadedModel:
@@ -112,4 +114,4 @@ def _load_diffusers(path: Path) -> LoadedModel:
         distillation=process.distillation,
     )
     schedule = process.diffusion.build_schedule()
-    return LoadedModel(loaded.model, schedule, config, loaded.hash, clip=process.clip)
+    return LoadedModel(loaded.model, schedule, config, loaded.hash)

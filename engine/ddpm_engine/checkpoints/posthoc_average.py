@@ -97,7 +97,7 @@ def reconstruct_average(
     # Later ones know of weights that this average must not.
     known = [
         (snapshot, kept) for snapshot in snapshots if snapshot.step <= step
-        for kept in _config_of(snapshot).training.ema_profiles
+        for kept in _config_of(snapshot).training.ema_sigma_rel
     ]  # fmt: skip
     combination = combine(
         [Profile(gamma_of(kept), snapshot.step) for snapshot, kept in known], wanted

@@ -21,10 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ddpm_engine.config import LONGEST
 from ddpm_engine.errors import UserError
-
-LONGEST = 12**-0.5
-"""The length of the plain mean of all weights, γ = 0."""
 
 
 def length_of(gamma: float) -> float:

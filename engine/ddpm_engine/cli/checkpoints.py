@@ -125,7 +125,7 @@ def average(
 def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | None = None) -> int:
     """Make a power-function average of any length after training, for sample.py.
 
-    For runs with --training.ema-profiles, which keep snapshots of a few such averages.
+    For runs with --training.ema-sigma-rel, which keep snapshots of a few such averages.
 
     Args:
         run: a run directory.
@@ -144,8 +144,8 @@ def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | N
             snapshots.append(snapshot)
     if not snapshots:
         raise UserError(
-            f"{run} holds no snapshots that can be used; train with --training.ema-profiles 0.05 "
-            "0.1 to keep some"
+            f"{run} holds no snapshots that can be used; train with --training.ema-sigma-rel "
+            "0.05 0.1 to keep some"
         )
     made = reconstruct_average(snapshots, length, out, step)
     print(

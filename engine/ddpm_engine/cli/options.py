@@ -79,6 +79,10 @@ Device = Annotated[
 """Where torch computes."""
 
 
+_FORMER_FLAGS = {"--training.ema-profiles": "--training.ema-sigma-rel"}
+"""Flags that are still understood, and what they are called now."""
+
+
 def parse_options(
     options: Callable[..., T],
     arguments: Sequence[str] | None = None,
@@ -101,10 +105,12 @@ def parse_options(
         prog: name of the program; None: the script's.
         omit_prefixes: name the fields of a section `--field`, not `--section.field`.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    words = [_FORMER_FLAGS.get(word.replace("_", "-"), word) for word in words]
     given: dict[str, Any] = {} if default is None else {"default": default}
     config = (tyro.conf.OmitArgPrefixes,) if omit_prefixes else ()
     with _registry():
-        return tyro.cli(options, args=arguments, prog=prog, config=config, **given)
+        return tyro.cli(options, args=words, prog=prog, config=config, **given)
 
 
 def parse_command(commands: dict[str, Callable[..., T]]) -> T:

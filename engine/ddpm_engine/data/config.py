@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,24 +31,37 @@ class DataConfig:
     cache: Path | None = None
     """Folder on a local disk for shards of a URL; default: one of the user's in the temporary
     directory."""
-    cache_gb: float = 64.0
+    cache_gb: Annotated[float, Gt(0)] = 64.0
     """Limit on the size of that folder in 10⁹ bytes; greater than 0."""
     allow_pipe: bool = False
     """Permission for pipe: patterns to run their command in a shell."""
     horizontal_flip: bool = False
     """Random mirroring of each image, with probability one half."""
-    window_shards: int = 16
+    window_shards: Annotated[int, Ge(1)] = 16
     """Number of shuffled shards in each window, within which samples are shuffled; from 1."""
-    workers: int = 2
+    workers: Annotated[int, Ge(0)] = 2
     """Number of decoding processes of each rank, from 0; the order of samples does not depend on
     it."""
-    max_bad_samples: int = 100
+    max_bad_samples: Annotated[int, Ge(0)] = 100
     """Number of unreadable samples that a run replaces, over all ranks, before it stops."""
 
     def __post_init__(self) -> None:
         # A URL is no path: two slashes would become one.
         if isinstance(self.path, str) and not is_location(self.path):
             object.__setattr__(self, "path", Path(self.path))
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values themselves."""
+        yield from out_of_bounds(self)
+        sets = 1 + len(self.mix_with)
+        if self.mix_with and len(self.weights) != sets:
+            yield UserError(
+                f"`weights` has {len(self.weights)} entries for {sets} sets (`path` and "
+                "`mix_with`); give one for each",
+                "weights",
+            )
+        if self.weights and not self.mix_with:
+            yield UserError("`weights` is given without `mix_with`; name the other sets", "weights")
 
 
 def is_location(path: str) -> bool:

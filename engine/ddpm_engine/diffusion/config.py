@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
+from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+
+MAX_LEVEL = 1000
+"""Largest level of noise-conditioning augmentation (`super_resolution`), where 0 is no noise."""
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 """Variance of a reverse step: the posterior's, beta, or interpolated as the network says."""
@@ -21,25 +27,35 @@ class DiffusionConfig:
 
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
     """Shape of the noise schedule; edm: log sigma rises linearly."""
-    timesteps: int = 1000
-    """T, the length of the chain, in steps."""
+    timesteps: Annotated[int, Ge(1)] = 1000
+    """Length T of the chain, in timesteps, 2 at least for edm."""
     beta_start: float = 1e-4
-    """First beta of the linear schedule."""
+    """First beta of the linear schedule, between 0 and 1."""
     beta_end: float = 0.02
-    """Last beta of the linear schedule."""
+    """Last beta of the linear schedule, between 0 and 1."""
     betas: tuple[float, ...] | None = None
-    """The betas themselves, one for each timestep; None: the shape describes them."""
+    """Betas themselves, one for each timestep; None: the shape describes them."""
     sigma_min: float = 0.002
-    """First noise level sigma of the edm schedule, where sampling ends."""
+    """First noise level sigma of the edm schedule, positive, where sampling ends."""
     sigma_max: float = 80.0
-    """Last noise level of the edm schedule, where sampling begins."""
+    """Last noise level sigma of the edm schedule, where sampling begins."""
     sigma_data: float = 0.5
-    """Deviation of the images' values, of −1 to 1, that edm prediction is made for."""
+    """Standard deviation of the images' values, in [-1, 1], that edm prediction assumes."""
     prediction: Prediction = "eps"
-    """What the network predicts: the noise, the clean image or the velocity; edm: a mixture of
+    """Prediction of the network: the noise, the clean image or the velocity; edm: a mixture of
     image and noise, at any noise level (Karras et al. 2022), with the edm schedule."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that no signal is left at the last timestep (not for eps)."""
+    """Rescaling of the schedule so that no signal is left at the last timestep (not for eps)."""
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values, the schedule that they describe included."""
+        bounds = list(out_of_bounds(self))
+        yield from bounds
+        if not bounds:
+            try:
+                self.build_schedule()
+            except UserError as error:
+                yield error
 
     def build_schedule(self) -> NoiseSchedule:
         """The noise schedule that this describes.
@@ -50,8 +66,9 @@ class DiffusionConfig:
         if self.betas is not None:
             if len(self.betas) != self.timesteps:
                 raise UserError(
-                    f"betas has {len(self.betas)} entries but timesteps is {self.timesteps}; "
-                    "give one for each timestep"
+                    f"`betas` has {len(self.betas)} entries but `timesteps` is {self.timesteps}; "
+                    "give one for each timestep",
+                    "betas",
                 )
             schedule = NoiseSchedule(torch.tensor(self.betas, dtype=torch.float64))
         elif self.schedule == "linear":
@@ -65,8 +82,3 @@ class DiffusionConfig:
         else:
             schedule = NoiseSchedule.sigmoid(self.timesteps)
         return schedule.rescaled_to_zero_terminal_snr() if self.zero_terminal_snr else schedule
-
-    @property
-    def clip(self) -> bool:
-        """Whether samplers clip estimates of x_0 to [-1, 1] by default."""
-        return PARAMETERIZATIONS[self.prediction].clips_x0

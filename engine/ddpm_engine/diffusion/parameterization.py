@@ -91,9 +91,10 @@ class Parameterization(ABC):
         if self.needs_signal and bool((a == 0).any()):
             able = [name for name, row in PARAMETERIZATIONS.items() if not row.needs_signal]
             raise UserError(
-                f"prediction is {self.name!r}, but this schedule ends in pure noise (zero terminal "
+                f"`prediction` is {self.name}, but this schedule ends in pure noise (zero terminal "
                 "SNR), where such a prediction says nothing of the image; use a network that "
-                f"predicts {' or '.join(able)}"
+                f"predicts {' or '.join(able)}",
+                "prediction",
             )
 
 
@@ -217,7 +218,7 @@ def parameterization(prediction: str, schedule: NoiseSchedule) -> Parameterizati
     """
     if prediction not in PARAMETERIZATIONS:
         known = ", ".join(PARAMETERIZATIONS)
-        raise UserError(f"prediction is {prediction!r}; it must be one of {known}")
+        raise UserError(f"`prediction` is {prediction}; it must be one of {known}", "prediction")
     return PARAMETERIZATIONS[prediction].for_schedule(schedule)
 
 

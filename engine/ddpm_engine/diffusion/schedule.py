@@ -112,14 +112,17 @@ class NoiseSchedule:
                 sigma_data.
         """
         if timesteps < 2:
-            raise UserError(f"timesteps is {timesteps}; the edm schedule needs at least 2")
+            raise UserError(
+                f"`timesteps` is {timesteps}; the edm schedule needs at least 2", "timesteps"
+            )
         if not 0 < sigma_min < sigma_max < math.inf:
             raise UserError(
-                f"sigma_min is {sigma_min} and sigma_max {sigma_max}; the first must be positive, "
-                "the second larger"
+                f"`sigma_min` is {sigma_min} and `sigma_max` {sigma_max}; the first must be "
+                "positive, the second larger",
+                "sigma_min",
             )
         if not 0 < sigma_data < math.inf:
-            raise UserError(f"sigma_data is {sigma_data}; it must be positive")
+            raise UserError(f"`sigma_data` is {sigma_data}; it must be positive", "sigma_data")
         ends = math.log(sigma_min), math.log(sigma_max)
         sigma = torch.linspace(*ends, timesteps, dtype=torch.float64).exp()
         # 1 − ᾱ_t / ᾱ_{t−1}, without subtracting what is nearly one.
@@ -143,7 +146,8 @@ class NoiseSchedule:
         """
         if self.timesteps < 2:
             raise UserError(
-                "timesteps is 1; a schedule needs at least 2 to be rescaled to zero terminal SNR"
+                "`timesteps` is 1; a schedule needs at least 2 to be rescaled to zero terminal SNR",
+                "timesteps",
             )
         root = self.sqrt_alpha_bar
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -210,4 +214,4 @@ class NoiseSchedule:
 
 def _check_timesteps(timesteps: int) -> None:
     if timesteps < 1:
-        raise UserError(f"timesteps is {timesteps}; a schedule needs at least 1")
+        raise UserError(f"`timesteps` is {timesteps}; a schedule needs at least 1", "timesteps")

@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_engine.diffusion.config import MAX_LEVEL
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, q_sample
 from ddpm_kernels.q_sample import clean_images
-
-MAX_LEVEL = 1000
-"""The highest augmentation level, at which nothing is left of the picture."""
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

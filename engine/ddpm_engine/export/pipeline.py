@@ -49,9 +49,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
     if config.distillation.teacher is not None:
         _check_distilled(config)
     shape = network.config_entries(config.model)
-    process = scheduler.scheduler_entries(
-        config.diffusion, config.sampling, pretrained.clip, config.distillation
-    )
+    process = scheduler.scheduler_entries(config.diffusion, config.sampling, config.distillation)
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
         raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
     temporary = out.with_name(out.name + TEMPORARY_SUFFIX)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class Exhibit:
             labels=self.labels(ids),
             clip=trained.clip,
             batch_size=_BATCH,
-            **asdict(sampling),
+            **sampling.table_options(),
         )
         return to_uint8(pictures)
 
@@ -170,7 +170,7 @@ def reverse(exhibit: Exhibit) -> list[Path]:
     table = build_table(
         trained.schedule,
         prediction=exhibit.config.diffusion.prediction,
-        **asdict(exhibit.sampling),
+        **exhibit.sampling.table_options(),
     )
     device = device_of(trained.model)
     still, moving = exhibit.out / "reverse.png", exhibit.out / "reverse.gif"

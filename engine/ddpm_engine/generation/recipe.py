@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,7 +69,7 @@ class Recipe:
         low, high = (None, None) if guidance is None else guidance.interval
         return {
             "seed": self.seed,
-            **asdict(self.sampling),
+            **self.sampling.table_options(),
             "timesteps": self.timesteps,
             "classes": self.classes,
             "guidance_scale": None if guidance is None else guidance.scale,
@@ -123,7 +123,7 @@ class Drawing:
             model,
             pretrained.schedule,
             seed=recipe.seed,
-            **asdict(sampling),
+            **sampling.table_options(),
             timesteps=recipe.timesteps,
             prediction=config.diffusion.prediction,
             augmentation=recipe.augmentation,

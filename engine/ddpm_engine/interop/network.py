@@ -14,8 +14,8 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.interop.entries import Entries
 from ddpm_engine.interop.layout import NETWORK_CONFIG, find_layout
 from ddpm_engine.interop.weights import fill, read_weights
-from ddpm_engine.networks.unet.config import UNetConfig
-from ddpm_engine.networks.unet.unet import UNet, check_shape
+from ddpm_engine.networks.unet.config import UNetConfig, check_shape
+from ddpm_engine.networks.unet.unet import UNet
 
 CLASS = "UNet2DModel"
 

@@ -43,9 +43,7 @@ class Process:
     diffusion: DiffusionConfig
     """The schedule and what the network predicts."""
     sampling: SamplingConfig
-    """Sampler, spacing and variance; for what a scheduler leaves open, our defaults."""
-    clip: bool
-    """Whether estimates of x_0 are clipped to [-1, 1]."""
+    """Sampler, spacing, variance and clipping; for what a scheduler leaves open, our defaults."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """What an export of ours says of a distilled network; of any other, that it is none."""
 
@@ -72,12 +70,12 @@ def read_scheduler(file: Path) -> Process:
     entries.require("rescale_betas_zero_snr", (False,), False)
     entries.require("steps_offset", (0,), 0)
     entries.require("clip_sample_range", (1,), 1.0)
-    clip = entries.take("clip_sample", bool, True)
+    clip_x0 = entries.take("clip_sample", bool, True)
     diffusion = _read_process(entries)
     spacing = entries.take("timestep_spacing", str, "leading")
     if spacing not in get_args(Spacing):
         entries.refuse("timestep_spacing", spacing, f"it must be one of {get_args(Spacing)}")
-    sampling: dict[str, Any] = {"spacing": spacing}
+    sampling: dict[str, Any] = {"spacing": spacing, "clip_x0": clip_x0}
     distillation = DistillationConfig()
     if kind == CLASS:
         variance = entries.take("variance_type", str, "fixed_small")
@@ -99,13 +97,12 @@ def read_scheduler(file: Path) -> Process:
         diffusion.build_schedule()
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Process(diffusion, SamplingConfig(**sampling), clip, distillation)
+    return Process(diffusion, SamplingConfig(**sampling), distillation)
 
 
 def scheduler_entries(
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
-    clip: bool,
     distillation: DistillationConfig | None = None,
 ) -> dict[str, Any]:
     """The `scheduler_config.json` of the scheduler that is this process.
@@ -133,7 +130,7 @@ def scheduler_entries(
         "prediction_type": {ours: name for name, ours in _PREDICTIONS.items()}[
             diffusion.prediction
         ],
-        "clip_sample": clip,
+        "clip_sample": sampling.clip_x0,
         "clip_sample_range": 1.0,
         "thresholding": False,
         "timestep_spacing": sampling.spacing,
@@ -167,7 +164,7 @@ def _read_edm(entries: Entries) -> Process:
         diffusion.build_schedule()
     except UserError as error:
         raise UserError(f"{entries.path}: {error}") from None
-    return Process(diffusion, SamplingConfig(sampler="euler"), diffusion.clip)
+    return Process(diffusion, SamplingConfig(sampler="euler", clip_x0=False))
 
 
 def _read_distilled(entries: Entries) -> DistillationConfig:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt
+
+from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.config import SamplingConfig
 
 
@@ -15,26 +20,31 @@ class ObjectiveConfig:
 
     weighting: Literal["simple", "vlb", "min-snr", "p2"] = "simple"
     """Weight of each timestep's squared error; simple: all alike."""
-    min_snr_gamma: float = 5.0
-    """min-snr: the signal-to-noise ratio beyond which timesteps weigh no more."""
-    p2_gamma: float = 1.0
-    """p2: how strongly timesteps of little noise are weighed down."""
-    p2_k: float = 1.0
-    """p2: the signal-to-noise ratio from which on they are."""
+    min_snr_gamma: Annotated[float, Gt(0)] = 5.0
+    """Signal-to-noise ratio at which min-snr weights are clamped, positive."""
+    p2_gamma: Annotated[float, Ge(0)] = 1.0
+    """Exponent of p2 weights, 0 (all alike) or more: how much less timesteps of little noise count.
+    """
+    p2_k: Annotated[float, Gt(0)] = 1.0
+    """Signal-to-noise ratio, positive, from which on p2 weights fall."""
     learned_variance: bool = False
-    """Learn the variance of each step too, from the bound: the hybrid objective."""
+    """Variance of each step learned too, from the bound: the hybrid objective."""
     timestep_sampling: Literal["uniform", "logit-normal", "importance"] = "uniform"
-    """How often each timestep is trained; importance: by how much its loss varies."""
+    """Distribution of the timesteps that are trained; importance: by how much the loss varies."""
     logit_mean: float = 0.0
-    """logit-normal: mean of log(t / (T − t))."""
-    logit_std: float = 1.0
-    """logit-normal: standard deviation of log(t / (T − t))."""
-    offset_noise: float = 0.0
+    """Mean of log(t / (T − t)) in logit-normal timestep sampling."""
+    logit_std: Annotated[float, Gt(0)] = 1.0
+    """Standard deviation of log(t / (T − t)) in logit-normal timestep sampling, positive."""
+    offset_noise: Annotated[float, Ge(0)] = 0.0
     """Standard deviation of noise added to each channel as a whole; images span −1 to 1."""
     p_mean: float = -1.2
-    """edm prediction: mean of the log of the noise levels sigma that are trained."""
-    p_std: float = 1.2
-    """edm prediction: standard deviation of that log."""
+    """Mean of ln sigma over the noise levels that are trained, with edm prediction."""
+    p_std: Annotated[float, Gt(0)] = 1.2
+    """Standard deviation of ln sigma over those noise levels, positive."""
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values themselves."""
+        return out_of_bounds(self)
 
 
 DistillationMethod = Literal["progressive", "consistency", "moments"]
@@ -53,18 +63,50 @@ class DistillationConfig:
     teacher: Path | None = None
     """Run, checkpoint or diffusers folder to distil; None: ordinary training."""
     method: DistillationMethod = "progressive"
-    """Learn two steps of the last student at a time, to agree with oneself one step later, or to
-    draw what the teacher expects."""
+    """Method: two steps of the last student learned as one; consistency with oneself one step
+    later; or, from a student of these, the teacher's conditional moments."""
     steps: int = 4
-    """Steps that the last student draws a picture in: of ddim, or with `moments`, of ddpm."""
+    """Steps of a sample of the last student: of ddim, or with moments, of ddpm."""
     start_steps: int = 64
-    """Most steps of ddim that a teacher takes: a power of two times as many; with `moments`, as
+    """Steps of ddim that the first teacher takes, 2, 4, 8, … times as many; with moments, as
     many."""
     guidance_scale: float | None = None
-    """Classifier-free guidance of the teacher, which its students then have built in; None: none.
-    """
+    """Guidance scale of the teacher, which its students then have built in; None: no guidance."""
     student: Path | None = None
-    """Run that has been distilled to as many steps, to go on from with `moments`."""
+    """Run that has been distilled to as many steps, which moments continues."""
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values, if anything is distilled."""
+        if self.teacher is None:
+            return
+        wrong = self.steps < 1
+        if self.method == "moments":
+            if wrong or self.start_steps != self.steps:
+                yield UserError(
+                    f"`start_steps` is {self.start_steps} and `steps` {self.steps}; moments takes "
+                    "no more of its teacher, so both must be the same",
+                    "start_steps",
+                )
+            if self.student is None:
+                yield UserError(
+                    "`method` is moments, which goes on from a student; distil the teacher to "
+                    f"{self.steps} steps by progressive distillation first, and name that run with "
+                    "`student`",
+                    "student",
+                )
+            return
+        if wrong or self.stages < 1 or self.start_steps != self.steps << self.stages:
+            yield UserError(
+                f"`start_steps` is {self.start_steps} and `steps` {self.steps}; the first must be "
+                "2, 4, 8, … times the second, as 64 and 4",
+                "start_steps",
+            )
+        if self.student is not None:
+            yield UserError(
+                f"`student` is {self.student}, but students of {self.method} distillation begin "
+                "as their teacher; leave it out, or choose the `method` moments",
+                "student",
+            )
 
     @property
     def sampling(self) -> SamplingConfig:

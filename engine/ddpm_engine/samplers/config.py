@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
+
+from ddpm_engine.bounds import out_of_bounds
 from ddpm_engine.diffusion.config import Variance
+from ddpm_engine.errors import UserError
 
 SamplerName = Literal[
     "ddpm",
@@ -25,15 +30,31 @@ Spacing = Literal["leading", "trailing", "linspace"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are drawn, during training and by default afterwards."""
+    """How samples are generated, during training and by default afterwards."""
 
     sampler: SamplerName = "ddpm"
-    """Which coefficient table."""
-    steps: int | None = None
-    """Steps a picture, each one network evaluation, or two with heun; None: all T."""
+    """Sampler: which coefficient table."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Steps of a sample, each one network evaluation, or two with heun; None: all T."""
     spacing: Spacing = "trailing"
-    """Which timesteps are visited when there are fewer than T (not euler and heun)."""
+    """Spacing of the timesteps when fewer than T are visited (not euler and heun)."""
     variance: Variance = "fixed_large"
     """Variance of ancestral sampling (ddpm); learned_range: by the network's other half."""
-    eta: float = 0.0
-    """Share of fresh noise in ddim: 0 draws none, 1 is ddpm with fixed_small variance."""
+    eta: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of fresh noise in ddim, 0 to 1: 0 adds none, 1 is ddpm with fixed_small variance."""
+    clip_x0: bool = True
+    """Clipping of every estimate of x_0 to [-1, 1]; EDM's samplers do without."""
+
+    def table_options(self) -> dict[str, Any]:
+        """Return the fields that `build_table` takes, by name."""
+        return {
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "spacing": self.spacing,
+            "variance": self.variance,
+            "eta": self.eta,
+        }
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values themselves."""
+        return out_of_bounds(self)

@@ -31,7 +31,7 @@ def ddim_table(
             zero terminal SNR.
     """
     if not 0 <= eta <= 1:
-        raise UserError(f"eta is {eta}; it must lie in [0, 1]")
+        raise UserError(f"`eta` is {eta}; it must lie in [0, 1]", "eta")
     a, s = noise_levels(schedule, timesteps)
     (a, a_next), (s, s_next) = (a[:-1], a[1:]), (s[:-1], s[1:])
     fresh = eta**2 * (1 - (a / a_next).square()) / s.square()  # v² / s′²

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.config import Variance
+from ddpm_engine.diffusion.config import MAX_LEVEL, Variance
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.diffusion.super_resolution import MAX_LEVEL, NoiseConditioningAugmentation
+from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.samplers.config import Spacing

@@ -83,8 +83,9 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> T
     if known[-1].isinf():
         raise UserError(
             "this schedule ends in pure noise (zero terminal SNR), where sigma is infinite and "
-            "cannot be spaced as Karras et al. do; use ddim, dpm++2m or unipc, or list the "
-            "timesteps"
+            "cannot be spaced as Karras et al. do; let `sampler` be ddim, dpm++2m or unipc, or "
+            "list the timesteps",
+            "sampler",
         )
     ends = (known[[-1, 0]] / rho).exp()
     sigma = torch.linspace(1, 0, steps, dtype=torch.float64) * (ends[0] - ends[1]) + ends[1]
@@ -94,5 +95,6 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> T
 def _check_steps(timesteps: int, steps: int) -> None:
     if not 1 <= steps <= timesteps:
         raise UserError(
-            f"steps is {steps}; a schedule of {timesteps} timesteps takes 1 to {timesteps} steps"
+            f"`steps` is {steps}; a schedule of {timesteps} timesteps takes 1 to {timesteps} steps",
+            "steps",
         )

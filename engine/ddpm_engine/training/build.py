@@ -13,6 +13,7 @@ from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.rules import validate
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.build_objective import build_objective
@@ -46,7 +47,7 @@ def build_run(
     Raises:
         UserError: the configuration, the data, the directory or the launch is wrong.
     """
-    config.validate()
+    validate(config)
     request = read_request(config.training)
     accelerator = start_accelerator(config, request, any_precision)
     device = accelerator.device
@@ -106,7 +107,7 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
     if config.log.tracker != "none":
         callbacks.append(Trackers())
     callbacks.append(Checkpoints())
-    if config.training.ema_profiles:
+    if config.training.ema_sigma_rel:
         callbacks.append(Snapshots())
     if config.log.sample_every:
         callbacks.append(Preview())

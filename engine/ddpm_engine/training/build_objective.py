@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from ddpm_engine.objectives.level_sampling import (
 )
 from ddpm_engine.objectives.objective import Objective
 from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
+from ddpm_engine.training.lr_schedule import learning_rate
 
 if TYPE_CHECKING:
     from ddpm_engine.config import RunConfig
@@ -62,11 +64,11 @@ def build_objective(
             conditions,
             teacher,
             config.distillation,
-            config.learning_rate,
+            partial(learning_rate, config),
             config.optimizer.betas,
             config.optimizer.clip_norm,
             device,
-            clip=config.diffusion.clip,
+            clip=config.sampling.clip_x0,
             dtype=dtype,
         )
     if teacher is not None:
@@ -78,7 +80,7 @@ def build_objective(
             config.distillation,
             config.training.steps,
             device,
-            clip=config.diffusion.clip,
+            clip=config.sampling.clip_x0,
             dtype=dtype,
         )
     if config.diffusion.prediction == "edm":

@@ -29,7 +29,7 @@ def warmed_up(decay: float) -> Decay:
 
 def decays(training: TrainingConfig) -> dict[str, Decay]:
     """Every average that a run keeps, by its part of a checkpoint: `ema`, and `ema-LENGTH` each."""
-    profiles = {part_of(length): power_decay(gamma_of(length)) for length in training.ema_profiles}
+    profiles = {part_of(length): power_decay(gamma_of(length)) for length in training.ema_sigma_rel}
     return {"ema": warmed_up(training.ema_decay), **profiles}
 
 

@@ -13,6 +13,7 @@ from ddpm_engine.data.open import TrainingData
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
 from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.meters import Meters
 from ddpm_engine.training.strategies.strategy import Strategy
 from ddpm_engine.training.watchdog import Watchdog
@@ -70,7 +71,7 @@ class Run:
         return {
             "loss": meters.mean_loss,
             "grad_norm": meters.mean_grad_norm,
-            "learning_rate": self.config.learning_rate(self.step - 1),
+            "learning_rate": learning_rate(self.config, self.step - 1),
             "samples_seen": self.step * batch_size,
             "skipped_steps": meters.skipped,
             "bad_samples": self.bad_samples,

@@ -22,10 +22,10 @@ _LOCK = "lock"
 
 # What makes a run that run. Everything else may change between one stop and the next start.
 _IDENTITY = (
-    "model.", "diffusion.", "objective.", "training.seed", "training.batch-size",
-    "training.ema-decay", "training.ema-profiles", "training.label-dropout",
-    "training.augmentation-levels",
-    "data.horizontal-flip", "data.window-shards", "distillation.",
+    "model.", "diffusion.", "objective.", "training.seed", "training.batch_size",
+    "training.ema_decay", "training.ema_sigma_rel", "training.label_dropout",
+    "training.augmentation_levels",
+    "data.horizontal_flip", "data.window_shards", "distillation.",
 )  # fmt: skip
 # How the same network is computed, rather than which network it is.
 _NOT_IDENTITY = ("model.attention",)
@@ -108,8 +108,10 @@ def _holds_something(out: Path) -> bool:
 def _check_same_run(before: RunConfig, now: RunConfig) -> None:
     old, new = flatten(before), flatten(now)
     changed = {name: (old[name], new[name]) for name in new if old[name] != new[name]}
-    # The steps of a distillation are divided into its stages.
-    identity = _IDENTITY if now.distillation.teacher is None else (*_IDENTITY, "training.steps")
+    identity: tuple[str, ...] = _IDENTITY
+    if now.distillation.teacher is not None:
+        # Its steps are divided into stages, and its targets are clipped or not.
+        identity = (*_IDENTITY, "training.steps", "sampling.clip_x0")
     essential = {
         name: values
         for name, values in changed.items()
@@ -127,7 +129,7 @@ def _check_same_run(before: RunConfig, now: RunConfig) -> None:
 
 
 def _differences(changed: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(f"{name} was {old} and is now {new}" for name, (old, new) in changed.items())
+    return "; ".join(f"`{name}` was {old} and is now {new}" for name, (old, new) in changed.items())
 
 
 def _check_same_data(path: Path, fingerprint: str) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank, world_size
 from ddpm_engine.errors import UserError
+from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.signals import StopRequest
 from ddpm_kernels import Stream
@@ -49,7 +50,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
             loss = run.objective(run.strategy.network, batch).mean()
             run.strategy.backward(loss)
         losses.append(loss.detach())
-    norm = run.strategy.step(run.config.learning_rate(run.step))
+    norm = run.strategy.step(learning_rate(run.config, run.step))
 
     loss = torch.stack(losses).mean()
     own = torch.tensor([float(bool(stop)), replaced], device=loss.device)

@@ -46,7 +46,7 @@ def student_config(
     training, optimizer = teacher.training, teacher.optimizer
     stage = max(1, training.steps // max(1, plan.stages))
     shorter = replace(
-        training, ema_decay=min(training.ema_decay, max(0.0, 1 - 10 / stage)), ema_profiles=()
+        training, ema_decay=min(training.ema_decay, max(0.0, 1 - 10 / stage)), ema_sigma_rel=()
     )
     optimizer = replace(optimizer, warmup_steps=min(optimizer.warmup_steps, stage // 10))
     if plan.method == "moments":
@@ -60,7 +60,7 @@ def student_config(
         objective=ObjectiveConfig(learned_variance=teacher.objective.learned_variance),
         optimizer=optimizer,
         training=shorter,
-        sampling=plan.sampling,
+        sampling=replace(plan.sampling, clip_x0=teacher.sampling.clip_x0),
         log=replace(teacher.log, sample_steps=plan.steps),
         distillation=plan,
     )
@@ -99,11 +99,12 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             f"--diffusion.prediction is {wanted}, but --distillation.teacher {path} predicts "
             f"{known}, from another input; only eps, x0 and v turn into each other"
         )
-    if teacher.clip != ours.diffusion.clip:
+    if theirs.sampling.clip_x0 != ours.sampling.clip_x0:
         raise UserError(
-            f"--distillation.teacher {path} is sampled "
-            f"{'with' if teacher.clip else 'without'} clipping, and its students would be "
-            f"{'with' if ours.diffusion.clip else 'without'}; it cannot be distilled"
+            f"`sampling.clip_x0` is {ours.sampling.clip_x0}, but `distillation.teacher` {path} is "
+            f"sampled {'with' if theirs.sampling.clip_x0 else 'without'} clipping; students do as "
+            "their teacher",
+            "sampling.clip_x0",
         )
     if theirs.distillation.teacher is not None:
         raise UserError(

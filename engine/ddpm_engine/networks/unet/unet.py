@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_engine.errors import UserError
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.attention import Attention, choose_attention
@@ -19,119 +18,9 @@ from ddpm_engine.networks.unet.blocks import (
     UpLevel,
     embedding_channels,
 )
-from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.config import UNetConfig, attending_channels, check_shape
 from ddpm_engine.networks.unet.embeddings import TimestepMLP, sinusoidal_embedding
 from ddpm_engine.networks.unet.norm import GroupNorm
-
-
-def check_shape(config: UNetConfig) -> None:
-    """Check that a U-Net of this shape can be built.
-
-    Raises:
-        UserError: it cannot; the message lists every problem, each with its remedy.
-    """
-    problems: list[str] = []
-
-    def check(right: bool, problem: str) -> None:
-        if not right:
-            problems.append(problem)
-
-    def check_choice(field: str, value: object, choices: tuple[object, ...]) -> None:
-        listed = " or ".join(map(repr, choices))
-        check(value in choices, f"{field} is {value!r}: it must be {listed}")
-
-    channels, groups, head = (
-        config.block_out_channels,
-        config.norm_num_groups,
-        config.attention_head_dim,
-    )
-    for field in ("sample_size", "in_channels", "out_channels", "layers_per_block"):
-        value = getattr(config, field)
-        check(value >= 1, f"{field} is {value}: it must be at least 1")
-    check(groups >= 1, f"norm_num_groups is {groups}: it must be at least 1")
-    middle_groups = config.attn_norm_num_groups
-    check(
-        middle_groups is None
-        or (middle_groups >= 1 and (not channels or channels[-1] % middle_groups == 0)),
-        f"attn_norm_num_groups is {middle_groups}: it must divide the deepest level's channels, "
-        f"block_out_channels[-1]; use None for the other norms' {groups}",
-    )
-    check(head is None or head >= 1, f"attention_head_dim is {head}: use None for one head")
-    check(
-        len(channels) >= 1 and min(channels, default=0) >= 1,
-        f"block_out_channels is {channels}: give at least one level, of at least one channel",
-    )
-    classes = config.num_class_embeds
-    check(classes is None or classes >= 1, f"num_class_embeds is {classes}: None for no classes")
-    small = config.low_resolution
-    check(
-        small is None or (1 <= small < config.sample_size and config.sample_size % small == 0),
-        f"low_resolution is {small}: it must divide sample_size={config.sample_size} and be less; "
-        "use None for a network that is shown no small image",
-    )
-    check(0 <= config.dropout < 1, f"dropout is {config.dropout}: it must be in [0, 1)")
-    check(
-        config.mid_block_scale_factor != 0,
-        "mid_block_scale_factor is 0: sums are divided by it, use 1 for the paper's network",
-    )
-    check_choice("downsample_padding", config.downsample_padding, (0, 1))
-    check_choice(
-        "resnet_time_scale_shift", config.resnet_time_scale_shift, ("default", "scale_shift")
-    )
-    check_choice("attention", config.attention, ("sdpa", "xformers", "auto"))
-    for way, types in (("down", config.down_block_types), ("up", config.up_block_types)):
-        field, plain = f"{way}_block_types", f"{way.capitalize()}Block2D"
-        check(
-            len(types) == len(channels),
-            f"{field} has {len(types)} entries and block_out_channels {len(channels)}: "
-            "give one for each level",
-        )
-        for index, block_type in enumerate(types):
-            check_choice(f"{field}[{index}]", block_type, (plain, f"Attn{plain}"))
-
-    if channels and min(channels) >= 1:
-        factor = 2 ** (len(channels) - 1)
-        check(
-            config.sample_size % factor == 0,
-            f"sample_size is {config.sample_size}: {len(channels)} levels halve it "
-            f"{len(channels) - 1} times, so it must be a multiple of {factor}; "
-            f"{_nearest_multiples(config.sample_size, factor)}, or fewer levels",
-        )
-        check(
-            channels[0] // 2 > config.freq_shift,
-            f"block_out_channels[0] is {channels[0]}: its half, the number of frequencies in the "
-            f"time embedding, must exceed freq_shift={config.freq_shift}; use at least "
-            f"{2 * config.freq_shift + 2}",
-        )
-        for index, width in enumerate(channels):
-            check(
-                groups < 1 or width % groups == 0,
-                f"block_out_channels[{index}] is {width}: it must be a multiple of "
-                f"norm_num_groups={groups}; {_nearest_multiples(width, groups)}, "
-                "or other groups",
-            )
-        for width in sorted(_attending_channels(config)):
-            check(
-                head is None or head < 1 or width % head == 0,
-                f"attention_head_dim is {head}: it must divide the {width} channels of a level "
-                "that attends; use one that does, or None for one head",
-            )
-    if problems:
-        raise UserError("this U-Net cannot be built:" + "".join(f"\n  - {p}" for p in problems))
-
-
-def _nearest_multiples(value: int, of: int) -> str:
-    below, above = value - value % max(of, 1), value - value % max(of, 1) + of
-    return f"use {below} or {above}" if below > 0 else f"use {above}"
-
-
-def _attending_channels(config: UNetConfig) -> set[int]:
-    """Channel counts at which there is attention; the middle always attends."""
-    widths, down, up = config.block_out_channels, config.down_block_types, config.up_block_types
-    # Not strict: a wrong number of types is `check_shape`'s to report.
-    descent = {w for w, kind in zip(widths, down, strict=False) if kind == "AttnDownBlock2D"}
-    ascent = {w for w, kind in zip(widths[::-1], up, strict=False) if kind == "AttnUpBlock2D"}
-    return descent | ascent | {widths[-1]}
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
@@ -171,7 +60,7 @@ class UNet(Network):
         self.config = config
         widths = config.block_out_channels
         deepest = len(widths) - 1
-        head_dims = {config.attention_head_dim or width for width in _attending_channels(config)}
+        head_dims = {config.attention_head_dim or width for width in attending_channels(config)}
         attend = choose_attention(config.attention, head_dims)
 
         shown = config.in_channels * (1 if config.low_resolution is None else 2)

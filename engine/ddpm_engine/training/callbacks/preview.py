@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,11 +68,11 @@ def _generate(run: Run, model: UNet) -> Tensor:
             sample_ids=ids,
             seed=config.training.seed,
             prediction=config.diffusion.prediction,
-            clip=config.diffusion.clip,
+            clip=sampling.clip_x0,
             labels=labels,
             low_resolution=low_resolution,
             capture=False,  # a graph would outlast the memory that training wants back
-            **asdict(sampling),
+            **sampling.table_options(),
         )
     order = run.ranks.gather(ids).argsort()
     return run.ranks.gather(samples)[order][: log.sample_count]

@@ -1,0 +1,239 @@
+"""What the sections of a configuration demand of each other.
+
+Where a class of the engine checks its own arguments, the rule constructs it and reports its error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.mixture import Mixture
+from ddpm_engine.errors import UserError
+from ddpm_engine.objectives.config import ObjectiveConfig
+from ddpm_engine.samplers.registry import build_table
+
+Rule = Callable[[RunConfig], Iterator[UserError]]
+
+
+def validate(config: RunConfig) -> None:
+    """Check a configuration, without looking at data or devices.
+
+    Raises:
+        UserError: reports every problem at once.
+    """
+    found = problems(config)
+    if found:
+        field = found[0].field if len(found) == 1 else None
+        raise UserError("\n       ".join(map(str, found)), field)
+
+
+def problems(config: RunConfig) -> list[UserError]:
+    """Report everything wrong with a configuration, each problem once."""
+    found = []
+    for section in fields(config):
+        part: Any = getattr(config, section.name)
+        if hasattr(part, "problems"):
+            names = {field.name: f"{section.name}.{field.name}" for field in fields(part)}
+            found += [_qualified(problem, names) for problem in part.problems()]
+    for rule in RULES:
+        found += rule(config)
+    return list({str(problem): problem for problem in found}.values())
+
+
+def output_channels(config: RunConfig) -> Iterator[UserError]:
+    """The network has an output for the prediction and, if it is learned, for the variance."""
+    channels, learned = config.model.in_channels, config.objective.learned_variance
+    outputs = 2 * channels if learned else channels
+    if config.model.out_channels != outputs:
+        yield UserError(
+            f"`model.out_channels` is {config.model.out_channels}; with `model.in_channels` "
+            f"{channels} and {'' if learned else 'no '}`objective.learned_variance` it must be "
+            f"{outputs}",
+            "model.out_channels",
+        )
+    if config.sampling.variance == "learned_range" and not learned:
+        yield UserError(
+            "`sampling.variance` is learned_range, but without `objective.learned_variance` "
+            f"(and `model.out_channels` {2 * channels}) the network learns none",
+            "sampling.variance",
+        )
+
+
+def weighting(config: RunConfig) -> Iterator[UserError]:
+    """Weights, learned variance, offset noise and the schedule's end suit each other."""
+    objective = config.objective
+    learned, vlb = objective.learned_variance, objective.weighting == "vlb"
+    if learned and vlb:
+        yield UserError(
+            "`objective.weighting` vlb is the bound of a fixed variance; with "
+            "`objective.learned_variance`, which adds the bound's own term, take another",
+            "objective.weighting",
+        )
+    if objective.offset_noise and (learned or vlb):
+        given = "`objective.learned_variance`" if learned else "`objective.weighting` vlb"
+        yield UserError(
+            f"`objective.offset_noise` is {objective.offset_noise}, but the bound that {given} "
+            "asks for is that of independent noise",
+            "objective.offset_noise",
+        )
+    if config.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+        yield UserError(
+            f"`objective.weighting` is {objective.weighting}, which gives no weight to the "
+            "last timestep with `diffusion.zero_terminal_snr`, where sampling begins; take "
+            "simple or vlb",
+            "objective.weighting",
+        )
+
+
+def edm(config: RunConfig) -> Iterator[UserError]:
+    """EDM's prediction comes with its own schedule, weighting and noise levels."""
+    diffusion, objective, plain = config.diffusion, config.objective, ObjectiveConfig()
+    own = ("p_mean", "p_std")
+    if diffusion.prediction != "edm":
+        for name in own:
+            if getattr(objective, name) != getattr(plain, name):
+                yield UserError(
+                    f"`objective.{name}` does nothing unless `diffusion.prediction` is edm",
+                    f"objective.{name}",
+                )
+        return
+    if diffusion.schedule != "edm" or diffusion.betas is not None:
+        yield UserError(
+            "`diffusion.prediction` is edm, whose samplers need noise levels that are even in log "
+            "sigma: `diffusion.schedule` edm, without `diffusion.betas`",
+            "diffusion.schedule",
+        )
+    if diffusion.zero_terminal_snr:
+        yield UserError(
+            "`diffusion.prediction` is edm, whose network takes the log of sigma; it cannot be "
+            "infinite, as with `diffusion.zero_terminal_snr`",
+            "diffusion.zero_terminal_snr",
+        )
+    if config.sampling.variance == "learned_range":
+        yield UserError(
+            "`sampling.variance` is learned_range, but `diffusion.prediction` edm predicts no "
+            "variance",
+            "sampling.variance",
+        )
+    for name, value in asdict(objective).items():
+        if name not in own and value != getattr(plain, name):
+            yield UserError(
+                f"`objective.{name}` is {value}, but `diffusion.prediction` edm has its own "
+                "weighting and noise levels (`objective.p_mean`, `objective.p_std`); leave it out",
+                f"objective.{name}",
+            )
+
+
+def coefficient_tables(config: RunConfig) -> Iterator[UserError]:
+    """The sampler has a table for the schedule, in the steps of sampling and of previews."""
+    diffusion, sampling = config.diffusion, config.sampling
+    reported = [*diffusion.problems(), *sampling.problems(), *config.log.problems(), *edm(config)]
+    if reported:
+        return
+    schedule = diffusion.build_schedule()
+    for field, steps in [
+        ("sampling.steps", sampling.steps),
+        ("log.sample_steps", config.log.sample_steps),
+    ]:
+        options = sampling.table_options() | {"steps": steps}
+        try:
+            build_table(schedule, prediction=diffusion.prediction, **options)
+        except UserError as error:
+            names = {name: f"sampling.{name}" for name in options}
+            diffusions = {name: f"diffusion.{name}" for name in ("prediction", "timesteps")}
+            yield _qualified(error, names | diffusions | {"steps": field})
+
+
+def mixture(config: RunConfig) -> Iterator[UserError]:
+    """The weights of a mixture make blocks of a reasonable length."""
+    if config.data.mix_with and not list(config.data.problems()):
+        try:
+            Mixture(config.data.weights)
+        except UserError as error:
+            yield _qualified(error, {"weights": "data.weights"})
+
+
+def distillation(config: RunConfig) -> Iterator[UserError]:
+    """Students take the steps that they learn, of a teacher that can teach them."""
+    plan, sampling = config.distillation, config.sampling
+    if plan.teacher is None or list(plan.problems()):
+        return
+    if plan.start_steps > config.diffusion.timesteps:
+        yield UserError(
+            f"`distillation.start_steps` is {plan.start_steps}; there are only "
+            f"`diffusion.timesteps` {config.diffusion.timesteps} to visit",
+            "distillation.start_steps",
+        )
+    if config.training.steps < plan.stages:
+        yield UserError(
+            f"`training.steps` is {config.training.steps}; from {plan.start_steps} steps to "
+            f"{plan.steps} there are {plan.stages} stages, and each needs one at least",
+            "training.steps",
+        )
+    if plan.guidance_scale is not None and config.model.num_class_embeds is None:
+        yield UserError(
+            f"`distillation.guidance_scale` is {plan.guidance_scale}, but the teacher was "
+            "trained without classes; leave it out",
+            "distillation.guidance_scale",
+        )
+    made_for = replace(plan.sampling, clip_x0=sampling.clip_x0)
+    if made_for.sampler == "ddim":
+        made_for = replace(made_for, variance=sampling.variance)  # ddim has none
+    if sampling != made_for:
+        yield UserError(
+            f"the sampling fields are {sampling.sampler}, {sampling.steps} steps, "
+            f"{sampling.spacing}, {sampling.variance}, eta {sampling.eta}; this distillation makes "
+            f"a network for {made_for.sampler}, {plan.steps} steps, trailing, "
+            f"{made_for.variance}, eta 0"
+        )
+    learned = config.objective.learned_variance
+    if config.objective != ObjectiveConfig(learned_variance=learned):
+        yield UserError(
+            "the objective fields say what ordinary training minimises; with "
+            "`distillation.teacher`, leave them out"
+        )
+
+
+def moment_matching(config: RunConfig) -> Iterator[UserError]:
+    """Moment matching needs ancestral steps with the posterior's variance, and their precision."""
+    if config.distillation.teacher is None or config.distillation.method != "moments":
+        return
+    if config.diffusion.prediction == "edm":
+        yield UserError(
+            "`distillation.method` is moments and the teacher predicts edm; its samplers have "
+            "no ancestral steps, so choose progressive or consistency",
+            "distillation.method",
+        )
+    if config.training.precision == "fp16":
+        yield UserError(
+            "`distillation.method` is moments and `training.precision` fp16, in which the "
+            "critic's gradients would vanish; use bf16 or no",
+            "training.precision",
+        )
+    if config.objective.learned_variance:
+        yield UserError(
+            "`distillation.method` is moments, whose steps have the posterior's variance, and "
+            "the teacher has learned its own; choose progressive or consistency",
+            "distillation.method",
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    output_channels,
+    weighting,
+    edm,
+    coefficient_tables,
+    mixture,
+    distillation,
+    moment_matching,
+)
+
+
+def _qualified(error: UserError, names: Mapping[str, str]) -> UserError:
+    """An error whose fields, in backticks, have their sections before their names."""
+    message = re.sub(r"`(\w+)`", lambda match: f"`{names.get(match[1], match[1])}`", str(error))
+    return UserError(message, names.get(error.field or "", error.field))

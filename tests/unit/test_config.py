@@ -1,0 +1,140 @@
+"""Configurations: bounds, rules, and those of earlier versions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ddpm_engine.config import RunConfig, TrainingConfig, flatten, from_dict, to_dict
+from ddpm_engine.data.config import DataConfig
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.rules import problems, validate
+from ddpm_engine.samplers.config import SamplingConfig
+
+
+def version_0(config: RunConfig) -> dict[str, Any]:
+    """What `to_dict` returned before there were versions."""
+    values = deepcopy(to_dict(config))
+    del values["version"], values["sampling"]["clip_x0"]
+    values["training"]["ema_profiles"] = values["training"].pop("ema_sigma_rel")
+    return values
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
+def test_configurations_without_a_version_are_read(preset: Any) -> None:
+    """Former names stand for the new ones; x_0 was clipped unless the prediction was EDM's."""
+    config = preset()
+    config = replace(config, training=replace(config.training, ema_sigma_rel=(0.05, 0.1)))
+    old = version_0(config)
+    assert from_dict(old, "old") == config
+    assert old == version_0(config)  # it is left as it was
+
+
+def test_parts_of_configurations_without_a_version() -> None:
+    assert from_dict({}, "none") == RunConfig()
+    edm = from_dict({"diffusion": {"prediction": "edm"}}, "edm")
+    assert not edm.sampling.clip_x0
+
+
+@pytest.mark.parametrize("name", ["training.ema_profiles", "training.stepz", "log.clip_x0"])
+@pytest.mark.parametrize("version", [0, 1])
+def test_unknown_fields_are_reported(name: str, version: int) -> None:
+    section, field = name.split(".")
+    values = version_0(RunConfig()) if version == 0 else to_dict(RunConfig())
+    if field in values[section]:
+        return  # known in that version
+    values[section][field] = 3
+    with pytest.raises(UserError, match=f"mine.json is not a run configuration.*(\n.*)*{field}"):
+        from_dict(values, "mine.json")
+
+
+@pytest.mark.parametrize("version", [2, -1, "one", None])
+def test_versions_that_there_are_not(version: Any) -> None:
+    with pytest.raises(UserError, match=f"mine.json is of version {version!r}; .* 0 to 1"):
+        from_dict(to_dict(RunConfig()) | {"version": version}, "mine.json")
+
+
+@pytest.mark.parametrize("values", [3, [], {"training": 3}, {"sampling": "heun"}])
+def test_what_is_no_configuration_is_reported(values: Any) -> None:
+    with pytest.raises(UserError, match=r"mine\.json is not a run configuration"):
+        from_dict(values, "mine.json")
+
+
+def test_fields_are_named_as_in_messages() -> None:
+    flat = flatten(RunConfig())
+    assert flat["training.batch_size"] == 128
+    assert flat["sampling.clip_x0"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "message", "field"),
+    [
+        (
+            RunConfig(training=TrainingConfig(batch_size=0)),
+            "`training.batch_size` is 0; it must be at least 1",
+            "training.batch_size",
+        ),
+        (
+            RunConfig(training=TrainingConfig(ema_sigma_rel=(0.1, 0.3))),
+            "`training.ema_sigma_rel` is (0.1, 0.3); each must lie in (0, 0.288675]",
+            "training.ema_sigma_rel",
+        ),
+        (
+            RunConfig(diffusion=DiffusionConfig(beta_end=1.5)),
+            "beta at timestep 666 is 1.0000333333333333; it must lie in (0, 1)",
+            None,
+        ),
+        (
+            RunConfig(model=UNetConfig(block_out_channels=(128, 250, 256, 256))),
+            "entry 1 of `model.block_out_channels` is 250; it must be a multiple of "
+            "`model.norm_num_groups` 32; use 224 or 256, or other groups",
+            "model.block_out_channels",
+        ),
+        (
+            RunConfig(sampling=SamplingConfig(steps=2000)),
+            "`sampling.steps` is 2000; a schedule of 1000 timesteps takes 1 to 1000 steps",
+            "sampling.steps",
+        ),
+        (
+            RunConfig(data=DataConfig(mix_with=("b",), weights=(1,))),
+            "`data.weights` has 1 entries for 2 sets (`data.path` and `data.mix_with`); give one "
+            "for each",
+            "data.weights",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_problem_names_its_field(config: RunConfig, message: str, field: str | None) -> None:
+    found = problems(config)
+    assert [(str(problem), problem.field) for problem in found] == [(message, field)]
+    with pytest.raises(UserError) as refused:
+        validate(config)
+    assert refused.value.field == field
+
+
+def test_weights_of_a_mixture() -> None:
+    for weights, message in [((0, 1), "must be at least 1"), ((65536, 1), "at most 65536")]:
+        found = problems(RunConfig(data=DataConfig(mix_with=("b",), weights=weights)))
+        assert [message in str(problem) for problem in found] == [True]
+        assert "`data.weights`" in str(found[0]) or "--data.weights" in str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("ddpm_engine.config", ["ddpm_kernels", "ddpm_engine.samplers.sampler", "cattrs", "tyro"]),
+        ("ddpm_engine.networks.unet.unet", ["ddpm_engine.samplers", "ddpm_engine.config"]),
+    ],
+)
+def test_imports_are_light(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
