@@ -26,17 +26,17 @@ class UNetConfig:
     in_channels: Annotated[int, Ge(1)] = 3
     """Channels of the noisy image."""
     out_channels: Annotated[int, Ge(1)] = 3
-    """Channels of the output: those of the image, or twice as many with a learned variance."""
+    """Channels of the output; twice those of the image if variance is learned."""
     block_out_channels: tuple[Annotated[int, Ge(1)], ...] = (128, 256, 256, 256)
     """Channels of each resolution level, highest resolution first."""
     down_block_types: tuple[DownBlock, ...] = (
         "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D",
     )  # fmt: skip
-    """Block type of each level on the way down; the Attn types have self-attention."""
+    """Blocks of the levels on the way down."""
     up_block_types: tuple[UpBlock, ...] = (
         "UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
-    """Block type of each level on the way up, lowest resolution first."""
+    """Blocks on the way up, lowest first."""
     layers_per_block: Annotated[int, Ge(1)] = 2
     """Residual blocks of each level on the way down (one more on the way up)."""
     attention_head_dim: Annotated[int, Ge(1)] | None = None
@@ -44,27 +44,26 @@ class UNetConfig:
     norm_num_groups: Annotated[int, Ge(1)] = 32
     """Groups of every GroupNorm; they divide the channels of every level."""
     attn_norm_num_groups: Annotated[int, Ge(1)] | None = None
-    """Groups of the middle attention's norm; None: the same, or no norm if scale_shift."""
+    """Groups of the middle attention; None: the same, or no norm if scale_shift."""
     norm_eps: Annotated[float, Gt(0)] = 1e-6
     """Epsilon of every GroupNorm, positive."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout probability inside the residual blocks, from 0 to below 1."""
     resnet_time_scale_shift: TimeScaleShift = "default"
-    """Use of the time embedding: added, or scale and shift of the second norm."""
+    """Time embedding: added, or scale and shift of the second norm."""
     downsample_padding: int = 0
-    """Padding where images are halved; 0: right and bottom by one, as the paper's code; 1: all
-    sides."""
+    """Padding: 0: right and bottom by one, as the paper's code; 1: all sides."""
     mid_block_scale_factor: Annotated[float, Gt(0)] = 1.0
     """Divisor of the middle block's residual sums."""
     flip_sin_to_cos: bool = False
-    """Order of the time embedding: [cos, sin] instead of the paper's [sin, cos]."""
+    """Time embedding as [cos, sin] instead of the paper's [sin, cos]."""
     freq_shift: int = 1
-    """Number subtracted from the frequency count in the time embedding's exponent."""
+    """Shift of the frequency count in the time embedding's exponent."""
     num_class_embeds: Annotated[int, Ge(1)] | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
     low_resolution: Annotated[int, Ge(1)] | None = None
-    """Side in pixels of the low-resolution image that is upscaled, a divisor of the sample size;
-    None: no super-resolution."""
+    """Side in pixels of the low-resolution image, a divisor of the sample size; None: no
+    super-resolution."""
     attention: AttentionKernel = "sdpa"
     """Attention kernel: torch's, xformers', or the best available."""
 
