@@ -1,13 +1,13 @@
-"""Images a second that one process reads from shards: `python benchmarks/data_loading.py`.
+"""Images per second that one process reads from shards: `python benchmarks/data_loading.py`.
 
 The same images, as 32×32 npy, 64×64 png and 256×256 jpg, are read in random order by the engine
-(an index, one `pread` an image), by WebDataset's usual pipeline over the same shards (a stream,
-mixed in a buffer of 1000), and from a folder with a file an image, listed beforehand. All of them
-decode to uint8 arrays and stack batches of 64; files are in the system's cache.
+(an index, one `pread` per image), by WebDataset's usual pipeline over the same shards (a stream,
+mixed in a buffer of 1000), and from a folder with one file per image, listed beforehand. All of
+them decode to uint8 arrays and stack batches of 64; files are in the system's cache.
 
 Before anything is timed, the three must have read the same images with the same labels; otherwise
-there is no figure, and the exit status is 1. Then they are timed in turn. What is committed was
-made by `--json benchmarks/results/data_loading.json`.
+there is no figure, and the exit status is 1. Then they are timed in turn. The committed figures
+were made with `--json benchmarks/results/data_loading.json`.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ Epoch = Callable[[], Iterator[tuple[Any, Any]]]
 
 @dataclass(frozen=True)
 class Options:
-    """Images a second of reading."""
+    """Options of the benchmark."""
 
     images: Positive = 1024
-    """Images in each set."""
+    """Number of images in each set."""
     rounds: Positive = 9
-    """Repetitions of each way."""
+    """Number of repetitions of each method."""
     training_steps: Annotated[int, at_least(0)] = 60
-    """Steps of the digits preset whose waiting for data is reported; 0: none."""
+    """Number of steps of the digits preset whose share of waiting for data is reported; 0: none."""
     json: Path | None = None
-    """Write everything into this file."""
+    """File for all results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way and its figures."""
+    """A method and its figures."""
 
     name: str
     images_per_second: Spread
@@ -76,8 +76,8 @@ class Row:
     """Over WebDataset's pipeline, of paired repetitions."""
 
 
-def picture(size: int, number: int) -> Example:
-    """Smooth colours with a little noise, so that png and jpg compress as photographs do."""
+def make_example(size: int, number: int) -> Example:
+    """Make smooth colours with a little noise, so that png and jpg compress as photographs do."""
     generator = np.random.default_rng(number)
     coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
@@ -100,7 +100,7 @@ def engine(shards: Path) -> Epoch:
 
 
 def usual_pipeline(shards: Path, extension: str) -> Epoch:
-    """WebDataset as its documentation writes it."""
+    """Read by WebDataset as its documentation does."""
     urls = sorted(str(path) for path in shards.glob("*.tar"))
     # WebDataset decodes npy by itself, and images to uint8 arrays by this name.
     decoders = [] if extension == "npy" else ["rgb8"]
@@ -120,7 +120,7 @@ def usual_pipeline(shards: Path, extension: str) -> Epoch:
 
 
 def folder_of_files(folder: Path, extension: str) -> Epoch:
-    """A file an image in class folders, as ImageFolder reads them."""
+    """Read one file per image in class folders, as ImageFolder does."""
     files = [(path, int(path.parent.name)) for path in sorted(folder.glob(f"*/*.{extension}"))]
 
     def read(path: Path) -> np.ndarray:
@@ -140,7 +140,7 @@ def folder_of_files(folder: Path, extension: str) -> Epoch:
 
 
 def content(epoch: Epoch) -> Counter[tuple[bytes, int]]:
-    """How often each image with its label comes in an epoch."""
+    """Count how often each image with its label comes in an epoch."""
     seen: Counter[tuple[bytes, int]] = Counter()
     for images, labels in epoch():
         for image, label in zip(images, labels, strict=True):
@@ -149,15 +149,15 @@ def content(epoch: Epoch) -> Counter[tuple[bytes, int]]:
 
 
 def exhaust(epoch: Epoch) -> None:
-    """Read an epoch and forget it."""
+    """Read an epoch and drop it."""
     for _ in epoch():
         pass
 
 
 def measure(size: int, extension: str, options: Options, folder: Path) -> list[Row] | str:
-    """Figures of a set, or why there are none."""
-    examples = LazyExamples(range(options.images), partial(picture, size))
-    write_shards(Source("pictures", examples), folder / "set", None, None, 256, extension)
+    """Return the figures of a set, or why there are none."""
+    examples = LazyExamples(range(options.images), partial(make_example, size))
+    write_shards(Source("images", examples), folder / "set", None, None, 256, extension)
     for path in sorted((folder / "set").glob("*.tar")):
         for sample in webdataset.WebDataset(str(path), shardshuffle=False):
             target = folder / "files" / sample["cls"].decode() / f"{sample['__key__']}.{extension}"
@@ -182,7 +182,7 @@ def measure(size: int, extension: str, options: Options, folder: Path) -> list[R
 
 
 def look_ups(rounds: int) -> dict[str, Spread]:
-    """Microseconds a look-up in 10⁵ shards of 10⁴ samples, for batches of some sizes."""
+    """Return microseconds per look-up in 10⁵ shards of 10⁴ samples, for some batch sizes."""
     order = Order([10_000] * 100_000, seed=0)
     order.samples_at([0])
     figures = {}
@@ -194,7 +194,7 @@ def look_ups(rounds: int) -> dict[str, Spread]:
 
 
 def waiting_share(steps: int, folder: Path) -> float:
-    """Percent of a training run's time that it waits for data: the digits preset as it comes."""
+    """Return the percentage of its time that the digits preset waits for data in training."""
     import json
 
     preset = PRESETS["digits"]()

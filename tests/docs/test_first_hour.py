@@ -138,17 +138,17 @@ def reader(tmp_path: Path) -> Reader:
     return Reader(tmp_path)
 
 
-def test_pictures_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
+def test_images_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
     noise = np.random.default_rng(0)
     for folder in ("cats", "dogs"):
-        (reader.folder / "pictures" / folder).mkdir(parents=True)
+        (reader.folder / "images" / folder).mkdir(parents=True)
         for number in range(4):
             height, width = noise.integers(20, 90, 2)
             image = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            Image.fromarray(image).save(reader.folder / "pictures" / folder / f"{number}.jpg")
-    Image.new("L", (50, 40)).save(reader.folder / "pictures" / "dogs" / "grey.webp")
+            Image.fromarray(image).save(reader.folder / "images" / folder / f"{number}.jpg")
+    Image.new("L", (50, 40)).save(reader.folder / "images" / "dogs" / "grey.webp")
 
-    printed = reader.follow("your-own-pictures.md")
+    printed = reader.follow("your-own-images.md")
     manifest = open_shards(reader.folder / "data" / "mine").manifest
     assert (manifest.samples, manifest.classes) == (9, ("cats", "dogs"))
     assert (manifest.height, manifest.width, manifest.channels) == (32, 32, 3)
@@ -156,9 +156,9 @@ def test_pictures_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
     for run in ("mine", "cats-and-dogs"):
         assert CheckpointStore(reader.folder / "runs" / run / "checkpoints").steps() == [2]
         assert reader.pixels(f"runs/{run}/samples/step-00000002.png").ndim == 3
-    for drawn in ("drawn", "cats"):
-        assert len(list((reader.folder / drawn).glob("0*.png"))) == 4
-        assert (reader.folder / drawn / "grid.png").exists()
+    for samples in ("samples", "cats"):
+        assert len(list((reader.folder / samples).glob("0*.png"))) == 4
+        assert (reader.folder / samples / "grid.png").exists()
     assert json.loads((reader.folder / "cats" / "manifest.json").read_text())["classes"] == [0]
 
     printed = reader.follow("on-a-cluster.md")

@@ -1,1 +1,1 @@
-"""Image files, and grids of images."""
+"""Image files, grids of images, and what is diffused of them."""

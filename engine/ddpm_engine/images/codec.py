@@ -1,7 +1,8 @@
-"""Image bytes to uint8 arrays and back: one table of formats, and the one resize.
+"""Decode and encode image files: one table of formats, and the one resize.
 
-Shards may come from anywhere, so decoding is by an explicit table of extensions none of which can
-execute code, and dimensions are read from the header and bounded before any pixel is decoded.
+Shards may come from anywhere, so an explicit table of extensions decides how to decode. None of the
+formats can execute code, and dimensions are read from the header and bounded before any pixel is
+decoded.
 
 Every array is uint8 `[height, width, channels]` with 1 (grey) or 3 (RGB) channels.
 """
@@ -22,11 +23,11 @@ Pixels = NDArray[np.uint8]
 MAX_SIDE = 8192
 """Larger images are refused unread: a small file can claim any size."""
 
-# Extension → Pillow's name of the format; its own format is the only one tried, whatever the bytes.
+# Extension → Pillow's name of the format, the only one that is tried, whatever the bytes.
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 EXTENSIONS = (*_PILLOW_FORMATS, "npy")
-"""What can be decoded, in order of preference where a sample holds several."""
+"""Extensions that can be decoded, in order of preference where a sample has several."""
 
 _ENCODE_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 6},
@@ -66,15 +67,15 @@ def decode(payload: bytes, extension: str, channels: int | None = None) -> Pixel
 
     Grey images have C = 1, all others C = 3. 16-bit grey keeps its high byte. Transparent images
     are composited over white, since the colour under a transparent pixel is arbitrary. The EXIF
-    orientation is applied: the array is the picture that a viewer shows.
+    orientation is applied, as viewers do.
 
     Args:
         payload: the file's bytes.
         extension: one of `EXTENSIONS`; npy holds uint8 `[H, W]`, `[H, W, 1]` or `[H, W, 3]`.
-        channels: convert to so many, as `with_channels` does; None keeps the image's own.
+        channels: convert to this number, as `with_channels` does; None keeps the image's own.
 
     Raises:
-        DecodeError: anything else than a whole image of that format within `MAX_SIDE`.
+        DecodeError: anything but a whole image of that format within `MAX_SIDE`.
     """
     if extension == "npy":
         array = _decode_npy(payload)
@@ -89,7 +90,7 @@ def decode(payload: bytes, extension: str, channels: int | None = None) -> Pixel
 
 
 def encode(array: Pixels, extension: str) -> bytes:
-    """Encode uint8 `[H, W, C]`; the same array gives the same bytes (for given library versions).
+    """Encode uint8 `[H, W, C]`; equal arrays give equal bytes, for given library versions.
 
     png, npy and webp are lossless; jpg is quality 95 without chroma subsampling.
 
@@ -125,12 +126,12 @@ def with_channels(array: Pixels, channels: int) -> Pixels:
 
 
 def fit(array: Pixels, size: int) -> Pixels:
-    """Cut the central square and resize it to `size` × `size`; the right size is left untouched.
+    """Cut the central square and resize it to `size` × `size`; that size is left untouched.
 
     While the side is at least twice `size` it is halved by averaging (BOX), then resized once with
     Pillow's BICUBIC, which widens its kernel when it shrinks. This is the procedure behind the
     published ImageNet reference statistics; a resize that aliases (bilinear in torch or OpenCV
-    without antialiasing) shifts a Fréchet distance by more than most papers' improvements.
+    without antialiasing) changes a Fréchet distance by more than most papers' improvements.
 
     Raises:
         ValueError: `size` is not positive.
@@ -151,10 +152,10 @@ def fit(array: Pixels, size: int) -> Pixels:
 
 
 def extension_of(payload: bytes) -> str:
-    """Recognise an image whose name is not known, by its first bytes.
+    """Recognise the format of an image by its first bytes.
 
     Raises:
-        DecodeError: none of the formats that can be decoded.
+        DecodeError: it is none that can be decoded.
     """
     try:
         found = Image.open(
@@ -218,7 +219,7 @@ class _NpyHeader(NamedTuple):
 
 
 def _npy_header(payload: bytes) -> _NpyHeader:
-    """Check an npy header against the bytes that follow."""
+    """Parse an npy header and check it against the bytes that follow."""
     # Magic, version and the length of the rest, in 2 bytes or since version 2.0 in 4.
     fixed = 10 if payload[6:7] == b"\x01" else 12
     header = _parse_npy_header(payload[: fixed + int.from_bytes(payload[8:fixed], "little")])
@@ -234,7 +235,7 @@ def _npy_header(payload: bytes) -> _NpyHeader:
 
 @lru_cache(maxsize=64)
 def _parse_npy_header(header: bytes) -> _NpyHeader:
-    """Parse it. Cached: that takes longer than copying a small image, and sets have few headers."""
+    """Parse a header; cached, since parsing takes longer than copying, and sets have few headers."""
     stream = io.BytesIO(header)
     try:
         version = npy.read_magic(stream)

@@ -1,4 +1,4 @@
-"""Pictures for people: pixels from the network's numbers, grids of them, and their files."""
+"""Images to look at: uint8 pixels, grids, and PNG and GIF files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Tile pictures, small ones enlarged pixel by pixel so that they can be seen.
+    """Tile images; small ones are enlarged by an integer factor, without interpolation.
 
     Args:
         images: uint8 `[B, H, W, C]`, C 1 or 3.
-        columns: pictures a row; None: as square as it gets.
-        gap: pixels between pictures, before enlarging.
+        columns: images per row; None: as square as possible.
+        gap: pixels between images, before enlarging.
     """
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
@@ -49,17 +49,17 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.
         top = (i // columns) * (height + gap) + gap
         left = (i % columns) * (width + gap) + gap
         sheet[top : top + height, left : left + width] = image
-    picture = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
+    tiled = _to_pillow(sheet)
     factor = max(1, _SHORTEST_SIDE // min(height, width))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BOX)
+    return tiled.resize((tiled.width * factor, tiled.height * factor), Image.Resampling.BOX)
 
 
 def class_grid(images: np.ndarray, labels: Sequence[int]) -> Image.Image:
-    """Tile pictures with one row a class, in ascending order of classes.
+    """Tile images with one row per class, in ascending order of classes.
 
     Args:
         images: uint8 `[B, H, W, C]`, C 1 or 3.
-        labels: the class of each. A row with fewer pictures than the longest ends in white.
+        labels: class of each image. A row with fewer images than the longest ends in white.
     """
     classes, counts = np.unique(labels, return_counts=True)
     rows = np.full((len(classes), counts.max(), *images.shape[1:]), 255, np.uint8)
@@ -68,28 +68,33 @@ def class_grid(images: np.ndarray, labels: Sequence[int]) -> Image.Image:
     return grid(rows.reshape(-1, *images.shape[1:]), columns=rows.shape[1])
 
 
-def save_png(picture: Image.Image | np.ndarray, path: Path) -> None:
-    """Write a picture, whole or not at all; arrays are uint8 `[H, W, C]`."""
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
+    """Write a PNG file, whole or not at all.
+
+    Args:
+        image: an array is uint8 `[H, W, C]`, C 1 or 3.
+        path: of the PNG.
+    """
+    if isinstance(image, np.ndarray):
+        image = _to_pillow(image)
     encoded = io.BytesIO()
-    picture.save(encoded, format="PNG", optimize=True)
+    image.save(encoded, format="PNG", optimize=True)
     with atomic_write(path) as file:
         file.write(encoded.getvalue())
 
 
 def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 120) -> None:
-    """Write an animation that runs for ever and rests on its last picture, whole or not at all.
+    """Write an endless animation that pauses on its last frame, whole or not at all.
 
-    All pictures share one palette of 64 colours, so that what does not move does not flicker and
-    costs nothing.
+    All frames share one palette of 64 colours, so that what does not move does not flicker and
+    takes no space.
 
     Args:
         frames: uint8 `[H, W, 3]` each, at least one.
         path: of the GIF.
-        milliseconds: that a picture is shown; the last for twelve times as long.
+        milliseconds: duration of a frame; the last one takes twelve times as long.
     """
-    # A few of them have all the colours, and a palette is found in seconds.
+    # A few frames have all the colours, and the palette is found in seconds.
     few = [frames[i] for i in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
     palette = Image.fromarray(np.concatenate(few)).quantize(_GIF_COLOURS, Image.Quantize.FASTOCTREE)
     first, *others = (
@@ -103,3 +108,7 @@ def save_gif(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 120) 
     )  # fmt: skip
     with atomic_write(path) as file:
         file.write(encoded.getvalue())
+
+
+def _to_pillow(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
