@@ -235,7 +235,7 @@ def _npy_header(payload: bytes) -> _NpyHeader:
 
 @lru_cache(maxsize=64)
 def _parse_npy_header(header: bytes) -> _NpyHeader:
-    """Parse a header; cached, since parsing takes longer than copying, and sets have few headers."""
+    """Parse a header; cached, since that takes longer than copying, and sets have few headers."""
     stream = io.BytesIO(header)
     try:
         version = npy.read_magic(stream)
