@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -125,16 +123,3 @@ def test_weights_of_a_mixture() -> None:
         found = problems(RunConfig(data=DataConfig(mix_with=("b",), weights=weights)))
         assert [message in str(problem) for problem in found] == [True]
         assert "`data.weights`" in str(found[0]) or "--data.weights" in str(found[0])
-
-
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("ddpm_engine.config", ["ddpm_kernels", "ddpm_engine.samplers.sampler", "cattrs", "tyro"]),
-        ("ddpm_engine.networks.unet.unet", ["ddpm_engine.samplers", "ddpm_engine.config"]),
-    ],
-)
-def test_imports_are_light(module: str, absent: list[str]) -> None:
-    code = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

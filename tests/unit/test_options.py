@@ -44,3 +44,17 @@ def test_a_user_error_ends_the_process(capsys: pytest.CaptureFixture[str]) -> No
         raise UserError("`training.steps` is 0; it must be at least 1", "training.steps")
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: --training.steps is 0; it must be at least 1\n"
+
+
+@pytest.mark.parametrize("flag", ["--training.ema-profiles", "--training.ema_profiles"])
+def test_former_flags_are_understood(flag: str) -> None:
+    run = train.parse([flag, "0.05", "0.1"]).run
+    assert run.training.ema_sigma_rel == (0.05, 0.1)
+
+
+def test_edm_is_not_clipped_unless_it_is_said() -> None:
+    edm = ["--diffusion.schedule", "edm", "--diffusion.prediction", "edm"]
+    assert train.parse([]).run.sampling.clip_x0
+    assert not train.parse(edm).run.sampling.clip_x0
+    assert train.parse([*edm, "--sampling.clip-x0"]).run.sampling.clip_x0
+    assert not train.parse(["--preset", "digits-edm"]).run.sampling.clip_x0

@@ -107,6 +107,10 @@ class Options:
     """Samples that a process reserves and finishes at a time."""
 
 
+RENAMED = {"sampling.": ""}
+"""Fields of a run that are options here."""
+
+
 def parse_metrics(options: Options) -> list[str]:
     """Parse the list of metrics.
 
@@ -291,7 +295,7 @@ def main() -> None:
     """Parse, load, evaluate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True):
+    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
         metrics = parse_metrics(options)

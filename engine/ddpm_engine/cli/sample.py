@@ -141,6 +141,9 @@ class Options:
     machine: MachineOptions = MachineOptions()
 
 
+RENAMED = {"sampling.": ""}
+"""Fields of a run that are options here."""
+
 _NEEDS = {
     "guidance-rescale": "guidance-scale",
     "guidance-interval": "guidance-scale",
@@ -312,7 +315,7 @@ def main() -> None:
     """Parse, load, draw, write."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True):
+    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         share = WorkShare.from_environment()
         ids = parse_ids(options)

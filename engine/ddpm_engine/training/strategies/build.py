@@ -12,6 +12,7 @@ from ddpm_engine.training.strategies.fsdp import FullySharded
 from ddpm_engine.training.strategies.launcher_env import Request
 from ddpm_engine.training.strategies.replicated import Replicated
 from ddpm_engine.training.strategies.strategy import Strategy
+from ddpm_engine.training.strategies.zero import Zero3, Zero12
 
 
 def start_strategy(
@@ -29,9 +30,6 @@ def start_strategy(
         UserError: the strategy cannot be had here; the message says why.
     """
     if request.deepspeed is not None:
-        # Here, because it is needed by few.
-        from ddpm_engine.training.strategies.zero import Zero3, Zero12
-
         zero = Zero3 if request.deepspeed["zero_optimization"]["stage"] == 3 else Zero12
         return zero(model, config, accelerator, _mesh(accelerator), request.deepspeed)
     if request.fsdp:
