@@ -250,18 +250,23 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
     seed, row = torch.tensor(0), torch.tensor(0)
     coefficients = torch.zeros(10, Column.HISTORY + 2)
     with recorded_launches(target) as launches:
-        for stored in (torch.uint8, torch.float32):
-            images = _tensor(shape, stored, aligned)
+        prediction = _tensor(shape, dtype, aligned)
+        stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
+        for images in stored:
             q_sample(images, timesteps, table, table, seed, ids, flip, dtype)
-            prediction = _tensor(shape, dtype, aligned)
-            for target_x0, target_noise in ((None, table), (table, None), (table, table)):
-                denoising_loss(
-                    prediction, images, timesteps, target_x0, target_noise, seed, ids, weights, flip
-                )
+        for images, target_x0, target_noise in (
+            (stored[0], None, table),
+            (stored[0], table, None),
+            (stored[0], table, table),
+            (stored[1], table, table),
+        ):
+            denoising_loss(
+                prediction, images, timesteps, target_x0, target_noise, seed, ids, weights, flip
+            )
         x, output = _tensor(shape, torch.float32, aligned), _tensor(shape, dtype, aligned)
         both = _tensor((batch, 2 * channels, side, side), dtype, aligned)
         denoising_loss(
-            both, images, timesteps, None, table, seed, ids, weights, flip,
+            both, stored[0], timesteps, None, table, seed, ids, weights, flip,
             bound_table=torch.zeros(1000, len(BoundColumn)), bound_weights=weights,
         )  # fmt: skip
         history = torch.zeros(2, batch, side, side, channels).permute(0, 1, 4, 2, 3)
@@ -271,16 +276,15 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             x, output, coefficients, row, seed, ids, unconditional=output, rescale=weights,
             threshold=weights, history=history, in_place=True,
         )  # fmt: skip
-        for width, groups in [(64, 32), (320, 32)] if aligned else [(30, 6), (7, 1)]:
+        narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
+        for (width, groups), film, activation in (
+            (narrow, False, "silu"), (wide, True, "silu"), (wide, False, "none"),
+        ):  # fmt: skip
             activations = _tensor((batch, width, side, side), dtype, aligned).requires_grad_()
             affine = torch.ones(width)
-            film = torch.zeros(batch, width, dtype=dtype)
-            for scale in (None, film):
-                for activation in ("silu", "none"):
-                    y = group_norm_silu(
-                        activations, groups, affine, affine, scale, scale, 1e-6, activation
-                    )
-                    y.sum().backward()
+            scale = torch.zeros(batch, width, dtype=dtype) if film else None
+            y = group_norm_silu(activations, groups, affine, affine, scale, scale, 1e-6, activation)
+            y.sum().backward()
     return launches
 
 

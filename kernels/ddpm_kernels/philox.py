@@ -177,8 +177,13 @@ def gaussian_noise(
 def gaussian_noise_reference(
     seed: Tensor, sample_ids: Tensor, count: int, step: Tensor, stream: Stream
 ) -> Tensor:
-    """`count` standard normals for each sample, in the order of elements: float32 `[B, count]`."""
+    """Draw `count` standard normals per sample, in the order of elements: float32 `[B, count]`."""
     words = random_words(seed, sample_ids, (count + 3) // 4 * 4, step, stream)
+    return normals_of_words(words)[:, :count]
+
+
+def normals_of_words(words: Tensor) -> Tensor:
+    """Apply Box–Muller to pairs of words: int64 `[B, N]` to float32 `[B, N]`, N even."""
     u_words, angle_words = words.unflatten(1, (-1, 2)).unbind(-1)
     u = u_words.to(torch.float32) * 2.0**-32 + 2.0**-33
     radius = (-2.0 * u.to(torch.float64).log()).sqrt()
@@ -191,8 +196,7 @@ def gaussian_noise_reference(
     x, y = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
     x = torch.where(quadrant + 1 & 2 == 2, -x, x)
     y = torch.where(quadrant & 2 == 2, -y, y)
-    pairs = torch.stack([radius * x, radius * y], dim=-1)
-    return pairs.flatten(1)[:, :count].to(torch.float32)
+    return torch.stack([radius * x, radius * y], dim=-1).flatten(1).to(torch.float32)
 
 
 def gaussian_noise_in_blocks(
@@ -217,8 +221,8 @@ def gaussian_noise_in_blocks(
     for ids, samples in zip(sample_ids.split(rows), noise.split(rows), strict=True):
         for c0, out in zip(blocks.split(columns), samples.split(columns, dim=1), strict=True):
             w0, w1, w2, w3 = _words4(seed, ids, c0, step, stream)
-            _write_normals(w0, w1, out[..., 0], out[..., 1])
-            _write_normals(w2, w3, out[..., 2], out[..., 3])
+            write_normals(w0, w1, out[..., 0], out[..., 1])
+            write_normals(w2, w3, out[..., 2], out[..., 3])
     return noise.flatten(1)[:, :count].contiguous()
 
 
@@ -248,8 +252,11 @@ def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
     return high.bitwise_xor_(key).bitwise_and_(_MASK)
 
 
-def _write_normals(radius_word: Tensor, angle_word: Tensor, n0: Tensor, n1: Tensor) -> None:
-    """Box–Muller of `_words4`, written to the float32 tensors `n0` and `n1`."""
+def write_normals(radius_word: Tensor, angle_word: Tensor, n0: Tensor, n1: Tensor) -> None:
+    """Apply Box–Muller as `normals_of_words`, in place: words int64, `n0` and `n1` float32.
+
+    Bits of the angle's word above the low 32 are ignored; in the radius's there must be none.
+    """
     u = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
     radius = u.to(torch.float64).log_().mul_(-2.0).sqrt_()
     # As int32 the angle is in [-π, π), and wraps around like one.

@@ -1,389 +1,433 @@
-# mypy: ignore-errors
-"""The training loss and its gradient: against the formula in float64, on both paths."""
+"""The training loss and its gradient: against the formula in float64, on every backend."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.kernels.comparing import EPS32, assert_equal, assert_within, largest, rounding
+from tests.kernels.conftest import ON_KERNELS, Backend, Guarded
+from tests.kernels.inputs import (
+    ALPHA_BAR,
+    FLOATS,
+    LAYOUTS,
+    SHAPES,
+    SIGMA,
+    SIGNAL,
+    STEPS,
+    STORED,
+    TARGETS,
+    Arguments,
+    bound_table,
+    in_float64,
+    lay_out,
+    of_denoising_loss,
+    of_q_sample,
+    per_pixel,
+)
+from tests.kernels.test_q_sample import clean_and_noise
 from torch import Tensor
 
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
-from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.denoising_loss import denoising_loss_reference
+from ddpm_kernels.tiles import Tile, trying
 
-T = 50
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
-LayOut = Callable[[Tensor, str], Tensor]
-LAYOUTS = ("nchw", "nhwc", "columns", "view")
-SHAPES = (
-    ((3, 3, 5, 4), "nchw"),
-    ((3, 3, 5, 4), "nhwc"),
-    ((2, 1, 7, 3), "view"),
-    ((1, 1, 1, 1), "columns"),
-)
-PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "reference": nullcontext,
-    "op": force_ops,
-}
-TARGETS = ("eps", "x0", "v")
-NOISING = (
-    "images", "timesteps", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "seed", "sample_ids",
-    "flip",
-)  # fmt: skip
+NOISING = ("images", "timesteps", "seed", "sample_ids", "flip")
 """What q_sample takes as well."""
+SHARED = ("target_x0", "target_noise", "seed", "bound_table")
+"""What a batch has one of."""
 
 
-def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(np.sqrt(ALPHA_BAR)).to(dtype),
-        torch.tensor(np.sqrt(1 - ALPHA_BAR)).to(dtype),
-    )
-
-
-def arguments(
-    shape: tuple[int, ...] = (3, 3, 5, 4),
-    dtype: torch.dtype = torch.float32,
-    stored: torch.dtype = torch.uint8,
-    optional: bool = True,
-    learned: bool = False,
-) -> dict[str, Any]:
-    """A prediction of order one for uint8 (or float) images.
-
-    Weights and flips if `optional`; a learned variance, and timestep 0 first, if `learned`.
-    """
-    batch, generator = shape[0], torch.Generator().manual_seed(len(shape) + shape[-1])
-    levels = torch.randint(0, 256, shape, generator=generator)
-    signal, sigma = tables(torch.float64 if dtype == torch.float64 else torch.float32)
-    levels.flatten()[::3], levels.flatten()[1::3] = 0, 255  # the outermost bins
-    images = levels.to(torch.uint8) if stored == torch.uint8 else (levels / 127.5 - 1).to(stored)
-    predicted = (batch, 2 * shape[1], *shape[2:]) if learned else shape
-    return {
-        "prediction": torch.randn(predicted, generator=generator, dtype=torch.float64).to(dtype),
-        "images": images,
-        "timesteps": (torch.arange(batch) * 17 + (0 if learned else 3)) % T,
-        "sqrt_alpha_bar": signal,
-        "sqrt_one_minus_alpha_bar": sigma,
-        "seed": torch.tensor(-5),
-        "sample_ids": torch.arange(batch) + 2**33,
-        "weights": (torch.arange(batch) + 0.5).to(signal.dtype) if optional else None,
-        "flip": torch.arange(batch) % 2 == 0 if optional else None,
-        "bound_table": bound_table("eps").to(signal.dtype) if learned else None,
-        "bound_weights": (torch.arange(batch) + 1.5).to(signal.dtype) if learned else None,
-    }
-
-
-def bound_table(target: str) -> Tensor:
-    """By `BoundColumn`, from Ho et al. 2020, equations 4, 6 and 7: float64 `[T, 3]`."""
-    before = np.append(1.0, ALPHA_BAR[:-1])
-    beta = 1 - ALPHA_BAR / before
-    variance = beta * (1 - before) / (1 - ALPHA_BAR)
-    variance[0] = variance[1]
-    mean_from_x_0 = beta * np.sqrt(before) / (1 - ALPHA_BAR)
-    x_0_from_error = {
-        "eps": -np.sqrt(1 - ALPHA_BAR) / np.sqrt(ALPHA_BAR),
-        "x0": 1,
-        "v": -np.sqrt(1 - ALPHA_BAR),
-    }[target]
-    columns = [np.log(variance), np.log(beta), mean_from_x_0 * x_0_from_error]
-    return torch.tensor(np.stack(columns, axis=1))
-
-
-def expected_loss(arguments: dict[str, Any], target: str) -> tuple[np.ndarray, np.ndarray]:
-    """The loss and its gradient in float64, sample by sample."""
-    prediction, images = arguments["prediction"], arguments["images"]
-    losses, gradients = [], []
-    for b, t in enumerate(arguments["timesteps"].tolist()):
-        x_0 = images[b].double().numpy()
-        if images.dtype == torch.uint8:
-            x_0 = (2 * x_0 - 255) / 255
-        if arguments["flip"] is not None and arguments["flip"][b]:
-            x_0 = x_0[:, :, ::-1]
-        channels, height, width = x_0.shape
-        ids, seed = arguments["sample_ids"][b : b + 1], int(arguments["seed"])
-        eps = gaussian_noise(seed, ids, (channels, height, width), 0, Stream.TRAINING_NOISE)
-        noise = eps[0].double().numpy()
-        velocity = np.sqrt(ALPHA_BAR[t]) * noise - np.sqrt(1 - ALPHA_BAR[t]) * x_0
-        truth = {"eps": noise, "x0": x_0, "v": velocity}[target]
-        weight = 1.0 if arguments["weights"] is None else float(arguments["weights"][b])
-        error = prediction[b].detach().double().numpy() - truth
-        losses.append(weight * np.sum(error**2) / error.size)
-        gradients.append(2 * weight * error / error.size)
-    return np.stack(losses), np.stack(gradients)
-
-
-def differentiate(arguments: dict[str, Any], target: str, scale: float) -> tuple[Tensor, Tensor]:
-    """The losses, and the gradient of `scale` times their sum."""
+def differentiate(
+    arguments: Arguments, function: Callable[..., Tensor] = denoising_loss
+) -> tuple[Tensor, Tensor]:
+    """The losses, and the gradient of their sum, weighted so that it is of order one."""
     prediction = arguments["prediction"].detach().requires_grad_()
-    loss = denoising_loss(**{**arguments, "prediction": prediction}, target=target)
-    (gradient,) = torch.autograd.grad(loss.sum() * scale, prediction)
+    loss = function(*{**arguments, "prediction": prediction}.values())
+    upstream = upstream_of(arguments["images"]).to(loss)
+    (gradient,) = torch.autograd.grad(loss, prediction, upstream)
     return loss.detach(), gradient
 
 
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+def upstream_of(images: Tensor) -> Tensor:
+    return (torch.arange(len(images)) + 1.0) * images.shape[1:].numel() / 2
+
+
+def target_of(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """The target in float64, and what it may be off by on a kernel: four ulp of its noise."""
+    x_0, noise = clean_and_noise(arguments)
+    u, w = (
+        0.0 if table is None else per_pixel(table.double()[arguments["timesteps"]])
+        for table in (arguments["target_x0"], arguments["target_noise"])
+    )
+    return u * x_0 + w * noise, EPS32 * ((u * x_0).abs() + 4 * (w * noise).abs() + 1)
+
+
+def check(loss: Tensor, gradient: Tensor, arguments: Arguments) -> None:
+    """Hold loss and gradient to the formula in float64."""
+    target, off = target_of(arguments)
+    prediction, weights = arguments["prediction"].double(), arguments["weights"]
+    weights = torch.ones(len(prediction)) if weights is None else weights
+    error = prediction - target
+    off = off + EPS32 * prediction.abs()
+    exact = weights * error.square().mean((1, 2, 3))
+    allowed = weights * (2 * error.abs() * off).mean((1, 2, 3)) + 4 * EPS32 * exact + EPS32**2
+    assert loss.dtype == torch.float32
+    assert_within(loss, exact, allowed, "loss")
+    factor = per_pixel(2 * upstream_of(error) * weights / error.shape[1:].numel())
+    # The difference is rounded to the prediction's precision, and so is the product.
+    allowed = factor * off + rounding(gradient, factor * error, times=2.2)
+    assert gradient.dtype == arguments["prediction"].dtype
+    assert_within(gradient, factor * error, allowed, "gradient")
+
+
 @given(
-    shape=st.tuples(
-        st.integers(1, 4), st.sampled_from([1, 2, 3, 5]), st.integers(1, 13), st.integers(1, 13)
-    ),
-    stored=st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 13), st.integers(1, 19)),
+    stored=st.sampled_from(STORED),
+    predicted=st.sampled_from(FLOATS),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
     target=st.sampled_from(TARGETS),
-    optional=st.booleans(),
+    data=st.data(),
 )
 def test_formula(
-    lay_out: LayOut,
-    path: str,
+    backend: Backend,
     shape: tuple[int, int, int, int],
     stored: torch.dtype,
-    dtype: torch.dtype,
+    predicted: torch.dtype,
     layouts: tuple[str, str],
     target: str,
-    optional: bool,
+    data: st.DataObject,
 ) -> None:
-    plain = arguments(shape, dtype, stored, optional)
-    expected, expected_gradient = expected_loss(plain, target)
+    def per_sample(values: st.SearchStrategy[Any]) -> Tensor:
+        return torch.tensor(data.draw(st.lists(values, min_size=shape[0], max_size=shape[0])))
+
+    plain = of_denoising_loss(shape, target, predicted, stored)
+    plain["timesteps"] = per_sample(st.integers(0, STEPS - 1))
+    plain["sample_ids"] = per_sample(st.integers(0, 2**56 - 1))
+    plain["flip"] = data.draw(st.one_of(st.none(), st.just(per_sample(st.booleans()))))
+    weights = per_sample(st.floats(0, 100, width=32))
+    plain["weights"] = data.draw(st.one_of(st.none(), st.just(weights)))
+    plain["seed"] = torch.tensor(data.draw(st.integers(-(2**63), 2**63 - 1)))
     laid_out = dict(plain)
     for name, layout in zip(("prediction", "images"), layouts, strict=True):
         laid_out[name] = lay_out(plain[name], layout)
-    with PATHS[path]():
-        loss, gradient = differentiate(laid_out, target, scale=3.0)
-    assert loss.dtype == torch.float32
-    assert loss.shape == (shape[0],)
-    np.testing.assert_allclose(loss.numpy(), expected, rtol=5e-6, atol=1e-6)
-    assert gradient.dtype == dtype
-    # A gradient in half precision is rounded at most twice.
-    np.testing.assert_allclose(
-        gradient.double().numpy(),
-        3 * expected_gradient,
-        rtol=1.1 * torch.finfo(dtype).eps,
-        atol=6e-6 / expected_gradient[0].size + float(torch.finfo(dtype).smallest_normal),
-    )
+    check(*differentiate(backend.moved(laid_out)), plain)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles(backend: Backend, shape: tuple[int, ...]) -> None:
+    """Every pair of layout, precision and target with some shape."""
+    at = SHAPES.index(shape)
+    for i, target in enumerate(TARGETS):
+        plain = of_denoising_loss(shape, target, FLOATS[(at + i) % 3])
+        laid_out = {
+            **plain,
+            "prediction": lay_out(plain["prediction"], LAYOUTS[(at + i) % 4]),
+            "images": lay_out(plain["images"], LAYOUTS[(at + 2 * i + 1) % 4]),
+        }
+        check(*differentiate(backend.moved(laid_out)), plain)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("path", PATHS)
-def test_float64_tables_make_a_float64_check(path: str, target: str) -> None:
-    given_ = arguments(dtype=torch.float64)
-    expected, expected_gradient = expected_loss(given_, target)
-    with PATHS[path]():
-        loss, gradient = differentiate(given_, target, scale=1.0)
-    assert loss.dtype == torch.float64
-    np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-12)
-    np.testing.assert_allclose(gradient.numpy(), expected_gradient, rtol=1e-12, atol=1e-15)
+def test_float64_tables_make_a_float64_check(backend: Backend, target: str) -> None:
+    given_ = in_float64(of_denoising_loss(target=target, stored=torch.float64))
+    loss, gradient = differentiate(backend.moved(given_))
+    error = given_["prediction"] - target_of(given_)[0]
+    exact = given_["weights"] * error.square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.cpu(), exact, rtol=1e-12, atol=0)
+    factor = 2 * upstream_of(error) * given_["weights"] / error.shape[1:].numel()
+    torch.testing.assert_close(gradient.cpu(), per_pixel(factor) * error, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sees_the_noise_that_q_sample_added(lay_out: LayOut, path: str, layout: str) -> None:
-    """A network that solves x_t = a x_0 + s ε for its target has no loss."""
-    given_ = arguments()
-    given_["images"] = lay_out(given_["images"], layout)
-    shared = {k: v for k, v in given_.items() if k in NOISING}
-    a, s = (
-        given_[name][given_["timesteps"]][:, None, None, None]
-        for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
-    )
-    x_0 = given_["images"] / 127.5 - 1
-    x_0 = torch.where(given_["flip"][:, None, None, None], x_0.flip(3), x_0)
-    with PATHS[path]():
-        eps = (q_sample(**shared) - a * x_0) / s
-        for target, solution in (("eps", eps), ("x0", x_0), ("v", a * eps - s * x_0)):
-            loss = denoising_loss(solution, **shared, target=target)
-            assert loss.max() < 1e-9, target
-            wrong_seed = denoising_loss(solution, **{**shared, "seed": 6}, target=target)
-            assert target == "x0" or wrong_seed.min() > 0.01
+def test_a_target_of_any_two_coefficients_for_a_batch(backend: Backend) -> None:
+    """As EDM has them: tables of the batch, indexed by its rows."""
+    plain = of_denoising_loss((3, 2, 5, 7))
+    plain["timesteps"] = torch.arange(3)
+    plain["target_x0"], plain["target_noise"] = torch.tensor([[0.3, 2.0, -1.5], [-0.7, 0.0, 0.1]])
+    check(*differentiate(backend.moved(plain)), plain)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_zero_loss_and_gradient_on_the_exact_noise(path: str) -> None:
-    given_ = arguments()
-    given_["prediction"] = gaussian_noise(
-        -5, given_["sample_ids"], (3, 5, 4), 0, Stream.TRAINING_NOISE
-    )
-    with PATHS[path]():
-        loss, gradient = differentiate(given_, "eps", scale=1.0)
-    assert loss.max() < 1e-12
-    assert gradient.abs().max() < 1e-7
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_samples_are_weighted_by_their_own_weight_alone(path: str) -> None:
-    given_ = arguments()
-    with PATHS[path]():
-        plain = denoising_loss(**{**given_, "weights": None})
-        weighted = denoising_loss(**given_)
-        one = denoising_loss(**{**given_, "weights": torch.tensor([0.0, 1.0, 0.0])})
-    torch.testing.assert_close(weighted, plain * given_["weights"])
-    torch.testing.assert_close(one, plain * torch.tensor([0.0, 1.0, 0.0]))
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("scale", [2.0**10, 2.0**17])
-def test_loss_scale_keeps_small_gradients_in_half_precision(path: str, scale: float) -> None:
-    """Unscaled, the gradient of a large image is below what float16 resolves."""
-    given_ = arguments((1, 3, 128, 128), dtype=torch.float16, optional=False)
-    _, expected = expected_loss(given_, "eps")
-    with PATHS[path]():
-        _, gradient = differentiate(given_, "eps", scale)
-    assert bool(gradient.isfinite().all())
-    np.testing.assert_allclose(
-        gradient.double().numpy(), scale * expected, rtol=2.0**-9, atol=scale * 2e-9
-    )
-
-
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("target", TARGETS)
+def test_sees_the_noise_that_q_sample_added(backend: Backend, target: str) -> None:
+    """q_sample of the right tables is each target; against it the loss is rounding alone."""
+    plain = of_denoising_loss((3, 3, 17, 23), target)
+    noising = backend.moved({name: plain[name] for name in NOISING})
+    u, w = (plain[name] for name in ("target_x0", "target_noise"))
+    tables = backend.moved(
+        {
+            "sqrt_alpha_bar": torch.zeros(STEPS) if u is None else u,
+            "sqrt_one_minus_alpha_bar": torch.zeros(STEPS) if w is None else w,
+        }
+    )
+    for dtype in reversed(FLOATS):
+        solution = q_sample(**noising, **tables, dtype=dtype)
+        given_ = backend.moved({**plain, "prediction": solution})
+        # A fused multiply-add may leave an ulp of the noise.
+        bound = 4 * EPS32 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        assert float((denoising_loss(**given_) / given_["weights"]).max()) <= bound**2
+    if target != "x0":
+        for other in ({"seed": -6}, {"sample_ids": noising["sample_ids"] + 1}):
+            assert float(denoising_loss(**{**given_, **other}).min()) > 1e-4
+
+
 @pytest.mark.parametrize("optional", [True, False])
-def test_gradcheck(path: str, target: str, optional: bool) -> None:
-    given_ = arguments((2, 3, 3, 2), dtype=torch.float64, optional=optional)
-    prediction = given_.pop("prediction").requires_grad_()
-    with PATHS[path]():
-        assert torch.autograd.gradcheck(
-            lambda p: denoising_loss(p, **given_, target=target), (prediction,)
+@pytest.mark.parametrize(("shape", "layout"), [((2, 3, 17, 23), "nchw"), ((3, 1, 7, 13), "nhwc")])
+def test_stays_inside_its_tensors_and_writes_every_element(
+    backend: Backend,
+    guarded: Guarded,
+    poisoned: list[Tensor],
+    shape: tuple[int, ...],
+    layout: str,
+    optional: bool,
+) -> None:
+    for target in TARGETS:
+        plain = of_denoising_loss(shape, target, stored=torch.float32, optional=optional)
+        inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
+        for name in ("prediction", "images"):
+            inside[name] = guarded(lay_out(plain[name], layout))
+        check(*differentiate(inside), plain)
+    assert poisoned or not backend.runs_kernels
+
+
+def test_images_are_not_read_when_the_target_is_the_noise(backend: Backend) -> None:
+    plain = of_denoising_loss(target="eps", stored=torch.float32)
+    unreadable = {**plain, "images": torch.full_like(plain["images"], float("nan"))}
+    for ours, expected in zip(
+        differentiate(backend.moved(unreadable)), differentiate(backend.moved(plain)), strict=True
+    ):
+        assert_equal(ours, expected)
+
+
+def test_loss_scale_keeps_small_gradients_in_half_precision(backend: Backend) -> None:
+    """Unscaled, the gradient of a large image is below what float16 resolves."""
+    plain = of_denoising_loss((1, 3, 64, 64), "eps", torch.float16, optional=False)
+    given_ = backend.moved(plain)
+    prediction = given_["prediction"].requires_grad_()
+    for scale in (2.0**10, 2.0**17):
+        loss = denoising_loss(**given_)
+        (gradient,) = torch.autograd.grad(loss.sum() * scale, prediction)
+        exact = 2 * scale * (plain["prediction"].detach().double() - target_of(plain)[0]) / 12288
+        assert_within(gradient, exact, rounding(gradient, exact, times=2.2) + scale * 2e-9)
+
+
+def test_samples_are_weighted_by_their_own_weight_alone(backend: Backend) -> None:
+    given_ = backend.moved(of_denoising_loss())
+    plain = denoising_loss(**{**given_, "weights": None})
+    one = torch.tensor([0.0, 1.0, 0.0]).to(plain)
+    for weights in (given_["weights"], one):
+        torch.testing.assert_close(
+            denoising_loss(**{**given_, "weights": weights}), plain * weights
         )
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_bound_of_a_learned_variance(path: str, target: str) -> None:
-    """From the two posteriors themselves: KL for t > 0, and the mass of the pixel's bin at 0."""
-    given_ = arguments((4, 2, 5, 3), dtype=torch.float64, optional=False, learned=True)
-    given_["bound_table"] = bound_table(target)
-    given_["weights"] = torch.zeros(4, dtype=torch.float64)  # leaves the bound alone
-    with PATHS[path]():
-        loss = denoising_loss(**given_, target=target)
+def test_gradcheck(backend: Backend, target: str) -> None:
+    """In float64; of the bound by the variance alone, for which the error is a constant."""
+    for learned in (False, True):
+        given_ = in_float64(of_denoising_loss((2, 2, 3, 2), target, learned=learned))
+        given_ = backend.moved(given_)
+        output, r = (
+            given_["prediction"].split(2, dim=1) if learned else (given_["prediction"], None)
+        )
+        leaf = (output if r is None else r).requires_grad_()
 
-    noise = gaussian_noise(-5, given_["sample_ids"], (2, 5, 3), 0, Stream.TRAINING_NOISE)
-    for b, t in enumerate(given_["timesteps"].tolist()):
-        x_0 = (2 * given_["images"][b].double() - 255) / 255
-        a, s = np.sqrt(ALPHA_BAR[t]), np.sqrt(1 - ALPHA_BAR[t])
-        x_t = a * x_0 + s * noise[b].double()
-        output, r = given_["prediction"][b, :2], given_["prediction"][b, 2:]
-        x_0_hat = {"eps": (x_t - s * output) / a, "x0": output, "v": a * x_t - s * output}[target]
-        before = 1.0 if t == 0 else ALPHA_BAR[t - 1]
-        beta = 1 - ALPHA_BAR[t] / before
-
-        def posterior_mean(
-            x_0: Tensor, x_t: Tensor = x_t, t: int = t, before: float = before, beta: float = beta
+        def loss(
+            leaf: Tensor, output: Tensor = output, r: Tensor | None = r, given_: Arguments = given_
         ) -> Tensor:
-            of_x_t = np.sqrt(1 - beta) * (1 - before) * x_t
-            return (np.sqrt(before) * beta * x_0 + of_x_t) / (1 - ALPHA_BAR[t])
+            prediction = leaf if r is None else torch.cat([output, leaf], dim=1)
+            return denoising_loss(**{**given_, "prediction": prediction})
+
+        assert torch.autograd.gradcheck(loss, (leaf,))
+
+
+# --- A learned variance
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bound_of_a_learned_variance(backend: Backend, target: str) -> None:
+    """From the two posteriors themselves: KL for t > 0, and the mass of the pixel's bin at 0."""
+    given_ = in_float64(of_denoising_loss((4, 2, 5, 3), target, optional=False, learned=True))
+    given_["bound_table"] = bound_table(target)
+    if target == "v":
+        given_ |= {"target_x0": -SIGMA, "target_noise": SIGNAL}
+    given_["weights"] = torch.zeros(4, dtype=torch.float64)  # leaves the bound alone
+    loss = denoising_loss(**backend.moved(given_)).cpu()
+
+    x_0s, noise = clean_and_noise(given_)
+    for b, t in enumerate(given_["timesteps"].tolist()):
+        x_0, a, s = x_0s[b], float(SIGNAL[t]), float(SIGMA[t])
+        x_t = a * x_0 + s * noise[b]
+        output, r = given_["prediction"][b].split(2)
+        x_0_hat = {"eps": (x_t - s * output) / a, "x0": output, "v": a * x_t - s * output}[target]
+        before = 1.0 if t == 0 else float(ALPHA_BAR[t - 1])
+        beta = 1 - float(ALPHA_BAR[t]) / before
+        of_x_t = math.sqrt(1 - beta) * (1 - before) * x_t / (1 - float(ALPHA_BAR[t]))
+        of_x_0 = math.sqrt(before) * beta / (1 - float(ALPHA_BAR[t]))
 
         low, high, _ = bound_table(target)[t]
         deviation = (0.5 * ((r + 1) / 2 * high + (1 - r) / 2 * low)).exp()
-        predicted = torch.distributions.Normal(posterior_mean(x_0_hat), deviation)
+        predicted = torch.distributions.Normal(of_x_0 * x_0_hat + of_x_t, deviation)
         if t > 0:
-            true = torch.distributions.Normal(posterior_mean(x_0), (0.5 * low).exp())
+            true = torch.distributions.Normal(of_x_0 * x_0 + of_x_t, (0.5 * low).exp())
             bound = torch.distributions.kl_divergence(true, predicted)
         else:
             # tanh approximates the normal distribution function to 3e-4.
-            ends = (x_0 + sign / 255 for sign in (1, -1))
-            z = [(end - predicted.mean) / deviation for end in ends]
+            z = [(x_0 + sign / 255 - predicted.mean) / deviation for sign in (1, -1)]
             upper, lower = (
-                (1 + torch.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3))) / 2 for v in z
+                (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2 for v in z
             )
-            inner = (upper - lower).clamp(min=1e-12).log()
-            bound = -torch.where(
-                x_0 == -1, upper.clamp(min=1e-12).log(),
-                torch.where(x_0 == 1, (1 - lower).clamp(min=1e-12).log(), inner),
-            )  # fmt: skip
+            mass = torch.where(x_0 == -1, upper, torch.where(x_0 == 1, 1 - lower, upper - lower))
+            bound = -mass.clamp(min=1e-12).log()
         expected = given_["bound_weights"][b] * bound.mean()
-        torch.testing.assert_close(loss[b], expected, rtol=1e-9, atol=0)
+        torch.testing.assert_close(loss[b], expected, rtol=3e-9, atol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("target", TARGETS)
-def test_bound_trains_the_variance_alone(path: str, target: str) -> None:
-    given_ = arguments((2, 3, 3, 2), dtype=torch.float64, learned=True)
-    given_["bound_table"] = bound_table(target)
-    prediction = given_.pop("prediction")
-    output, r = prediction[:, :3], prediction[:, 3:].requires_grad_()
-    with PATHS[path]():
-        assert torch.autograd.gradcheck(
-            lambda r: denoising_loss(torch.cat([output, r], 1), **given_, target=target), (r,)
-        )
-        _, gradient = differentiate({**given_, "prediction": prediction.detach()}, target, 1.0)
-        alone = {**given_, "prediction": output, "bound_table": None, "bound_weights": None}
-        _, expected = differentiate(alone, target, 1.0)
-    torch.testing.assert_close(gradient[:, :3], expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("optional", [True, False])
-def test_op_and_reference_agree_on_a_learned_variance(optional: bool) -> None:
-    given_ = arguments((3, 3, 5, 4), optional=optional, learned=True)
-    loss, gradient = differentiate(given_, "eps", scale=0.25)
-    with force_ops():
-        op_loss, op_gradient = differentiate(given_, "eps", scale=0.25)
-    torch.testing.assert_close(op_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(op_gradient, gradient, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("optional", [True, False])
-def test_op_and_reference_agree(target: str, optional: bool) -> None:
-    given_ = arguments(optional=optional)
-    loss, gradient = differentiate(given_, target, scale=0.25)
-    with force_ops():
-        op_loss, op_gradient = differentiate(given_, target, scale=0.25)
-    torch.testing.assert_close(op_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(op_gradient, gradient, rtol=1e-5, atol=1e-8)
-
-
-@pytest.mark.parametrize(("shape", "layout"), SHAPES)
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("optional", "learned"), [(True, True), (True, False), (False, False)])
-def test_opcheck(
-    lay_out: LayOut,
-    shape: tuple[int, ...],
-    layout: str,
-    target: str,
-    optional: bool,
-    learned: bool,
+@ON_KERNELS
+@pytest.mark.parametrize("shape", SHAPES[:6])
+def test_learned_variance_on_kernels(
+    backend: Backend, guarded: Guarded, poisoned: list[Tensor], shape: tuple[int, ...]
 ) -> None:
-    given_ = arguments(shape, optional=optional, learned=learned)
-    given_["prediction"] = lay_out(given_["prediction"], layout).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.ddpm.denoising_loss.default, (*given_.values(), target))
+    """Loss and gradient at most twice as far from float64 as the reference in float32."""
+    at = SHAPES.index(shape)
+    plain = of_denoising_loss(shape, TARGETS[at % 3], FLOATS[at // 2 % 3], learned=True)
+    tables = ("target_x0", "target_noise", "bound_table", "weights", "bound_weights")
+    exact_loss, exact = differentiate(
+        in_float64(plain, "prediction", *tables), denoising_loss_reference
+    )
+    own = {**plain, "prediction": plain["prediction"].float()}
+    own_loss, own_gradient = differentiate(own, denoising_loss_reference)
+    inside: Arguments = {
+        name: None if v is None else guarded(lay_out(v, LAYOUTS[at % 4]) if v.ndim == 4 else v)
+        for name, v in plain.items()
+    }
+    loss, gradient = differentiate(inside)
+    # Rounding of the noise reaches the bound through (k e)² / σ².
+    assert_within(loss, exact_loss, 2 * (own_loss - exact_loss).abs() + 4e-6 * (exact_loss + 1))
+    allowed = 2 * largest(own_gradient - exact) + 4e-6 * (exact.abs() + upstream_of(exact).max())
+    assert_within(gradient, exact, allowed + rounding(gradient, exact, times=2.2))
+    # What the bound adds must not change e.
+    channels = shape[1]
+    alone = {**inside, "bound_table": None, "bound_weights": None}
+    alone["prediction"] = inside["prediction"][:, :channels]
+    assert_equal(gradient[:, :channels], differentiate(alone)[1])
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("optional", "learned"), [(True, True), (True, False), (False, False)])
-def test_compiles_as_one_graph(path: str, optional: bool, learned: bool) -> None:
-    given_ = arguments(optional=optional, learned=learned)
-    prediction = given_.pop("prediction").requires_grad_()
-    compiled = torch.compile(denoising_loss, fullgraph=True, backend="aot_eager")
-    with PATHS[path]():
-        expected = denoising_loss(prediction, **given_, target="v")
-        actual = compiled(prediction, **given_, target="v")
-        (expected_gradient,) = torch.autograd.grad(expected.sum(), prediction)
-        (gradient,) = torch.autograd.grad(actual.sum(), prediction)
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+# --- How samples lie
+
+
+def test_a_sample_does_not_depend_on_its_batch_and_runs_repeat(backend: Backend) -> None:
+    given_ = backend.moved(of_denoising_loss((4, 3, 17, 23)))
+    loss = denoising_loss(**given_)
+    assert_equal(denoising_loss(**given_), loss)
+    one = {k: v if v is None or k in SHARED else v[2:3] for k, v in given_.items()}
+    if backend.runs_kernels:
+        assert_equal(denoising_loss(**one)[0], loss[2])
+    torch.testing.assert_close(denoising_loss(**one)[0], loss[2], rtol=1e-6, atol=0)
+
+
+@ON_KERNELS
+def test_more_tiles_than_are_added_at_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["ddpm_kernels.denoising_loss"], "SUM_TILE", 4)
+    plain = of_denoising_loss((2, 1, 1, 8 * 4 * 2 + 5), "x0")
+    with trying("denoising_loss", Tile(8, 1)):
+        check(*differentiate(backend.moved(plain)), plain)
+
+
+def test_views(backend: Backend) -> None:
+    """The first channels of a network's output, a crop, and one prediction for all."""
+    larger = of_denoising_loss((3, 6, 17, 20), predicted=torch.bfloat16)
+    nhwc = lay_out(larger["prediction"], "nhwc").to(backend.device)
+    stored = lay_out(larger["images"], "nhwc").to(backend.device)
+    for view, images in (
+        (nhwc[:, :3], stored[:, 3:]),
+        (nhwc[:, 1:4, 2:-3, 5:-2], stored[:, ::2, 5:, 7:]),
+        (nhwc[1:2, 3:].expand(3, -1, -1, -1), stored[:1, :3].expand(3, -1, -1, -1)),
+    ):
+        plain = of_denoising_loss(tuple(view.shape))
+        plain |= {"prediction": view.cpu(), "images": images.cpu()}
+        check(*differentiate({**backend.moved(plain), "prediction": view, "images": images}), plain)
+
+
+def test_strides_do_not_change_a_bit(backend: Backend) -> None:
+    plain = of_denoising_loss()
+    strided = dict(plain)
+    for name, value in plain.items():
+        if value is not None and value.ndim == 1:
+            strided[name] = torch.stack([value, value.flip(0)], dim=-1)[:, 0]
+    for ours, expected in zip(
+        differentiate(backend.moved(strided)), differentiate(backend.moved(plain)), strict=True
+    ):
+        assert_equal(ours, expected)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("target", TARGETS)
+def test_64_bit_offsets_make_the_same_result(
+    backend: Backend, wide_offsets: Callable[[], None], target: str
+) -> None:
+    given_ = backend.moved(of_denoising_loss((2, 3, 17, 23), target))
+    expected = differentiate(given_)
+    wide_offsets()
+    for ours, theirs in zip(differentiate(given_), expected, strict=True):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "dimension"), [("prediction", 1), ("images", 0), ("images", 3)])
+def test_strides_that_pass_32_bits_together(backend: Backend, name: str, dimension: int) -> None:
+    """Each stride fits; twice the stride does not. Memory that is not touched is not committed."""
+    far = 3 * 2**29
+    shape, strides = [2, 2, 2, 2], [64, 16, 4, 1]
+    shape[dimension], strides[dimension] = 3, far
+    plain = of_denoising_loss(tuple(shape), predicted=torch.bfloat16)
+    storage = torch.empty(2 * far + 128, dtype=plain[name].dtype, device=backend.device)
+    spread = storage.as_strided(shape, strides).copy_(plain[name])
+    given_ = {**backend.moved(plain), name: spread}
+    expected = denoising_loss(**backend.moved(plain))
+    torch.testing.assert_close(denoising_loss(**given_), expected, rtol=1e-6, atol=0)
+
+
+def test_empty_batch(backend: Backend) -> None:
+    loss, gradient = differentiate(backend.moved(of_denoising_loss((0, 3, 5, 4))))
+    assert loss.shape == (0,)
+    assert gradient.shape == (0, 3, 5, 4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"target_x0": None, "target_noise": None}, "target_x0 and target_noise are both None"),
         ({"bound_weights": None}, "bound_table and bound_weights come together"),
-        ({"bound_table": torch.zeros(T, 2)}, r"bound_table has shape \(50, 2\); .* \[T, 3\]"),
+        ({"bound_table": torch.zeros(STEPS, 2)}, r"bound_table has shape \(50, 2\); .* \[T, 3\]"),
         ({"prediction": torch.zeros(3, 3, 5, 4)}, r"with a bound table, it must be \(3, 6, 5, 4\)"),
         (
             {"bound_table": None, "bound_weights": None},
             r"without a bound table, it must be \(3, 3, 5, 4\)",
         ),
+        ({"images": torch.zeros(3, 1, 5, 4)}, "prediction has shape .*; for images of "),
+        *(
+            ({name: torch.ones(1)}, rf"{name} has shape \(1,\); it must be \(3,\)")
+            for name in ("timesteps", "sample_ids", "weights", "flip", "bound_weights")
+        ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_together_is_refused(changes: Arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        denoising_loss(**{**arguments(learned=True), **changes})
+        denoising_loss(**{**of_denoising_loss(learned=True), **changes})
 
 
-def test_unknown_target() -> None:
-    with pytest.raises(ValueError, match=r"target is 'score'; it must be one of eps, x0, v"):
-        denoising_loss(**arguments(), target="score")
+def test_zero_loss_and_gradient_on_the_exact_noise(backend: Backend) -> None:
+    given_ = of_denoising_loss(target="eps")
+    given_["prediction"] = gaussian_noise(
+        -5, of_q_sample()["sample_ids"], (3, 5, 4), 0, Stream.TRAINING_NOISE
+    )
+    loss, gradient = differentiate(backend.moved(given_))
+    assert float(loss.max()) < 1e-12
+    assert float(gradient.abs().max()) < 1e-5

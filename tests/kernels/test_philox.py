@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tests.kernels.conftest import Backend
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -20,8 +21,10 @@ from ddpm_kernels.philox import (
     MAX_SAMPLE_ID,
     gaussian_noise_in_blocks,
     gaussian_noise_reference,
+    normals_of_words,
     philox4x32,
     random_words,
+    write_normals,
 )
 
 MASK = 2**32 - 1
@@ -90,7 +93,7 @@ def test_a_key_serves_many_counters() -> None:
 # --- The counter map
 
 
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63), -(2**40) + 3])
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), -(2**40) + 3])
 def test_key_is_the_seed(seed: int) -> None:
     words = random_words(seed, torch.tensor([3]), 8, 2, Stream.DROPOUT)
     assert words[0].tolist() == sample_words(seed, 3, 8, 2, Stream.DROPOUT)
@@ -104,26 +107,17 @@ def test_halves_of_the_seed_are_not_interchangeable() -> None:
     assert len(drawn) == len(seeds)
 
 
-@pytest.mark.parametrize("sample_id", [0, 1, 2**31, MASK, 2**32, 2**40 + 17, MAX_SAMPLE_ID])
-@pytest.mark.parametrize("stream", list(Stream))
-def test_counter_words(sample_id: int, stream: Stream) -> None:
-    for step in (0, 999, 2**31, MASK):
-        words = random_words(11, torch.tensor([sample_id]), 9, step, stream)
-        assert words[0].tolist() == sample_words(11, sample_id, 9, step, stream)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 13])
-def test_fewer_words_are_the_first_of_more(count: int) -> None:
-    ids = torch.tensor([4, 2**33])
-    words = random_words(1, ids, count, 5, Stream.SAMPLE_ORDER)
-    assert words.shape == (2, count)
-    assert torch.equal(words, random_words(1, ids, 16, 5, Stream.SAMPLE_ORDER)[:, :count])
-
-
-def test_step_may_be_a_tensor() -> None:
-    ids = torch.arange(3)
-    expected = random_words(1, ids, 6, 41, Stream.SAMPLER_NOISE)
-    assert torch.equal(random_words(1, ids, 6, torch.tensor(41), Stream.SAMPLER_NOISE), expected)
+def test_counter_words(backend: Backend) -> None:
+    ids = [0, 1, 2**31, MASK, 2**32, 2**40 + 17, MAX_SAMPLE_ID]
+    for i, stream in enumerate(Stream):
+        step = (0, 999, 2**31, MASK)[i % 4]
+        words = random_words(11, torch.tensor(ids, device=backend.device), 9, step, stream)
+        assert words.tolist() == [sample_words(11, sample_id, 9, step, stream) for sample_id in ids]
+        as_tensor = torch.tensor(step, device=backend.device)
+        fewer = random_words(
+            11, torch.tensor(ids, device=backend.device), 1 + i % 8, as_tensor, stream
+        )
+        assert torch.equal(fewer, words[:, : 1 + i % 8])
 
 
 def test_no_two_addresses_share_a_block() -> None:
@@ -168,45 +162,38 @@ def test_box_muller_is_correctly_rounded() -> None:
     assert bool((np.abs(noise - exact) <= 1.001 * half_an_ulp + 1e-15).all())
 
 
-Draw = Callable[[Tensor, Tensor, int, Tensor, Stream], Tensor]
-DRAWS = pytest.mark.parametrize("draw", [gaussian_noise_reference, gaussian_noise_in_blocks])
+def in_blocks(words: Tensor) -> Tensor:
+    """Box–Muller as it is done on a CPU."""
+    normals = torch.empty(words.shape)
+    write_normals(words[:, ::2], words[:, 1::2], normals[:, ::2], normals[:, 1::2])
+    return normals
 
 
-def normals_of(draw: Draw, words: Tensor, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """What comes of these words, `[1, count]`, in place of random ones: float64 `[count]`."""
-    monkeypatch.setattr(philox_module, "random_words", lambda *_: words)
-    monkeypatch.setattr(philox_module, "_words4", lambda *_: words.unflatten(1, (-1, 4)).unbind(-1))
-    zero = torch.tensor(0)
-    noise = draw(zero, torch.tensor([0]), words.shape[1], zero, Stream(0))
-    return noise[0].double().numpy()
+WAYS = pytest.mark.parametrize("normals", [normals_of_words, in_blocks])
+Normals = Callable[[Tensor], Tensor]
 
 
-@DRAWS
-@pytest.mark.parametrize(
-    ("u_word", "radius"),
-    [
-        (0, math.sqrt(2 * 33 * math.log(2))),
+@WAYS
+def test_extreme_words(normals: Normals) -> None:
+    for u_word, radius in (
+        (0, math.sqrt(2 * 33 * math.log(2))),  # 6.76: u from 24 bits does not go beyond 5.77
         (1, math.sqrt(-2 * math.log(1.5 * 2.0**-32))),
         (2**7, math.sqrt(-2 * math.log((2**7 + 0.5) * 2.0**-32))),
         (2**31, math.sqrt(2 * math.log(2))),
         (MASK, 0.0),
-    ],
-)
-def test_extreme_words(
-    monkeypatch: pytest.MonkeyPatch, draw: Draw, u_word: int, radius: float
-) -> None:
-    quarters = torch.tensor([[u_word, 0, u_word, 2**30, u_word, 2**31, u_word, 3 * 2**30]])
-    noise = normals_of(draw, quarters, monkeypatch)
-    directions = np.array([1, 0, 0, 1, -1, 0, 0, -1])
-    np.testing.assert_allclose(noise, radius * directions, rtol=1e-6, atol=0)
+    ):
+        quarters = [u_word, 0, u_word, 2**30, u_word, 2**31, u_word, 3 * 2**30]
+        directions = np.array([[1, 0, 0, 1, -1, 0, 0, -1]])
+        noise = normals(torch.tensor([quarters])).double().numpy()
+        np.testing.assert_allclose(noise, radius * directions, rtol=1e-6, atol=0)
 
 
-@DRAWS
-def test_angles_beside_every_eighth_of_a_turn(monkeypatch: pytest.MonkeyPatch, draw: Draw) -> None:
+@WAYS
+def test_angles_beside_every_eighth_of_a_turn(normals: Normals) -> None:
     """Where a sine or cosine is near zero, or reduction changes over."""
     angles = [(eighth * 2**29 + d) % 2**32 for eighth in range(8) for d in (-2, -1, 0, 1, 2, 77)]
     words = [word for angle in angles for word in (12345, angle)]
-    noise = normals_of(draw, torch.tensor([words]), monkeypatch)
+    noise = normals(torch.tensor([words]))[0].double().numpy()
     radius = math.hypot(*normal_pair(12345, 0))
     for n, angle in enumerate(angles):
         # Of an angle that is exactly a small multiple of 2⁻³², so that float64 does not round it.
@@ -215,14 +202,6 @@ def test_angles_beside_every_eighth_of_a_turn(monkeypatch: pytest.MonkeyPatch, d
         turned = complex(math.cos(theta), math.sin(theta)) * [1, 1j, -1, -1j][quarter % 4]
         exact = radius * np.array([turned.real, turned.imag])
         np.testing.assert_allclose(noise[2 * n : 2 * n + 2], exact, rtol=6e-8, atol=0)
-
-
-@DRAWS
-def test_tails_go_beyond_what_24_bits_can_reach(
-    monkeypatch: pytest.MonkeyPatch, draw: Draw
-) -> None:
-    """With u from 24 bits nothing lies beyond 5.77σ."""
-    assert 6.763 < normals_of(draw, torch.zeros(1, 4).long(), monkeypatch).max() < 6.765
 
 
 # --- In blocks, as on a CPU: the reference's values
@@ -235,7 +214,7 @@ IDS_NEAR_EDGES = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     ids=st.lists(IDS_NEAR_EDGES, max_size=9),
@@ -255,12 +234,9 @@ def test_blocks_equal_the_reference(
     assert noise.is_contiguous()
     # Equal, with no tolerance, though one in 10⁸ is free to differ: the examples are always these.
     torch.testing.assert_close(noise, gaussian_noise_reference(*place, *time), rtol=0, atol=0)
-    words = philox_module._words4(*place[:2], torch.arange((count + 3) // 4), *time)
-    expected = random_words(*place, *time)
-    assert torch.equal(torch.stack(words, dim=-1).flatten(1)[:, :count] & MASK, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_of_full_size_equal_the_reference(threads: int) -> None:
     count = 4 * philox_module.COUNTERS_A_THREAD + 1001  # two blocks a sample, or many samples one
     zero = torch.tensor(0)
@@ -279,6 +255,7 @@ def test_eager_cpu_takes_blocks_and_compiled_code_the_reference(
 ) -> None:
     given_ = 3, torch.arange(5), (3, 4, 5), 2, NOISE
     eager = gaussian_noise(*given_)
+    torch._dynamo.reset()
     monkeypatch.setattr(philox_module, "gaussian_noise_in_blocks", None)
     compiled = torch.compile(gaussian_noise, fullgraph=True, backend="aot_eager")(*given_)
     assert torch.equal(compiled, eager)
@@ -317,19 +294,12 @@ def test_distribution(million: np.ndarray) -> None:
     assert stats.kstest(million[1::2], "norm").pvalue > 1e-3  # sines alone
 
 
-@pytest.mark.parametrize("sigmas", [1, 2, 3, 4])
-@pytest.mark.parametrize("side", [-1, 1])
-def test_tail_probabilities(million: np.ndarray, sigmas: int, side: int) -> None:
-    expected = len(million) * stats.norm.sf(sigmas)
-    beyond = int((side * million > sigmas).sum())
-    assert abs(beyond - expected) < 4 * math.sqrt(expected)
-
-
-def test_far_tail_count() -> None:
-    noise = flat_noise(torch.arange(1000), 4000, seed=8)
-    for sigmas in (4, 4.5):
-        expected = noise.size * 2 * stats.norm.sf(sigmas)
-        assert abs(int((np.abs(noise) > sigmas).sum()) - expected) < 4 * math.sqrt(expected)
+def test_tail_probabilities(million: np.ndarray) -> None:
+    for sigmas in (1, 2, 3, 4):
+        for side in (-1, 1):
+            expected = len(million) * stats.norm.sf(sigmas)
+            beyond = int((side * million > sigmas).sum())
+            assert abs(beyond - expected) < 4 * math.sqrt(expected)
 
 
 def uncorrelated(a: np.ndarray, b: np.ndarray) -> bool:
@@ -363,10 +333,10 @@ def test_streams_do_not_correlate(other: Callable[[], np.ndarray]) -> None:
     assert uncorrelated(flat_noise(IDS, 4000), other())
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 4, 5, 8])
-def test_neighbouring_elements_do_not_correlate(lag: int) -> None:
+def test_neighbouring_elements_do_not_correlate() -> None:
     noise = flat_noise(IDS, 4000)
-    assert uncorrelated(noise[:, lag:], noise[:, :-lag])
+    for lag in (1, 2, 3, 4, 5, 8):
+        assert uncorrelated(noise[:, lag:], noise[:, :-lag])
     # The two of one Box–Muller pair, which share a radius.
     assert uncorrelated(noise[:, ::2], noise[:, 1::2])
 
@@ -417,13 +387,13 @@ def test_random_integers_are_uniform(high: int) -> None:
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("probability", [0.0, 1e-3, 0.1, 0.5, 0.9, 1.0])
-def test_bernoulli_rate(probability: float) -> None:
-    n = 200_000
-    drawn = bernoulli(5, torch.arange(n), probability, 0, Stream.LABEL_DROPOUT)
-    assert drawn.dtype == torch.bool
-    bound = 4 * math.sqrt(n * probability * (1 - probability))
-    assert abs(int(drawn.sum()) - n * probability) <= bound
+def test_bernoulli_rate() -> None:
+    n = 100_000
+    for probability in (0.0, 1e-3, 0.1, 1.0):
+        drawn = bernoulli(5, torch.arange(n), probability, 0, Stream.LABEL_DROPOUT)
+        assert drawn.dtype == torch.bool
+        bound = 4 * math.sqrt(n * probability * (1 - probability))
+        assert abs(int(drawn.sum()) - n * probability) <= bound
 
 
 def test_a_higher_probability_only_adds() -> None:

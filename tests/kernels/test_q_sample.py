@@ -1,225 +1,242 @@
-"""The forward process: against its formula in float64, in every precision and memory layout."""
+"""The forward process: against equation 4 in float64, in every precision and memory layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.kernels.comparing import EPS32, assert_equal, assert_within, rounding
+from tests.kernels.conftest import ON_KERNELS, Backend, Guarded
+from tests.kernels.inputs import (
+    FLOATS,
+    LAYOUTS,
+    SHAPES,
+    STEPS,
+    STORED,
+    Arguments,
+    in_float64,
+    lay_out,
+    of_q_sample,
+    per_pixel,
+)
 from torch import Tensor
 
 from ddpm_kernels import Stream, gaussian_noise, q_sample
-from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.tiles import TILES
 
-T = 50
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.2, T))
-LayOut = Callable[[Tensor, str], Tensor]
-LAYOUTS = ("nchw", "nhwc", "columns", "view")
-SHAPES = (
-    ((3, 3, 5, 4), "nchw"),
-    ((3, 3, 5, 4), "nhwc"),
-    ((2, 1, 7, 3), "view"),
-    ((1, 1, 1, 1), "columns"),
-)
-PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "reference": nullcontext,
-    "op": force_ops,
-}
+PER_SAMPLE = ("images", "timesteps", "sample_ids", "flip")
 
 
-def tables(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(np.sqrt(ALPHA_BAR)).to(dtype),
-        torch.tensor(np.sqrt(1 - ALPHA_BAR)).to(dtype),
+def clean_and_noise(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """x_0 and ε in float64."""
+    images = arguments["images"].double()
+    x_0 = (2 * images - 255) / 255 if arguments["images"].dtype == torch.uint8 else images
+    if arguments["flip"] is not None:
+        x_0 = torch.where(per_pixel(arguments["flip"]), x_0.flip(-1), x_0)
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    noise = gaussian_noise(
+        int(arguments["seed"]), arguments["sample_ids"], shape, 0, Stream.TRAINING_NOISE
     )
+    return x_0, noise.double()
 
 
-def stored_images(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    levels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed))
-    return levels.to(torch.uint8) if dtype == torch.uint8 else (levels / 127.5 - 1).to(dtype)
+def check(x_t: Tensor, arguments: Arguments) -> None:
+    """Hold x_t to the formula, to four ulp of its noise and one of its image."""
+    x_0, noise = clean_and_noise(arguments)
+    tables = (arguments["sqrt_alpha_bar"], arguments["sqrt_one_minus_alpha_bar"])
+    a, s = (per_pixel(table.double()[arguments["timesteps"]]) for table in tables)
+    exact = a * x_0 + s * noise
+    floor = EPS32 * (4 * (s * noise).abs() + (a * x_0).abs() + 1)
+    assert x_t.is_contiguous(memory_format=torch.channels_last)
+    assert_within(x_t, exact, rounding(x_t, exact) + floor)
 
 
-def expected_x_t(
-    images: Tensor, timesteps: list[int], seed: int, ids: list[int], flip: list[bool] | None
-) -> np.ndarray:
-    """Equation 4 in float64, with the noise of the counter map."""
-    x_t = np.empty(tuple(images.shape))
-    for b, t in enumerate(timesteps):
-        x_0 = images[b].double().numpy()
-        if images.dtype == torch.uint8:
-            x_0 = (2 * x_0 - 255) / 255
-        if flip is not None and flip[b]:
-            x_0 = x_0[:, :, ::-1]
-        channels, height, width = x_0.shape
-        noise = gaussian_noise(
-            seed, torch.tensor(ids[b : b + 1]), (channels, height, width), 0, Stream.TRAINING_NOISE
-        )
-        x_t[b] = np.sqrt(ALPHA_BAR[t]) * x_0 + np.sqrt(1 - ALPHA_BAR[t]) * noise[0].double().numpy()
-    return x_t
-
-
-def arguments(
-    shape: tuple[int, ...] = (3, 3, 5, 4), dtype: torch.dtype = torch.uint8, flip: bool = True
-) -> dict[str, Any]:
-    batch = shape[0]
-    signal, sigma = tables()
-    return {
-        "images": stored_images(shape, dtype),
-        "timesteps": torch.arange(batch) * 17 % T,
-        "sqrt_alpha_bar": signal,
-        "sqrt_one_minus_alpha_bar": sigma,
-        "seed": 12,
-        "sample_ids": torch.arange(batch) + 2**32,
-        "flip": torch.arange(batch) % 2 == 0 if flip else None,
-    }
-
-
-def check(actual: Tensor, expected: np.ndarray, dtype: torch.dtype) -> None:
-    error = np.abs(actual.double().numpy() - expected)
-    # The rounding of the result, and a few roundings of float32 on the way.
-    allowed = torch.finfo(dtype).eps * np.abs(expected) / 2 + 6e-7 * (1 + np.abs(expected))
-    assert bool((error <= allowed).all()), (error - allowed).max()
-
-
-@pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(
-        st.integers(1, 4), st.sampled_from([1, 2, 3, 5]), st.integers(1, 13), st.integers(1, 13)
-    ),
-    stored=st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16]),
-    result=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 13), st.integers(1, 19)),
+    stored=st.sampled_from(STORED),
+    result=st.sampled_from(FLOATS),
     layout=st.sampled_from(LAYOUTS),
     data=st.data(),
 )
 def test_formula(
-    lay_out: LayOut,
-    path: str,
+    backend: Backend,
     shape: tuple[int, int, int, int],
     stored: torch.dtype,
     result: torch.dtype,
     layout: str,
     data: st.DataObject,
 ) -> None:
-    def per_sample(values: st.SearchStrategy[Any]) -> list[Any]:
-        return data.draw(st.lists(values, min_size=shape[0], max_size=shape[0]))
+    def per_sample(values: st.SearchStrategy[Any]) -> Tensor:
+        return torch.tensor(data.draw(st.lists(values, min_size=shape[0], max_size=shape[0])))
 
-    timesteps = per_sample(st.integers(0, T - 1))
-    ids = per_sample(st.integers(0, 2**56 - 1))
-    flip = data.draw(st.one_of(st.none(), st.just(per_sample(st.booleans()))))
-    seed = data.draw(st.integers(-(2**63), 2**63 - 1))
-    images = stored_images(shape, stored)
-    with PATHS[path]():
-        actual = q_sample(
-            lay_out(images, layout),
-            torch.tensor(timesteps),
-            *tables(),
-            seed,
-            torch.tensor(ids),
-            None if flip is None else torch.tensor(flip),
-            result,
-        )
-    assert actual.dtype == result
-    assert actual.shape == shape
-    assert actual.is_contiguous(memory_format=torch.channels_last)
-    check(actual, expected_x_t(images, timesteps, seed, ids, flip), result)
+    plain = of_q_sample(shape, stored)
+    plain["timesteps"] = per_sample(st.integers(0, STEPS - 1))
+    plain["sample_ids"] = per_sample(st.integers(0, 2**56 - 1))
+    plain["flip"] = data.draw(st.one_of(st.none(), st.just(per_sample(st.booleans()))))
+    plain["seed"] = torch.tensor(data.draw(st.integers(-(2**63), 2**63 - 1)))
+    laid_out = {**plain, "images": lay_out(plain["images"], layout)}
+    x_t = q_sample(**backend.moved(laid_out), dtype=result)
+    assert x_t.dtype == result
+    check(x_t, plain)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_float64_tables_make_a_float64_check(path: str) -> None:
-    given_ = arguments(dtype=torch.float64, flip=False)
-    given_["sqrt_alpha_bar"], given_["sqrt_one_minus_alpha_bar"] = tables(torch.float64)
-    with PATHS[path]():
-        actual = q_sample(**given_, dtype=torch.float64)
-    timesteps, ids = given_["timesteps"].tolist(), given_["sample_ids"].tolist()
-    expected = expected_x_t(given_["images"], timesteps, 12, ids, None)
-    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-14)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles(backend: Backend, shape: tuple[int, ...]) -> None:
+    """Every pair of layout and precision with some shape."""
+    at = SHAPES.index(shape)
+    for i, layout in enumerate(LAYOUTS):
+        plain = of_q_sample(shape, STORED[(at + i) % 4], flip=i % 2 == 0)
+        laid_out = {**plain, "images": lay_out(plain["images"], layout)}
+        check(q_sample(**backend.moved(laid_out), dtype=FLOATS[(at + i // 2) % 3]), plain)
 
 
-@pytest.mark.parametrize("level", [0, 255])
-def test_uint8_extremes_are_minus_one_and_one(level: int) -> None:
-    images = torch.full((1, 1, 2, 2), level, dtype=torch.uint8)
-    clean, no_noise = torch.ones(1), torch.zeros(1)
-    x_0 = q_sample(images, torch.tensor([0]), clean, no_noise, 0, torch.tensor([0]))
-    assert torch.equal(x_0, torch.full((1, 1, 2, 2), level / 127.5 - 1))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_does_not_change_a_bit(lay_out: LayOut, layout: str) -> None:
-    given_ = arguments()
-    expected = q_sample(**given_)
-    given_["images"] = lay_out(given_["images"], layout)
-    assert torch.equal(q_sample(**given_), expected)
-
-
-def test_only_the_image_is_mirrored_and_not_its_noise() -> None:
-    given_ = arguments()
-    mirrored = torch.where(
-        given_["flip"][:, None, None, None], given_["images"].flip(3), given_["images"]
-    )
-    expected = q_sample(**{**given_, "images": mirrored, "flip": None})
-    assert torch.equal(q_sample(**given_), expected)
-
-
-def test_first_timestep_in_bfloat16_carries_noise() -> None:
-    """A table rounded to bfloat16 would add none, for sqrt(ᾱ) and one are then the same."""
-    given_ = arguments((1, 1, 32, 32), dtype=torch.float32, flip=False)
-    given_["images"] = torch.zeros(1, 1, 32, 32)
-    x_t = q_sample(**given_, dtype=torch.bfloat16)
-    assert abs(x_t.double().std().item() / np.sqrt(1 - ALPHA_BAR[0]) - 1) < 0.1
-
-
-@pytest.mark.parametrize("flip", [True, False])
-def test_op_and_reference_agree(flip: bool) -> None:
-    given_ = arguments(flip=flip)
-    expected = q_sample(**given_)
-    with force_ops():
-        actual = q_sample(**given_)
-        seed_on_device = q_sample(**{**given_, "seed": torch.tensor(12)})
-    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
-    assert torch.equal(seed_on_device, actual)
-
-
-@pytest.mark.parametrize(("shape", "layout"), SHAPES)
-@pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize(
-    ("stored", "result"), [(torch.uint8, torch.bfloat16), (torch.float32, torch.float32)]
-)
-def test_opcheck(
-    lay_out: LayOut,
+@pytest.mark.parametrize(("layout", "flip"), [("nchw", True), ("nhwc", True), ("nhwc", False)])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 23), (3, 1, 7, 13), (1, 1, 1, 1)])
+def test_stays_inside_its_tensors_and_writes_every_element(
+    backend: Backend,
+    guarded: Guarded,
+    poisoned: list[Tensor],
     shape: tuple[int, ...],
     layout: str,
     flip: bool,
-    stored: torch.dtype,
-    result: torch.dtype,
 ) -> None:
-    given_ = arguments(shape, stored, flip)
-    given_["images"] = lay_out(given_["images"], layout)
-    given_["seed"] = torch.tensor(12)
-    torch.library.opcheck(torch.ops.ddpm.q_sample.default, (*given_.values(), result))
+    plain = of_q_sample(shape, torch.float32, flip)
+    inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
+    inside["images"] = guarded(lay_out(plain["images"], layout))
+    check(q_sample(**inside), plain)
+    assert poisoned or not backend.runs_kernels
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("flip", [True, False])
-def test_compiles_as_one_graph(path: str, flip: bool) -> None:
-    given_ = arguments(flip=flip)
-    compiled = torch.compile(q_sample, fullgraph=True, backend="aot_eager")
-    with PATHS[path]():
-        torch.testing.assert_close(compiled(**given_), q_sample(**given_), atol=1e-6, rtol=0)
+def test_float64_tables_make_a_float64_check(backend: Backend) -> None:
+    plain = in_float64(of_q_sample(stored=torch.float64))
+    x_t = q_sample(**backend.moved(plain), dtype=torch.float64).cpu()
+    x_0, noise = clean_and_noise(plain)
+    tables = (plain["sqrt_alpha_bar"], plain["sqrt_one_minus_alpha_bar"])
+    a, s = (per_pixel(table[plain["timesteps"]]) for table in tables)
+    torch.testing.assert_close(x_t, a * x_0 + s * noise, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_another_stream_is_other_noise(path: str) -> None:
-    images = torch.zeros(2, 3, 4, 4)
-    ids = torch.tensor([7, 2**40])
-    only_noise = torch.zeros(1), torch.ones(1)
-    stream = Stream.AUGMENTATION_NOISE
-    with PATHS[path]():
-        noise = q_sample(images, torch.zeros_like(ids), *only_noise, 5, ids, stream=stream)
-    assert torch.equal(noise, gaussian_noise(5, ids, (3, 4, 4), 0, stream))
-    assert not torch.equal(noise, gaussian_noise(5, ids, (3, 4, 4), 0, Stream.TRAINING_NOISE))
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_every_level_of_uint8(backend: Backend, layout: str) -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    plain = {
+        **of_q_sample((2, 3, 16, 16)),
+        "images": lay_out(images, layout),
+        "sqrt_alpha_bar": torch.ones(STEPS),
+        "sqrt_one_minus_alpha_bar": torch.zeros(STEPS),
+    }
+    x_0 = q_sample(**backend.moved(plain))
+    assert (float(x_0.min()), float(x_0.max())) == (-1, 1)
+    exact = (2 * images.double() - 255) / 255
+    assert_within(x_0, torch.stack([exact[0].flip(-1), exact[1]]), EPS32)
+
+
+def test_layout_and_strides_do_not_change_a_bit(backend: Backend) -> None:
+    for flip in (True, False):
+        plain = of_q_sample((2, 3, 17, 23), flip=flip)
+        expected = q_sample(**backend.moved(plain))
+        for layout in LAYOUTS:
+            laid_out = {**plain, "images": lay_out(plain["images"], layout)}
+            assert_equal(q_sample(**backend.moved(laid_out)), expected, layout)
+    strided = of_q_sample((2, 3, 17, 23))
+    for name, value in strided.items():
+        if value.ndim == 1:
+            strided[name] = torch.stack([value, value.flip(0)], dim=-1)[:, 0]
+    strided["seed"] = torch.tensor([9, -5, 9])[1]
+    expected = q_sample(**backend.moved(of_q_sample((2, 3, 17, 23))))
+    assert_equal(q_sample(**backend.moved(strided)), expected)
+
+
+def test_images_of_one_storage(backend: Backend) -> None:
+    """Views that a loader makes: slices, an offset that is not aligned, one image for all."""
+    stored = lay_out(of_q_sample((3, 6, 17, 40))["images"], "nhwc").to(backend.device)
+    for view in (
+        stored[:, 1:4],
+        stored[:, :, 2:-3, 5:-2],
+        stored[..., ::3],
+        stored[:, :, ::2],
+        stored[::2],
+        stored[1:2].expand(3, -1, -1, -1),
+        stored[:, :, 3:4, 4:5].expand(-1, -1, 17, 40),
+    ):
+        plain = {**of_q_sample(tuple(view.shape)), "images": view.cpu().contiguous()}
+        check(q_sample(**{**backend.moved(plain), "images": view}), plain)
+
+
+def test_only_the_image_is_mirrored_and_not_its_noise(backend: Backend) -> None:
+    plain = of_q_sample()
+    mirrored = torch.where(per_pixel(plain["flip"]), plain["images"].flip(3), plain["images"])
+    expected = q_sample(**backend.moved({**plain, "images": mirrored, "flip": None}))
+    assert_equal(q_sample(**backend.moved(plain)), expected)
+
+
+TILE = TILES["default"]["q_sample"].elements
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, TILE - 1, TILE, 2 * TILE + 6])
+def test_noise_is_that_of_the_counter_map_and_stream(backend: Backend, count: int) -> None:
+    ids, seed = torch.tensor([0, 2**32 - 1, 2**56 - 1]), 2**63 - 1
+    for stream in (Stream.TRAINING_NOISE, Stream.AUGMENTATION_NOISE):
+        given_ = {
+            "images": torch.full((3, 1, 1, count), 0.7),
+            "timesteps": torch.tensor([0, 1, 2]),
+            "sqrt_alpha_bar": torch.zeros(3),
+            "sqrt_one_minus_alpha_bar": torch.ones(3),
+            "sample_ids": ids,
+        }
+        noise = q_sample(**backend.moved(given_), seed=seed, stream=stream)
+        expected = gaussian_noise(seed, ids, (1, 1, count), 0, stream).double()
+        assert_within(noise, expected, 4 * EPS32 * expected.abs())
+
+
+def test_a_sample_does_not_depend_on_its_batch(backend: Backend) -> None:
+    given_ = backend.moved(of_q_sample((4, 3, 17, 23)))
+    one = {k: v[2:3] if k in PER_SAMPLE else v for k, v in given_.items()}
+    assert_equal(q_sample(**one)[0], q_sample(**given_)[2])
+
+
+def test_first_timestep_in_bfloat16_carries_noise(backend: Backend) -> None:
+    """A table rounded to bfloat16 would add none, for sqrt(ᾱ) and one are then the same."""
+    plain = of_q_sample((1, 1, 32, 32), flip=False)
+    plain |= {"images": torch.zeros(1, 1, 32, 32), "timesteps": torch.tensor([0])}
+    x_t = q_sample(**backend.moved(plain), dtype=torch.bfloat16)
+    assert abs(float(x_t.double().std()) / 1e-2 - 1) < 0.1
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_64_bit_offsets_make_the_same_result(
+    backend: Backend, wide_offsets: Callable[[], None], layout: str
+) -> None:
+    given_ = of_q_sample((2, 3, 17, 23))
+    given_ = backend.moved({**given_, "images": lay_out(given_["images"], layout)})
+    expected = q_sample(**given_)
+    wide_offsets()
+    assert_equal(q_sample(**given_), expected)
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2, 3])
+def test_strides_that_pass_32_bits_together(backend: Backend, dimension: int) -> None:
+    """Each stride fits; twice the stride does not. Memory that is not touched is not committed."""
+    far = 3 * 2**29
+    shape, strides = [2, 2, 2, 2], [64, 16, 4, 1]
+    shape[dimension], strides[dimension] = 3, far
+    plain = of_q_sample(tuple(shape))
+    storage = torch.empty(2 * far + 128, dtype=torch.uint8, device=backend.device)
+    images = storage.as_strided(shape, strides).copy_(plain["images"])
+    check(q_sample(**{**backend.moved(plain), "images": images}), plain)
+
+
+def test_empty_batch(backend: Backend) -> None:
+    assert q_sample(**backend.moved(of_q_sample((0, 3, 5, 4)))).shape == (0, 3, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["timesteps", "sample_ids", "flip"])
+def test_one_value_for_all_samples_is_refused(name: str) -> None:
+    plain = of_q_sample()
+    with pytest.raises(ValueError, match=rf"{name} has shape \(1,\); it must be \(3,\)"):
+        q_sample(**{**plain, name: plain[name][:1]})

@@ -206,8 +206,8 @@ def _by_torch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any) 
         return None
     scale, shift, eps, activation = rest
     batch, channels, height, width = x.shape
-    z, mean, rstd = torch.native_group_norm(
-        x, weight, bias, batch, channels, height * width, groups, eps
+    z, mean, rstd = torch.native_group_norm(  # which takes for granted that they are contiguous
+        x, weight.contiguous(), bias.contiguous(), batch, channels, height * width, groups, eps
     )
     if (mean.detach() * rstd.detach()).abs().amax() > NEAR:
         return None

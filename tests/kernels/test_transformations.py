@@ -1,0 +1,219 @@
+"""What torch does to an operation: its own checks, compilers, graph capture, no host in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.comparing import assert_equal
+from tests.kernels.conftest import ON_COMPILERS, ON_CUDA, ON_OPERATIONS, Backend
+from tests.kernels.inputs import (
+    LAYOUTS,
+    REVERSE,
+    Arguments,
+    copied,
+    lay_out,
+    of_denoising_loss,
+    of_group_norm_silu,
+    of_q_sample,
+    of_reverse_step,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
+from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.philox import Stream, gaussian_noise
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+def noised(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
+    """x_t."""
+    return (function(**arguments, dtype=torch.bfloat16),)
+
+
+def stepped(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
+    """The new state and the new ring, both as copies, so that the call can be repeated."""
+    history = arguments["history"]
+    history = None if history is None else history.clone()
+    new = function(**{**arguments, "history": history})
+    return (new,) if history is None else (new, history)
+
+
+def differentiated(*names: str) -> Callable[[Callable[..., Tensor], Arguments], tuple[Any, ...]]:
+    """The result and its gradients against a cotangent that is not constant."""
+
+    def run(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
+        leaves = {
+            k: arguments[k].detach().requires_grad_() for k in names if arguments[k] is not None
+        }
+        out = function(**{**arguments, **leaves})
+        cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out)
+        return out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)
+
+    return run
+
+
+NORM = ("x", "weight", "bias", "scale", "shift")
+CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Arguments]] = {
+    "q_sample": (q_sample, noised, of_q_sample()),
+    "q_sample, plain": (q_sample, noised, of_q_sample(stored=torch.float32, flip=False)),
+    **{
+        f"denoising_loss, {target}": (
+            denoising_loss, differentiated("prediction"), of_denoising_loss(target=target)
+        )
+        for target in ("eps", "x0", "v")
+    },
+    "denoising_loss, learned": (
+        denoising_loss, differentiated("prediction"),
+        of_denoising_loss(target="eps", learned=True, optional=False),
+    ),
+    "denoising_loss, bfloat16": (
+        denoising_loss, differentiated("prediction"), of_denoising_loss(predicted=torch.bfloat16)
+    ),
+    **{
+        f"reverse_step, {variant}": (reverse_step, stepped, of_reverse_step(**options))
+        for variant, options in REVERSE.items()
+    },
+    "group_norm_silu": (group_norm_silu, differentiated(*NORM), of_group_norm_silu()),
+    "group_norm_silu, plain": (
+        group_norm_silu, differentiated(*NORM), of_group_norm_silu(film=False, activation="none")
+    ),
+    "group_norm_silu, bfloat16": (
+        group_norm_silu, differentiated(*NORM),
+        of_group_norm_silu((2, 12, 5, 7), 2, torch.bfloat16, affine_dtype=torch.float32),
+    ),
+}  # fmt: skip
+
+
+def in_layout(arguments: Arguments, layout: str) -> Arguments:
+    """The images among the arguments laid out; a state stays channels-last."""
+    return {
+        k: lay_out(v, layout) if isinstance(v, Tensor) and v.ndim == 4 and k != "history" else v
+        for k, v in arguments.items()
+    }
+
+
+@ON_OPERATIONS
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(backend: Backend, case: str) -> None:
+    """Schema, fake, autograd and ahead-of-time dispatch, in some layout."""
+    function, _, plain = CASES[case]
+    given_ = backend.moved(in_layout(plain, LAYOUTS[list(CASES).index(case) % 4]))
+    given_ = {
+        k: v.requires_grad_() if k in ("prediction", *NORM) and isinstance(v, Tensor)
+        and function not in (q_sample, reverse_step) else v
+        for k, v in copied_with_strides(given_).items()
+    }  # fmt: skip
+    values: tuple[Any, ...] = tuple(given_.values())
+    if function is q_sample:
+        values += (torch.bfloat16, int(Stream.TRAINING_NOISE))
+    if function is reverse_step:
+        values += ("plain" in case,)
+    name = "reverse_step_" if function is reverse_step else function.__name__
+    torch.library.opcheck(getattr(torch.ops.ddpm, name).default, values, atol=1e-4, rtol=1e-4)
+
+
+def copied_with_strides(arguments: Arguments) -> Arguments:
+    """Copies that do not share memory, so that each can be differentiated."""
+    return {
+        k: v.detach().clone(memory_format=torch.preserve_format) if isinstance(v, Tensor) else v
+        for k, v in arguments.items()
+    }
+
+
+@ON_OPERATIONS
+@pytest.mark.parametrize(("film", "layout"), [(True, "nchw"), (False, "nhwc")])
+def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, layout: str) -> None:
+    given_ = backend.moved(in_layout(of_group_norm_silu(film=film), layout))
+    _, statistics = torch.ops.ddpm.group_norm_silu(*given_.values())
+    x, groups, weight, bias, scale, shift, _, activation = given_.values()
+    dy = lay_out(torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape), layout)
+    torch.library.opcheck(
+        torch.ops.ddpm.group_norm_silu_backward.default,
+        (dy, x, groups, weight, bias, scale, shift, statistics, activation),
+    )
+
+
+COMPILED = (
+    "q_sample", "denoising_loss, v", "denoising_loss, learned", "reverse_step, everything",
+    "group_norm_silu", "group_norm_silu, plain",
+)  # fmt: skip
+
+
+@ON_COMPILERS
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_as_one_graph(backend: Backend, case: str) -> None:
+    torch._dynamo.reset()
+    function, run, plain = CASES[case]
+    given_ = backend.moved(in_layout(plain, "nhwc"))
+    compiler = "inductor" if backend.name == "cuda" else "aot_eager"
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=compiler)
+    with_grad = run(compiled, given_)
+    for got, expected in zip(with_grad, run(function, given_), strict=True):
+        assert got.dtype == expected.dtype
+        half = got.dtype == torch.bfloat16
+        scale = 1e-2 if half else 1e-5
+        torch.testing.assert_close(
+            got, expected, rtol=10 * scale, atol=scale * float(expected.abs().max())
+        )
+    assert with_grad[0].stride() == run(function, given_)[0].stride()
+
+
+@ON_CUDA
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_graph_sees_what_changed(backend: Backend, case: str) -> None:
+    """Inputs change in place between capture and replay, as a sampling loop changes them."""
+    function, run, plain = CASES[case]
+    given_ = backend.moved(in_layout(plain, "nhwc"))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(function, given_)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run(function, given_)
+    for name, change in (("seed", 12345), ("row", -2), ("timesteps", -2), ("x", 0.125)):
+        if name in given_:
+            given_[name] += change
+    expected = run(function, copied(given_))
+    graph.replay()
+    for got, right in zip(outputs, expected, strict=True):
+        assert_equal(got, right)
+
+
+class OnTheHost(TorchDispatchMode):
+    """Collects the operations that read or make a CPU tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        if any(t.device.type == "cpu" for t in tensors):
+            self.found.append(str(func))
+        return out
+
+
+def test_nothing_is_taken_from_the_host() -> None:
+    """A copy from the host waits and ends a capture; meta tensors stand for those of a GPU."""
+    meta = torch.device("meta")
+    with force_ops():
+        for function, run, plain in CASES.values():
+            given_ = {k: v.to(meta) if isinstance(v, Tensor) else v for k, v in plain.items()}
+            given_ |= {"seed": 3} if "seed" in given_ else {}
+            with OnTheHost() as host:
+                run(function, given_)
+            assert host.found == [], function
+        ids = torch.arange(3, device=meta)
+        with OnTheHost() as host:
+            gaussian_noise(3, ids, (3, 4, 5), 7, Stream.SAMPLER_NOISE)
+            random_integers(3, ids, 10, 7, Stream.TRAINING_TIMESTEP)
+        assert host.found == []
