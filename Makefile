@@ -74,16 +74,17 @@ lint: $(VENV)/installed-test
 
 test: lint  ## ruff, mypy and all tests
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, faults, a real SLURM
 	tests/slurm/install.sh
 	$(PYTEST) -m slow
-	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) \
-	    tests/kernels/interpreter -k 'any_arguments or formula or any_shape'
+	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k 'formula or definition'
 
-# For a bare machine: Python, torch and Triton, nothing installed. ARGS=--help says what it takes.
-gpu:  ## check and measure the kernels on this machine's GPU
+# For a bare machine: Python, torch, Triton, pytest, hypothesis, scipy, nothing installed of this.
+# ARGS=--help says what the measurement takes.
+gpu:  ## test the kernels on this machine's GPU, then measure them
+	PYTHONPATH=.:engine:kernels $(PYTHON) -m pytest tests/kernels tests/gpu/test_capture.py
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour

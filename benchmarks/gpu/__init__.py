@@ -1,17 +1,14 @@
-"""What only a GPU can tell: whether the kernels are right there, and how fast they are.
+"""How fast the operations are on this machine's GPU: `python -m benchmarks.gpu`, or `make gpu`.
 
-`make gpu` runs it all on a machine with nothing but Python, torch and Triton.
+`make gpu` first runs `tests/kernels` there, which say whether they are right. This needs Python,
+torch and Triton, and nothing of this repository installed.
 
-| file       | what is in it                                                                 |
-|------------|-------------------------------------------------------------------------------|
-| `compare`  | the rule that every result is held to                                         |
-| `inputs`   | arguments for the operations, and the same mathematics as a textbook has it   |
-| `capture`  | a function as a CUDA graph                                                    |
-| `checks`   | each operation against float64, opcheck, torch.compile and graph capture      |
-| `loop`     | a whole sampling loop, captured and timed                                     |
-| `timing`   | achieved bandwidth of each operation beside the device's own copies           |
-| `sections` | what is run, a process for each operation                                     |
-| `report`   | the machine, JSON and Markdown                                                |
+| file       | what is in it                                                               |
+|------------|-----------------------------------------------------------------------------|
+| `textbook` | the same mathematics as a codebase without kernels of its own writes it     |
+| `timing`   | achieved bandwidth of each operation beside the device's own copies         |
+| `loop`     | whole sampling loops, eager, captured and compiled                          |
+| `report`   | the machine, and the results as they come and as a page                     |
 
-Every check takes a device, so that the tests run them on a CPU, in Triton's interpreter.
+Everything takes a device and a clock, so that tests run it on a CPU.
 """

@@ -1,4 +1,4 @@
-"""The machine, and what was found on it, as JSON and Markdown."""
+"""The machine, and what was measured on it: a line as each result comes, and a page."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from benchmarks.gpu.checks import sized
-from benchmarks.gpu.sections import Finding
 from benchmarks.gpu.timing import Measurement
 
-from ddpm_kernels.triton_shim import triton
+from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that the files hold."""
+class Failure:
+    """Something that could not be measured."""
 
-    machine: dict[str, str]
-    findings: list[Finding]
-    measurements: list[Measurement]
+    what: str
+    message: str
 
-    @property
-    def failures(self) -> list[Finding]:
-        """The checks that did not pass."""
-        return [finding for finding in self.findings if not finding.passed]
+
+Result = Measurement | Failure
+
+
+def sized(shape: tuple[int, ...]) -> str:
+    """Return `4×3×64×64`."""
+    return "×".join(map(str, shape))
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run."""
+    """Return what a command prints, or None where it cannot be run."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
@@ -47,7 +47,7 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
+    """Return the commit that is checked out, and whether files differ from it."""
     head = output_of("git", "rev-parse", "HEAD")
     if head is None:
         return "unknown"
@@ -55,8 +55,8 @@ def commit() -> str:
 
 
 def machine_of(device: torch.device, command: str) -> dict[str, str]:
-    """Facts without which a figure means nothing."""
-    facts = {"device": "CPU (interpreter)"}
+    """Collect the facts without which a figure means nothing."""
+    facts = {"device": "CPU"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -72,7 +72,7 @@ def machine_of(device: torch.device, command: str) -> dict[str, str]:
     return {
         **facts,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton.__version__ if HAS_TRITON else "none",
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -80,78 +80,59 @@ def machine_of(device: torch.device, command: str) -> dict[str, str]:
 
 
 def file_name(device: str) -> str:
-    """`nvidia-h200` of "NVIDIA H200"."""
+    """Return `nvidia-h200` for "NVIDIA H200"."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def line_of(result: Finding | Measurement) -> str:
-    """A result on one line."""
-    if isinstance(result, Measurement):
-        rate = f", {result.bandwidth:.0f} GB/s" if result.bytes else ""
-        what = f"{result.operation} {sized(result.shape)} {result.dtype}"
-        return f"time  {what}, {result.way}: {result.median:.1f} µs{rate}"
-    verdict = "ok   " if result.passed else "FAIL "
-    return f"{verdict} {result.section}, {result.name}{figures_of(result)}"
+def line_of(result: Result) -> str:
+    """Return a result on one line."""
+    if isinstance(result, Failure):
+        return f"FAIL  {result.what}: {result.message.splitlines()[0]}"
+    rate = f", {result.bandwidth:.0f} GB/s" if result.bytes else ""
+    what = f"{result.operation} {sized(result.shape)} {result.dtype}"
+    return f"time  {what}, {result.way}: {result.median:.1f} µs{rate}"
 
 
-def figures_of(finding: Finding) -> str:
-    """The figures of a check: of its worst comparison, of all that failed, or what it raised."""
-    if finding.message:
-        return f": {finding.message.splitlines()[0]}"
-    failed = [c for c in finding.comparisons if not c.passed]
-    worst = finding.worst
-    shown = failed or ([worst] if worst else [])
-    listed = "; ".join(f"{c.what}: error {c.error:.3g}, allowed {c.allowed:.3g}" for c in shown)
-    return f": {listed}" if listed else ""
+class Recorder:
+    """Appends each result to a file as it comes, so that a run that is killed keeps what it has.
 
+    Args:
+        folder: of the files, which are named by the device.
+        machine: see `machine_of`; the file's first line.
+    """
 
-def to_json(report: Report) -> str:
-    """The whole report. Figures that are not numbers are written as null."""
+    def __init__(self, folder: Path, machine: dict[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.machine = machine
+        self.results: list[Result] = []
+        self.lines = folder / f"{file_name(machine['device'])}.jsonl"
+        self.page = self.lines.with_suffix(".md")
+        self.lines.write_text(json.dumps({"machine": machine}) + "\n", encoding="utf-8")
 
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
+    def add(self, result: Result) -> None:
+        """Print and write one result."""
+        self.results.append(result)
+        print(line_of(result), flush=True)
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+        self.page.write_text(to_markdown(self.machine, self.results), encoding="utf-8")
 
-    findings = [
-        {
-            "section": f.section,
-            "name": f.name,
-            "passed": f.passed,
-            "message": f.message,
-            "comparisons": [
-                {"what": c.what, "error": number(c.error), "allowed": number(c.allowed)}
-                for c in f.comparisons
-            ],
-        }
-        for f in report.findings
-    ]
-    values = {
-        "machine": report.machine,
-        "failures": len(report.failures),
-        "checks": findings,
-        "measurements": [asdict(m) for m in report.measurements],
-    }
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    @property
+    def failures(self) -> list[Failure]:
+        """What could not be measured."""
+        return [result for result in self.results if isinstance(result, Failure)]
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """Make a Markdown table: the first column to the left, the others to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 
-def checks_table(report: Report) -> list[str]:
-    """How many checks of each section passed."""
+def bandwidth_table(measurements: list[Measurement]) -> list[str]:
+    """Make a row for each way of each job; the copy's rate is that of as many bytes."""
     rows = []
-    for section, group in groupby(report.findings, key=lambda f: f.section):
-        found = list(group)
-        rows.append([section, str(len(found)), str(sum(f.passed for f in found))])
-    return table(["section", "checks", "passed"], rows)
-
-
-def bandwidth_table(report: Report) -> list[str]:
-    """A row for each way of each job; the copy's rate is that of as many bytes."""
-    rows = []
-    jobs = [m for m in report.measurements if m.bytes]
+    jobs = [m for m in measurements if m.bytes]
     for _, group in groupby(jobs, key=lambda m: (m.operation, m.shape, m.dtype)):
         ways = list(group)
         copy = next((m.bandwidth for m in ways if m.way == "copy"), math.nan)
@@ -167,31 +148,26 @@ def bandwidth_table(report: Report) -> list[str]:
     return table(header, rows)
 
 
-def loop_table(report: Report) -> list[str]:
-    """A row for each way of running the sampling loop."""
+def loop_table(measurements: list[Measurement]) -> list[str]:
+    """Make a row for each way of running the sampling loop."""
     rows = [
         [f"{m.operation}, {sized(m.shape)} {m.dtype}", m.way, f"{m.median:.0f}", f"{m.least:.0f}",
          f"{m.shape[0] / m.median * 1e6 / m.calls:.2f}"]
-        for m in report.measurements if not m.bytes
+        for m in measurements if not m.bytes
     ]  # fmt: skip
-    header = ["loop", "way", "µs a step, median", "µs a step, least", "pictures/s"]
+    header = ["loop", "way", "µs a step, median", "µs a step, least", "samples/s"]
     return table(header, rows)
 
 
-def to_markdown(report: Report) -> str:
-    """The report for people."""
-    machine, failures = report.machine, report.failures
+def to_markdown(machine: dict[str, str], results: list[Result]) -> str:
+    """Return the results as a page for people."""
+    measurements = [result for result in results if isinstance(result, Measurement)]
+    failures = [result for result in results if isinstance(result, Failure)]
     lines = [f"# {machine['device']}", ""]
     lines += table(["what", "value"], [[k, v] for k, v in machine.items()])
-    lines += ["", "## Checks", ""]
-    lines += checks_table(report)
-    lines += [""]
     if failures:
-        lines += ["Failed:", ""]
-        lines += [f"- {f.section}, {f.name}{figures_of(f)}" for f in failures]
-    else:
-        lines += ["All passed."]
-    if any(m.bytes for m in report.measurements):
+        lines += ["", "Failed:", "", *(f"- {line_of(failure)}" for failure in failures)]
+    if any(m.bytes for m in measurements):
         lines += [
             "",
             "## Bandwidth",
@@ -202,18 +178,8 @@ def to_markdown(report: Report) -> str:
             "bytes; *textbook* is the same job of torch's own operations, *compiled* that by",
             "torch.compile.",
             "",
-            *bandwidth_table(report),
+            *bandwidth_table(measurements),
         ]
-    if any(not m.bytes for m in report.measurements):
-        lines += ["", "## Sampling", "", *loop_table(report)]
+    if any(not m.bytes for m in measurements):
+        lines += ["", "## Sampling", "", *loop_table(measurements)]
     return "\n".join(lines) + "\n"
-
-
-def write(report: Report, folder: Path) -> list[Path]:
-    """Write both files, named by the device; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / file_name(report.machine["device"])
-    written = [stem.with_name(stem.name + suffix) for suffix in (".json", ".md")]
-    for path, text in zip(written, (to_json(report), to_markdown(report)), strict=True):
-        path.write_text(text, encoding="utf-8")
-    return written

@@ -12,17 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from statistics import median
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
-from benchmarks.gpu import inputs
-from benchmarks.gpu.capture import captured
-from benchmarks.gpu.checks import Extent, compiled, named
-from benchmarks.gpu.inputs import Arguments, values_of
+from benchmarks.gpu import textbook
 from torch import Tensor
 
-from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, reverse_step
+from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+
+T = TypeVar("T")
+Arguments = dict[str, Any]
+Extent = Literal["full", "quick", "tiny"]
+"""How much is measured: all, the middle size, or what a CPU can do in seconds."""
 
 Timer = Callable[[Callable[[], object]], float]
 """Runs a function and returns how long it took, in milliseconds."""
@@ -74,6 +77,43 @@ class Job:
     make: Callable[[], Arguments]
     """New arguments of every way."""
     ways: dict[str, Way]
+
+
+def named(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def compiled(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """Compile in one graph; by inductor on a GPU."""
+    torch._dynamo.reset()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """Record what a function launches as a CUDA graph, and return what replays it.
+
+    The function is called beforehand, to compile: what it changes in place is changed. Where there
+    are no graphs the function itself is returned.
+    """
+    if device.type != "cuda":
+        return function
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = function()
+
+    def replay() -> T:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 def cuda_timer(function: Callable[[], object]) -> float:
@@ -164,6 +204,7 @@ FEATURES: dict[Extent, tuple[tuple[int, ...], ...]] = {
     "quick": ((64, 256, 32, 32),),
     "tiny": ((2, 64, 4, 4),),
 }
+STEPS = 1000
 
 
 def sizes(
@@ -171,55 +212,62 @@ def sizes(
 ) -> Iterator[tuple[tuple[int, ...], torch.dtype, int]]:
     """Each shape in bfloat16, of several the middle one in float32; with the bytes of a tensor."""
     for shape in shapes:
-        yield shape, torch.bfloat16, 2 * values_of(shape)
+        yield shape, torch.bfloat16, 2 * prod(shape)
     if len(shapes) > 1:
         middle = shapes[len(shapes) // 2]
-        yield middle, torch.float32, 4 * values_of(middle)
+        yield middle, torch.float32, 4 * prod(middle)
 
 
 def three_ways(ours: Way, textbook: Callable[..., object], device: torch.device) -> dict[str, Way]:
-    """Ours, the textbook's, and that compiled."""
+    """Return ours, the textbook's, and that compiled."""
     return {"engine": ours, "textbook": textbook, "compiled": compiled(textbook, device)}
 
 
-def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normals in channels-last memory."""
+def normals(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return normals in channels-last memory."""
     values = torch.randn(shape, dtype=dtype, device=device)
     return values.contiguous(memory_format=torch.channels_last)
 
 
 def training_batch(shape: tuple[int, ...], device: torch.device) -> Arguments:
-    """What the forward process takes, with uint8 images as a loader leaves them."""
-    given = inputs.moved(inputs.of_q_sample(shape, torch.uint8), device)
-    given["images"] = given["images"].contiguous(memory_format=torch.channels_last)
-    given["flip"] = None
-    return given
+    """Return what the forward process and its loss share, images as a loader leaves them."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    ids = torch.arange(shape[0], device=device)
+    return {
+        "images": images.contiguous(memory_format=torch.channels_last),
+        "timesteps": ids * 17 % STEPS,
+        "seed": torch.full((), 5, device=device),
+        "sample_ids": ids,
+    }
 
 
 def q_sample_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
     """Must read the images and write x_t."""
+    alpha_bar = torch.linspace(0.99, 0.01, STEPS, device=device)
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     for shape, dtype, size in sizes(IMAGES[extent]):
         shared = training_batch(shape, device)
 
         def make(given: Arguments = shared) -> Arguments:
             return {**given, "images": given["images"].clone()}
 
-        def ours(dtype: torch.dtype = dtype, **given: Any) -> object:
-            return q_sample(**given, dtype=dtype)
+        def ours(
+            images: Tensor, timesteps: Tensor, dtype: torch.dtype = dtype, **given: Any
+        ) -> object:
+            return q_sample(images, timesteps, signal, sigma, **given, dtype=dtype)
 
-        def textbook(
-            images: Tensor, timesteps: Tensor, sqrt_alpha_bar: Tensor,
-            sqrt_one_minus_alpha_bar: Tensor, dtype: torch.dtype = dtype, **_: Any,
-        ) -> object:  # fmt: skip
-            signal, sigma = sqrt_alpha_bar[timesteps], sqrt_one_minus_alpha_bar[timesteps]
-            return inputs.textbook_q_sample(images, signal, sigma, dtype)
+        def theirs(
+            images: Tensor, timesteps: Tensor, dtype: torch.dtype = dtype, **_: Any
+        ) -> object:
+            return textbook.q_sample(images, signal[timesteps], sigma[timesteps], dtype)
 
-        ways = three_ways(ours, textbook, device)
-        yield Job("q_sample", shape, dtype, values_of(shape) + size, make, ways)
+        ways = three_ways(ours, theirs, device)
+        yield Job("q_sample", shape, dtype, prod(shape) + size, make, ways)
 
 
 def denoising_loss_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
-    """Loss and gradient on the noise: must read the prediction and write the gradient."""
+    """Loss of the noise, and its gradient: must read the prediction and write the gradient."""
+    ones = torch.ones(STEPS, device=device)
     for shape, dtype, size in sizes(IMAGES[extent]):
         shared = training_batch(shape, device)
         shared["weights"] = torch.ones(shape[0], device=device)
@@ -227,88 +275,88 @@ def denoising_loss_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
         def make(
             given: Arguments = shared, shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype
         ) -> Arguments:
-            prediction = draw(shape, dtype, device).requires_grad_()
-            return {**given, "prediction": prediction, "noise": draw(shape, dtype, device)}
+            prediction = normals(shape, dtype, device).requires_grad_()
+            return {**given, "prediction": prediction, "noise": normals(shape, dtype, device)}
 
-        def gradient(function: Callable[..., Tensor], prediction: Tensor, **given: Any) -> object:
-            loss = function(prediction=prediction, **given)
+        def ours(noise: Tensor, prediction: Tensor, **given: Any) -> object:
+            loss = denoising_loss(prediction, target_x0=None, target_noise=ones, **given)
             return torch.autograd.grad(loss.mean(), prediction)
 
-        def ours(noise: Tensor, **given: Any) -> object:
-            return gradient(denoising_loss, **given)
+        def theirs(
+            prediction: Tensor, noise: Tensor, weights: Tensor, loss: Way = textbook.loss, **_: Any
+        ) -> object:
+            losses: Any = loss(prediction, noise, weights)
+            return torch.autograd.grad(losses.mean(), prediction)
 
-        by_textbook = partial(with_noise, gradient, inputs.textbook_loss)
-        by_compiled = partial(with_noise, gradient, compiled(inputs.textbook_loss, device))
-        ways: dict[str, Way] = {"engine": ours, "textbook": by_textbook, "compiled": by_compiled}
+        ways: dict[str, Way] = {
+            "engine": ours,
+            "textbook": theirs,
+            "compiled": partial(theirs, loss=compiled(textbook.loss, device)),
+        }
         yield Job("denoising_loss and gradient", shape, dtype, 2 * size, make, ways)
-
-
-def with_noise(
-    gradient: Way, loss: Way, prediction: Tensor, noise: Tensor, weights: Tensor, **_: Any
-) -> object:
-    """The textbook's loss, of the noise that it has kept."""
-    return gradient(loss, prediction=prediction, noise=noise, weights=weights)
 
 
 def reverse_step_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
     """Must read the output, and read and write the state, which is float32."""
     for shape, dtype, size in sizes(IMAGES[extent]):
-        shared = inputs.moved(inputs.of_reverse_step(shape, dtype), device)
-        for unused in ("unconditional", "rescale", "threshold", "history"):
-            del shared[unused]
-        # A chain that stays in bounds, however often it is stepped.
-        shared["table"] = torch.full_like(shared["table"], 0.25)
+        shared = {
+            # A chain that stays in bounds, however often it is stepped.
+            "table": torch.full((5, Column.HISTORY), 0.25, device=device),
+            "row": torch.full((), 3, device=device),
+            "seed": torch.full((), 5, device=device),
+            "sample_ids": torch.arange(shape[0], device=device),
+        }
 
         def make(
             given: Arguments = shared, shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype
         ) -> Arguments:
-            x, output = draw(shape, torch.float32, device), draw(shape, dtype, device)
-            return {**given, "x": x, "output": output}
+            x, output = normals(shape, torch.float32, device), normals(shape, dtype, device)
+            return {"x": x, "output": output, **given}
 
-        def textbook(x: Tensor, output: Tensor, table: Tensor, row: Tensor, **_: Any) -> Tensor:
-            return inputs.textbook_reverse_step(x, output, table.index_select(0, row[None])[0])
+        def theirs(x: Tensor, output: Tensor, table: Tensor, row: Tensor, **_: Any) -> Tensor:
+            return textbook.reverse_step(x, output, table.index_select(0, row[None])[0])
 
-        ways = three_ways(partial(reverse_step, in_place=True), textbook, device)
-        yield Job("reverse_step", shape, dtype, 8 * values_of(shape) + size, make, ways)
+        ways = three_ways(partial(reverse_step, in_place=True), theirs, device)
+        yield Job("reverse_step", shape, dtype, 8 * prod(shape) + size, make, ways)
 
 
 def group_norm_silu_jobs(device: torch.device, extent: Extent) -> Iterator[Job]:
     """With scale and shift. Must read x and write y; backward, read x and dy and write dx."""
     for shape, dtype, size in sizes(FEATURES[extent]):
-        given = inputs.of_group_norm_silu((shape[0], shape[1], 1, 1), 32, dtype, True)
-        shared = inputs.moved(given, device)
-        upstream = draw(shape, dtype, device)
+        weight, bias = torch.randn(2, shape[1], dtype=dtype, device=device)
+        scale, shift = torch.randn(2, *shape[:2], dtype=dtype, device=device)
+        shared = {
+            "groups": 32, "weight": weight, "bias": bias, "scale": scale, "shift": shift,
+            "eps": 1e-5,
+        }  # fmt: skip
+        upstream = normals(shape, dtype, device)
 
         def make(
             given: Arguments = shared, shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype
         ) -> Arguments:
-            return {**given, "x": draw(shape, dtype, device)}
+            return {"x": normals(shape, dtype, device), **given}
 
         def make_leaves(make: Callable[[], Arguments] = make) -> Arguments:
-            given = make()
-            leaves = ("x", "weight", "bias", "scale", "shift")
-            return {k: v.clone().requires_grad_() if k in leaves else v for k, v in given.items()}
+            return {
+                k: v.clone().requires_grad_() if isinstance(v, Tensor) else v
+                for k, v in make().items()
+            }
 
         def both(function: Callable[..., Any], upstream: Tensor = upstream, **given: Any) -> object:
             y = function(**given)
-            return y, torch.autograd.grad(y, [v for v in given.values() if needs_grad(v)], upstream)
+            leaves = [value for value in given.values() if isinstance(value, Tensor)]
+            return y, torch.autograd.grad(y, leaves, upstream)
 
-        textbook = inputs.textbook_group_norm
-        ways = three_ways(group_norm_silu, textbook, device)
+        ways = three_ways(group_norm_silu, textbook.group_norm_silu, device)
         yield Job("group_norm_silu", shape, dtype, 2 * size, make, ways)
-        again = three_ways(group_norm_silu, textbook, device)
+        again = three_ways(group_norm_silu, textbook.group_norm_silu, device)
         ways = {name: partial(both, way) for name, way in again.items()}
         yield Job("group_norm_silu and gradient", shape, dtype, 5 * size, make_leaves, ways)
 
 
-def needs_grad(value: Any) -> bool:
-    """Whether an argument is a tensor to differentiate by."""
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-JOBS: dict[str, Callable[[torch.device, Extent], Iterator[Job]]] = {
-    "q_sample": q_sample_jobs,
-    "denoising_loss": denoising_loss_jobs,
-    "reverse_step": reverse_step_jobs,
-    "group_norm_silu": group_norm_silu_jobs,
-}
+JOBS: tuple[Callable[[torch.device, Extent], Iterator[Job]], ...] = (
+    q_sample_jobs,
+    denoising_loss_jobs,
+    reverse_step_jobs,
+    group_norm_silu_jobs,
+)

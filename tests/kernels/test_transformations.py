@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.comparing import assert_equal
+from tests.kernels.comparing import OnTheHost, assert_equal
 from tests.kernels.conftest import ON_COMPILERS, ON_CUDA, ON_OPERATIONS, Backend
 from tests.kernels.inputs import (
     LAYOUTS,
@@ -21,8 +21,6 @@ from tests.kernels.inputs import (
     of_reverse_step,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
 from ddpm_kernels.dispatch import force_ops
@@ -185,21 +183,6 @@ def test_a_captured_graph_sees_what_changed(backend: Backend, case: str) -> None
     graph.replay()
     for got, right in zip(outputs, expected, strict=True):
         assert_equal(got, right)
-
-
-class OnTheHost(TorchDispatchMode):
-    """Collects the operations that read or make a CPU tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        if any(t.device.type == "cpu" for t in tensors):
-            self.found.append(str(func))
-        return out
 
 
 def test_nothing_is_taken_from_the_host() -> None:
