@@ -210,6 +210,7 @@ def loss_and_slope_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss and, in one pass, what its gradient is made of: e, and behind it ∂ℓ/∂r.
 
+    Arguments as in `denoising_loss`; the loss is `[B]`, the slopes are shaped as the prediction.
     The gradient is these times a number per sample, which is applied in the backward pass, in the
     precision of the loss: it holds the loss scale of half-precision training, and 1 / (C H W), and
     without the one the other would take float16 gradients below its normal range.

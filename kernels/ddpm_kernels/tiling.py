@@ -46,7 +46,7 @@ def check_per_sample(batch: int, **values: Tensor | None) -> None:
 
 
 def packed(tensor: Tensor | None) -> Tensor | None:
-    """Return a contiguous tensor; booleans as uint8, which is how kernels read them."""
+    """Return a contiguous tensor of any shape; booleans as uint8, which is how kernels read them."""
     if tensor is None:
         return None
     tensor = tensor.contiguous()
@@ -54,7 +54,7 @@ def packed(tensor: Tensor | None) -> Tensor | None:
 
 
 def strides_of(tensor: Tensor | None) -> tuple[int, ...]:
-    """Return the strides of the last four dimensions, in elements; zeros for None."""
+    """Return the strides of the last four dimensions of `[..., B, C, H, W]`; zeros for None."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()[-4:]
 
 

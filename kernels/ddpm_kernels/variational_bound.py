@@ -55,6 +55,9 @@ def variational_bound(
         x_0: the clean images, shaped as `error`.
         timesteps: int64 `[B]`.
         table: `[T, 3]`, see `BoundColumn`.
+
+    Returns:
+        Both shaped as `error`.
     """
     rows = table.to(error.dtype)[timesteps][:, :, None, None, None]
     low = rows[:, BoundColumn.LOG_VARIANCE_MIN]

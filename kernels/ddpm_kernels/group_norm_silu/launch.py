@@ -19,7 +19,7 @@ NHWC = torch.channels_last
 def launch_forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward pass; arguments and results are those of `group_norm_silu_reference`."""
+    """Launch the forward pass; arguments and results as in `group_norm_silu_reference`."""
     scale, shift, eps, activation = rest
     division, shapes = _division("group_norm_silu", x, groups)
     dense = x.contiguous(memory_format=NHWC)
@@ -52,7 +52,7 @@ def launch_forward(
 def launch_backward(
     dy: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward pass; as `group_norm_silu_backward_reference`."""
+    """Launch the backward pass; see `group_norm_silu_backward_reference`."""
     scale, shift, statistics, activation = rest
     batch, channels, height, width = x.shape
     division, shapes = _division("group_norm_silu_backward", x, groups)

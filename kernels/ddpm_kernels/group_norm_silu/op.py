@@ -157,7 +157,11 @@ def group_norm_silu_backward_reference(
     statistics: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute dx, dγ, dβ, ds and dt; the last two are empty without scale and shift."""
+    """Compute dx, dγ, dβ, ds and dt, shaped as x, weight, bias, scale and shift.
+
+    Without scale and shift the last two are empty. dy is shaped as x, `statistics` is what
+    `group_norm_silu_reference` returns, the rest as in `group_norm_silu`.
+    """
     dtype = _compute_dtype(x)
     channels = x.shape[1] // groups
     gain, offset = _affine(weight, bias, scale, shift, dtype)
