@@ -38,10 +38,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         default=ROOT / "benchmarks" / "results",
-        help="folder of the results, written as they come (default: %(default)s)",
+        help="folder of the results (default: %(default)s)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one size of each operation (default: all sizes)"
+        "--quick", action="store_true", help="measure one size of each (default: all)"
     )
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

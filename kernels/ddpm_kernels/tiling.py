@@ -46,7 +46,7 @@ def check_per_sample(batch: int, **values: Tensor | None) -> None:
 
 
 def packed(tensor: Tensor | None) -> Tensor | None:
-    """Return a contiguous tensor of any shape; booleans as uint8, which is how kernels read them."""
+    """Return a contiguous tensor of any shape; booleans as uint8, as kernels read them."""
     if tensor is None:
         return None
     tensor = tensor.contiguous()

@@ -124,7 +124,7 @@ def test_help(command: tuple[str, ...], call: Call) -> None:
     assert ended.status == 0
     if "gpu" in script:  # argparse, since nothing else is installed where it runs
         assert len(ended.said.splitlines()) <= LINES
-        assert ended.said.count("(default: ") == 3
+        assert ended.said.count("(default: ") == 2
         return
     assert sections(ended.said)
     for name, lines in sections(ended.said).items():
