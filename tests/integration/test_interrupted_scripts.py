@@ -1,7 +1,7 @@
-"""Scripts that make a folder, killed each time that a file or folder is about to get its name.
+"""Scripts that make a folder, killed before each rename of a file or folder.
 
-What is tried next needs no other command, and leaves what an uninterrupted one leaves. train.py,
-distill.py, sample.py, evaluate.py and make_shards.py have such tests of their own.
+Running the same command again leaves what an uninterrupted one leaves. train.py, distill.py,
+sample.py, evaluate.py and make_shards.py have such tests of their own.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def run(script: str, *arguments: str | Path, killed_at: int = 0) -> int:
 
 
 def contents(folder: Path) -> Names:
-    """Every file beneath a folder."""
+    """Every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def mended_after_every_kill(script: str, *arguments: str | Path, check: Callable[[], Names]) -> int:
-    """Kill a script at its first rename, run it, kill it at its second, ... until it has no more.
+def rerun_after_every_kill(script: str, *arguments: str | Path, check: Callable[[], Names]) -> int:
+    """Kill a script at its first rename, run it again, kill it at its second, and so on.
 
     Returns:
-        How often it was killed.
+        How often it was killed: the number of its renames.
     """
     assert run(script, *arguments) == 0
     whole = check()
@@ -97,7 +97,7 @@ def test_an_export(trained: Path, tmp_path: Path) -> None:
         return contents(out)
 
     # The index, two configurations, the card, the former export and the new one.
-    kills = mended_after_every_kill("export.py", "--checkpoint", trained, "--out", out, check=check)
+    kills = rerun_after_every_kill("export.py", "--checkpoint", trained, "--out", out, check=check)
     assert kills == 6
 
 
@@ -112,7 +112,7 @@ def test_figures(trained: Path, tmp_path: Path) -> None:
             Image.open(out / name).load()
         return found
 
-    kills = mended_after_every_kill(
+    kills = rerun_after_every_kill(
         "visualize.py", "--checkpoint", trained, "--out", out, "--only", "forward,schedules",
         "--timesteps", "1,9", check=check,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_figures(trained: Path, tmp_path: Path) -> None:
 
 
 def test_an_average_of_checkpoints(trained: Path, tmp_path: Path) -> None:
-    """Which refuses a folder that holds anything, but for the rest of an interrupted one."""
+    """It refuses a folder that holds anything but what an interrupted run left."""
     arguments: list[str | Path] = ["average", trained, "--out"]
     assert run("checkpoints.py", *arguments, tmp_path / "whole") == 0
     whole = contents(tmp_path / "whole")

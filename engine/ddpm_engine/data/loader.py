@@ -138,7 +138,7 @@ def _loader(
     **batching: Any,
 ) -> DataLoader[Sample]:
     if workers < 0:
-        raise UserError(f"`data.workers` is {workers}; it must be 0 or more", field="data.workers")
+        raise UserError(f"`workers` is {workers}; it must be 0 or more", field="workers")
     if workers == 0:
         return DataLoader(dataset, collate_fn=collate, pin_memory=pin_memory, **batching)
     # Python ends daemonic children at exit by SIGTERM and waits for them: obey that one.

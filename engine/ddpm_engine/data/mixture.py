@@ -38,15 +38,15 @@ class Mixture:
     def __init__(self, weights: Sequence[int]) -> None:
         if not weights or min(weights) < 1:
             raise UserError(
-                f"`data.weights` are {list(weights)}; each must be at least 1", field="data.weights"
+                f"`weights` are {list(weights)}; each must be at least 1", field="weights"
             )
         shared = math.gcd(*weights)
         self._weights = np.array([weight // shared for weight in weights], dtype=np.int64)
         if self._weights.sum() > MAX_BLOCK:
             raise UserError(
-                f"`data.weights` {list(weights)} make blocks of {self._weights.sum()} samples; "
+                f"`weights` {list(weights)} make blocks of {self._weights.sum()} samples; "
                 f"choose rounder ones, whose sum is at most {MAX_BLOCK}",
-                field="data.weights",
+                field="weights",
             )
         places = sorted(
             (Fraction(2 * i + 1, 2 * int(weight)), number, i)

@@ -94,8 +94,8 @@ class Order:
             raise UserError(f"cannot order shards of sizes {self._sizes}: no samples")
         if window_shards < 1:
             raise UserError(
-                f"`data.window_shards` is {window_shards}; it must be at least 1",
-                field="data.window_shards",
+                f"`window_shards` is {window_shards}; it must be at least 1",
+                field="window_shards",
             )
         self.seed = seed
         self.window_shards = window_shards

@@ -22,13 +22,21 @@ def pickled_cifar(path: Path) -> UserError:
 
 
 def cifar_folder(root: Path) -> Source:
-    """Open the training images of an unpacked archive."""
+    """Open the training images of an unpacked archive.
+
+    Raises:
+        UserError: a file that cannot be read, or is no binary CIFAR.
+    """
     files = sorted(root.glob("data_batch_*.bin")) or [root / "train.bin"]
     return _read_files(str(root), files)
 
 
 def cifar_file(path: Path) -> Source:
-    """Open the images of one .bin file."""
+    """Open the images of one .bin file.
+
+    Raises:
+        UserError: it cannot be read, or is no binary CIFAR.
+    """
     return _read_files(str(path), [path])
 
 
