@@ -201,4 +201,4 @@ def test_figures_of_drawing_from_noise_are_refused(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(script, run_name="__main__")
     assert stopped.value.code == 2
-    assert "enlarges small images" in capsys.readouterr().err
+    assert "is a super-resolution model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Look after the checkpoints of a run.
+"""List, verify, prune and average the checkpoints of a run.
 
     checkpoints.py list RUN
     checkpoints.py verify RUN
@@ -6,7 +6,7 @@
     checkpoints.py average RUN --out DIR [--steps A B ...] [--shares X Y ...] [--weights ema|model]
     checkpoints.py ema RUN --length L --out DIR [--step N]
 
-Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
+Exit status: 0 done, 1 `verify` found damage, 2 the input is wrong.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def prune(
     keep_every: PositiveOrNone = None,
     delete: bool = False,
 ) -> int:
-    """Show which old checkpoints would be deleted, and with --delete delete them.
+    """List the old checkpoints that would be deleted, and with --delete delete them.
 
     The newest sound one always stays. Refused while the run is training.
 
     Args:
         run: a run directory.
-        keep: how many of the newest to keep, at least two.
-        keep_every: keep those at multiples of this many steps as well; default: of none.
-        delete: delete them.
+        keep: number of newest checkpoints that are kept, 2 at least.
+        keep_every: interval in steps; checkpoints at its multiples are kept too; default: none.
+        delete: deletion, instead of a list of what would be deleted.
     """
     store = _store(run, keep, keep_every)
     try:
@@ -105,9 +105,9 @@ def average(
     Args:
         run: a run directory.
         out: folder to make.
-        steps: of the checkpoints, as 1000 2000; default: all.
-        shares: of each of them in the mean, as 1 2; default: equal.
-        weights: average the averaged weights, or those of the steps themselves.
+        steps: steps of the checkpoints, as 1000 2000; default: all.
+        shares: share of each of them in the mean, as 1 2; default: equal.
+        weights: EMA weights, or those of the steps themselves.
     """
     store = _store(run)
     chosen = store.steps() if steps is None else steps
@@ -123,16 +123,16 @@ def average(
 
 
 def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | None = None) -> int:
-    """Make a power-function average of any length after training, for sample.py.
+    """Reconstruct a power-function EMA of any length after training, for sample.py.
 
-    For runs with --training.ema-sigma-rel, which keep snapshots of a few such averages.
+    For runs with --training.ema-sigma-rel, which keep snapshots of a few such EMAs.
 
     Args:
         run: a run directory.
-        length: deviation of what the average remembers, as a share of the training so far; 0.1
-            remembers mostly the last tenth or two.
+        length: relative length sigma_rel, a share of the training so far, above 0 and at most
+            0.2886; 0.1 remembers mostly the last tenth or two.
         out: folder to make.
-        step: at the end of which step, one that there is a snapshot of; default: the newest.
+        step: step of a snapshot, at whose end the EMA is; default: the newest.
     """
     store = CheckpointStore(run / SNAPSHOTS)
     snapshots = []

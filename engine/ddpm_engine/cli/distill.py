@@ -3,8 +3,7 @@
 
 Progressive distillation (Salimans & Ho 2022) or multistep consistency distillation (Heek et al.
 2024), and after one of these, moment matching (Salimans et al. 2024), by the trainer of `train.py`.
-The same command resumes; the result is a run as any other, and `sample.py --checkpoint DIR` draws
-from it.
+The same command resumes; the result is a run as any other, for `sample.py --checkpoint DIR`.
 """
 
 from __future__ import annotations
@@ -44,19 +43,19 @@ class Options:
     out: Path
     """Directory of the distilled run."""
     method: DistillationMethod = "progressive"
-    """Learn two steps of the last student at a time; to agree with oneself one step later; or, from
-    a student of these, to draw what the teacher expects."""
+    """Method: two steps of the last student learned as one; consistency with oneself one step
+    later; or, from a student of these, the teacher's conditional moments."""
     steps: int = 4
-    """Steps, each one network evaluation, that the result draws a picture in."""
+    """Steps of a sample of the result, each one network evaluation."""
     start_steps: int | None = None
-    """Most steps that a teacher takes, 2, 4, 8, … times as many; with moments, as many; default:
-    16 times, or as many."""
+    """Steps that the first teacher takes, 2, 4, 8, … times as many; with moments, as many;
+    default: 16 times, or as many."""
     student: Path | None = None
-    """Run distilled to as many steps, which moments goes on from."""
+    """Run distilled to as many steps, which moments continues."""
     guidance_scale: float | None = None
-    """Guide the teacher so far towards the class; the result has it built in."""
+    """Guidance scale of the teacher, which the result has built in."""
     prediction: Literal["eps", "x0", "v", "edm"] | None = None
-    """What the result predicts; default: as the teacher, but v if that predicts eps."""
+    """Prediction of the result; default: as the teacher, but v if that predicts eps."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -64,7 +63,7 @@ class Options:
 
 
 def plan(options: Options) -> DistillationConfig:
-    """What is to be distilled."""
+    """Return what is distilled, with the defaults that depend on the method."""
     start = options.start_steps
     if start is None:
         start = options.steps * (1 if options.method == "moments" else 16)
@@ -75,18 +74,18 @@ def plan(options: Options) -> DistillationConfig:
 
 
 def parse(arguments: list[str]) -> RunConfig:
-    """The run that the command line asks for; what it leaves open follows from the teacher.
+    """Return the run that the command line asks for; what it leaves open follows the teacher.
 
     Raises:
         UserError: the teacher cannot be loaded.
     """
-    # Before anything is loaded, so that help and what is said of a mistake do not wait.
+    # Before anything is loaded, so that help and messages about mistakes do not wait.
     path = parse_options(Options, arguments).teacher
     teacher = load_model(path).config
     # Twice more: the length of a stage, which other defaults follow from, is itself an option.
     asked = parse_options(Options, arguments, default=_defaults(teacher, path))
-    told = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
-    run = student_config(told, plan(asked), asked.out, asked.prediction)
+    timed = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
+    run = student_config(timed, plan(asked), asked.out, asked.prediction)
     defaults = replace(
         asked, data=run.data, optimizer=run.optimizer, training=run.training, log=run.log
     )
@@ -112,7 +111,7 @@ def _defaults(teacher: RunConfig, path: Path) -> Options:
 
 
 def main() -> None:
-    """Parse, distil, and leave with a message that helps if something is wrong."""
+    """Parse the command line and distil."""
     use_local_compile_cache()
     with exit_on_user_error(Options, renamed=RENAMED):
         run = parse(sys.argv[1:])

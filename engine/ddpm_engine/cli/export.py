@@ -1,8 +1,8 @@
-"""Write a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
+"""Export a trained model for diffusers: `python launch/export.py --checkpoint RUN --out DIR`.
 
-The folder is what `diffusers.DDPMPipeline.from_pretrained(DIR)` loads, with a model card; that of a
-distilled network is for `DDIMPipeline`, and the card has the call that draws in the steps it was
-distilled to. Of an EDM network the folder holds the parts, and the card the loop that draws.
+`diffusers.DDPMPipeline.from_pretrained(DIR)` loads the folder, which has a model card; that of a
+distilled network is for `DDIMPipeline`, and the card has the call that samples in the steps it was
+distilled to. Of an EDM network the folder holds the parts, and the card the sampling loop.
 Diffusers need not be installed.
 """
 
@@ -19,14 +19,14 @@ from ddpm_engine.export.pipeline import export_pipeline
 
 @dataclass(frozen=True)
 class Options:
-    """Write a trained model as a folder that diffusers loads."""
+    """Export a trained model as a folder that diffusers loads."""
 
     checkpoint: Path
     """A run directory, or one checkpoints/step-… in it."""
     out: Path
     """Folder to make; an earlier export there is replaced."""
     weights: Literal["ema", "model"] = "ema"
-    """Averaged weights, or those of the last step."""
+    """EMA weights, or those of the last step."""
 
 
 def main() -> None:

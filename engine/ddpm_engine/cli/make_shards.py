@@ -5,7 +5,7 @@
     make_shards.py index DIR [--processes N]
     make_shards.py verify DIR
 
-Exit status: 0 done, 1 `verify` found damage, 2 something to mend in the input.
+Exit status: 0 done, 1 `verify` found damage, 2 the input is wrong.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def pack(
         source: a folder of images (class folders become labels), an .npz file, CIFAR's binary
             version, an IDX file, hf:NAME[:SPLIT], digits, or photos.
         out: folder to make.
-        size: cut the central square and resize it to so many pixels a side; default: as they are.
-        channels: convert to 1 (grey) or 3 (RGB); default: as they are.
-        per_shard: images of each shard.
-        image_format: of each image; png, webp and npy are lossless.
-        processes: that pack at the same time, to the same bytes; default: one a core.
+        size: side in pixels that the central square is resized to; default: as they are.
+        channels: channels to convert to, 1 (grey) or 3 (RGB); default: as they are.
+        per_shard: images per shard.
+        image_format: format of each image; png, webp and npy are lossless.
+        processes: processes that pack, to the same bytes in any number; default: one per core.
     """
     opened = open_source(source)
     # disable=None: a bar on a terminal, nothing in a log.
@@ -67,7 +67,7 @@ def index(directory: tyro.conf.Positional[Path], processes: PositiveOrNone = Non
 
     Args:
         directory: folder of .tar files.
-        processes: that scan at the same time; default: one a core.
+        processes: processes that scan; default: one per core.
     """
     with tqdm(unit=" images", disable=None) as bar:
         manifest = index_shards(directory, _count(processes), bar.update)

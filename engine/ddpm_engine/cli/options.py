@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def at_least(least: int, or_none: bool = False) -> PrimitiveConstructorSpec[int | None]:
-    """For `Annotated[int, at_least(2)]`: smaller numbers are refused, with the flag named."""
+    """Refuse smaller numbers, with the flag named: `Annotated[int, at_least(2)]`."""
 
     def number(words: list[str]) -> int | None:
         if or_none and words == ["None"]:
@@ -52,7 +52,7 @@ def at_least(least: int, or_none: bool = False) -> PrimitiveConstructorSpec[int 
 
 
 Positive = Annotated[int, at_least(1)]
-"""How many: a whole number from 1."""
+"""A whole number from 1."""
 PositiveOrNone = Annotated[int | None, at_least(1, or_none=True)]
 """As `Positive`, or None."""
 
@@ -93,10 +93,11 @@ def parse_options(
 ) -> T:
     """Read a command line into a dataclass, or call a function with it.
 
-    An attribute's docstring is the help of its flag. If it ends in `; default: X.`, the help shows
-    X as the default instead of the value, which is then one that stands for X, such as None.
-    Something wrong, and `--help`, end the process: with status 2 and the flags that may have been
-    meant, or 0.
+    The docstring of an attribute is the help of its flag. If it ends in `; default: X.`, the help
+    names X as the default instead of the value, which then stands for X, such as None.
+
+    A mistake ends the process with status 2, naming the flags that may have been meant; `--help`
+    ends it with status 0.
 
     Args:
         options: a dataclass, or a function with an `Args:` section.
@@ -253,9 +254,9 @@ def _default(field: dataclasses.Field[Any], instance: Any) -> Any:
 
 
 def _help(text: str) -> tuple[str, Callable[[str], str]]:
-    """Of a docstring, what to say of the flag, and how to show its value as the default."""
-    said = re.fullmatch(r"(.*?)(?:[;,.] |^)default:? ([^;]+)\.", text, re.IGNORECASE)
-    unset = "None" if said is None else said[2]
-    if said is not None:
-        text = f"{said[1]}." if said[1] else ""
+    """Split a docstring into the help of the flag and the text of its default."""
+    named = re.fullmatch(r"(.*?)(?:[;,.] |^)default:? ([^;]+)\.", text, re.IGNORECASE)
+    unset = "None" if named is None else named[2]
+    if named is not None:
+        text = f"{named[1]}." if named[1] else ""
     return text, lambda value: f"(default: {unset if value in ('None', '') else value})"

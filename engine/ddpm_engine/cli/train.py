@@ -36,11 +36,11 @@ class Options:
         "digits", "digits-classes", "digits-upscale", "digits-edm", "photos", "cifar10",
         "cifar10-edm", "celebahq256", "lsun256",
     ] = "digits"  # fmt: skip
-    """Where the defaults come from."""
+    """Preset that the defaults come from."""
     config: Path | None = None
-    """Take the defaults from a run directory or its config.json instead."""
+    """Run directory, or its config.json, that the defaults come from instead."""
     print_config: bool = False
-    """Print the resolved configuration as JSON and stop."""
+    """Output of the resolved configuration as JSON, and nothing else."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()  # noqa: RUF009
 
 
@@ -62,13 +62,13 @@ def parse(arguments: list[str]) -> Options:
         defaults = replace(defaults, sampling=replace(defaults.sampling, clip_x0=clips))
     flags = {argument.partition("=")[0] for argument in arguments}
     if "--data.path" in flags and "--data.source" not in flags:
-        # It is what the other folder is made from: a mistyped path must not be filled with digits.
+        # The preset's source belongs to its own folder: a mistyped path must not be filled with it.
         defaults = replace(defaults, data=replace(defaults.data, source=None))
     return parse_options(Options, arguments, default=Options(run=defaults))
 
 
 def main() -> None:
-    """Parse, train, and leave with a message that helps if something is wrong."""
+    """Parse the command line and train."""
     use_local_compile_cache()
     with exit_on_user_error(Options):
         options = parse(sys.argv[1:])

@@ -1,9 +1,9 @@
-"""Show what diffusion does:
+"""Draw figures of the diffusion process:
 
-    python launch/visualize.py --checkpoint RUN --out DIR      # the process of a trained run
+    python launch/visualize.py --checkpoint RUN --out DIR      # of a trained run
     python launch/visualize.py --toy swiss_roll --out DIR      # in two dimensions, trained now
 
-docs/ddpm.md says what is to be seen.
+docs/ddpm.md explains the figures.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ from ddpm_engine.runtime import local_device, use_local_compile_cache
 
 @dataclass(frozen=True)
 class Options:
-    """Show what diffusion does, by a trained run or in the plane."""
+    """Draw figures of the diffusion process, of a trained run or in two dimensions."""
 
     out: Path
     """Folder for the figures."""
     checkpoint: Path | None = None
     """A run directory."""
     toy: Toy | None = None
-    """Instead of a run: a data set in the plane, learnt within a minute."""
+    """Two-dimensional data set to learn instead of a run, within a minute."""
     data: Path | None = None
     """Shards of real images; default: those of the run."""
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
-    """Just these of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
+    """Figures to draw, of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
     interpolation, denoising; default: all."""
     samples: Path | None = None
-    """Pictures that launch/sample.py drew as PNGs, for real-and-drawn; default: drawn now."""
+    """Folder of PNGs from sample.py, for real-and-drawn; default: samples generated now."""
     photo: Path | None = None
-    """An image for denoising; default: the first of the data."""
+    """Image for denoising; default: the first of the data."""
     seed: int = 0
-    """Of all noise: another seed, other pictures."""
+    """Seed of all noise: another seed, other samples."""
     ids: tuple[int, int] = (4, 2)
-    """Pictures of the seed: reverse shows the first, interpolation what lies between the two."""
+    """Ids of samples: of reverse the first, of interpolation both ends."""
     steps: int | None = None
-    """Steps of a drawn picture, one or two network evaluations each; default: the run's."""
+    """Steps of a sample, one or two network evaluations each; default: the run's."""
     timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
     """Columns of forward, from 1; default: ten, closer together at first."""
     count: int = 256
-    """Pictures for each point of quality."""
+    """Samples for each point of quality, 2 to 1000."""
 
 
 def chosen_figures(only: str | None) -> list[str]:
-    """Names of the figures asked for.
+    """Return the names of the figures asked for.
 
     Raises:
         UserError: one that there is not.
@@ -70,7 +70,7 @@ def chosen_figures(only: str | None) -> list[str]:
 
 
 def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhibit:
-    """What the options ask to see.
+    """Return what the figures are drawn of.
 
     Raises:
         UserError: a model that another library saved, one that enlarges, or options that make no
@@ -83,8 +83,8 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
         )
     if trained.model.conditioning.low_resolution is not None:
         raise UserError(
-            f"--checkpoint {checkpoint} enlarges small images; the figures show networks that need "
-            "none. Draw with launch/sample.py"
+            f"--checkpoint {checkpoint} is a super-resolution model; the figures are of other "
+            "networks. Use sample.py"
         )
     if options.data is not None:
         data = replace(trained.config.data, path=options.data, mix_with=(), weights=())
@@ -112,7 +112,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
 
 
 def show_run(options: Options, checkpoint: Path) -> None:
-    """Draw a run's figures; those that do not apply are named, or refused if asked for."""
+    """Draw a run's figures; report those that do not apply, or refuse them if asked for."""
     names = chosen_figures(options.only)
     exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def show_run(options: Options, checkpoint: Path) -> None:
 
 
 def show_toy(options: Options, toy: Toy) -> None:
-    """Learn a data set of the plane and draw how."""
+    """Learn a two-dimensional data set and draw the reverse process."""
     local_device()  # all cores
     points, place = toy_points(toy)
     schedule = toy_schedule()
@@ -143,7 +143,7 @@ def show_toy(options: Options, toy: Toy) -> None:
 
 
 def main() -> None:
-    """Show a run or a toy."""
+    """Parse the command line and draw."""
     use_local_compile_cache()
     with exit_on_user_error(Options):
         options = parse_options(Options)
