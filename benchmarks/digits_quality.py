@@ -19,8 +19,7 @@ from tqdm import tqdm
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
-from ddpm_engine.images.grid import to_uint8
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.sampler import Sampler
 
 SURE = 0.9
 
@@ -53,25 +52,11 @@ def main() -> None:
 
         steps = options.steps or config.sampling.steps or config.diffusion.timesteps
         total = options.count * steps
-        null = pretrained.model.conditioning.null_class
         # Of no class, so that it shows which ones the model prefers.
-        labels = None if null is None else torch.full((options.count,), null, device=device)
+        request = pretrained.request(seed=options.seed, steps=steps, classes="none")
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
-            drawn = sample(
-                pretrained.model,
-                pretrained.schedule,
-                sample_ids=range(options.count),
-                seed=options.seed,
-                sampler=config.sampling.sampler,
-                steps=steps,
-                spacing=config.sampling.spacing,
-                variance=config.sampling.variance,
-                prediction=config.diffusion.prediction,
-                labels=labels,
-                clip=pretrained.clip,
-                on_step=bar.update,
-            )
-        confidence = classifier.probabilities(to_uint8(drawn))
+            images = Sampler(pretrained, request).images(range(options.count), on_step=bar.update)
+        confidence = classifier.probabilities(images)
         report = {
             "checkpoint_step": pretrained.step,
             "count": options.count,

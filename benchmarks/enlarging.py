@@ -36,7 +36,7 @@ from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.generation.input_images import SamplesAsInput
 from ddpm_engine.images.grid import grid, save_png, to_uint8
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.sampler import Sampler
 
 SHOWN = 12
 
@@ -74,7 +74,7 @@ def main() -> None:
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_model(options.checkpoint, device)
-        model, side = pretrained.model, pretrained.model.conditioning.low_resolution
+        model, side = pretrained.network, pretrained.spec.low_resolution
         if side is None or model.conditioning.null_class is not None:
             raise UserError(
                 f"--checkpoint {options.checkpoint} must enlarge, and be of no classes, as the "
@@ -113,17 +113,15 @@ def main() -> None:
         by_interpolation = measured(interpolated)
         print(row("interpolation", by_interpolation), flush=True)
         steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps
-        sampling = pretrained.config.sampling.table_options() | {"steps": steps}
         total = len(options.levels) * len(ids) * steps
         points: list[dict[str, Any]] = []
         rows: list[Tensor] = []
         with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
             for level in options.levels:
-                pictures = sample(
-                    model, pretrained.schedule, sample_ids=ids, seed=options.seed,
-                    prediction=pretrained.config.diffusion.prediction, low_resolution=given,
-                    augmentation=level, on_step=bar.update, **sampling,
-                )  # fmt: skip
+                request = pretrained.request(
+                    seed=options.seed, steps=steps, low_resolution=given, augmentation_level=level
+                )
+                pictures = Sampler(pretrained, request).sample(ids, on_step=bar.update)
                 points.append({"level": level, **measured(pictures)})
                 print(row(f"level {level}", points[-1]), flush=True)
                 if not rows:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
-from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import (
     DigitClassifier,
@@ -43,9 +42,8 @@ from ddpm_engine.evaluation.digits import (
 )
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.evaluation.precision_recall import precision_recall
-from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.config import SamplerName
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,15 @@ class Options:
 
 
 def drawn_pictures(
-    pretrained: LoadedModel, options: Options, scale: float, labels: torch.Tensor, bar: tqdm[Any]
+    pretrained: LoadedModel, options: Options, scale: float, bar: tqdm[Any]
 ) -> np.ndarray:
-    """Pictures 0 … N − 1 of the seed, of these classes: uint8 `[N, H, W, 1]`."""
+    """Samples 0 … N − 1 of the seed, of all classes in turn: uint8 `[N, H, W, 1]`."""
     chosen: dict[str, Any] = {"sampler": options.sampler, "steps": options.steps}
     given = {name: value for name, value in chosen.items() if value is not None}
-    pictures = sample(
-        pretrained.model,
-        pretrained.schedule,
-        sample_ids=range(len(labels)),
-        seed=options.seed,
-        prediction=pretrained.config.diffusion.prediction,
-        labels=labels,
-        guidance=Guidance(scale),
-        batch_size=options.batch_size,
-        on_step=bar.update,
-        **replace(pretrained.config.sampling, **given).table_options(),
+    request = pretrained.request(seed=options.seed, guidance=scale, **given)
+    return Sampler(pretrained, request).images(
+        range(options.count), batch_size=options.batch_size, on_step=bar.update
     )
-    return to_uint8(pictures)
 
 
 def spread(features: np.ndarray, labels: np.ndarray) -> float:
@@ -146,10 +135,10 @@ def main() -> None:
         options = parse_options(Options)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         pretrained = load_model(options.checkpoint, device)
-        classes = pretrained.model.conditioning.null_class
+        classes = pretrained.network.conditioning.null_class
         if classes != 10:
             raise UserError(f"--checkpoint {options.checkpoint} is no model of ten digits")
-        size = pretrained.model.sample_shape[-1]
+        size = pretrained.network.sample_shape[-1]
         classifier, real = digit_classifier(size), real_digits(size)
         labels = torch.arange(options.count, device=device) % classes
         steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps
@@ -159,7 +148,7 @@ def main() -> None:
             disable=not sys.stderr.isatty(),
         ) as bar:  # fmt: skip
             for scale in options.scales:
-                pictures = drawn_pictures(pretrained, options, scale, labels, bar)
+                pictures = drawn_pictures(pretrained, options, scale, bar)
                 found = measure(pictures, labels.cpu().numpy(), classifier, real)
                 points.append({"scale": scale, **found})
                 print(

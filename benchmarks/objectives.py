@@ -45,8 +45,7 @@ from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.presets import PRESETS
-from ddpm_engine.samplers.config import SamplerName
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.config import SamplerName, SamplingConfig
 from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,17 +154,14 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     budget = options.budget
     if trained.step != budget.steps:
         raise UserError(f"stopped at step {trained.step} of {budget.steps}; run it again to go on")
-    pictures = sample(
-        trained.model,
-        trained.schedule,
-        sample_ids=range(budget.pictures),
-        seed=seed,
+    sampling = SamplingConfig(
         sampler=budget.sampler,
         steps=budget.sampling_steps,
-        prediction=config.diffusion.prediction,
-        clip=trained.clip,
-        batch_size=250,
+        clip_x0=trained.sampling.clip_x0,
     )
+    pictures = trained.sample(
+        budget.pictures, seed=seed, sampling=sampling, batch_size=250, progress=False
+    ).tensor
     real = real_digits(config.model.sample_size).images
     features = digit_classifier(config.model.sample_size, options.out / "classifier").features
     distance = frechet_distance(moments([features(to_uint8(pictures))]), moments([features(real)]))

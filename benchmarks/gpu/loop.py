@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.sampler import Sampler
 
 SEED = 3
 
@@ -51,15 +52,13 @@ def measure_loop(device: torch.device, extent: Extent, timer: Timer) -> list[Mea
         model, batch, steps, repeats = unet(UNetConfig(), device, torch.bfloat16), 64, 25, 5
     else:
         model, batch, steps, repeats = small_unet(device), 2, 4, 3
-    ids = torch.arange(8 * batch, device=device)
-    schedule = NoiseSchedule.linear(1000)
+    bound = DiffusionModel(model, NoiseSchedule.linear(1000), "eps")
+    request = bound.request(seed=SEED, steps=steps)
 
     def loops(kind: str) -> dict[str, Callable[[], object]]:
         def run(capture: bool) -> Tensor:
-            return sample(
-                model, schedule, sample_ids=ids, seed=SEED, steps=steps, batch_size=batch,
-                capture=capture and device.type == "cuda",
-            )  # fmt: skip
+            sampler = Sampler(bound, request, capture=capture and device.type == "cuda")
+            return sampler.sample(range(8 * batch), batch_size=batch)
 
         return {kind: lambda: run(False), f"{kind}, graph": lambda: run(True)}
 

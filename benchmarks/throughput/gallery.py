@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from benchmarks.throughput.subject import Subject, subject_of
 
-from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -93,26 +94,22 @@ class Gallery:
         return self.subject if method.student is None else self.students[method.student]
 
     def draw(self, method: Method, seed: int, first: int, count: int) -> torch.Tensor:
-        """Pictures first … first + count − 1 of a seed, float32 `[count, C, H, W]`."""
+        """Samples first … first + count − 1 of a seed, float32 `[count, C, H, W]`."""
         drawing = self.network(method)
         config = drawing.config
-        ids = torch.arange(first, first + count, device=drawing.device)
-        classes = drawing.unet.conditioning.null_class
-        return sample(
+        model = DiffusionModel(
             drawing.fastest,
             drawing.schedule,
-            sample_ids=ids,
-            seed=seed,
-            sampler=method.sampler,
-            steps=method.steps,
-            cache_interval=method.cache_interval,
-            variance=config.sampling.variance,
-            prediction=config.diffusion.prediction,
-            clip=method.clip,
-            labels=None if classes is None else ids % classes,
-            guidance=None if method.guidance is None else Guidance(method.guidance),
-            batch_size=count,
+            config.diffusion.prediction,
+            SamplingConfig(variance=config.sampling.variance, clip_x0=method.clip),
+            sample_shape=drawing.unet.sample_shape,
         )
+        request = model.request(
+            seed=seed, sampler=method.sampler, steps=method.steps, guidance=method.guidance,
+            cache_interval=method.cache_interval,
+        )  # fmt: skip
+        ids = range(first, first + count)
+        return Sampler(model, request).sample(ids, batch_size=count)
 
     def pictures(self, method: Method, seed: int, count: int) -> np.ndarray:
         """The first pictures of a seed, uint8 `[count, H, W, C]`."""

@@ -13,11 +13,11 @@ from benchmarks.throughput.subject import SEED, Subject, counted_noise
 from benchmarks.throughput.watching import inputs_of
 from torch import Tensor, nn
 
-from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.config import Spacing
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.sampler import Sampler
 
 SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
 REFERENCE = "reference"
@@ -176,23 +176,20 @@ def peer_way(
 def drawn_by_engine(
     subject: Subject, job: Job, sampler: str, network: UNet, cache_interval: int
 ) -> Tensor:
-    """The engine's pictures."""
-    variance: Variance = subject.config.sampling.variance
-    return sample(
+    """The engine's samples."""
+    model = DiffusionModel(
         network,
         subject.schedule,
-        shape=subject.unet.sample_shape,
-        sample_ids=torch.arange(job.batch, device=subject.device),
-        seed=SEED,
-        sampler=sampler,
-        steps=job.steps,
-        spacing=SPACINGS[sampler],
-        variance=variance,
-        # The peer of the last clips by a quantile of each picture or not at all; so: not at all.
-        clip=sampler != "dpm++2m",
-        cache_interval=cache_interval,
-        batch_size=job.batch,
+        "eps",
+        subject.config.sampling,
+        sample_shape=subject.unet.sample_shape,
     )
+    request = model.request(
+        seed=SEED, sampler=sampler, steps=job.steps, spacing=SPACINGS[sampler], eta=0.0,
+        # The peer of the last clips by a quantile of each sample or not at all; so: not at all.
+        clip_x0=sampler != "dpm++2m", cache_interval=cache_interval,
+    )  # fmt: skip
+    return Sampler(model, request).sample(range(job.batch), batch_size=job.batch)
 
 
 def all_ways(subject: Subject, job: Job, samplers: tuple[SamplerName, ...]) -> list[Way]:

@@ -105,7 +105,7 @@ def subject_of(checkpoint: Path, device: torch.device) -> Subject:
     pretrained = load_model(checkpoint)
     step = "" if pretrained.step is None else f", step {pretrained.step}"
     name = f"{checkpoint}{step}"
-    return Subject(name, pretrained.config, pretrained.model.state_dict(), device)
+    return Subject(name, pretrained.config, pretrained.network.state_dict(), device)
 
 
 @contextmanager

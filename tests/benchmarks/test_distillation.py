@@ -38,7 +38,7 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def teacher(path: Path) -> LoadedModel:
         known = PRESETS[path.name]()
-        return LoadedModel(None, None, known, "")  # type: ignore[arg-type]
+        return LoadedModel.from_config(None, known, "")  # type: ignore[arg-type]
 
     def parsed(training: Training) -> RunConfig:
         command = training.command(Path("runs"))

@@ -29,13 +29,13 @@ from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups
 from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
+from tests.sampling import sample
 from tests.tiny import TINY_GREY
 from torch import Tensor, nn
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.sampler import sample
 from ddpm_kernels.dispatch import force_ops
 
 ROOT = Path(__file__).parents[2]

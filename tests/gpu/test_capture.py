@@ -9,12 +9,13 @@ import pytest
 import torch
 from benchmarks.gpu.loop import small_unet
 from tests.kernels.comparing import OnTheHost, largest
+from tests.sampling import sample
 from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels.dispatch import force_ops
 
@@ -22,9 +23,15 @@ CUDA = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def pointwise(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
+class Pointwise(torch.nn.Module):
     """Stands in for a network: nothing whose result could depend on how it is launched."""
-    return 0.5 * x + 0.001 * timesteps[:, None, None, None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
+        return self.factor * x + 0.001 * timesteps[:, None, None, None]
 
 
 def sampled(
@@ -43,7 +50,8 @@ def sampled(
 def test_a_loop_is_the_same_to_the_bit(sampler: Any) -> None:
     for seed in (3, -7):
         eager, graph = (
-            sampled(pointwise, 17, seed, capture, sampler=sampler) for capture in (False, True)
+            sampled(Pointwise().to(CUDA), 17, seed, capture, sampler=sampler)
+            for capture in (False, True)
         )
         assert torch.equal(graph, eager)
 
@@ -73,8 +81,9 @@ def test_a_step_takes_nothing_from_the_host() -> None:
     meta = torch.device("meta")
     table = build_table(NoiseSchedule.linear(1000), "dpm++3m", 6)
     steps = StepRunner(
-        small_unet(torch.device("cpu"), classes=5).to(meta), table, (3, 3, 16, 16), meta,
-        labelled=True, guidance=Guidance(2.0, rescale=0.7), alpha_bar=torch.full((6,), 0.5),
+        small_unet(torch.device("cpu"), classes=5).to(meta), table, (3, 3, 16, 16),
+        Conditioning(torch.zeros(3, dtype=torch.int64, device=meta)), meta,
+        guidance=Guidance(2.0, rescale=0.7), alpha_bar=torch.full((6,), 0.5),
         threshold=0.9, capture=lambda step: step,
     )  # fmt: skip
     with force_ops(), OnTheHost() as host:

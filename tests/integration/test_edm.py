@@ -19,11 +19,9 @@ from safetensors.torch import load_file
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -102,11 +100,8 @@ def test_pictures_are_those_of_the_library(trained: Path, script: Script, tmp_pa
     pretrained = load_model(trained)
     assert not pretrained.clip
     assert pretrained.schedule.sigma_data == 0.75
-    expected = sample(
-        pretrained.model, pretrained.schedule, sample_ids=[0, 1, 2], sampler="heun", steps=4,
-        prediction="edm", clip=False, labels=torch.full((3,), 7), guidance=Guidance(2.0),
-    )  # fmt: skip
-    for k, picture in enumerate(to_uint8(expected)):
+    expected = pretrained.sample(3, sampler="heun", steps=4, classes=(7,), guidance=2.0)
+    for k, picture in enumerate(to_uint8(expected.tensor)):
         file = np.asarray(Image.open(tmp_path / "drawn" / f"{k:08d}.png"))
         assert np.abs(file.astype(int) - picture[..., 0].astype(int)).max() <= 1
 

@@ -25,7 +25,6 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.export.pipeline import export_pipeline
 from ddpm_engine.generation.sample_reader import open_samples
 from ddpm_engine.images.grid import grid, to_uint8
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -112,11 +111,11 @@ def test_preview_enlarges_the_first_images_of_the_data(run_directory: Path, shar
     samples = ShardDataset(shards, seed=0).__getitems__(range(6))
     images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
     pretrained = load_model(run_directory)
-    drawn = sample(
-        pretrained.model, pretrained.schedule, sample_ids=range(6), seed=0, steps=5,
-        variance="fixed_small", labels=torch.tensor([sample.label for sample in samples]),
+    labels = [sample.label for sample in samples]
+    drawn = pretrained.sample(
+        6, seed=0, steps=5, variance="fixed_small", classes=tuple(labels),
         low_resolution=shrink(images, 4),
-    )  # fmt: skip
+    ).tensor  # fmt: skip
     shown = np.asarray(Image.open(run_directory / "samples" / "step-00000040.png")).astype(int)
     assert np.abs(shown - np.asarray(grid(to_uint8(drawn))).astype(int)).max() <= 1
 

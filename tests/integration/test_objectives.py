@@ -20,7 +20,6 @@ from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "sample.py"
@@ -95,10 +94,7 @@ def test_a_learned_variance_from_training_to_a_picture(
         {"variance": "fixed_small"},
         {"sampler": "ddim"},
     ]
-    pictures = [
-        sample(trained.model, trained.schedule, sample_ids=ids, seed=0, steps=4, **options)
-        for options in ways
-    ]
+    pictures = [trained.sample(ids, seed=0, steps=4, **options).tensor for options in ways]
     assert all(bool(drawn.isfinite().all()) for drawn in pictures)
     assert not torch.equal(pictures[0], pictures[1])
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)

@@ -14,7 +14,6 @@ from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.figures import run_figures as exhibit
 from ddpm_engine.figures.run_figures import Exhibit
 from ddpm_engine.presets import PRESETS
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.training.trainer import Trainer
 
 
@@ -38,7 +37,7 @@ def test_a_run_on_photographs(tmp_path: Path) -> None:
     assert shown.real.shape == (64, 32, 32, 3)
     stored = {few.examples[i].image.tobytes() for i in range(100)}
     assert all(image.tobytes() in stored for image in shown.real)
-    drawn = sample(trained.model, trained.schedule, sample_ids=[0, 1], steps=3)
+    drawn = trained.sample(2, steps=3, sampler="ddpm").tensor
     assert drawn.shape == (2, 3, 32, 32)
     assert torch.isfinite(drawn).all()
     # Noise differs between the channels of a pixel.

@@ -23,7 +23,6 @@ from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.sampler import sample
 from ddpm_kernels import Stream, gaussian_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -78,7 +77,7 @@ def ours(config: UNetConfig | None = None, **run: Any) -> LoadedModel:
     model = UNet(config or UNetConfig(**TINY)).eval().requires_grad_(False)
     randomise(model)
     whole = RunConfig(model=model.config, **run)
-    return LoadedModel(model, whole.diffusion.build_schedule(), whole, hash="0" * 64)
+    return LoadedModel.from_config(model, whole, "0" * 64)
 
 
 def assert_same_bits(actual: nn.Module, expected: nn.Module) -> None:
@@ -283,10 +282,7 @@ def test_the_pipeline_draws_our_pictures(
     expected = pipeline(batch_size=2, num_inference_steps=50, output_type="np").images
     assert next(noises, None) is None  # every step took its noise
 
-    drawn = sample(
-        pretrained.model, pretrained.schedule, sample_ids=ids, seed=6, steps=50,
-        spacing=spacing, variance=variance, prediction=diffusion.prediction,
-    )  # fmt: skip
+    drawn = pretrained.sample(ids, seed=6, steps=50, spacing=spacing, variance=variance).tensor
     actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     difference = (actual - torch.from_numpy(expected)).abs().max().item()
     print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
@@ -322,10 +318,8 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     assert back.config.sampling == replace(sampling, steps=None)
     assert_same_bits(back.model, pretrained.model)
     assert not back.clip
-    drawn = sample(
-        back.model, back.schedule, sample_ids=ids, seed=6, sampler="euler", steps=9,
-        prediction="edm", labels=labels, clip=back.clip,
-    )  # fmt: skip
+    classes = None if labels is None else tuple(labels.tolist())
+    drawn = back.sample(ids, seed=6, sampler="euler", steps=9, classes=classes).tensor
     difference = (drawn - names["x"]).abs().max().item()
     print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
     assert drawn.std() > 0.1
@@ -385,10 +379,7 @@ def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
     assert back.config.distillation == replace(
         pretrained.config.distillation, teacher=Path("teacher")
     )
-    drawn = sample(
-        back.model, back.schedule, sample_ids=ids, seed=6, sampler="ddim", steps=steps,
-        spacing="trailing", prediction=back.config.diffusion.prediction, clip=back.clip,
-    )  # fmt: skip
+    drawn = back.sample(ids, seed=6).tensor
     actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     difference = (actual - expected).abs().max().item()
     print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
@@ -425,10 +416,7 @@ def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
     names: dict[str, Any] = {"labels": labels}
     exec(code.replace("DIR", str(tmp_path / "export")), names)
     monkeypatch.undo()
-    drawn = sample(
-        pretrained.model, pretrained.schedule, sample_ids=ids, seed=6, sampler="ddim", steps=4,
-        spacing="trailing", prediction="v", labels=labels,
-    )  # fmt: skip
+    drawn = pretrained.sample(ids, seed=6, classes=tuple(labels.tolist())).tensor
     difference = (drawn - names["x"]).abs().max().item()
     print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
     assert drawn.std() > 0.1

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import sampling_steps
+from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
@@ -71,10 +72,13 @@ class Network:
 
 def ours(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:
     """The states after every row, by the loop."""
-    return [
-        step.x.clone()
-        for step in sampling_steps(model, table, SHAPE, seed=SEED, sample_ids=IDS, clip=clip)
-    ]
+    runner = StepRunner(model, table, (2, *SHAPE), Conditioning(), torch.device("cpu"), clip=clip)
+    runner.begin(initial(), SEED, IDS, Conditioning())
+    states = []
+    for index in range(runner.steps):
+        runner.step(index)
+        states.append(runner.x.clone())
+    return states
 
 
 def ours_exact(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.sampling import sample
 from torch import Tensor
 
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.ddpm import ddpm_table
-from ddpm_engine.samplers.sampler import sample
 from ddpm_engine.samplers.timesteps import spaced_timesteps
 from ddpm_kernels import Column, Stream, denoising_loss, gaussian_noise, q_sample, reverse_step
 

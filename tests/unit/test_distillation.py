@@ -288,10 +288,11 @@ def test_guidance_is_that_of_the_sampler() -> None:
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
     table = build_table(schedule, "ddim", 8)
     process = StepRunner(
-        network, table, (3, 1, 8, 8), torch.device("cpu"), labelled=True, null_class=10,
+        network, table, (3, 1, 8, 8), Conditioning(labels), torch.device("cpu"),
         guidance=Guidance(scale), alpha_bar=schedule.alpha_bar[table.timesteps],
     )  # fmt: skip
-    process.begin(x, 0, torch.arange(3), labels)
+    null = Conditioning(torch.full((3,), 10))
+    process.begin(x, 0, torch.arange(3), Conditioning(labels), null)
     process.step(0)
     after_one = process.x.clone()
     process.step(1)

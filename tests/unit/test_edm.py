@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+from tests.sampling import sample, trajectory
 from torch import Tensor
 
 from ddpm_engine.config import RunConfig, from_dict, to_dict
@@ -26,10 +27,8 @@ from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import problems
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.inpainting import Inpainting
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS, build_table
-from ddpm_engine.samplers.sampler import interpolated_noise, sample, sampling_steps
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.samplers.timesteps import karras_timesteps
 from ddpm_engine.training.build_objective import build_objective
@@ -331,14 +330,14 @@ def test_everything_a_chain_does(options: dict[str, Any]) -> None:
     if draws := given.pop("inpainting", None):
         mask = torch.zeros(1, 1, *SHAPE[1:], dtype=torch.bool)
         mask[..., :3] = True
-        given["inpainting"] = Inpainting(images, mask, draws)
+        given |= {"images": images, "mask": mask, "repeats": draws}
     if given.pop("initial", None):
-        given["initial"] = interpolated_noise(3, 4, 9, torch.linspace(0, 1, 3), SHAPE)
+        given |= {"interpolate": (4, 9, 3), "sample_ids": range(3)}
     ours = sample(Edm(), SCHEDULE, prediction="edm", **given)
     theirs = sample(Vp(), SCHEDULE, prediction="x0", **given)
     assert ours.std() > 0.2
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    if "inpainting" in given:
+    if "mask" in given:
         torch.testing.assert_close(ours[..., :3], images[..., :3], rtol=0, atol=1e-6)
 
 
@@ -355,10 +354,10 @@ def test_guidance_is_rescaled_as_the_networks_output_is() -> None:
 
 
 def test_the_states_that_are_shown_are_those_of_the_process() -> None:
-    options: dict[str, Any] = {"seed": 3, "sample_ids": IDS, "clip": False}
+    options: dict[str, Any] = {"seed": 3, "sampler": "heun", "steps": 5, "clip": False}
     kinds: Any = [(Edm(), "edm"), (Vp(), "x0")]
     chains = [
-        sampling_steps(model, build_table(SCHEDULE, "heun", 5, prediction=kind), SHAPE, **options)
+        trajectory(model, SCHEDULE, sample_ids=IDS, shape=SHAPE, prediction=kind, **options)
         for model, kind in kinds
     ]
     for ours, theirs in zip(*chains, strict=True):

@@ -19,15 +19,14 @@ from ddpm_engine.figures import run_figures as exhibit
 from ddpm_engine.figures.interpolation import denoising_figure, interpolation_figure
 from ddpm_engine.figures.run_figures import Exhibit
 from ddpm_engine.figures.trajectory import forward_figure, shown_timesteps, watch
-from ddpm_engine.images.grid import save_gif
+from ddpm_engine.images.grid import save_gif, to_uint8
 from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.plots.curves import bound_figure, quality_figure, schedules_figure
 from ddpm_engine.plots.image_rows import moving_strip, strip
 from ddpm_engine.presets import PRESETS
-from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.sampler import Sampler
 
 STEPS = 20
 
@@ -51,7 +50,7 @@ def trained() -> LoadedModel:
     sampling = replace(digits.sampling, steps=4)
     config = replace(digits, model=shape, diffusion=diffusion, sampling=sampling)
     model = UNet(shape).eval().requires_grad_(False)
-    return LoadedModel(model, diffusion.build_schedule(), config, "0" * 64)
+    return LoadedModel.from_config(model, config, "0" * 64)
 
 
 def shown(path: Path) -> np.ndarray:
@@ -122,13 +121,10 @@ def test_the_forward_figure_refuses_what_the_schedule_has_not(tmp_path: Path) ->
 
 
 def test_watching_does_not_change_what_is_drawn(trained: LoadedModel) -> None:
-    table = build_table(trained.schedule, "ddim", steps=10)
-    ids = torch.tensor([3, 4])
-    kept = watch(trained, table, seed=1, sample_ids=ids, labels=None, moments=4)
+    request = trained.request(seed=1, sampler="ddim", steps=10)
+    kept = watch(trained, request, [3, 4], moments=4)
     assert [step.index for step in kept] == [0, 3, 6, 9]
-    drawn = sample(
-        trained.model, trained.schedule, sample_ids=ids, seed=1, sampler="ddim", steps=10
-    )
+    drawn = Sampler(trained, request).sample([3, 4])
     assert torch.allclose(kept[-1].x, drawn, atol=1e-5)
     assert not torch.equal(kept[0].x, kept[1].x)
 
@@ -141,10 +137,8 @@ def test_the_ends_of_an_interpolation_are_the_two_pictures(
         "ddpm_engine.figures.interpolation.strip", lambda given, *_: rows.append(given[0][1])
     )
     interpolation_figure(trained, seed=2, ends=(7, 5), path=tmp_path / "x.png")
-    ends = sample(
-        trained.model, trained.schedule, sample_ids=[7, 5], seed=2, sampler="ddim", steps=STEPS
-    )
-    levels = exhibit.to_uint8(ends).astype(int)
+    ends = trained.sample([7, 5], seed=2, sampler="ddim", steps=STEPS)
+    levels = to_uint8(ends.tensor).astype(int)
     assert np.abs(rows[0][[0, -1]].astype(int) - levels).max() <= 1
 
 
@@ -177,9 +171,9 @@ def test_denoising_little_noise_leaves_the_image(
             )
             return (x - a * image) / s
 
-    knowing = replace(trained, model=Exact())  # type: ignore[arg-type]
+    knowing = replace(trained, network=Exact())
     denoising_figure(knowing, image, seed=0, path=tmp_path / "x.png")
-    original = exhibit.to_uint8(image[None]).astype(int)
+    original = to_uint8(image[None]).astype(int)
     noisy, estimate, drawn = (row.astype(int) for row in rows.values())
     assert np.abs(estimate - original).max() <= 1
     assert np.abs(drawn - original).max() <= 1
@@ -193,7 +187,7 @@ def test_figures_of_edm(trained: LoadedModel, tmp_path: Path) -> None:
     diffusion = replace(preset.diffusion, timesteps=STEPS)
     sampling = replace(preset.sampling, steps=3)
     config = replace(preset, model=trained.config.model, diffusion=diffusion, sampling=sampling)
-    edm = LoadedModel(trained.model, diffusion.build_schedule(), config, "0" * 64)
+    edm = LoadedModel.from_config(trained.network, config, "0" * 64)
     shown_of = Exhibit(edm, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
     for name in ("reverse", "schedules", "interpolation", "denoising"):
         assert all(shown(path).std() > 5 for path in exhibit.FIGURES[name](shown_of))

@@ -266,7 +266,7 @@ def test_a_latent_model(exported: Path) -> None:
 def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: Path) -> None:
     model = UNet(replace(MODEL, num_class_embeds=3)).eval()
     config = RunConfig(model=model.config)
-    pretrained = LoadedModel(model, config.diffusion.build_schedule(), config, "0" * 64)
+    pretrained = LoadedModel.from_config(model, config, "0" * 64)
     export_pipeline(pretrained, tmp_path / "out")
     assert load_model(tmp_path / "out").model.null_class == 2
     (tmp_path / "out" / "unet" / WEIGHTS).unlink()

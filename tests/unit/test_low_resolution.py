@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.sampling import sample, trajectory
 from torch import Tensor
 
 from ddpm_engine.config import RunConfig, TrainingConfig
@@ -30,8 +31,7 @@ from ddpm_engine.objectives.inputs import Conditions
 from ddpm_engine.presets import digits_upscale
 from ddpm_engine.rules import validate
 from ddpm_engine.samplers import sampler as loop_module
-from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import initial_noise, sample, sampling_steps
+from ddpm_engine.samplers.sampler import initial_noise
 from ddpm_kernels import Stream, gaussian_noise
 
 SCHEDULE = NoiseSchedule.linear(100, 1e-3, 0.1)
@@ -253,7 +253,7 @@ def test_diffusers_has_no_such_network() -> None:
 def draw(model: Any, **options: Any) -> Tensor:
     given: dict[str, Any] = {
         "sample_ids": IDS, "labels": LABELS, "seed": 3, "steps": 6, "low_resolution": SMALL,
-        "augmentation": 100,
+        "augmentation_level": 100,
     }  # fmt: skip
     return sample(model, SCHEDULE, **{**given, **options})
 
@@ -293,7 +293,7 @@ def test_every_evaluation_is_shown_the_same_image() -> None:
 
 def test_level_zero_samples_from_the_clean_image() -> None:
     network = Watched()
-    draw(network, augmentation=0)
+    draw(network, augmentation_level=0)
     assert all(torch.equal(image, enlarge(SMALL, 8)) for image, _ in network.shown)
     assert all(levels.tolist() == [0] * 4 for _, levels in network.shown)
 
@@ -301,9 +301,9 @@ def test_level_zero_samples_from_the_clean_image() -> None:
 def test_steps_one_by_one_are_those_of_sample() -> None:
     whole = draw(Watched(), sampler="ddim")
     last = None
-    for step in sampling_steps(
-        Watched(), build_table(SCHEDULE, "ddim", 6), LARGE, seed=3, sample_ids=IDS, labels=LABELS,
-        low_resolution=SMALL, augmentation=100,
+    for step in trajectory(
+        Watched(), SCHEDULE, sampler="ddim", steps=6, seed=3, sample_ids=IDS, labels=LABELS,
+        low_resolution=SMALL, augmentation_level=100,
     ):  # fmt: skip
         last = step.x
     assert last is not None
@@ -322,11 +322,10 @@ def test_captured_steps_see_the_image_of_their_batch(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low_resolution": None}, "enlarges pictures of side 4; give low_resolution"),
-        ({"low_resolution": SMALL[:2]}, r"low_resolution has shape \(2, 3, 4, 4\)"),
-        ({"low_resolution": enlarge(SMALL, 8)}, r"it must be \(4, 3, 4, 4\)"),
-        ({"augmentation": -1}, r"augmentation is -1; it must lie in \[0, 1000\]"),
-        ({"augmentation": 1001}, "augmentation is 1001"),
+        ({"low_resolution": None, "augmentation_level": 0}, "upscales images of 4×4; give some"),
+        ({"low_resolution": enlarge(SMALL, 8)}, r"low_resolution` has shape \(4, 3, 8, 8\)"),
+        ({"augmentation_level": -1}, r"`augmentation_level` is -1; it must lie in \[0, 1000\]"),
+        ({"augmentation_level": 1001}, "`augmentation_level` is 1001"),
     ],
 )
 def test_sampling_refuses(unet: UNet, options: dict[str, Any], message: str) -> None:

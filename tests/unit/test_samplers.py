@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.sampling import sample, trajectory
 from tests.tiny import TINY
 from torch import Tensor
 
@@ -16,11 +17,9 @@ from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.process import posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.networks.conditioning import UNCONDITIONAL, Conditioning
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.ddpm import ddpm_table
-from ddpm_engine.samplers.sampler import sample, sampling_steps
-from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.samplers.timesteps import spaced_timesteps
 from ddpm_kernels import Column, Stream, gaussian_noise
 
@@ -32,10 +31,11 @@ PREDICTIONS: Any = ("eps", "x0", "v")
 VARIANCES: Any = ("fixed_small", "fixed_large")
 
 
-def elementwise(x: Tensor, timesteps: Tensor, *labels: Tensor) -> Tensor:
+def elementwise(x: Tensor, timesteps: Tensor, conditioning: Conditioning = UNCONDITIONAL) -> Tensor:
     """A network whose arithmetic is the same in every batch."""
-    conditioning = timesteps / 1000 + (labels[0] if labels else 0)
-    return 0.3 * x + 0.1 * conditioning[:, None, None, None]
+    labels = 0 if conditioning.labels is None else conditioning.labels
+    shift = timesteps / 1000 + labels
+    return 0.3 * x + 0.1 * shift[:, None, None, None]
 
 
 # --- Spacings
@@ -152,10 +152,12 @@ def test_strided_fixed_large_adds_the_variance_of_the_whole_stride() -> None:
 
 
 def run(
-    table: CoefficientTable, ids: Tensor, model: Any = elementwise, **options: Any
+    ids: Tensor, steps: int, model: Any = elementwise, **options: Any
 ) -> list[tuple[int, float, Tensor, Tensor]]:
-    steps = sampling_steps(model, table, SHAPE, seed=5, sample_ids=ids, **options)
-    return [(step.index, step.timestep, step.x.clone(), step.x0.clone()) for step in steps]
+    steps_taken = trajectory(
+        model, SHORT, sample_ids=ids, steps=steps, seed=5, shape=SHAPE, **options
+    )
+    return [(step.index, step.timestep, step.x.clone(), step.x0.clone()) for step in steps_taken]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -163,10 +165,8 @@ def run(
 def test_loop_is_the_algorithm(prediction: Any, clip: bool) -> None:
     """Algorithm 2 of the paper, written out in float64 with the noise of the counter map."""
     ids = torch.tensor([3, 2**32])
-    timesteps = spaced_timesteps(20, 20)
-    table = ddpm_table(SHORT, timesteps, prediction, "fixed_small")
     x = gaussian_noise(5, ids, SHAPE, 0, Stream.INITIAL_NOISE).double()
-    steps = run(table, ids, clip=clip)
+    steps = run(ids, 20, clip=clip, prediction=prediction, variance="fixed_small")
     assert [step[0] for step in steps] == list(range(20))
     assert [step[1] for step in steps] == list(range(20))[::-1]
     for i, t, state, estimate in steps:
@@ -183,7 +183,7 @@ def test_loop_is_the_algorithm(prediction: Any, clip: bool) -> None:
 
 
 def test_last_step_returns_its_estimate() -> None:
-    steps = run(ddpm_table(SHORT, spaced_timesteps(20, 5)), torch.arange(4))
+    steps = run(torch.arange(4), 5)
     _, _, x, x0 = steps[-1]
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-6)
     assert x.dtype == torch.float32
@@ -191,17 +191,15 @@ def test_last_step_returns_its_estimate() -> None:
 
 
 def test_clip_bounds_every_estimate() -> None:
-    table = ddpm_table(SHORT, spaced_timesteps(20, 20))
-    clipped, free = (run(table, torch.arange(8), clip=clip) for clip in (True, False))
+    clipped, free = (run(torch.arange(8), 20, clip=clip) for clip in (True, False))
     assert all(x0.abs().max() <= 1 for _, _, _, x0 in clipped)
     assert max(x0.abs().max().item() for _, _, _, x0 in free) > 1
 
 
 def test_sample_is_the_end_of_the_loop() -> None:
     ids = torch.tensor([9, 4, 2**40])
-    table = ddpm_table(SHORT, spaced_timesteps(20, 6, "leading"), "v", "fixed_small")
-    expected = run(table, ids, clip=False)[-1][2]
     options: Any = {"spacing": "leading", "variance": "fixed_small", "prediction": "v"}
+    expected = run(ids, 6, clip=False, **options)[-1][2]
     advanced: list[int] = []
     for sample_ids in (ids, ids.tolist()):
         actual = sample(
@@ -232,7 +230,7 @@ def test_labels_go_with_their_pictures() -> None:
         labels = conditioning.labels
         assert labels is not None
         seen.append(labels)
-        return elementwise(x, timesteps, 0.1 * labels)
+        return elementwise(x, timesteps, Conditioning(0.1 * labels))
 
     whole = sample(model, SHORT, sample_ids=ids, labels=labels, shape=SHAPE, steps=4)
     split = sample(model, SHORT, sample_ids=ids, labels=labels, shape=SHAPE, steps=4, batch_size=3)
@@ -334,13 +332,13 @@ def test_gaussian_data_are_recovered(prediction: Any, variance: Any) -> None:
 def test_standard_normal_data_are_exact_with_the_large_variance(steps: int) -> None:
     """Section 3.2 of the paper: β is the right variance then, for any stride but the last step."""
     options: Any = {"sample_ids": range(64), "shape": (1, 16, 16), "clip": False}
-    model, ids = optimal(0.0, 1.0, SHORT, "eps"), torch.arange(64)
-    table = ddpm_table(SHORT, spaced_timesteps(20, steps), variance="fixed_large")
-    for step in sampling_steps(model, table, (1, 16, 16), seed=0, sample_ids=ids, clip=False):
+    model = optimal(0.0, 1.0, SHORT, "eps")
+    last = 1.0
+    for step in trajectory(model, SHORT, **options, steps=steps):
         if step.index < steps - 1:
             assert_moments(step.x, 0.0, 1.0, slack=0)
-    # The last step returns the mean of what it could have drawn.
-    last = SHORT.sqrt_alpha_bar[table.timesteps[-1]].item()
+        last = SHORT.sqrt_alpha_bar[int(step.timestep)].item()
+    # The last step returns the mean of what it could have sampled.
     assert_moments(sample(model, SHORT, steps=steps, **options), 0.0, last, slack=0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.sampling import sample, trajectory
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,9 +21,9 @@ from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers import sampler as loop_module
-from ddpm_engine.samplers.inpainting import Inpainting, levels_of, resampled
+from ddpm_engine.samplers.inpainting import levels_of, resampled
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import initial_noise, interpolated_noise, sample
+from ddpm_engine.samplers.sampler import initial_noise, interpolated_noise
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels import Column, Stream, gaussian_noise
 from ddpm_kernels.dispatch import force_ops
@@ -32,6 +33,7 @@ SHAPE = (3, 8, 8)
 IDS = torch.tensor([5, 0, 2**40, 7])
 LABELS = torch.tensor([1, 3, 0, 2])
 STEPS = 6
+CPU = torch.device("cpu")
 
 
 class Conditional(torch.nn.Module):
@@ -74,10 +76,10 @@ def guided_by_hand(guidance: Guidance, threshold: float | None = None) -> Tensor
     alpha_bar = SCHEDULE.alpha_bar[table.timesteps]
     following = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])
     for t, now, after in zip(table.timesteps, alpha_bar, following, strict=True):
-        c = model(x, t.expand(4), LABELS)
+        c = model(x, t.expand(4), Conditioning(LABELS))
         sigma = ((1 - now) / now).sqrt()
         if guidance.interval[0] < sigma <= guidance.interval[1]:
-            u = model(x, t.expand(4), torch.full((4,), 4))
+            u = model(x, t.expand(4), Conditioning(torch.full((4,), 4)))
             m = u + guidance.scale * (c - u)
             ratio = c.flatten(1).std(1, correction=0) / m.flatten(1).std(1, correction=0)
             m = m * (guidance.rescale * ratio + 1 - guidance.rescale)[:, None, None, None]
@@ -175,8 +177,9 @@ def test_rescaling_is_of_the_mean_whatever_variance_is_predicted() -> None:
 
 @pytest.mark.parametrize("sampler", ["dpm++3m", "unipc", "heun"])
 def test_a_chain_that_diverged_leaves_nothing_to_the_next_batch(sampler: str) -> None:
-    def diverges(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        scale = torch.where(labels == 9, torch.inf, 0.3)
+    def diverges(x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        scale = torch.where(conditioning.labels.eq(9), torch.inf, 0.3)
         return scale[:, None, None, None] * x
 
     labels = torch.tensor([9, 9, 0, 1])
@@ -201,10 +204,9 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
     # The same by hand: the state that the first row takes, given as a state.
     level = levels_of(SCHEDULE, table).before[0].item()
     state = level**0.5 * images + (1 - level) ** 0.5 * initial_noise(3, IDS, SHAPE)
-    process = StepRunner(
-        Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, clip=False
-    )
-    process.begin(state, 3, IDS, LABELS)
+    conditions = Conditioning(LABELS)
+    process = StepRunner(Conditional(), table, (4, *SHAPE), conditions, CPU, clip=False)
+    process.begin(state, 3, IDS, conditions)
     for i in range(process.steps):
         process.step(i)
     torch.testing.assert_close(pictures, process.x, rtol=0, atol=1e-6)
@@ -222,14 +224,8 @@ def test_little_strength_keeps_the_image() -> None:
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.1])
 def test_strength_out_of_range(strength: float) -> None:
-    with pytest.raises(UserError, match=f"strength is {strength}"):
+    with pytest.raises(UserError, match=f"`strength` is {strength}"):
         draw(images=torch.zeros(4, *SHAPE), strength=strength)
-
-
-def test_given_states_are_begun_with() -> None:
-    noise = initial_noise(3, IDS, SHAPE)
-    assert torch.equal(draw(initial=noise, batch_size=3), draw())
-    assert not torch.equal(draw(initial=noise + 0.1), draw())
 
 
 def test_interpolation_ends_in_both_pictures_and_stays_as_likely_as_noise() -> None:
@@ -255,12 +251,11 @@ def test_known_pixels_are_kept_and_the_others_drawn(sampler: str) -> None:
     known = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., :4] = True
-    pictures = draw(sampler=sampler, inpainting=Inpainting(known, mask))
+    pictures = draw(sampler=sampler, images=known, mask=mask)
     torch.testing.assert_close(pictures[..., :4], known[..., :4], rtol=0, atol=1e-6)
     assert (pictures - known)[..., 4:].abs().mean() > 0.1
     part = draw(
-        sampler=sampler, inpainting=Inpainting(known[2:3], mask), sample_ids=IDS[2:3],
-        labels=LABELS[2:3],
+        sampler=sampler, images=known[2:3], mask=mask, sample_ids=IDS[2:3], labels=LABELS[2:3],
     )  # fmt: skip
     assert torch.equal(part, pictures[2:3])
 
@@ -269,7 +264,7 @@ def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
     known = torch.zeros(4, *SHAPE)
     nothing = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     model = Conditional()
-    pictures = draw(model, sampler="ddpm", inpainting=Inpainting(known, nothing, draws=3))
+    pictures = draw(model, sampler="ddpm", images=known, mask=nothing, repeats=3)
     assert len(model.batches) == 3 * (STEPS - 1) + 1
     table, levels = resampled(
         build_table(SCHEDULE, "ddpm", STEPS),
@@ -277,8 +272,9 @@ def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
         3,
     )
     # By hand: no pixel is known, so a repeated step is noised back and taken anew.
-    process = StepRunner(Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True)
-    process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, LABELS)
+    conditions = Conditioning(LABELS)
+    process = StepRunner(Conditional(), table, (4, *SHAPE), conditions, CPU)
+    process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, conditions)
     drawn = []
     for i in range(process.steps):
         process.step(i)
@@ -299,41 +295,38 @@ def test_resampling_keeps_the_marginals() -> None:
         return short.sqrt_one_minus_alpha_bar.float()[t][:, None, None, None] * x
 
     none_known = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-    nothing = Inpainting(torch.zeros(64, 1, 16, 16), none_known, draws=4)
-    states: list[float] = []
-    process_step = StepRunner.step
-
-    def watched(self: StepRunner, index: int) -> None:
-        process_step(self, index)
-        states.append(self.x.std().item())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepRunner, "step", watched)
-        sample(
-            optimal, short, sample_ids=range(64), shape=(1, 16, 16), inpainting=nothing,
-            clip=False, variance="fixed_large",
-        )  # fmt: skip
+    steps = trajectory(
+        optimal, short, sample_ids=range(64), shape=(1, 16, 16), images=torch.zeros(64, 1, 16, 16),
+        mask=none_known, repeats=4, clip=False, variance="fixed_large",
+    )  # fmt: skip
+    states = [step.x.std().item() for step in steps]
     assert len(states) == 19 * 4 + 1
     assert max(abs(deviation - 1) for deviation in states[:-1]) < 0.03
 
 
 def test_samplers_that_look_back_are_not_resampled() -> None:
-    inpainting = Inpainting(
-        torch.zeros(4, *SHAPE), torch.zeros(1, 1, 8, 8, dtype=torch.bool), draws=2
-    )
+    inpainting: dict[str, Any] = {
+        "images": torch.zeros(4, *SHAPE), "mask": torch.zeros(1, 1, 8, 8).bool(), "repeats": 2,
+    }  # fmt: skip
     with pytest.raises(UserError, match="this sampler looks back on earlier steps"):
-        draw(sampler="dpm++2m", inpainting=inpainting)
+        draw(sampler="dpm++2m", **inpainting)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance": Guidance(2.0), "labels": None}, "there are no labels"),
-        ({"labels": LABELS[:2]}, "there are 2 labels for 4 pictures"),
-        ({"threshold": 1.5}, "threshold is 1.5"),
-        ({"cache_interval": 0}, "cache_interval is 0"),
-        ({"images": torch.zeros(4, 1, 8, 8)}, r"images has shape \(4, 1, 8, 8\); it must be"),
-        ({"initial": torch.zeros(3, *SHAPE)}, r"initial has shape \(3, 3, 8, 8\)"),
+        ({"guidance": Guidance(2.0), "labels": None}, "the samples are of no class"),
+        ({"threshold": 1.5}, "`threshold` is 1.5"),
+        ({"cache_interval": 0}, "`cache_interval` is 0"),
+        ({"cache_interval": 2}, "this network caches no features"),
+        ({"images": torch.zeros(4, 1, 8, 8)}, r"`images` has shape \(4, 1, 8, 8\); it must be"),
+        ({"strength": 0.5}, "`strength` needs `images`"),
+        ({"mask": torch.zeros(1, 1, 8, 8).bool()}, "`mask` needs `images`"),
+        ({"repeats": 3}, "`repeats` needs `mask`"),
+        ({"augmentation_level": 3}, "`augmentation_level` needs `low_resolution`"),
+        ({"low_resolution": torch.zeros(4, *SHAPE)}, "this is no super-resolution network"),
+        ({"interpolate": (3, 3, 4)}, "give two different ids"),
+        ({"interpolate": (3, 4, 4), "sampler": "ddpm"}, "the sampler must add no noise"),
         ({"timesteps": [900, 950], "steps": None}, "timestep 950"),
     ],
 )
@@ -343,15 +336,15 @@ def test_what_does_not_go_together(options: dict[str, Any], message: str) -> Non
 
 
 def test_guidance_needs_a_null_class() -> None:
-    with pytest.raises(UserError, match="this network has no null class"):
+    with pytest.raises(UserError, match="trained without classes"):
         draw(lambda x, t, c: x, guidance=Guidance(2.0), shape=SHAPE)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": 2.0, "rescale": 1.5}, "rescale is 1.5"),
-        ({"scale": 2.0, "interval": (3.0, 1.0)}, "interval is 3.0 to 1.0"),
+        ({"scale": 2.0, "rescale": 1.5}, "`guidance.rescale` is 1.5"),
+        ({"scale": 2.0, "interval": (3.0, 1.0)}, "`guidance.interval` is 3.0 to 1.0"),
     ],
 )
 def test_guidance_that_is_none(options: dict[str, Any], message: str) -> None:
@@ -360,11 +353,11 @@ def test_guidance_that_is_none(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.zeros(1, 1, 8, 8), torch.zeros(3, 1, 8, 8).bool(), torch.zeros(8, 8).bool()]
+    "mask", [torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 8, 8).bool(), torch.zeros(8, 8).bool()]
 )
 def test_mask_that_does_not_fit(mask: Tensor) -> None:
-    with pytest.raises(UserError, match="mask is"):
-        Inpainting(torch.zeros(4, *SHAPE), mask)
+    with pytest.raises(UserError, match="`mask` is"):
+        draw(images=torch.zeros(4, *SHAPE), mask=mask)
 
 
 # --- Steps that can be captured
@@ -391,9 +384,9 @@ class Operations(TorchDispatchMode):
         ({}, {"ddpm.reverse_step_": 1}),
         ({"guidance": Guidance(2.0)}, {"ddpm.reverse_step_": 1, "aten.copy_": 1}),
         ({"guidance": Guidance(2.0, two_passes=True)}, {"ddpm.reverse_step_": 1}),
-        ({"enlarging": True}, {"ddpm.reverse_step_": 1}),
+        ({"super_resolution": True}, {"ddpm.reverse_step_": 1}),
         (
-            {"enlarging": True, "guidance": Guidance(2.0)},
+            {"super_resolution": True, "guidance": Guidance(2.0)},
             {"ddpm.reverse_step_": 1, "aten.copy_": 1},
         ),
     ],
@@ -405,7 +398,7 @@ class Operations(TorchDispatchMode):
 def test_a_step_is_the_network_and_at_most_two_operations(
     options: dict[str, Any], expected: dict[str, int], sampler: str, prediction: Any
 ) -> None:
-    table = build_table(SCHEDULE, sampler, STEPS, prediction=prediction)
+    table, options = build_table(SCHEDULE, sampler, STEPS, prediction=prediction), dict(options)
     operations = Operations()
 
     def model(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -415,12 +408,16 @@ def test_a_step_is_the_network_and_at_most_two_operations(
         return output
 
     with torch.inference_mode(), force_ops():
+        x = initial_noise(3, IDS, SHAPE)
+        conditions = Conditioning(LABELS)
+        if options.pop("super_resolution", False):
+            conditions = Conditioning(LABELS, x, IDS)
         process = StepRunner(
-            model, table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
+            model, table, (4, *SHAPE), conditions, CPU,
             alpha_bar=levels_of(SCHEDULE, table).before, keep_x0=False, **options,
         )  # fmt: skip
-        x = initial_noise(3, IDS, SHAPE)
-        process.begin(x, 3, IDS, LABELS, x if "enlarging" in options else None)
+        null = conditions.null(Conditional.conditioning)
+        process.begin(x, 3, IDS, conditions, null if "guidance" in options else None)
         process.step(0)  # makes the doubled batch
         with operations:
             for i in range(1, process.steps):
@@ -477,10 +474,12 @@ def unet() -> UNet:
 
 def test_features_of_the_same_input_change_nothing(unet: UNet) -> None:
     x, t = initial_noise(0, IDS, SHAPE), torch.tensor([3, 500, 999, 0])
-    output, features = unet(x, t, LABELS, return_features=True)
-    assert torch.equal(output, unet(x, t, LABELS))
-    torch.testing.assert_close(unet(x, t, LABELS, features=features), output, rtol=0, atol=1e-6)
-    other = unet(x + 0.3, t, LABELS, features=features)
+    output, features = unet(x, t, Conditioning(LABELS), return_features=True)
+    assert torch.equal(output, unet(x, t, Conditioning(LABELS)))
+    torch.testing.assert_close(
+        unet(x, t, Conditioning(LABELS), features=features), output, rtol=0, atol=1e-6
+    )
+    other = unet(x + 0.3, t, Conditioning(LABELS), features=features)
     assert (other - output).abs().max() > 1e-3
 
 
@@ -516,7 +515,7 @@ def test_cached_steps_can_be_replayed(unet: UNet, monkeypatch: pytest.MonkeyPatc
 def test_a_step_writes_its_guidance_scale_only_where_it_guides() -> None:
     table = build_table(SCHEDULE, "ddim", STEPS)
     process = StepRunner(
-        Conditional(), table, (4, *SHAPE), torch.device("cpu"), labelled=True, null_class=4,
+        Conditional(), table, (4, *SHAPE), Conditioning(LABELS), CPU,
         guidance=Guidance(3.0, interval=(2.0, 10.0)),
         alpha_bar=levels_of(SCHEDULE, table).before,
     )  # fmt: skip

@@ -1,47 +1,136 @@
-"""From a checkpoint on disk to a network that is ready to sample."""
+"""Load a checkpoint, or another library's model, ready to sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.config import RunConfig, from_dict
-from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.layout import NETWORK_CONFIG, find_layout, is_diffusers
 from ddpm_engine.interop.network import read_unet
 from ddpm_engine.interop.scheduler import read_scheduler
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.build import build_network
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Ids, Samples, sample
 
 _FROM_THE_HUB = ". To fetch one from the Hugging Face hub: hf download NAME --local-dir DIR"
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A trained network and what is needed to use it."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedModel(DiffusionModel):
+    """A trained model: it samples, and says where it comes from."""
 
-    model: UNet
-    """In eval mode, on the device asked for."""
-    schedule: NoiseSchedule
     config: RunConfig
-    """Of the run that trained it; for another library's model what its files say, else defaults."""
+    """Configuration of the run that trained it; for another library's model what its files say,
+    else defaults."""
     hash: str
     """Identifies it: the checkpoint's hash, or the sha256 of another library's weight file."""
     checkpoint: Checkpoint | None = None
     """What was loaded; None for another library's model."""
+    weights: str | None = None
+    """Which of a run's weights these are, such as `ema`; None for another library's model."""
+
+    @classmethod
+    def from_config(
+        cls,
+        network: Network,
+        config: RunConfig,
+        hash: str,
+        *,
+        checkpoint: Checkpoint | None = None,
+        weights: str | None = None,
+    ) -> LoadedModel:
+        """Bind a network to the process that a run's configuration describes.
+
+        Args:
+            network: trained, in eval mode.
+            config: of the run.
+            hash: identifies the weights.
+            checkpoint: where they come from, if from a run.
+            weights: which of the run's.
+        """
+        return cls(
+            network,
+            config.diffusion.build_schedule(),
+            config.diffusion.prediction,
+            config.sampling,
+            config=config,
+            hash=hash,
+            checkpoint=checkpoint,
+            weights=weights,
+        )
+
+    @property
+    def model(self) -> Any:
+        """The network, until its last users have the new name."""
+        return self.network
 
     @property
     def clip(self) -> bool:
-        """Whether samplers should clip their estimates of x_0 to [-1, 1]."""
-        return self.config.sampling.clip_x0
+        """Whether estimates of x_0 are clipped."""
+        return self.sampling.clip_x0
 
     @property
     def step(self) -> int | None:
         """Optimizer steps it was trained for; None if unknown."""
         return None if self.checkpoint is None else self.checkpoint.step
+
+    def sample(
+        self,
+        ids: int | Ids,
+        *,
+        batch_size: int = 64,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Samples:
+        """Sample; arguments as in `samplers.sampler.sample`."""
+        return sample(self, ids, batch_size=batch_size, progress=progress, **options)
+
+    def resolve(self, request: SampleRequest) -> SampleRequest:
+        """Fill in whatever a request leaves to the model.
+
+        Raises:
+            UserError: a request that the model cannot serve, such as other steps than those that a
+                distilled network has learned.
+        """
+        resolved = super().resolve(request)
+        if self.config.distillation.teacher is not None:
+            self._check_distilled(resolved)
+        return resolved
+
+    def _check_distilled(self, request: SampleRequest) -> None:
+        known, asked = self.sampling, request.sampling or self.sampling
+        fields = {
+            "sampler": (asked.sampler, known.sampler),
+            "timesteps": (request.timesteps, None),
+            "steps": (asked.steps, None if request.timesteps else known.steps),
+            "spacing": (asked.spacing, known.spacing),
+            "eta": (asked.eta, known.eta),
+            "variance": (asked.variance, known.variance),
+            "cache_interval": (request.cache_interval, 1),
+        }
+        for field, (given, learned) in fields.items():
+            if given != learned:
+                raise UserError(
+                    f"`{field}` is {given}, but this network was distilled: it has learned the "
+                    f"{known.steps} steps of {known.sampler} with {known.spacing} spacing, each "
+                    f"in one evaluation, and no others; leave `{field}` out"
+                )
+        if request.guidance is not None:
+            scale = self.config.distillation.guidance_scale
+            built_in = "none" if scale is None else f"a scale of {scale:g}"
+            raise UserError(
+                f"`guidance.scale` is {request.guidance.scale:g}, but this network was distilled "
+                f"with {built_in} built in; leave it out, or distill the teacher with another "
+                "`distillation.guidance_scale`"
+            )
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", weights: str = "ema") -> LoadedModel:
@@ -59,9 +148,9 @@ def load_model(path: Path, device: torch.device | str = "cpu", weights: str = "e
     # A run is known by its checkpoints, so that nothing else in its directory need be sound.
     own = (path / MANIFEST).exists() or (path / "checkpoints").exists()
     foreign = not own and is_diffusers(path)
-    pretrained = _load_diffusers(path) if foreign else _load_run(path, weights)
-    pretrained.model.to(device).eval().requires_grad_(False)
-    return pretrained
+    loaded = _load_diffusers(path) if foreign else _load_run(path, weights)
+    loaded.network.to(device).eval().requires_grad_(False)
+    return loaded
 
 
 def _load_run(path: Path, weights: str) -> LoadedModel:
@@ -77,16 +166,17 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
             f"folder of a diffusers model{'' if path.exists() else _FROM_THE_HUB}"
         )
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
-    model = UNet(config.model)
-    load_part(checkpoint.path, weights, model.state_dict())
+    network = build_network(config.model)
+    load_part(checkpoint.path, weights, network.state_dict())
     plan = config.distillation
     if plan.teacher is not None:
-        # Of an unfinished distillation, the student has not learnt such long steps yet.
+        # Of an unfinished distillation, the student has not learned such long steps yet.
         stage = plan.stage(max(checkpoint.step - 1, 0), config.training.steps)
         sampling = replace(config.sampling, steps=plan.student_steps(stage))
         config = replace(config, sampling=sampling)
-    schedule = config.diffusion.build_schedule()
-    return LoadedModel(model, schedule, config, checkpoint.hash, checkpoint)
+    return LoadedModel.from_config(
+        network, config, checkpoint.hash, checkpoint=checkpoint, weights=weights
+    )
 
 
 def _load_diffusers(path: Path) -> LoadedModel:
@@ -113,5 +203,4 @@ def _load_diffusers(path: Path) -> LoadedModel:
         sampling=process.sampling,
         distillation=process.distillation,
     )
-    schedule = process.diffusion.build_schedule()
-    return LoadedModel(loaded.model, schedule, config, loaded.hash)
+    return LoadedModel.from_config(loaded.model, config, loaded.hash)

@@ -28,11 +28,12 @@ from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache,
 from ddpm_engine.evaluation.nll import bound_of_real_images
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
-from ddpm_engine.generation.recipe import Precision, Recipe
+from ddpm_engine.generation.recipe import Recipe
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
 from ddpm_engine.samplers.config import SamplerName, Spacing
+from ddpm_engine.samplers.request import Precision
 
 METRICS = (*comparing.METRICS, "nll")
 

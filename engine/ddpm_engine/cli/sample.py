@@ -27,12 +27,13 @@ from ddpm_engine.generation.input_images import (
     small_images,
 )
 from ddpm_engine.generation.progress import Progress
-from ddpm_engine.generation.recipe import Drawing, Precision, Recipe
+from ddpm_engine.generation.recipe import Drawing, Recipe
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
 from ddpm_engine.runtime import local_device, use_local_compile_cache
 from ddpm_engine.samplers.config import SamplerName, Spacing
+from ddpm_engine.samplers.request import Precision
 
 Numbers = Annotated[str | None, tyro.conf.arg(metavar="K,K,...")]
 

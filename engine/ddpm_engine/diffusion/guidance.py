@@ -19,44 +19,49 @@ from ddpm_engine.errors import UserError
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a class-conditional network is guided.
+    """Classifier-free guidance of a conditional network.
 
     Raises:
-        UserError: a rescale outside [0, 1], or an interval that is none.
+        UserError: a rescale outside [0, 1], or an empty interval.
     """
 
     scale: float
-    """w; 1 is no guidance, and saves the second evaluation."""
+    """Guidance scale w; 1 is no guidance and saves the second evaluation."""
     rescale: float = 0.0
-    """φ: how far the guided prediction is brought back to the conditional one's deviation."""
+    """Rescale φ of the guided prediction to the conditional one's deviation, 0 (not) to 1."""
     interval: tuple[float, float] = (0.0, float("inf"))
-    """Guide while the noise level σ = sqrt((1 − ᾱ) / ᾱ) is above the first and at most the second;
-    a step outside costs one evaluation."""
+    """Interval of noise levels σ = sqrt((1 − ᾱ) / ᾱ), above the first and at most the second, in
+    which steps are guided; a step outside costs one evaluation."""
     two_passes: bool | None = None
-    """Evaluate c and u one after the other: half the memory. None: together, and one after the
-    other once memory has run out."""
+    """Whether c and u are evaluated one after the other, with half the memory. None: together, and
+    one after the other once memory has run out."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rescale <= 1:
-            raise UserError(f"guidance rescale is {self.rescale}; it must lie in [0, 1]")
+            raise UserError(f"`guidance.rescale` is {self.rescale}; it must lie in [0, 1]")
         low, high = self.interval
         if not 0 <= low < high:
             raise UserError(
-                f"guidance interval is {low} to {high}; give two noise levels, the lower one first"
+                f"`guidance.interval` is {low} to {high}; give two noise levels, the lower first"
             )
 
     def guides(self, alpha_bar: Tensor) -> list[bool]:
-        """Which steps are guided, from ᾱ of the state that each begins with, float64 `[S]`."""
+        """Return which steps are guided, from ᾱ of the state before each, float64 `[S]`."""
         sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
         low, high = self.interval
         within = (sigma > low) & (sigma <= high)
         return [bool(inside) and self.scale != 1 for inside in within]
 
 
+def combine(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    """Return the guided prediction m = u + w (c − u), of the shape of c and u."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 def rescale_factor(
     conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: float
 ) -> Tensor:
-    """The factor on each guided prediction: float32 `[B]`.
+    """Return the factor on each guided prediction: float32 `[B]`.
 
     φ · std(c) / std(m) + 1 − φ, with deviations over all values of a sample (equations 15, 16).
 
@@ -67,13 +72,13 @@ def rescale_factor(
         rescale: φ.
     """
     c, u = conditional.float(), unconditional.float()
-    guided = u + scale * (c - u)
+    guided = combine(c, u, scale)
     ratio = c.std((1, 2, 3), correction=0) / guided.std((1, 2, 3), correction=0)
     return rescale * ratio + (1 - rescale)
 
 
 def dynamic_threshold(x0: Tensor, percentile: float) -> Tensor:
-    """The bound of each estimate of x_0, at least 1: float32 `[B]`.
+    """Return the bound of each estimate of x_0, at least 1: float32 `[B]`.
 
     The given quantile of the sample's absolute values (Saharia et al. 2022, section 2.3).
     """

@@ -23,9 +23,8 @@ from ddpm_engine.evaluation.feature_networks import feature_network
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.figures.interpolation import (
     denoising_figure,
-    device_of,
     interpolation_figure,
-    no_class,
+    unrestricted,
 )
 from ddpm_engine.figures.trajectory import (
     COLUMNS,
@@ -36,13 +35,12 @@ from ddpm_engine.figures.trajectory import (
     watch,
 )
 from ddpm_engine.generation.sample_reader import open_images
-from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.plots.curves import bound_figure, loss_figure, quality_figure, schedules_figure
 from ddpm_engine.plots.image_rows import side_by_side
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
-from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
 
 _GRID = 64
 _ROWS = 3
@@ -91,7 +89,7 @@ class Exhibit:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How pictures are drawn."""
+        """How samples are generated."""
         chosen = self.config.sampling
         return chosen if self.steps is None else replace(chosen, steps=self.steps)
 
@@ -108,27 +106,11 @@ class Exhibit:
         )
         return samples_at(dataset, range(_GRID)).images.permute(0, 2, 3, 1).numpy()
 
-    def labels(self, ids: Tensor) -> Tensor | None:
-        """Classes of pictures, one after the other: int64 `[B]` as `ids`, or None."""
-        null = self.trained.model.conditioning.null_class
-        return None if null is None else ids % null
-
     def drawn(self, count: int, sampling: SamplingConfig) -> np.ndarray:
-        """The first pictures of the seed: uint8 `[count, H, W, C]`."""
-        trained = self.trained
-        ids = torch.arange(count, device=device_of(trained.model))
-        pictures = sample(
-            trained.model,
-            trained.schedule,
-            sample_ids=ids,
-            seed=self.seed,
-            prediction=self.config.diffusion.prediction,
-            labels=self.labels(ids),
-            clip=trained.clip,
-            batch_size=_BATCH,
-            **sampling.table_options(),
-        )
-        return to_uint8(pictures)
+        """Generate the first samples of the seed: uint8 `[count, H, W, C]`."""
+        request = SampleRequest(seed=self.seed, sampling=sampling)
+        sampler = Sampler(unrestricted(self.trained), request)
+        return sampler.images(range(count), batch_size=_BATCH)
 
 
 def real_and_drawn(exhibit: Exhibit) -> list[Path]:
@@ -166,22 +148,12 @@ def reverse(exhibit: Exhibit) -> list[Path]:
     Raises:
         UserError: steps that the schedule does not have.
     """
-    trained = exhibit.trained
-    table = build_table(
-        trained.schedule,
-        prediction=exhibit.config.diffusion.prediction,
-        **exhibit.sampling.table_options(),
-    )
-    device = device_of(trained.model)
+    model = unrestricted(exhibit.trained)
+    request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
     still, moving = exhibit.out / "reverse.png", exhibit.out / "reverse.gif"
-    first = torch.tensor(exhibit.ids[:1], device=device)
-    several = first + torch.arange(_MOVING, device=device)
-    for ids, moments_shown, show, path in [
-        (first, COLUMNS, reverse_figure, still),
-        (several, _FRAMES, reverse_animation, moving),
-    ]:
-        labels = exhibit.labels(ids)
-        show(watch(trained, table, exhibit.seed, ids, labels, moments_shown), path)
+    first = exhibit.ids[0]
+    reverse_figure(watch(model, request, [first], COLUMNS), still)
+    reverse_animation(watch(model, request, range(first, first + _MOVING), _FRAMES), moving)
     return [still, moving]
 
 
@@ -260,18 +232,20 @@ def bound(exhibit: Exhibit) -> list[Path]:
     if exhibit.config.diffusion.prediction == "edm":
         raise Inapplicable("the bound's terms are those of a chain of T steps, which EDM has not")
     images = exhibit.real[: exhibit.bound_images]
-    device = device_of(trained.model)
+    device = trained.device
     ids = torch.arange(len(images), device=device)
+    null = trained.spec.null_class
+    labels = None if null is None else torch.full_like(ids, null)
     terms = bits_per_dim(
-        trained.model,
+        trained.network,
         trained.schedule,
         torch.from_numpy(images).permute(0, 3, 1, 2).to(device),
         ids,
         seed=exhibit.seed,
         prediction=exhibit.config.diffusion.prediction,
         variance=exhibit.config.sampling.variance,
-        conditioning=Conditioning(no_class(trained.model, len(images))),
-        clip=trained.clip,
+        conditioning=Conditioning(labels),
+        clip=trained.sampling.clip_x0,
     )
     path = exhibit.out / "bound.png"
     bound_figure(terms.cpu().numpy(), path)

@@ -14,8 +14,10 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.figures.toy import PointNetwork, score
 from ddpm_engine.images.grid import save_gif
 from ddpm_engine.plots.style import SCALE, canvas, pixels_of, saved, without_ticks
-from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import initial_noise, sampling_steps
+from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler, initial_noise
 from ddpm_kernels import q_sample
 
 if TYPE_CHECKING:
@@ -90,26 +92,22 @@ class Plane:
 
 
 def reverse_states(model: PointNetwork, schedule: NoiseSchedule, seed: int, count: int) -> Tensor:
-    """All states of ancestral sampling (Ho et al. 2020, algorithm 2).
+    """Return all states of ancestral sampling (Ho et al. 2020, algorithm 2).
 
     Args:
         model: a trained network.
         schedule: what it was trained on.
         seed: of all noise.
-        count: how many points.
+        count: number of points.
 
     Returns:
-        float32 `[T + 1, count, 2]`, from the noise to the points drawn.
+        float32 `[T + 1, count, 2]`, from the noise to the samples.
     """
     ids = torch.arange(count)
-    table = build_table(schedule, "ddpm", variance="fixed_small")
+    sampling = SamplingConfig(variance="fixed_small", clip_x0=False)
+    sampler = Sampler(DiffusionModel(model, schedule, "eps", sampling), SampleRequest(seed=seed))
     states = [initial_noise(seed, ids, model.sample_shape)]
-    states += [
-        step.x.clone()
-        for step in sampling_steps(
-            model, table, model.sample_shape, seed=seed, sample_ids=ids, clip=False
-        )
-    ]
+    states += [step.x.clone() for step in sampler.trajectory(ids)]
     return torch.stack(states).flatten(2)
 
 

@@ -1,21 +1,22 @@
-"""An image dissolving into noise, and a picture emerging from it."""
+"""An image dissolving into noise, and a sample emerging from it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import moving_strip, strip
-from ddpm_engine.samplers.sampler import TrajectoryStep, sampling_steps
-from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
 from ddpm_kernels import q_sample
 
 COLUMNS = 11
@@ -66,41 +67,44 @@ def forward_figure(
     strip(rows, titles, "forward: images dissolve into noise", path)
 
 
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What a trajectory looked like after one step."""
+
+    index: int
+    timestep: float
+    x: Tensor
+    """The state after the step, `[B, C, H, W]`."""
+    x0: Tensor
+    """The step's estimate of the clean image, `[B, C, H, W]`."""
+
+
 def watch(
-    trained: LoadedModel,
-    table: CoefficientTable,
-    seed: int,
-    sample_ids: Tensor,
-    labels: Tensor | None,
-    moments: int,
-) -> list[TrajectoryStep]:
-    """Run the reverse process and keep what it looked like at a few moments, even in time.
+    model: DiffusionModel, request: SampleRequest, ids: Sequence[int], moments: int
+) -> list[Moment]:
+    """Sample one batch and keep its trajectory at a few moments, evenly spaced.
 
     Args:
-        trained: the network.
-        table: the sampler.
-        seed: of all noise.
-        sample_ids: int64 `[B]`.
-        labels: int64 `[B]`, or None.
-        moments: how many to keep, the first and the last step among them.
+        model: the network.
+        request: what to sample.
+        ids: of the samples.
+        moments: number of moments to keep, the first and the last step among them.
     """
-    last = table.evaluations - 1
+    sampler = Sampler(model, request)
+    last = sampler.evaluations - 1
     kept = set(np.linspace(0, last, min(moments, last + 1)).round().astype(int).tolist())
     return [
-        TrajectoryStep(step.index, step.timestep, step.x.clone(), step.x0.clone())
-        for step in sampling_steps(
-            trained.model, table, trained.model.sample_shape, seed=seed, sample_ids=sample_ids,
-            labels=labels, clip=trained.clip,
-        )
+        Moment(step.index, step.timestep, step.x.clone(), step.x0.clone())
+        for step in sampler.trajectory(ids)
         if step.index in kept
-    ]  # fmt: skip
+    ]
 
 
-def reverse_figure(steps: Sequence[TrajectoryStep], path: Path) -> None:
-    """Show one picture emerge: the state, and the estimate of x_0 that each step was made from.
+def reverse_figure(steps: Sequence[Moment], path: Path) -> None:
+    """Plot how one sample emerges: the state, and each step's estimate of x_0.
 
     Args:
-        steps: as `watch` keeps them; the first picture of the batch is shown.
+        steps: as `watch` keeps them; the first sample of the batch is plotted.
         path: of the PNG.
     """
     states, estimates = (
@@ -110,16 +114,16 @@ def reverse_figure(steps: Sequence[TrajectoryStep], path: Path) -> None:
     strip(
         [("$x_{t-1}$", states), (r"$\hat{x}_0$", estimates)],
         [f"t={step.timestep + 1:.0f}" for step in steps],
-        "reverse: a picture emerges; below, the network's guess of it at each step",
+        "reverse: a sample emerges; below, the network's estimate of it at each step",
         path,
     )
 
 
-def reverse_animation(steps: Sequence[TrajectoryStep], path: Path) -> None:
-    """Show pictures emerge as a GIF, above the estimates of x_0.
+def reverse_animation(steps: Sequence[Moment], path: Path) -> None:
+    """Animate how samples emerge, above the estimates of x_0, as a GIF.
 
     Args:
-        steps: as `watch` keeps them; all pictures of the batch are shown.
+        steps: as `watch` keeps them; all samples of the batch are plotted.
         path: of the GIF.
     """
     moving_strip(

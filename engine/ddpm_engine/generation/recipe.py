@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import InputImages, SamplesAsInput
-from ddpm_engine.images.data_codec import PixelCodec
-from ddpm_engine.runtime import check_precision
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.inpainting import Inpainting
-from ddpm_engine.samplers.sampler import Chain, interpolated_noise
-
-Precision = Literal["no", "bf16", "fp16"]
+from ddpm_engine.samplers.request import Precision, SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +82,7 @@ class Recipe:
 
 
 class Drawing:
-    """A recipe and the network that carries it out.
-
-    Args:
-        pretrained: the network, on its device.
-        recipe: what to draw.
-        on_step: called with the number of pictures that each step advances.
-
-    Raises:
-        UserError: a recipe that this network or this machine cannot carry out.
-    """
+    """A recipe bound to a model: until its callers use `Sampler` itself."""
 
     def __init__(
         self,
@@ -106,41 +90,32 @@ class Drawing:
         recipe: Recipe,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
-        self.pretrained = pretrained
-        model, config = pretrained.model, pretrained.config
-        self.model = model
-        self.device = next(model.parameters()).device
-        if self.device.type == "cpu":
-            check_precision(recipe.precision, "--precision")
-        sampling = recipe.sampling
-        if sampling.steps is None and recipe.timesteps is None:
-            sampling = replace(sampling, steps=config.diffusion.timesteps)
-        self.recipe = recipe = replace(recipe, sampling=sampling)
-        self._check_classes()
-        self._check_low_resolution()
-        self._check_distilled()
-        self.chain = Chain(
-            model,
-            pretrained.schedule,
+        self.pretrained, self.model, self.device = pretrained, pretrained.network, pretrained.device
+        request = SampleRequest(
             seed=recipe.seed,
-            **sampling.table_options(),
+            sampling=recipe.sampling,
             timesteps=recipe.timesteps,
-            prediction=config.diffusion.prediction,
-            augmentation=recipe.augmentation,
+            classes="none" if recipe.classes is None else recipe.classes,
             guidance=recipe.guidance,
-            clip=pretrained.clip,
             threshold=recipe.threshold,
+            images=recipe.images,
             strength=recipe.strength,
-            draws=recipe.draws,
+            mask=recipe.mask,
+            repeats=recipe.draws,
+            low_resolution=recipe.low_resolution,
+            augmentation_level=recipe.augmentation,
+            interpolate=recipe.interpolate,
             cache_interval=recipe.cache_interval,
+            precision=recipe.precision,
         )
-        self._states = self._interpolated()
+        self.sampler = Sampler(pretrained, request)
+        self.recipe = replace(recipe, sampling=self.sampler.sampling)
         self._on_step = on_step
 
     @property
     def evaluations(self) -> int:
-        """Steps of the loop a picture."""
-        return self.chain.table.evaluations
+        """Network evaluations per sample."""
+        return self.sampler.evaluations
 
     def settings(self) -> dict[str, Any]:
         """The recipe's, and which network."""
@@ -151,130 +126,16 @@ class Drawing:
         }
 
     def label_of(self, sample_id: int) -> int | None:
-        """The class of a picture, if it has one."""
-        classes = self.recipe.classes
-        label = None if classes is None else classes[sample_id % len(classes)]
-        return None if label == self.model.conditioning.null_class else label
+        """The class of a sample, if it has one."""
+        return self.sampler.label_of(sample_id)
 
     def draw(self, ids: Sequence[int]) -> np.ndarray:
-        """Draw pictures, in one batch: uint8 `[N, H, W, C]`.
-
-        Raises:
-            UserError: an image that cannot be read.
-        """
-        recipe = self.recipe
-        images = None if recipe.images is None else recipe.images.of(ids)
-        small = None if recipe.low_resolution is None else recipe.low_resolution.of(ids)
-        inpainting = None
-        if recipe.mask is not None and images is not None:
-            inpainting = Inpainting(images, recipe.mask, recipe.draws)
-        with self._autocast():
-            drawn = self.chain.draw(
-                torch.tensor(list(ids), dtype=torch.int64, device=self.device),
-                labels=self._labels(ids),
-                low_resolution=small,
-                initial=None if self._states is None else self._states[list(ids)],
-                images=None if recipe.strength is None else images,
-                inpainting=inpainting,
-                on_step=self._on_step,
-            )
-        return PixelCodec().decode(drawn)
+        """Generate one batch: uint8 `[N, H, W, C]`."""
+        return self.sampler.images(ids, batch_size=len(ids), on_step=self._on_step)
 
     def warm_up(self, batch: int) -> None:
-        """Compile whatever a batch of so many pictures needs."""
-        with self._autocast():
-            self.chain.warm_up(
-                batch, self.device, labelled=self.model.conditioning.null_class is not None
-            )
-
-    def _labels(self, ids: Sequence[int]) -> Tensor | None:
-        null = self.model.conditioning.null_class
-        if null is None:
-            return None
-        labels = [null if (label := self.label_of(k)) is None else label for k in ids]
-        return torch.tensor(labels, device=self.device)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.recipe.precision == "no":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
-
-    def _check_classes(self) -> None:
-        null, classes = self.model.conditioning.null_class, self.recipe.classes
-        if classes is None:
-            if self.recipe.guidance is not None:
-                why = "the pictures are of no class; give --class-label or --class-labels"
-                if null is None:
-                    why = "this network was trained without classes; leave it out"
-                raise UserError(f"--guidance-scale leads towards a class, but {why}")
-            return
-        if null is None:
-            raise UserError(
-                f"--class-label is {classes[0]} but this network was trained without classes; "
-                "leave it out"
-            )
-        if wrong := [label for label in classes if not 0 <= label <= null]:
-            raise UserError(f"--class-label is {wrong[0]}; classes are 0 to {null - 1}")
-
-    def _check_low_resolution(self) -> None:
-        side = self.model.conditioning.low_resolution
-        if side is not None and self.recipe.low_resolution is None:
-            raise UserError(
-                f"this network enlarges pictures of {side}×{side}; give some by --low-resolution, "
-                "such as a folder that launch/sample.py drew from another model"
-            )
-        if side is None and self.recipe.low_resolution is not None:
-            raise UserError(
-                "--low-resolution is given, but this network enlarges nothing; leave it out"
-            )
-
-    def _check_distilled(self) -> None:
-        config, recipe = self.pretrained.config, self.recipe
-        if config.distillation.teacher is None:
-            return
-        asked, known = recipe.sampling, config.sampling
-        flags = {
-            "sampler": (asked.sampler, known.sampler),
-            "timesteps": (recipe.timesteps, None),
-            "steps": (asked.steps, None if recipe.timesteps else known.steps),
-            "spacing": (asked.spacing, known.spacing),
-            "eta": (asked.eta, known.eta),
-            "variance": (asked.variance, known.variance),
-            "cache-interval": (recipe.cache_interval, 1),
-        }
-        for flag, (given, learnt) in flags.items():
-            if given != learnt:
-                raise UserError(
-                    f"--{flag} is {given}, but this network was distilled: it has learnt the "
-                    f"{known.steps} steps of {known.sampler} with {known.spacing} spacing, each "
-                    f"in one evaluation, and no others; leave --{flag} out"
-                )
-        if recipe.guidance is not None:
-            scale = config.distillation.guidance_scale
-            built_in = "none" if scale is None else f"a scale of {scale:g}"
-            raise UserError(
-                f"--guidance-scale is {recipe.guidance.scale:g}, but this network was distilled "
-                f"with {built_in} built in; leave it out, or distil the teacher with another by "
-                "launch/distill.py --guidance-scale"
-            )
-
-    def _interpolated(self) -> Tensor | None:
-        if self.recipe.interpolate is None:
-            return None
-        first, second, count = self.recipe.interpolate
-        if count < 2 or first == second:
-            raise UserError(
-                f"{count} pictures are to lead from {first} to {second}; give two different ids "
-                "and at least 2 pictures"
-            )
-        if self.chain.stochastic:
-            raise UserError(
-                f"to interpolate, the sampler must add no noise, and {self.recipe.sampling.sampler}"
-                " does; use ddim, dpm++2m or unipc"
-            )
-        weights = torch.linspace(0, 1, count, dtype=torch.float64)
-        return interpolated_noise(self.recipe.seed, first, second, weights, self.chain.shape)
+        """Compile whatever a batch of this size needs."""
+        self.sampler.warm_up(batch)
 
 
 def _sha256(tensor: Tensor) -> str:

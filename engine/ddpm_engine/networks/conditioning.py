@@ -84,11 +84,14 @@ class Conditioning:
         Raises:
             ValueError: a condition that the network was not built for.
         """
-        nulls = {f.name: f.metadata["null"] for f in fields(self) if "null" in f.metadata}
+        make = {f.name: f.metadata["null"] for f in fields(self) if "null" in f.metadata}
         given = self.present()
-        return replace(
-            self, **{name: make(given[name], spec) for name, make in nulls.items() if name in given}
-        )
+        return replace(self, **{name: make[name](given[name], spec) for name in self.droppable()})
+
+    def droppable(self) -> list[str]:
+        """Return the fields given that have a null condition, which guidance leads away from."""
+        given = self.present()
+        return [f.name for f in fields(self) if "null" in f.metadata and f.name in given]
 
     def copy_(self, other: Conditioning) -> None:
         """Overwrite these tensors with another batch's of the same layout.

@@ -2,8 +2,8 @@
 
     x ← mask · (sqrt(ᾱ) known + sqrt(1 − ᾱ) ε) + (1 − mask) · x
 
-The two parts are drawn apart and so need not fit; resampling lets them meet: after a step the state
-is noised forward again and the step repeated, with fresh noise each time.
+The two parts are generated independently and may not fit together. Resampling harmonises them:
+after a step the state is noised forward again and the step repeated, each time with fresh noise.
 
 Source: Lugmayr et al., "RePaint", 2022, algorithm 1 (jumps of one step).
 """
@@ -23,79 +23,46 @@ from ddpm_kernels import Stream, gaussian_noise
 
 
 @dataclass(frozen=True, eq=False)
-class Inpainting:
-    """What is known of each picture.
-
-    Raises:
-        UserError: shapes that do not go together, or fewer than one draw a step.
-    """
-
-    known: Tensor
-    """`[B, C, H, W]` in [-1, 1]: the pictures, one for each sample id."""
-    mask: Tensor
-    """bool `[B or 1, C or 1, H, W]`: True where the picture is known."""
-    draws: int = 1
-    """How often each step is taken; 10 in the paper, 1 for no resampling."""
-
-    def __post_init__(self) -> None:
-        batch, channels, *pixels = self.known.shape
-        fits = self.mask.ndim == 4 and self.mask.dtype == torch.bool
-        fits = fits and self.mask.shape[0] in (1, batch) and self.mask.shape[1] in (1, channels)
-        if not fits or list(self.mask.shape[2:]) != pixels:
-            raise UserError(
-                f"mask is {self.mask.dtype} of shape {tuple(self.mask.shape)}; for pictures of "
-                f"{tuple(self.known.shape)} it must be bool, [B or 1, C or 1, H, W]"
-            )
-        if self.draws < 1:
-            raise UserError(f"draws is {self.draws}; every step is taken at least once")
-
-    def part(self, start: int, stop: int) -> Inpainting:
-        """That of some of the pictures."""
-        mask = self.mask if len(self.mask) == 1 else self.mask[start:stop]
-        return Inpainting(self.known[start:stop], mask, self.draws)
-
-
-@dataclass(frozen=True, eq=False)
 class Levels:
     """ᾱ, and the scale of the state, around each row of a table: float64 `[S]` each."""
 
     before: Tensor
-    """ᾱ of the state that the row begins with."""
+    """ᾱ of the state before the row."""
     after: Tensor
-    """ᾱ of the state that it leads to; 1 at the end."""
+    """ᾱ of the state after the row; 1 at the end."""
     scale_before: Tensor
-    """How many times x the state is that the row begins with."""
+    """Ratio between the loop's state and x_t before the row."""
     scale_after: Tensor
-    """How many times x the state is that it leads to."""
+    """Ratio between the loop's state and x_t after the row."""
 
 
 def levels_of(schedule: NoiseSchedule, table: CoefficientTable) -> Levels:
-    """The levels around each row: a row leads to what the next one begins with."""
+    """Return the levels around each row, where the next row begins at the level it leads to."""
     alpha_bar = noise_levels(schedule, table.timesteps)[0].square()
     scale = table.state_scale
     return Levels(alpha_bar[:-1], alpha_bar[1:], scale[:-1], scale[1:])
 
 
 def resampled(
-    table: CoefficientTable, levels: Levels, draws: int
+    table: CoefficientTable, levels: Levels, repeats: int
 ) -> tuple[CoefficientTable, Levels]:
-    """Repeat each row but the last, which adds no noise. Each repetition is a row of its own.
+    """Repeat each row but the last, which adds no noise.
 
     Raises:
-        UserError: a sampler that looks back on earlier steps, which repetitions would spoil.
+        UserError: a sampler that uses earlier estimates, which repetitions would spoil.
     """
-    if draws == 1:
+    if repeats == 1:
         return table, levels
     if table.history:
         raise UserError(
-            f"inpainting is to take each step {draws} times, and this sampler looks back on "
-            "earlier steps; use ddpm or ddim, or take each step once"
+            f"`repeats` is {repeats}, and this sampler looks back on earlier steps; use ddpm or "
+            "ddim, or take each step once"
         )
-    repeats = torch.full((len(table.rows),), draws)
-    repeats[-1] = 1
+    counts = torch.full((len(table.rows),), repeats)
+    counts[-1] = 1
 
     def repeated(rows: Tensor) -> Tensor:
-        return rows.repeat_interleave(repeats, 0)
+        return rows.repeat_interleave(counts, 0)
 
     return (
         CoefficientTable(
@@ -114,21 +81,33 @@ def resampled(
 
 
 class KnownPixels:
-    """The part of a batch that is known, and what happens between two steps.
+    """The known pixels of a batch, which are put back after every step.
 
     Args:
-        inpainting: what is known of this batch.
-        levels: of the resampled table.
+        known: `[B, C, H, W]` in [-1, 1].
+        mask: bool `[B or 1, C or 1, H, W]`: True where pixels are known.
+        levels: around the rows of the resampled table.
         seed: of all noise.
         sample_ids: int64 `[B]`.
+
+    Raises:
+        UserError: a mask of another shape or dtype.
     """
 
     def __init__(
-        self, inpainting: Inpainting, levels: Levels, seed: int, sample_ids: Tensor
+        self, known: Tensor, mask: Tensor, levels: Levels, seed: int, sample_ids: Tensor
     ) -> None:
+        batch, channels, *pixels = known.shape
+        fits = mask.ndim == 4 and mask.dtype == torch.bool
+        fits = fits and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels)
+        if not fits or list(mask.shape[2:]) != pixels:
+            raise UserError(
+                f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}; for images of "
+                f"{tuple(known.shape)} it must be bool, [N or 1, C or 1, H, W]"
+            )
         device = sample_ids.device
-        self._known = inpainting.known.to(device, torch.float32)
-        self._mask = inpainting.mask.to(device)
+        self._known = known.to(device, torch.float32)
+        self._mask = mask.to(device)
         self._before = [*levels.before.tolist(), 1.0]
         self._after = levels.after.tolist()
         self._scale_before = [*levels.scale_before.tolist(), 1.0]
@@ -137,9 +116,13 @@ class KnownPixels:
         self._ids = sample_ids
 
     def put_back(self, x: Tensor, step: int) -> None:
-        """Overwrite the known pixels of x, `[B, C, H, W]`, after a step.
+        """Overwrite the known pixels of the state after a step.
 
-        If the step is to be repeated, x is noised back to where it began.
+        If the step is to be repeated, the state is then noised back to where the step began.
+
+        Args:
+            x: `[B, C, H, W]`, changed in place.
+            step: index of the row that led to it.
         """
         shape = (x.shape[1], x.shape[2], x.shape[3])
         level, following = self._after[step], self._before[step + 1]

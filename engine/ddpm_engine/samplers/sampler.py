@@ -1,438 +1,403 @@
-"""The one loop that runs every sampler."""
+"""A sampler bound to a model: the one loop that every sampler runs in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from ddpm_engine.diffusion.config import MAX_LEVEL, Variance
-from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.conditioning import ConditioningSpec
-from ddpm_engine.samplers.config import Spacing
-from ddpm_engine.samplers.inpainting import Inpainting, KnownPixels, levels_of, resampled
+from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.runtime import autocast, check_precision
+from ddpm_engine.samplers.inpainting import KnownPixels, levels_of, resampled
+from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.step_runner import Model, StepRunner, captured
-from ddpm_engine.samplers.table import CoefficientTable
+from ddpm_engine.samplers.request import SampleRequest, as_source, rows_of
+from ddpm_engine.samplers.step_runner import StepRunner, captured
 from ddpm_kernels import Column, Stream, gaussian_noise
 
+Ids = Sequence[int] | Tensor
+"""Ids of samples: which samples of a seed."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class TrajectoryStep:
-    """What the loop yields after each step. The tensors are overwritten by the next."""
+    """A step of a trajectory. Its tensors are overwritten by the next step."""
 
     index: int
     """0 … S − 1."""
     timestep: float
-    """The timestep that the step began at."""
-    x: Tensor
-    """The state after the step, x = a x_0 + s ε, float32 `[B, C, H, W]`."""
-    x0: Tensor
-    """The estimate of the clean image that the step was made from, float32 `[B, C, H, W]`."""
+    """Timestep of the state before the step."""
+    scale: float
+    """Ratio between the loop's state after the step and x."""
+    runner: StepRunner
+
+    @property
+    def x(self) -> Tensor:
+        """The state after the step, x = a x_0 + s ε, float32 `[B, C, H, W]`."""
+        return self.runner.x if self.scale == 1 else self.runner.x / self.scale
+
+    @property
+    def x0(self) -> Tensor:
+        """The step's estimate of the clean image, float32 `[B, C, H, W]`."""
+        return self.runner.x0(self.index)
 
 
-@torch.inference_mode()
-def sampling_steps(
-    model: Model,
-    table: CoefficientTable,
-    shape: tuple[int, int, int],
-    *,
-    seed: int,
-    sample_ids: Tensor,
-    labels: Tensor | None = None,
-    low_resolution: Tensor | None = None,
-    augmentation: int = 0,
-    clip: bool = True,
-) -> Iterator[TrajectoryStep]:
-    """Run one batch through a coefficient table, yielding after every step.
+class Sampler:
+    """A request bound to a model: it owns the coefficient table and a step's buffers.
 
-    Args:
-        model: called with x float32 `[B, C, H, W]` channels-last, timesteps `[B]`, and what there
-            is of labels, enlarged images and their augmentation levels.
-        table: the sampler.
-        shape: (C, H, W).
-        seed: of all noise.
-        sample_ids: int64 `[B]` on the model's device; picture k of a seed is the same picture in
-            every batch.
-        labels: int64 `[B]` classes, or None.
-        low_resolution: `[B, C, side, side]` to be enlarged, as in `sample`, or None.
-        augmentation: level of their noise.
-        clip: clip each estimate of x_0 to [-1, 1].
-    """
-    process = StepRunner(
-        model, table, (len(sample_ids), *shape), sample_ids.device,
-        labelled=labels is not None, enlarging=low_resolution is not None, clip=clip,
-    )  # fmt: skip
-    enlarged = None
-    if low_resolution is not None:
-        enlarged = _augmented(low_resolution, shape[-1], augmentation, seed, sample_ids)
-    scale = table.state_scale.tolist()
-    x = scale[0] * initial_noise(seed, sample_ids, shape)
-    process.begin(x, seed, sample_ids, labels, enlarged, augmentation)
-    for i, timestep in enumerate(table.timesteps.tolist()):
-        process.step(i)
-        x = process.x / scale[i + 1]
-        yield TrajectoryStep(i, timestep, x, process.x0(i))
-
-
-@torch.inference_mode()
-def sample(
-    model: Model,
-    schedule: NoiseSchedule,
-    *,
-    sample_ids: Tensor | Sequence[int],
-    seed: int = 0,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    spacing: Spacing = "trailing",
-    timesteps: Sequence[int] | None = None,
-    variance: Variance = "fixed_large",
-    eta: float = 0.0,
-    prediction: str = "eps",
-    shape: tuple[int, int, int] | None = None,
-    labels: Tensor | None = None,
-    low_resolution: Tensor | None = None,
-    augmentation: int = 0,
-    guidance: Guidance | None = None,
-    clip: bool = True,
-    threshold: float | None = None,
-    initial: Tensor | None = None,
-    images: Tensor | None = None,
-    strength: float = 0.5,
-    inpainting: Inpainting | None = None,
-    cache_interval: int = 1,
-    batch_size: int = 64,
-    capture: bool | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Draw pictures (Ho et al. 2020, algorithm 2, and all the samplers that followed it).
-
-    Picture k of seed s starts from the same noise, and meets the same noise at every step, whatever
-    else is drawn with it: the result does not depend on batch size, order or device count beyond
-    the rounding of the network's own arithmetic.
+    Sample k of a seed starts from the same noise and meets the same noise at every step, whatever
+    else is sampled with it: the result does not depend on batch size, order or number of devices,
+    beyond the rounding of the network's own arithmetic. Whatever a batch shape needs, memory and on
+    GPUs captured steps, is kept for the next batch of that shape.
 
     Args:
-        model: `model(x, timesteps[, labels])`; put it in eval mode first.
-        schedule: what the model was trained on.
-        sample_ids: which pictures of the seed to make, int64 `[N]` in [0, 2⁵⁶).
-        seed: of all noise.
-        sampler: a key of `SAMPLERS`.
-        steps: how many of the schedule's timesteps to visit; None: all.
-        spacing: which ones.
-        timesteps: visit these instead, strictly decreasing.
-        variance: of the noise that ddpm adds.
-        eta: share of fresh noise in ddim, 0 to 1.
-        prediction: what the model predicts.
-        shape: (C, H, W); None: `model.sample_shape`.
-        labels: int64 `[N]`, the class of each picture, or None.
-        low_resolution: the small picture to enlarge for each, `[len(sample_ids), C, side, side]` in
-            [-1, 1], if and only if the model has a `low_resolution` side.
-        augmentation: steps of noise that these are given first, 0 to 1000, the same for all; some
-            noise hides the flaws of small pictures that another model drew.
-        guidance: how far to go beyond the conditional prediction; needs labels and a model with a
-            `null_class`.
-        clip: clip each estimate of x_0 to [-1, 1].
-        threshold: clip instead at this quantile of the estimate's absolute values, if beyond 1, and
-            divide by it (Saharia et al. 2022); such as 0.995.
-        initial: the state to begin with, `[len(sample_ids), C, H, W]`, instead of the noise of the
-            counter map; see `interpolated_noise`.
-        images: begin with these, noised, instead of with noise alone: `[len(sample_ids), C, H, W]`
-            in [-1, 1] (Meng et al., "SDEdit", 2022).
-        strength: share of the steps that is then taken, the last ones; 1 leaves little of an image.
-        inpainting: pixels that are known.
-        cache_interval: recompute the U-Net's deep levels at every so many-th step only, and take
-            their features from the step before otherwise ("DeepCache"); 1: always.
-        batch_size: pictures at a time.
-        capture: replay each step as a CUDA graph; None: on CUDA devices.
-        on_step: called with the number of pictures advanced by each step, for progress bars.
-
-    Returns:
-        float32 `[len(sample_ids), C, H, W]` around [-1, 1], on the device of `sample_ids` if that
-        is a tensor, else the model's.
+        model: the network and its process.
+        request: what to sample.
+        capture: whether to replay each step as a CUDA graph; None: on CUDA devices.
 
     Raises:
-        UserError: an unknown sampler; steps that the schedule does not have; guidance without
-            labels; or other arguments that do not go together.
-    """
-    if not isinstance(sample_ids, Tensor):
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-        device = next((p.device for p in parameters), torch.device("cpu"))
-        sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64, device=device)
-    chain = Chain(
-        model,
-        schedule,
-        seed=seed,
-        sampler=sampler,
-        steps=steps,
-        spacing=spacing,
-        timesteps=timesteps,
-        variance=variance,
-        eta=eta,
-        prediction=prediction,
-        shape=shape,
-        augmentation=augmentation,
-        guidance=guidance,
-        clip=clip,
-        threshold=threshold,
-        strength=None if images is None else strength,
-        draws=1 if inpainting is None else inpainting.draws,
-        cache_interval=cache_interval,
-        capture=capture,
-    )
-    chain.check(sample_ids, labels, low_resolution, initial, images, inpainting)
-    pictures = torch.empty(len(sample_ids), *chain.shape, device=sample_ids.device)
-    for start in range(0, len(sample_ids), batch_size):
-        part = slice(start, start + batch_size)
-        pictures[part] = chain.draw(
-            sample_ids[part],
-            labels=None if labels is None else labels[part],
-            low_resolution=None if low_resolution is None else low_resolution[part],
-            initial=None if initial is None else initial[part],
-            images=None if images is None else images[part],
-            inpainting=None if inpainting is None else inpainting.part(start, start + batch_size),
-            on_step=on_step,
-        )
-    return pictures
-
-
-class Chain:
-    """A sampler bound to a network: it draws one batch after another.
-
-    What a batch shape needs (memory, on GPUs a captured step) is kept for the next batch of that
-    shape. `sample` is this for pictures that fit in memory together.
-
-    Args:
-        model: as in `sample`, and so are the arguments not named here.
-        schedule: what the model was trained on.
-        strength: share of the steps to take from images that `draw` is given; None: it is given
-            none.
-        draws: how often each step is taken, for inpainting.
-
-    Raises:
-        UserError: an unknown sampler, or steps that the schedule does not have.
+        UserError: a request that this model, or this machine, cannot serve.
     """
 
     def __init__(
         self,
-        model: Model,
-        schedule: NoiseSchedule,
+        model: DiffusionModel,
+        request: SampleRequest = SampleRequest(),  # noqa: B008
         *,
-        seed: int = 0,
-        sampler: str = "ddpm",
-        steps: int | None = None,
-        spacing: Spacing = "trailing",
-        timesteps: Sequence[int] | None = None,
-        variance: Variance = "fixed_large",
-        eta: float = 0.0,
-        prediction: str = "eps",
-        shape: tuple[int, int, int] | None = None,
-        augmentation: int = 0,
-        guidance: Guidance | None = None,
-        clip: bool = True,
-        threshold: float | None = None,
-        strength: float | None = None,
-        draws: int = 1,
-        cache_interval: int = 1,
         capture: bool | None = None,
     ) -> None:
-        if cache_interval < 1:
+        self.model, self.device = model, model.device
+        self.request = request = model.resolve(request)
+        if self.device.type == "cpu":
+            check_precision(request.precision, "`precision`")
+        if request.cache_interval > 1 and not getattr(model.network, "caches_features", False):
             raise UserError(
-                f"cache_interval is {cache_interval}; 1 recomputes everything at each step"
+                f"`cache_interval` is {request.cache_interval}, but this network caches no "
+                "features; leave it out"
             )
-        if threshold is not None and not 0 < threshold <= 1:
-            raise UserError(f"threshold is {threshold}; it is a quantile, above 0 and at most 1")
-        if not 0 <= augmentation <= MAX_LEVEL:
-            raise UserError(f"augmentation is {augmentation}; it must lie in [0, {MAX_LEVEL}]")
-        self.model = model
-        self.schedule = schedule
-        self.seed = seed
-        self.shape: tuple[int, int, int] = shape or model.sample_shape  # type: ignore[attr-defined]
-        self.augmentation = augmentation
-        self.guidance = guidance
-        self.clip = clip
-        self.threshold = threshold
-        self.cache_interval = cache_interval
-        spec: ConditioningSpec = getattr(model, "conditioning", ConditioningSpec())
-        self._null_class, self._side = spec.null_class, spec.low_resolution
+        self.sampling = sampling = request.sampling or model.sampling
         skip = 0
-        if strength is not None:
-            count = len(timesteps) if timesteps is not None else (steps or schedule.timesteps)
-            skip = skipped_steps(count, strength)
+        if request.strength is not None:
+            listed = request.timesteps
+            count = (sampling.steps or 0) if listed is None else len(listed)
+            skip = skipped_steps(count, request.strength)
         table = build_table(
-            schedule, sampler, steps, spacing, prediction,
-            variance=variance, eta=eta, timesteps=timesteps, skip=skip,
+            model.schedule, **sampling.table_options(), prediction=model.prediction,
+            timesteps=request.timesteps, skip=skip,
         )  # fmt: skip
-        self.table, self.levels = resampled(table, levels_of(schedule, table), draws)
-        self._capture = capture
-        self._process: StepRunner | None = None
+        levels = levels_of(model.schedule, table)
+        self.table, self._levels = resampled(table, levels, request.repeats)
+        classes = request.classes
+        self.classes: tuple[int, ...] | None = classes if isinstance(classes, tuple) else None
+        """Class of samples 0, 1, 2, … and again from the first; None: the null class."""
+        self._initial_states = self._interpolated()
+        self._capture = self.device.type == "cuda" if capture is None else capture
+        self._key: object = None
+        self._runner: StepRunner | None = None
+        if request.guidance is not None:
+            self._check_guidance()
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per sample."""
+        return self.table.evaluations
 
     @property
     def stochastic(self) -> bool:
         """Whether steps add noise."""
         return bool((self.table.rows[:, Column.NOISE] != 0).any())
 
+    def settings(self) -> dict[str, Any]:
+        """Return everything that determines the samples besides the model, as JSON values."""
+        settings = {**self.request.settings(), "classes": self.classes}
+        if self.sampling.clip_x0 != self.model.sampling.clip_x0:
+            settings["clip_x0"] = self.sampling.clip_x0
+        return settings
+
+    def label_of(self, sample_id: int) -> int | None:
+        """Return the class of a sample, or None."""
+        if self.classes is None:
+            return None
+        label = self.classes[sample_id % len(self.classes)]
+        return None if label == self.model.spec.null_class else label
+
     @torch.inference_mode()
-    def draw(
-        self,
-        sample_ids: Tensor,
-        *,
-        labels: Tensor | None = None,
-        low_resolution: Tensor | None = None,
-        initial: Tensor | None = None,
-        images: Tensor | None = None,
-        inpainting: Inpainting | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Draw one batch.
+    def trajectory(
+        self, ids: Ids, *, conditioning: Conditioning | None = None, keep_x0: bool = True
+    ) -> Iterator[TrajectoryStep]:
+        """Sample one batch, yielding after every step.
 
         Args:
-            sample_ids: int64 `[B]` on the model's device.
-            labels: int64 `[B]`, or None.
-            low_resolution: as in `sample`, `[B, C, side, side]`.
-            initial: as in `sample`, `[B, C, H, W]`.
-            images: likewise.
-            inpainting: of the batch.
-            on_step: called with B after each step.
-
-        Returns:
-            float32 `[B, C, H, W]` around [-1, 1]; overwritten by the next batch.
+            ids: `[B]`, in [0, 2⁵⁶).
+            conditioning: conditions of the batch; None: those of the request.
+            keep_x0: whether to make every step's estimate of x_0 available.
 
         Raises:
-            UserError: arguments that do not go together.
+            UserError: images that cannot be read or have another shape, or guidance without
+                conditions.
         """
-        self.check(sample_ids, labels, low_resolution, initial, images, inpainting)
-        device = sample_ids.device
-        process = self._process_for(len(sample_ids), device, labels is not None)
-        x = initial_noise(self.seed, sample_ids, self.shape) if initial is None else initial
-        x = x.to(device)
-        if images is not None:
-            ends = noise_levels(self.schedule, self.table.timesteps)
-            a, s = (level[0].item() for level in ends)
-            x = a * images.to(device) + s * x
-        x = self.table.state_scale[0].item() * x
-        enlarged = None
-        if low_resolution is not None:
-            enlarged = _augmented(
-                low_resolution, self.shape[-1], self.augmentation, self.seed, sample_ids
-            )
-        process.begin(x, self.seed, sample_ids, labels, enlarged, self.augmentation)
-        known = None
-        if inpainting is not None:
-            known = KnownPixels(inpainting, self.levels, self.seed, sample_ids)
-        for i in range(process.steps):
-            process.step(i)
+        request, seed = self.request, self.request.seed
+        numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        sample_ids = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        conditions = self.conditioning(numbers) if conditioning is None else conditioning
+        conditions = conditions.to(self.device)
+        null = None
+        if request.guidance is not None:
+            null = conditions.null(self.model.spec)
+        known = self._known_pixels(numbers, sample_ids)
+        runner = self._runner_for(conditions, len(numbers), keep_x0)
+        runner.begin(self._initial(numbers, sample_ids), seed, sample_ids, conditions, null)
+        scales = self.table.state_scale.tolist()
+        for index, timestep in enumerate(self.table.timesteps.tolist()):
+            with autocast(request.precision, self.device):
+                runner.step(index)
             if known is not None:
-                known.put_back(process.x, i)
-            if on_step is not None:
-                on_step(len(sample_ids))
-        return process.x
+                known.put_back(runner.x, index)
+            yield TrajectoryStep(index, timestep, scales[index + 1], runner)
 
     @torch.inference_mode()
-    def warm_up(self, batch: int, device: torch.device, labelled: bool) -> None:
+    def sample(
+        self,
+        ids: Ids,
+        *,
+        conditioning: Conditioning | None = None,
+        batch_size: int = 64,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Sample, batch after batch.
+
+        Args:
+            ids: `[N]`, in [0, 2⁵⁶).
+            conditioning: conditions of the samples, row by row; None: those of the request.
+            batch_size: number of samples at a time.
+            on_step: called with the number of samples that each step has advanced.
+
+        Returns:
+            float32 `[N, C, H, W]` around [-1, 1], on the model's device.
+
+        Raises:
+            UserError: as `trajectory`.
+        """
+        samples = torch.empty(len(ids), *self.model.shape, device=self.device)
+        for start in range(0, len(ids), batch_size):
+            part = slice(start, start + batch_size)
+            batch = ids[part]
+            conditions = None if conditioning is None else conditioning.select(part)
+            last = None
+            for last in self.trajectory(batch, conditioning=conditions, keep_x0=False):  # noqa: B007
+                if on_step is not None:
+                    on_step(len(batch))
+            assert last is not None, "a table has rows"
+            samples[part] = last.x
+        return samples
+
+    def images(
+        self,
+        ids: Ids,
+        *,
+        batch_size: int = 64,
+        on_step: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Sample, and decode to uint8 images `[N, H, W, C]`; arguments as in `sample`."""
+        return self.model.codec.decode(self.sample(ids, batch_size=batch_size, on_step=on_step))
+
+    def conditioning(self, ids: Sequence[int]) -> Conditioning:
+        """Return the conditions that the request gives to a batch of samples.
+
+        Args:
+            ids: `[B]`.
+
+        Raises:
+            UserError: a low-resolution image that cannot be read or has another shape.
+        """
+        request, spec = self.request, self.model.spec
+        conditions = Conditioning()
+        if request.conditions is not None:
+            count = len(next(iter(request.conditions.present().values())))
+            conditions = request.conditions.select(rows_of(ids, count)).to(self.device)
+        if spec.null_class is not None and (self.classes or conditions.labels is None):
+            labels = [self.label_of(k) for k in ids]
+            numbers = [spec.null_class if label is None else label for label in labels]
+            labels_of_batch = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            conditions = replace(conditions, labels=labels_of_batch)
+        side = spec.low_resolution
+        if request.low_resolution is not None and side is not None and len(ids):
+            channels, height, _ = self.model.shape
+            images = as_source(request.low_resolution).of(ids)
+            self._check_shape("low_resolution", images, (channels, side, side))
+            sample_ids = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+            levels = torch.full_like(sample_ids, request.augmentation_level)
+            augmented = NoiseConditioningAugmentation(self.device)(
+                images.to(self.device, torch.float32), height, levels, request.seed, sample_ids
+            )
+            conditions = replace(conditions, low_resolution=augmented, augmentation_level=levels)
+        return conditions
+
+    @torch.inference_mode()
+    def warm_up(self, batch: int) -> None:
         """Take a step of each kind on meaningless data, so that compilers run now.
 
         Args:
-            batch: B of the batches to come.
-            device: the model's.
-            labelled: whether they have labels.
+            batch: number of samples in each batch to come.
         """
-        self._process_for(batch, device, labelled).warm_up()
+        conditions = self.conditioning(range(batch)).to(self.device)
+        with autocast(self.request.precision, self.device):
+            self._runner_for(conditions, batch, keep_x0=False).warm_up()
 
-    def check(
-        self,
-        sample_ids: Tensor,
-        labels: Tensor | None,
-        low_resolution: Tensor | None,
-        initial: Tensor | None,
-        images: Tensor | None,
-        inpainting: Inpainting | None,
-    ) -> None:
-        """Refuse arguments of `draw` that do not go together.
-
-        Raises:
-            UserError: guidance without labels, small images missing or superfluous, or a tensor of
-                another shape.
-        """
-        if self.guidance is not None and (labels is None or self._null_class is None):
-            raise UserError(
-                "guidance needs labels and a class-conditional network with a null class; "
-                + ("there are no labels" if labels is None else "this network has no null class")
-            )
-        if labels is not None and labels.shape != sample_ids.shape:
-            raise UserError(f"there are {len(labels)} labels for {len(sample_ids)} pictures")
-        if (low_resolution is None) != (self._side is None):
-            raise UserError(
-                f"this network enlarges pictures of side {self._side}; give low_resolution"
-                if low_resolution is None
-                else "low_resolution is given, but this network enlarges nothing; leave it out"
-            )
-        large = (len(sample_ids), *self.shape)
-        given = [
-            ("low_resolution", low_resolution, (*large[:2], self._side, self._side)),
-            ("initial", initial, large),
-            ("images", images, large),
-            ("inpainting.known", None if inpainting is None else inpainting.known, large),
-        ]
-        for name, tensor, expected in given:
-            if tensor is not None and tensor.shape != expected:
-                raise UserError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")
-
-    def _process_for(self, batch: int, device: torch.device, labelled: bool) -> StepRunner:
-        """The process of a batch shape: the last one, if it fits."""
-        if self._process is None or len(self._process.x) != batch:
-            capture = device.type == "cuda" if self._capture is None else self._capture
-            self._process = StepRunner(
-                self.model,
+    def _runner_for(self, conditioning: Conditioning, batch: int, keep_x0: bool) -> StepRunner:
+        """The buffers of a batch: the last batch's, if they fit."""
+        key = batch, conditioning.layout(), keep_x0
+        if self._runner is None or self._key != key:
+            request = self.request
+            self._runner = None  # free its memory first
+            self._runner = StepRunner(
+                self.model.network,
                 self.table,
-                (batch, *self.shape),
-                device,
-                labelled=labelled,
-                enlarging=self._side is not None,
-                null_class=self._null_class,
-                guidance=self.guidance,
-                alpha_bar=self.levels.before,
-                clip=self.clip,
-                threshold=self.threshold,
-                cache_interval=self.cache_interval,
-                keep_x0=False,
-                capture=captured if capture else None,
+                (batch, *self.model.shape),
+                conditioning,
+                self.device,
+                guidance=request.guidance,
+                alpha_bar=self._levels.before,
+                clip=self.sampling.clip_x0,
+                threshold=request.threshold,
+                cache_interval=request.cache_interval,
+                keep_x0=keep_x0,
+                capture=captured if self._capture else None,
             )
-        return self._process
+            self._key = key
+        return self._runner
+
+    def _initial(self, ids: list[int], sample_ids: Tensor) -> Tensor:
+        """The state before the first step."""
+        if self._initial_states is None:
+            x = initial_noise(self.request.seed, sample_ids, self.model.shape)
+        else:
+            x = self._initial_states[ids].to(self.device)
+        if self.request.strength is not None:
+            ends = noise_levels(self.model.schedule, self.table.timesteps)
+            a, s = (level[0].item() for level in ends)
+            x = a * self._given_images(ids) + s * x
+        return self.table.state_scale[0].item() * x
+
+    def _given_images(self, ids: list[int]) -> Tensor:
+        assert self.request.images is not None, "checked"
+        images = as_source(self.request.images).of(ids)
+        self._check_shape("images", images, self.model.shape)
+        return images.to(self.device)
+
+    def _known_pixels(self, ids: list[int], sample_ids: Tensor) -> KnownPixels | None:
+        mask = self.request.mask
+        if mask is None:
+            return None
+        mask = mask[rows_of(ids, len(mask))] if len(mask) > 1 else mask
+        known = self._given_images(ids)
+        return KnownPixels(known, mask, self._levels, self.request.seed, sample_ids)
+
+    def _check_shape(self, name: str, images: Tensor, shape: tuple[int, int, int]) -> None:
+        if images.shape[1:] != shape:
+            raise UserError(f"`{name}` has shape {tuple(images.shape)}; it must be {('N', *shape)}")
+
+    def _check_guidance(self) -> None:
+        conditions = self.request.conditions
+        if self.classes is None and (conditions is None or not conditions.droppable()):
+            why = "the samples are of no class; give `classes`"
+            if self.model.spec.null_class is None:
+                why = "this network was trained without classes; leave it out"
+            raise UserError(f"`guidance.scale` leads towards a class, but {why}")
+
+    def _interpolated(self) -> Tensor | None:
+        if self.request.interpolate is None:
+            return None
+        first, second, count = self.request.interpolate
+        if count < 2 or first == second:
+            raise UserError(
+                f"`interpolate` is {count} samples from {first} to {second}; give two different "
+                "ids and at least 2 samples"
+            )
+        if self.stochastic:
+            raise UserError(
+                "to interpolate, the sampler must add no noise, and "
+                f"{self.sampling.sampler} does; use ddim, dpm++2m or unipc"
+            )
+        weights = torch.linspace(0, 1, count, dtype=torch.float64)
+        return interpolated_noise(self.request.seed, first, second, weights, self.model.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples and the images they decode to."""
+
+    tensor: Tensor
+    """float32 `[N, C, H, W]` around [-1, 1]."""
+    model: DiffusionModel
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The samples as images of 8 bits per channel."""
+        decoded = self.model.codec.decode(self.tensor)
+        return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in decoded]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+
+def sample(
+    model: DiffusionModel,
+    ids: int | Ids,
+    *,
+    batch_size: int = 64,
+    progress: bool | None = None,
+    **options: Any,
+) -> Samples:
+    """Sample from a model (Ho et al. 2020, algorithm 2, and the samplers that followed it).
+
+    Args:
+        model: the network and its process.
+        ids: ids of the samples, `[N]`, or N for 0 … N − 1.
+        batch_size: number of samples at a time.
+        progress: whether to print a progress bar; None: on a terminal.
+        options: fields of `SampleRequest` and of `SamplingConfig`, such as `seed`, `steps`,
+            `sampler`, `classes` and `guidance`; the model's own hold otherwise.
+
+    Raises:
+        UserError: a request that the model cannot serve.
+    """
+    chosen = range(ids) if isinstance(ids, int) else ids
+    sampler = Sampler(model, model.request(**options))
+    total = len(chosen) * sampler.evaluations
+    disable = None if progress is None else not progress
+    with tqdm(total=total, disable=disable, unit="evaluation", leave=False) as bar:
+        tensor = sampler.sample(chosen, batch_size=batch_size, on_step=bar.update)
+    return Samples(tensor, model)
 
 
 def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """What picture k of a seed begins with: float32 `[B, C, H, W]`."""
+    """Return the noise that each sample of a seed starts from: float32 `[B, C, H, W]`."""
     return gaussian_noise(seed, sample_ids, shape, 0, Stream.INITIAL_NOISE)
-
-
-def _augmented(small: Tensor, side: int, level: int, seed: int, sample_ids: Tensor) -> Tensor:
-    """What the network is shown of small pictures: `[B, C, side, side]`."""
-    device = sample_ids.device
-    levels = torch.full_like(sample_ids, level)
-    return NoiseConditioningAugmentation(device)(
-        small.to(device, torch.float32), side, levels, seed, sample_ids
-    )
 
 
 def interpolated_noise(
     seed: int, first: int, second: int, weights: Tensor, shape: tuple[int, int, int]
 ) -> Tensor:
-    """States between those that two pictures begin with, for `sample(initial=…)`.
+    """Interpolate between the noise of two samples, on the great circle through both.
 
-    On the great circle through both, so that each is as likely as noise is (Shoemake 1985; Song et
-    al. 2020, appendix D.5). With a sampler that adds no noise, the pictures lie between the two.
+    So each state is as likely as noise is (Shoemake 1985; Song et al. 2020, appendix D.5). With a
+    sampler that adds no noise, the samples lie between the two.
 
     Args:
-        seed: of both pictures.
+        seed: of both samples.
         first: a sample id.
         second: another.
-        weights: `[N]`: 0 is the first picture, 1 the second.
+        weights: `[N]`: 0 is the first sample, 1 the second.
         shape: (C, H, W).
 
     Returns:
@@ -445,11 +410,10 @@ def interpolated_noise(
 
 
 def skipped_steps(steps: int, strength: float) -> int:
-    """How many first steps are left out when an image is begun with; at least one is taken.
+    """Return the number of first steps to leave out for an image; at least one step is taken.
 
-    Raises:
-        UserError: strength outside (0, 1].
+    Args:
+        steps: of the sampler.
+        strength: fraction of the steps to take, above 0 and at most 1.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength is {strength}; it must be above 0 and at most 1")
     return steps - max(1, round(strength * steps))

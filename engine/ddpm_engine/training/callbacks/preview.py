@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ddpm_engine.data.open import samples_at
+from ddpm_engine.data.open import TrainingData, samples_at
 from ddpm_engine.diffusion.super_resolution import shrink
 from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import grid, save_png
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.runtime import autocast
-from ddpm_engine.samplers.sampler import sample
+from ddpm_engine.samplers.model import DiffusionModel
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 
@@ -54,25 +57,31 @@ def _generate(run: Run, model: UNet) -> Tensor:
         sampling = replace(sampling, variance="fixed_small")
     share = -(-log.sample_count // world_size())
     ids = torch.arange(share, device=device) * world_size() + rank()
-    null_class = model.conditioning.null_class
-    labels = None if null_class is None else ids % null_class
-    low_resolution = None
-    if model.conditioning.low_resolution is not None:
-        real = samples_at(run.dataset, ids.tolist())
-        low_resolution = shrink(real.images, model.conditioning.low_resolution)
-        labels = None if null_class is None or real.labels is None else real.labels.to(ids)
+    spec, given = model.conditioning, None
+    if spec.low_resolution is not None:
+        given = _Downsampled(run.dataset, spec.low_resolution)
+    request = SampleRequest(seed=config.training.seed, low_resolution=given)
+    bound = DiffusionModel(model, run.schedule, config.diffusion.prediction, sampling)
+    # A captured graph would outlast the memory that training wants back.
+    sampler = Sampler(bound, request, capture=False)
+    conditioning = sampler.conditioning(ids.tolist())
+    if given is not None and spec.null_class is not None:
+        labels = samples_at(run.dataset, ids.tolist()).labels
+        conditioning = replace(conditioning, labels=None if labels is None else labels.to(ids))
     with autocast(config.training.precision, device):
-        samples = sample(
-            model,
-            run.schedule,
-            sample_ids=ids,
-            seed=config.training.seed,
-            prediction=config.diffusion.prediction,
-            clip=sampling.clip_x0,
-            labels=labels,
-            low_resolution=low_resolution,
-            capture=False,  # a graph would outlast the memory that training wants back
-            **sampling.table_options(),
-        )
+        samples = sampler.sample(ids, conditioning=conditioning)
     order = run.ranks.gather(ids).argsort()
     return run.ranks.gather(samples)[order][: log.sample_count]
+
+
+class _Downsampled:
+    """The data's first images at low resolution: sample k is made from position k."""
+
+    classes: tuple[int, ...] | None = None
+    sha256 = ""
+
+    def __init__(self, dataset: TrainingData, side: int) -> None:
+        self._dataset, self._side = dataset, side
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        return shrink(samples_at(self._dataset, list(ids)).images, self._side)

@@ -1,0 +1,233 @@
+"""A request for samples: everything besides the model and the ids that determines them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.diffusion.config import MAX_LEVEL
+from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
+from ddpm_engine.samplers.config import SamplingConfig
+
+Precision = Literal["no", "bf16", "fp16"]
+"""Precision of the network's arithmetic."""
+
+DEFAULT_STRENGTH = 0.5
+"""Fraction of the steps taken from a given image, unless a mask says what to keep of it."""
+
+
+class ImageSource(Protocol):
+    """Images by sample id."""
+
+    classes: tuple[int, ...] | None
+    """Class of the images of ids 0, 1, 2, …, from the first again after the last; None: unknown."""
+
+    @property
+    def sha256(self) -> str:
+        """Hash of whatever determines the images."""
+        ...
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        """Return the images of these samples: float32 `[N, C, H, W]` in [-1, 1]."""
+        ...
+
+
+class Rows:
+    """Images in memory: sample k goes with row k, and again from the first after the last.
+
+    Args:
+        images: float `[N, C, H, W]` in [-1, 1].
+    """
+
+    classes: tuple[int, ...] | None = None
+    """See `ImageSource`."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    @property
+    def sha256(self) -> str:
+        """See `ImageSource`."""
+        return sha256_of(self.images)
+
+    def of(self, ids: Sequence[int]) -> Tensor:
+        """See `ImageSource`."""
+        return self.images[rows_of(ids, len(self.images)).to(self.images.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleRequest:
+    """Everything besides the model and the ids that determines samples.
+
+    Whatever belongs to one sample is a function of its id: entry k of a list goes with sample k,
+    and the list begins again after its end. So a sample is the same in every batch.
+
+    Raises:
+        UserError: values out of range, or options that need another.
+    """
+
+    seed: int = 0
+    """Seed of all noise: another seed gives other samples."""
+    sampling: SamplingConfig | None = None
+    """Sampler, its steps, variance and clipping; None: the model's."""
+    timesteps: tuple[int, ...] | None = None
+    """Timesteps to visit, decreasing, such as 999,750,500,250,0; default: those of the spacing."""
+    classes: tuple[int, ...] | Literal["all", "none"] | None = None
+    """Class of sample 0, 1, 2, ..., and again from the first; all: every class in turn; none: the
+    null class. None: those of the low-resolution samples, if there are such; none for samples made
+    from images or interpolated; otherwise all that the network has."""
+    conditions: Conditioning | None = None
+    """Conditions of other kinds, one row for each of samples 0, 1, 2, ..., and again from the first
+    after the last."""
+    guidance: Guidance | None = None
+    """Classifier-free guidance; None: none."""
+    threshold: float | None = None
+    """Quantile of an estimate's absolute values that bounds it (dynamic thresholding), above 0 and
+    at most 1, such as 0.995; default: bounds of -1 and 1."""
+    images: ImageSource | Tensor | None = None
+    """Images to begin with, or with a mask to keep parts of: `[N, C, H, W]` in [-1, 1]."""
+    strength: float | None = None
+    """Fraction of the steps taken from the noised image, above 0 and at most 1; default: 0.5, and
+    noise alone with a mask."""
+    mask: Tensor | None = None
+    """bool `[1 or N, 1 or C, H, W]`, True where the images are kept (inpainting)."""
+    repeats: int = 1
+    """Number of times that inpainting takes each step, so that both parts fit together."""
+    low_resolution: ImageSource | Tensor | None = None
+    """Low-resolution images for super-resolution, `[N, C, side, side]` in [-1, 1]."""
+    augmentation_level: int = 0
+    """Level of the noise added to low-resolution images, 0 (none) to 1000."""
+    interpolate: tuple[int, int, int] | None = None
+    """First id, second id and count: samples 0 ... count - 1 lead from the one to the other."""
+    cache_interval: int = 1
+    """Number of steps for which the network's deep features are reused; 1: none."""
+    precision: Precision = "no"
+    """Precision of the network's arithmetic; no: float32."""
+
+    def __post_init__(self) -> None:
+        if self.cache_interval < 1:
+            raise UserError(
+                f"`cache_interval` is {self.cache_interval}; 1 recomputes everything at each step"
+            )
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise UserError(
+                f"`threshold` is {self.threshold}; it is a quantile, above 0 and at most 1"
+            )
+        if not 0 <= self.augmentation_level <= MAX_LEVEL:
+            raise UserError(
+                f"`augmentation_level` is {self.augmentation_level}; it must lie in "
+                f"[0, {MAX_LEVEL}]"
+            )
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"`strength` is {self.strength}; it must be above 0 and at most 1")
+        if self.repeats < 1:
+            raise UserError(f"`repeats` is {self.repeats}; every step is taken at least once")
+        for name, needed in _NEEDS.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and getattr(self, needed) is None:
+                raise UserError(f"`{name}` needs `{needed}`; give that too, or leave `{name}` out")
+
+    def classes_for(self, spec: ConditioningSpec) -> tuple[int, ...] | None:
+        """Return the classes that samples of a network get in turn; None: the null class.
+
+        Raises:
+            UserError: classes that the network does not have.
+        """
+        null, classes = spec.null_class, self.classes
+        if classes is None:
+            if self.low_resolution is not None and null is not None:
+                return as_source(self.low_resolution).classes
+            from_noise = self.images is None and self.interpolate is None
+            classes = "all" if null and from_noise and self.conditions is None else "none"
+        if classes == "none":
+            return None
+        if not null:
+            raise UserError(
+                f"`classes` is {classes if classes == 'all' else classes[0]}, but this network was "
+                "trained without classes; leave it out"
+            )
+        if classes == "all":
+            return tuple(range(null))
+        if wrong := [label for label in classes if not 0 <= label <= null]:
+            raise UserError(f"`classes` has {wrong[0]}; classes are 0 to {null - 1}")
+        return classes
+
+    def check_low_resolution(self, spec: ConditioningSpec) -> None:
+        """Refuse low-resolution images that the network lacks or has no use for.
+
+        Raises:
+            UserError: either.
+        """
+        side = spec.low_resolution
+        if side is not None and self.low_resolution is None:
+            raise UserError(
+                f"this network upscales images of {side}×{side}; give some by `low_resolution`, "
+                "such as samples of another model"
+            )
+        if side is None and self.low_resolution is not None:
+            raise UserError(
+                "`low_resolution` is given, but this is no super-resolution network; leave it out"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a manifest says of the request, as JSON values.
+
+        It leaves out what changes samples by no more than the rounding of the network's arithmetic.
+        """
+        guidance = self.guidance
+        low, high = (None, None) if guidance is None else guidance.interval
+        low_resolution = self.low_resolution
+        settings = {
+            "seed": self.seed,
+            **({} if self.sampling is None else self.sampling.table_options()),
+            "timesteps": self.timesteps,
+            "classes": self.classes,
+            "guidance_scale": None if guidance is None else guidance.scale,
+            "guidance_rescale": None if guidance is None else guidance.rescale,
+            "guidance_interval": [low, None if high == float("inf") else high],
+            "threshold": self.threshold,
+            "images": None if self.images is None else as_source(self.images).sha256,
+            "strength": self.strength,
+            "mask": None if self.mask is None else sha256_of(self.mask),
+            "draws": self.repeats,
+            "low_resolution": None if low_resolution is None else as_source(low_resolution).sha256,
+            "augmentation": None if low_resolution is None else self.augmentation_level,
+            "interpolate": self.interpolate,
+            "cache_interval": self.cache_interval,
+            "precision": self.precision,
+        }
+        if self.conditions is not None:
+            rows = self.conditions.present()
+            settings["conditions"] = {name: sha256_of(tensor) for name, tensor in rows.items()}
+        return settings
+
+
+_NEEDS = {
+    "strength": "images",
+    "mask": "images",
+    "repeats": "mask",
+    "augmentation_level": "low_resolution",
+}
+"""Fields that mean nothing without another."""
+
+
+def as_source(images: ImageSource | Tensor) -> ImageSource:
+    """Return images by sample id."""
+    return Rows(images) if isinstance(images, Tensor) else images
+
+
+def rows_of(ids: Sequence[int], count: int) -> Tensor:
+    """Return the row of a list of `count` that goes with each sample: int64 `[N]`."""
+    return torch.tensor([k % count for k in ids], dtype=torch.int64)
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Hash a tensor's values."""
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
