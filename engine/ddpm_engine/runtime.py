@@ -13,12 +13,12 @@ from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.errors import UserError
 
 
-def check_precision(precision: str, flag: str, remedy: str = "") -> None:
+def check_precision(precision: str, name: str, remedy: str = "") -> None:
     """Refuse half precisions that this processor does not have or runs a hundred times slower.
 
     Args:
         precision: no, bf16 or fp16.
-        flag: what the precision is called where it was chosen.
+        name: name of the field that it was chosen by, in backticks.
         remedy: what else can be done about slow bf16.
 
     Raises:
@@ -26,12 +26,12 @@ def check_precision(precision: str, flag: str, remedy: str = "") -> None:
     """
     if precision == "fp16":
         raise UserError(
-            f"{flag} is fp16, which needs a GPU; on this CPU use no"
+            f"{name} is fp16, which needs a GPU; on this CPU use no"
             + (" or bf16" if has_fast_bf16() else "")
         )
     if precision == "bf16" and not has_fast_bf16():
         raise UserError(
-            f"{flag} is bf16, but this CPU has no bfloat16 instructions (AVX512 BF16 or AMX): "
+            f"{name} is bf16, but this CPU has no bfloat16 instructions (AVX512 BF16 or AMX): "
             f"convolutions would be a hundred times slower. Use no{remedy}"
         )
 

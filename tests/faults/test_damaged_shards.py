@@ -121,6 +121,6 @@ def test_replaced_samples_are_counted_over_all_ranks(damaged: RunConfig, launch:
     for _ in range(2):
         ended = launch(config)
         assert ended.status == [2, 2], ended.output
-        assert f"more than --data.max-bad-samples {budget}" in ended.output[0]
+        assert f"more than `data.max_bad_samples` {budget}" in ended.output[0]
         assert "Traceback" not in ended.output[0] + ended.output[1]
     assert "resuming" in ended.output[0]

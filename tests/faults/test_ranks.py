@@ -55,7 +55,7 @@ def test_a_hung_rank_is_named(hung: int, words: str, config: RunConfig, launch: 
     ended = launch(hasty, (hung, "signal_at_step", signal.SIGSTOP, 7))
     assert ended.status[1 - hung] == 1, ended.output
     assert ended.ended_by_launcher == [hung]  # stopped, it cannot end by itself
-    assert "no progress for 4 s (--training.timeout-seconds): " + words in ended.output[1 - hung]
+    assert "no progress for 4 s (`training.timeout_seconds`): " + words in ended.output[1 - hung]
     assert launch(config).status == [0, 0]
 
 

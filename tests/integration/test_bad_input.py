@@ -121,7 +121,7 @@ def test_precision_that_this_machine_lacks(
     monkeypatch.setattr(cpu, "has_fast_bf16", lambda: False)
     refuse(changed(config, "training", precision="fp16"), "fp16", "needs a GPU")
     slow = changed(config, "training", precision="bf16", steps=2)
-    refuse(slow, "bf16", "--training.allow-slow-bf16")
+    refuse(slow, "bf16", "`training.allow_slow_bf16`")
     Trainer(changed(slow, "training", allow_slow_bf16=True)).fit()
     assert (config.out / "checkpoints" / "step-00000002").is_dir()
 
@@ -171,7 +171,7 @@ def test_non_finite_loss_stops_with_the_samples_named(
     config = changed(config, "training", max_bad_steps=3)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(UserError, match=r"3 steps in a row.*--optimizer.learning-rate \(1e\+30\)"),
+        pytest.raises(UserError, match=r"3 steps in a row.*`optimizer.learning_rate` \(1e\+30\)"),
     ):
         Trainer(config).fit()
     skipped = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]

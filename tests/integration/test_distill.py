@@ -357,7 +357,7 @@ def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -
     shorter = replace(run.diffusion, timesteps=500)
     other = replace(run.diffusion, schedule="edm", prediction="edm")
     for wrong, message in [
-        (replace(run, model=wider), "is another network than --model"),
+        (replace(run, model=wider), "is another network than the model fields"),
         (replace(run, diffusion=shorter), "trained on another noise schedule"),
         (replace(run, diffusion=other), "trained on another noise schedule"),
         (replace(run, distillation=replace(plan, teacher=student)), "distilled already, to 2 ste"),

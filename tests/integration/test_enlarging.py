@@ -179,11 +179,11 @@ def test_pictures_of_another_size_are_refused(
     large = draw("large", "--count", 2, "--low-resolution", small)
     with pytest.raises(SystemExit):
         draw("out", "--count", 2, "--low-resolution", large)
-    assert "are 8×8 with 1 channels; this network enlarges 4×4" in capsys.readouterr().err
+    assert "are 8×8 with 1 channels; this network upscales 4×4" in capsys.readouterr().err
 
 
 def test_it_cannot_be_exported(run_directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.low-resolution is 4"):
+    with pytest.raises(UserError, match=r"`model\.low_resolution` is 4"):
         export_pipeline(load_model(run_directory), tmp_path / "exported")
     assert not list(tmp_path.glob("exported*"))
 

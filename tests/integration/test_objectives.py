@@ -114,5 +114,5 @@ def test_a_learned_variance_from_training_to_a_picture(
 def test_an_objective_belongs_to_its_run(config: RunConfig, objective: dict[str, Any]) -> None:
     config = train(replace(config, objective=ObjectiveConfig(**objective)), "run", 2)
     assert tensors(config, 2)["model.conv_out.weight"].abs().max() > 0
-    with pytest.raises(UserError, match=r"holds another run.*\n.*objective.weighting was"):
+    with pytest.raises(UserError, match=r"holds another run.*\n.*`objective.weighting` was"):
         train(replace(config, objective=ObjectiveConfig()), "run", 4)

@@ -242,7 +242,7 @@ def test_levels_that_are_none() -> None:
 
 
 def test_diffusers_has_no_such_network() -> None:
-    with pytest.raises(UserError, match=r"model\.low-resolution is 8.*UNet2DModel"):
+    with pytest.raises(UserError, match=r"`model\.low_resolution` is 8.*UNet2DModel"):
         config_entries(digits_upscale().model)
     assert "low_resolution" not in config_entries(RunConfig().model)
 

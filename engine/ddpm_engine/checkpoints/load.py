@@ -162,7 +162,7 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
         raise UserError(
             f"there is no usable checkpoint in {path}{':' if reasons else ''}{reasons}\n"
-            "       give a run directory of launch/train.py, one of its checkpoints/step-…, or the "
+            "       give a run directory, one of its checkpoints/step-…, or the "
             f"folder of a diffusers model{'' if path.exists() else _FROM_THE_HUB}"
         )
     config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")

@@ -108,8 +108,14 @@ class Options:
     """Samples that a process reserves and finishes at a time."""
 
 
-RENAMED = {"sampling.": ""}
-"""Fields of a run that are options here."""
+RENAMED = {
+    "sampling.": "",
+    "guidance.": "guidance_",
+    "classes": "class_labels",
+    "repeats": "draws",
+    "augmentation_level": "augmentation",
+}
+"""Fields of a run, and of a request for samples, that have other names here."""
 
 
 def parse_metrics(options: Options) -> list[str]:

@@ -142,8 +142,14 @@ class Options:
     machine: MachineOptions = MachineOptions()
 
 
-RENAMED = {"sampling.": ""}
-"""Fields of a run that are options here."""
+RENAMED = {
+    "sampling.": "",
+    "guidance.": "guidance_",
+    "classes": "class_labels",
+    "repeats": "draws",
+    "augmentation_level": "augmentation",
+}
+"""Fields of a run, and of a request for samples, that have other names here."""
 
 _NEEDS = {
     "guidance-rescale": "guidance-scale",

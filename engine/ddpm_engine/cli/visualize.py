@@ -106,7 +106,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
         samples=options.samples,
         photo=None
         if photo is None
-        else InputImages(photo, trained.model.sample_shape, "--photo").of([0])[0],
+        else InputImages(photo, trained.model.sample_shape, "photo").of([0])[0],
         count=options.count,
     )
 

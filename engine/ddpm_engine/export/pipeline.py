@@ -51,7 +51,9 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
     shape = network.config_entries(config.model)
     process = scheduler.scheduler_entries(config.diffusion, config.sampling, config.distillation)
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
-        raise UserError(f"--out {out} exists and is not an export; choose another, or remove it")
+        raise UserError(
+            f"`out` {out} exists and is not an export; choose another, or remove it", "out"
+        )
     temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,7 +71,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
         _put_in_place(temporary, out)
     except OSError as error:
         raise UserError(
-            f"writing --out {out} failed: {error}; make room there, or choose another"
+            f"writing `out` {out} failed: {error}; make room there, or choose another", "out"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -93,7 +95,7 @@ def _check_distilled(config: RunConfig) -> None:
         return
     raise UserError(
         f"this network was distilled to {steps} steps of {config.sampling.sampler} that no sampler "
-        f"of diffusers takes: {reason}. Draw from it with launch/sample.py, or export its teacher, "
+        f"of diffusers takes: {reason}. Sample it with this engine, or export its teacher, "
         f"{config.distillation.teacher}"
     )
 

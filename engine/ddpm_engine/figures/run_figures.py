@@ -200,7 +200,7 @@ def quality(exhibit: Exhibit) -> list[Path]:
     if exhibit.config.data.source != "digits":
         raise Inapplicable(
             "quality against steps is drawn of runs on the digits alone, whose features are learnt "
-            "in seconds; for others there is launch/evaluate.py"
+            "in seconds; evaluate others instead"
         )
     size, count = exhibit.config.model.sample_size, exhibit.count
     network = feature_network("digits", size)

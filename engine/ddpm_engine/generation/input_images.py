@@ -1,4 +1,4 @@
-"""Images to begin with, to fill in or to enlarge, and masks."""
+"""Images to begin with, to inpaint or to upscale, and masks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ddpm_engine.images.data_codec import PixelCodec
 class InputImages:
     """An image file, or the image files of a folder in the order of their names.
 
-    Picture k goes with file k, and again from the first after the last. Each is cut to its central
+    Sample k goes with file k, and again from the first after the last. Each is cut to its central
     square and resized to the network's size, in its channels.
 
     Args:
         path: of the file or folder; png, jpg, webp or npy.
         shape: (C, H, W) of the network.
-        flag: that named them, for messages.
+        name: field that the path is from, for messages.
 
     Raises:
         UserError: nothing there, or no images.
@@ -36,17 +36,19 @@ class InputImages:
     classes: tuple[int, ...] | None = None
     """Images from files are of no class."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], flag: str = "--images") -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], name: str = "images") -> None:
         if not path.exists():
-            raise UserError(f"there is no {flag} {path}; give an image file or a folder of them")
+            raise UserError(
+                f"there is no `{name}` {path}; give an image file or a folder of them", name
+            )
         candidates = sorted(path.iterdir()) if path.is_dir() else [path]
         self.files = [file for file in candidates if _extension(file) in EXTENSIONS]
         if not self.files:
-            raise UserError(f"{flag} {path} holds no images ({', '.join(EXTENSIONS)})")
+            raise UserError(f"`{name}` {path} holds no images ({', '.join(EXTENSIONS)})", name)
         self.shape = shape
 
     def of(self, ids: Sequence[int]) -> Tensor:
-        """The images that go with pictures: float32 `[N, C, H, W]` in [-1, 1].
+        """Return the images that go with samples: float32 `[N, C, H, W]` in [-1, 1].
 
         Raises:
             UserError: a file that cannot be read.
@@ -58,7 +60,7 @@ class InputImages:
 
     @property
     def sha256(self) -> str:
-        """Of all files' content, in order: what the pictures depend on."""
+        """Hash of all files' content, in order, which the samples depend on."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -66,7 +68,7 @@ class InputImages:
 
 
 class SamplesAsInput:
-    """The pictures of one set, to make those of another from: picture k goes with picture k.
+    """The samples of one set, to generate those of another from: sample k goes with sample k.
 
     Args:
         path: of a folder that `SampleDir` wrote, finished or not.
@@ -83,7 +85,7 @@ class SamplesAsInput:
         self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
 
     def of(self, ids: Sequence[int]) -> Tensor:
-        """The pictures of these ids: float32 `[N, C, H, W]` in [-1, 1].
+        """Return the samples of these ids: float32 `[N, C, H, W]` in [-1, 1].
 
         Raises:
             UserError: one is not there, or of another shape.
@@ -93,44 +95,44 @@ class SamplesAsInput:
             images = self.pictures.read(ids)
         except KeyError as missing:
             raise UserError(
-                f"{folder} has no picture {missing} (yet); draw it with launch/sample.py, or name "
-                "pictures that are there with --ids"
+                f"{folder} has no sample {missing} (yet); generate it, or name those that are "
+                "there by `ids`"
             ) from None
         except (DecodeError, OSError) as error:
-            raise UserError(f"cannot read pictures in {folder}: {error}") from error
+            raise UserError(f"cannot read samples in {folder}: {error}") from error
         channels, height, width = self.shape
         if images.shape[1:] != (height, width, channels):
             raise UserError(
-                f"pictures in {folder} are {images.shape[1]}×{images.shape[2]} with "
-                f"{images.shape[3]} channels; this network enlarges {height}×{width} with "
+                f"samples in {folder} are {images.shape[1]}×{images.shape[2]} with "
+                f"{images.shape[3]} channels; this network upscales {height}×{width} with "
                 f"{channels}"
             )
         return _tensor(images)
 
     @property
     def sha256(self) -> str:
-        """Of the settings that they were drawn with, which determine them."""
+        """Hash of the settings that they were generated with, which determine them."""
         settings = {k: v for k, v in self.pictures.settings.items() if k != "format"}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def small_images(path: Path, shape: tuple[int, int, int]) -> SamplesAsInput | InputImages:
-    """What a network is to enlarge: the pictures of a set, or the images in files.
+    """Open low-resolution images: the samples of a set, or the images in files.
 
     Args:
-        path: of a folder of launch/sample.py, or whatever `InputImages` takes.
-        shape: (C, side, side) of the small images.
+        path: folder that `SampleDir` wrote, or whatever `InputImages` takes.
+        shape: (C, side, side) of the low-resolution images.
 
     Raises:
         UserError: as both.
     """
     if (path / MANIFEST).is_file():
         return SamplesAsInput(path, shape)
-    return InputImages(path, shape, "--low-resolution")
+    return InputImages(path, shape, "low_resolution")
 
 
 def read_mask(path: Path, size: int) -> Tensor:
-    """Where a picture is known: bool `[1, 1, size, size]`, True where the mask's file is dark.
+    """Read where an image is kept: bool `[1, 1, size, size]`, True where the mask's file is dark.
 
     The file is cut and resized as images are; white is where to paint, as in other software.
 
@@ -138,12 +140,13 @@ def read_mask(path: Path, size: int) -> Tensor:
         UserError: a file that cannot be read, or a mask that leaves nothing to paint or to keep.
     """
     if not path.is_file() or _extension(path) not in EXTENSIONS:
-        raise UserError(f"--mask {path} is not an image file ({', '.join(EXTENSIONS)})")
+        raise UserError(f"`mask` {path} is not an image file ({', '.join(EXTENSIONS)})", "mask")
     known = torch.from_numpy(_read(path, size, channels=1) < 128)
     if known.all() or not known.any():
         raise UserError(
-            f"--mask {path} is {'black' if known.all() else 'white'} all over; make white what is "
-            "to be painted, and black what is to stay"
+            f"`mask` {path} is {'black' if known.all() else 'white'} all over; make white what is "
+            "to be painted, and black what is to stay",
+            "mask",
         )
     return known.permute(2, 0, 1)[None]
 

@@ -133,8 +133,9 @@ def config_entries(config: UNetConfig) -> dict[str, Any]:
     """
     if config.low_resolution is not None:
         raise UserError(
-            f"model.low-resolution is {config.low_resolution}: this network enlarges images, and "
-            f"the {CLASS} of diffusers is shown none; use it with launch/sample.py --low-resolution"
+            f"`model.low_resolution` is {config.low_resolution}, but the {CLASS} of diffusers has "
+            "no super-resolution; sample the network with this engine",
+            "model.low_resolution",
         )
     entries = {"_class_name": CLASS, **asdict(config)}
     del entries["attention"]  # how it is computed, not what

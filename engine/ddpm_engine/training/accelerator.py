@@ -34,8 +34,8 @@ def start_accelerator(
         use_all_cores()
         slow_bf16 = precision == "bf16" and config.training.allow_slow_bf16
         if not (any_precision or slow_bf16):
-            insist = ", or insist with --training.allow-slow-bf16"
-            check_precision(precision, "--training.precision", insist)
+            insist = ", or insist with `training.allow_slow_bf16`"
+            check_precision(precision, "`training.precision`", insist)
     with without_plug_ins():
         accelerator = Accelerator(
             cpu=cpu,

@@ -54,7 +54,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
             _check_same_data(out / _DATA, fingerprint)
         elif out.exists() and (not out.is_dir() or _holds_something(out)):
             raise UserError(
-                f"--out {out} exists and is not a run directory; choose another, or empty it"
+                f"`out` {out} exists and is not a run directory; choose another, or empty it", "out"
             )
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_run_directory(out)
@@ -64,7 +64,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
             with atomic_write(out / _DATA) as file:
                 file.write(json.dumps({"fingerprint": fingerprint}).encode())
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from None
+        raise UserError(f"`out` {out} cannot be written: {error}", "out") from None
     return lock
 
 
@@ -119,9 +119,10 @@ def _check_same_run(before: RunConfig, now: RunConfig) -> None:
     }
     if essential:
         raise UserError(
-            f"--out {now.out} holds another run:\n       {_differences(essential)}\n"
-            "       choose another --out, or continue that run with "
-            f"--config {now.out / CONFIG}"
+            f"`out` {now.out} holds another run:\n       {_differences(essential)}\n"
+            "       choose another `out`, or continue that run with the configuration in "
+            f"{now.out / CONFIG}",
+            "out",
         )
     changed.pop("out", None)
     if changed:
@@ -141,5 +142,5 @@ def _check_same_data(path: Path, fingerprint: str) -> None:
         raise UserError(
             f"the run in {path.parent} was trained on data with fingerprint {recorded[:12]}…, but "
             f"these shards have {fingerprint[:12]}…; give it the same shards, or choose another "
-            "--out"
+            "`out`"
         )

@@ -63,7 +63,7 @@ def resume(run: Run) -> None:
         if rejected:
             raise UserError(
                 f"none of the checkpoints in {store.directory} can be used (reasons "
-                "above); restore one, or choose another --out to start again"
+                "above); restore one, or choose another `out` to start again"
             )
         return
     _load(run, checkpoint)
@@ -86,6 +86,6 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{checkpoint.path} holds a state that this version did not write "
-            f"({type(error).__name__}: {error}); choose another --out to start again"
+            f"({type(error).__name__}: {error}); choose another `out` to start again"
         ) from error
     run.step = checkpoint.step

@@ -97,8 +97,8 @@ def _count_bad_step(run: Run, loss: float, norm: float) -> None:
         raise UserError(
             f"the gradient was not finite for {run.bad_steps} steps in a row, lastly at step "
             f"{run.step + 1} (loss {loss}, positions {first} to {last}); the last checkpoint "
-            f"is sound. Lower --optimizer.learning-rate "
-            f"({run.config.optimizer.learning_rate}) or use --training.precision no "
+            f"is sound. Lower `optimizer.learning_rate` "
+            f"({run.config.optimizer.learning_rate}) or let `training.precision` be no "
             f"({training.precision})"
         )
 
@@ -110,8 +110,9 @@ def _count_bad_samples(run: Run, replaced: int) -> None:
     if run.bad_samples > data.max_bad_samples:
         raise UserError(
             f"{run.bad_samples} samples of {data.path} were unreadable (each is "
-            f"named above), more than --data.max-bad-samples {data.max_bad_samples}. Check them "
-            f"with 'launch/make_shards.py verify {data.path}'"
+            f"named above), more than `data.max_bad_samples` {data.max_bad_samples}. Verify the "
+            "shards, and pack them again",
+            "data.max_bad_samples",
         )
 
 

@@ -74,30 +74,32 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
     """
     path = config.distillation.teacher
     if path is None:
-        raise UserError("--distillation.teacher is not given, and there is nothing to distil")
+        raise UserError("`distillation.teacher` is not given, and there is nothing to distil")
     teacher = load_model(path, device)
     theirs, ours = teacher.config, config
     if replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout) != (
         ours.model
     ):
         raise UserError(
-            f"--distillation.teacher {path} is another network than --model.* describe; students "
-            "have their teacher's: start with launch/distill.py --teacher"
+            f"`distillation.teacher` {path} is another network than the model fields describe; "
+            "students have their teacher's",
+            "distillation.teacher",
         )
     known, wanted = theirs.diffusion.prediction, ours.diffusion.prediction
     if replace(theirs.diffusion, prediction=wanted) != ours.diffusion:
         raise UserError(
-            f"--distillation.teacher {path} was trained on another noise schedule than "
-            "--diffusion.* describe; students have their teacher's: start with launch/distill.py "
-            "--teacher"
+            f"`distillation.teacher` {path} was trained on another noise schedule than the "
+            "diffusion fields describe; students have their teacher's",
+            "distillation.teacher",
         )
     schedule = ours.diffusion.build_schedule()
     if not see_the_same(
         parameterization(known, schedule), parameterization(wanted, schedule), schedule
     ):
         raise UserError(
-            f"--diffusion.prediction is {wanted}, but --distillation.teacher {path} predicts "
-            f"{known}, from another input; only eps, x0 and v turn into each other"
+            f"`diffusion.prediction` is {wanted}, but `distillation.teacher` {path} predicts "
+            f"{known}, from another input; only eps, x0 and v turn into each other",
+            "diffusion.prediction",
         )
     if theirs.sampling.clip_x0 != ours.sampling.clip_x0:
         raise UserError(
@@ -108,9 +110,10 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
         )
     if theirs.distillation.teacher is not None:
         raise UserError(
-            f"--distillation.teacher {path} has been distilled already, to "
+            f"`distillation.teacher` {path} has been distilled already, to "
             f"{theirs.sampling.steps} steps; distil its own teacher, "
-            f"{theirs.distillation.teacher}, to fewer"
+            f"{theirs.distillation.teacher}, to fewer",
+            "distillation.teacher",
         )
     if config.distillation.method != "moments":
         return Teacher(teacher.model, known)
@@ -126,15 +129,17 @@ def _load_student(config: RunConfig, device: torch.device | str) -> UNet:
     theirs, ours = student.config, config
     if theirs.distillation.teacher is None or theirs.sampling.steps != ours.distillation.steps:
         raise UserError(
-            f"--distillation.student {path} has not been distilled to "
+            f"`distillation.student` {path} has not been distilled to "
             f"{ours.distillation.steps} steps, which moments goes on from; distil the teacher to "
-            "as many by progressive distillation first"
+            "as many by progressive distillation first",
+            "distillation.student",
         )
     same_network = replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout)
     if (same_network, theirs.diffusion) != (ours.model, ours.diffusion):
         raise UserError(
-            f"--distillation.student {path} is not a student of --distillation.teacher: its "
+            f"`distillation.student` {path} is not a student of `distillation.teacher`: its "
             "network, noise schedule or prediction is another; name one that the same teacher was "
-            "distilled to, with --prediction as it was then"
+            "distilled to, with `diffusion.prediction` as it was then",
+            "distillation.student",
         )
     return student.model

@@ -124,7 +124,7 @@ class Watchdog:
                     os._exit(1)
             elif self._limited and self._seconds > self._timeout:
                 message = (
-                    f"no progress for {self._timeout:g} s (--training.timeout-seconds): "
+                    f"no progress for {self._timeout:g} s (`training.timeout_seconds`): "
                     f"{_ask(lambda store: _publish(store, self._report(store)))}"
                 )
                 logger.error("rank %d ends: %s", self._rank, message)

@@ -19,15 +19,15 @@ _FILES = "launch/accelerate/"
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # A file of DeepSpeed's may not say what the run's configuration says, or the engine decides.
 _OURS = {
-    "train_batch_size": "--training.batch-size",
-    "train_micro_batch_size_per_gpu": "--training.batch-size and --training.accumulation",
-    "gradient_accumulation_steps": "--training.accumulation",
-    "gradient_clipping": "--optimizer.clip-norm",
-    "optimizer": "--optimizer.…",
-    "scheduler": "--optimizer.warmup-steps",
-    "fp16": "--training.precision",
-    "bf16": "--training.precision",
-    "torch_autocast": "--training.precision",
+    "train_batch_size": "`training.batch_size`",
+    "train_micro_batch_size_per_gpu": "`training.batch_size` and `training.accumulation`",
+    "gradient_accumulation_steps": "`training.accumulation`",
+    "gradient_clipping": "`optimizer.clip_norm`",
+    "optimizer": "the optimizer fields",
+    "scheduler": "`optimizer.warmup_steps`",
+    "fp16": "`training.precision`",
+    "bf16": "`training.precision`",
+    "torch_autocast": "`training.precision`",
 }
 
 
@@ -72,7 +72,7 @@ def read_request(training: TrainingConfig) -> Request:
         )
     for flag, instead in [
         ("FSDP_OFFLOAD_PARAMS", f"use {_FILES}zero3_offload.yaml"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "use --training.activation-checkpointing"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "set `training.activation_checkpointing`"),
     ]:
         if _is_set(environment, flag):
             raise UserError(f"the launcher sets {flag}, which this engine does not do; {instead}")
@@ -93,15 +93,15 @@ def without_plug_ins() -> Iterator[None]:
 
 def _check_agreement(environment: Mapping[str, str], training: TrainingConfig) -> None:
     """A launcher's file may repeat what the run's configuration says, not contradict it."""
-    for name, default, flag, ours in [
+    for name, default, field, ours in [
         ("ACCELERATE_MIXED_PRECISION", "no", "precision", training.precision),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "accumulation", training.accumulation),
     ]:
         theirs = environment.get(name, default)
         if theirs not in (default, str(ours)):
             raise UserError(
-                f"the launcher asks for {name}={theirs} but --training.{flag} is {ours}; set "
-                f"--training.{flag} {theirs}, or leave it out of the launcher's file"
+                f"the launcher asks for {name}={theirs} but `training.{field}` is {ours}; set "
+                f"`training.{field}` to {theirs}, or leave it out of the launcher's file"
             )
 
 
