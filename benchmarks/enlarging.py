@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
-from ddpm_engine.diffusion.super_resolution import enlarge, shrink
+from ddpm_engine.diffusion.super_resolution import downsample, upsample
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
@@ -87,7 +87,7 @@ def main() -> None:
         originals = torch.from_numpy(real.images[order[: options.count]]).permute(0, 3, 1, 2)
         ids = range(len(originals) if options.small is None else options.count)
         if options.small is None:
-            given = shrink(originals, side)
+            given = downsample(originals, side)
         else:
             given = SamplesAsInput(options.small, (channels, side, side)).of(ids)
         given = given.to(device)
@@ -95,7 +95,7 @@ def main() -> None:
         theirs = moments([classifier.features(real.images)])
 
         def measured(pictures: Tensor) -> dict[str, Any]:
-            small = shrink(pictures.clamp(-1, 1), side)
+            small = downsample(pictures.clamp(-1, 1), side)
             features = classifier.features(to_uint8(pictures))
             return {
                 "consistency": difference(small, given),
@@ -109,7 +109,7 @@ def main() -> None:
                 f"{found['of_another']:5.1f}  distance {found['distance']:.3f}"
             )
 
-        interpolated = enlarge(given, size)
+        interpolated = upsample(given, size)
         by_interpolation = measured(interpolated)
         print(row("interpolation", by_interpolation), flush=True)
         steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.objectives.denoising import DenoisingObjective
-from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.training.ema import EMA, warmed_up
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_kernels import Stream, gaussian_noise, random_integers
@@ -58,7 +58,9 @@ def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
         model.compile_blocks()
     optimizer = make_optimizer(model, config.optimizer)
     objective = DenoisingObjective(
-        subject.schedule, config.diffusion.prediction, Conditions(SEED), subject.device
+        subject.schedule,
+        config.diffusion.prediction,
+        TrainingInputs(SEED, device=subject.device),
     )
     steps = 0
 

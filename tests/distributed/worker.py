@@ -37,7 +37,7 @@ from ddpm_engine.config import load_config
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.objectives.objective import Network, Objective
+from ddpm_engine.objectives.base import Network, Objective
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
@@ -62,8 +62,8 @@ class Wrapped(Objective):
         self.begin_step, self.end_step = objective.begin_step, objective.end_step  # type: ignore[method-assign]
         self.state, self.load = objective.state, objective.load  # type: ignore[method-assign]
 
-    def __call__(self, model: Network, batch: Batch) -> Tensor:
-        return self.changed.loss(self.objective, model, batch)
+    def __call__(self, network: Network, batch: Batch) -> Tensor:
+        return self.changed.loss(self.objective, network, batch)
 
 
 class Poisoned(ChangedLoss):

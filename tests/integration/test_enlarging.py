@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import ShardDataset
-from ddpm_engine.diffusion.super_resolution import shrink
+from ddpm_engine.diffusion.super_resolution import downsample
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.pipeline import export_pipeline
 from ddpm_engine.generation.sample_reader import open_samples
@@ -114,7 +114,7 @@ def test_preview_enlarges_the_first_images_of_the_data(run_directory: Path, shar
     labels = [sample.label for sample in samples]
     drawn = pretrained.sample(
         6, seed=0, steps=5, variance="fixed_small", classes=tuple(labels),
-        low_resolution=shrink(images, 4),
+        low_resolution=downsample(images, 4),
     ).tensor  # fmt: skip
     shown = np.asarray(Image.open(run_directory / "samples" / "step-00000040.png")).astype(int)
     assert np.abs(shown - np.asarray(grid(to_uint8(drawn))).astype(int)).max() <= 1

@@ -21,9 +21,7 @@ def test_precompile_runs_both_passes_and_leaves_weights_and_gradients(
     config = replace(config, model=replace(config.model, num_class_embeds=classes))
     model = UNet(config.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    objective = build_objective(
-        config, config.diffusion.build_schedule(), null_class=model.conditioning.null_class
-    )
+    objective = build_objective(config, config.diffusion.build_schedule(), spec=model.conditioning)
     backward_passes: list[torch.Tensor] = []
     model.conv_in.weight.register_hook(backward_passes.append)
     shapes: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""The targets of distillation: one step of the student for two, its teacher's or its own."""
+"""Trajectory distillation: one step of the student for two, its teacher's or its own."""
 
 from __future__ import annotations
 
@@ -15,27 +15,24 @@ from torch import Tensor, nn
 from ddpm_engine.config import RunConfig, TrainingConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Edm, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
+from ddpm_engine.objectives.distillation.step_tables import step_tables
+from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.objectives.distillation.trajectory import (
     DISTILLATIONS,
     ConsistencyDistillation,
     Distillation,
     ProgressiveDistillation,
-    Teacher,
-    jumps,
 )
-from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.rules import validate
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.training.teacher import student_config
 from ddpm_kernels import Column
 
@@ -44,6 +41,7 @@ KINDS: list[tuple[Prediction, Prediction]] = [
 ]  # fmt: skip
 """What teacher and student predict."""
 MEAN, DEVIATION = 0.2, 0.3
+CLASSES = TrainingInputs(0, ConditioningSpec(classes=10))
 
 
 def schedule_of(kind: Prediction) -> NoiseSchedule:
@@ -60,14 +58,14 @@ class Optimal(nn.Module):
         super().__init__()
         self.schedule, self.prediction = schedule, prediction
 
-    def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, conditioning: object = None) -> Tensor:
         if self.prediction == "edm":
-            sigma = (4 * told).exp()[:, None, None, None]
+            sigma = (4 * t).exp()[:, None, None, None]
             row, one = Edm(self.schedule.sigma_data), torch.ones_like(sigma)
             y = x / row.state_scale(one, sigma)
             return row.from_x0(posterior_mean(y, one, sigma), x, one, sigma)
-        a = self.schedule.sqrt_alpha_bar[told][:, None, None, None]
-        s = self.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
+        a = self.schedule.sqrt_alpha_bar[t][:, None, None, None]
+        s = self.schedule.sqrt_one_minus_alpha_bar[t][:, None, None, None]
         return PARAMETERIZATIONS[self.prediction]().from_x0(posterior_mean(x, a, s), x, a, s)
 
 
@@ -85,7 +83,7 @@ def progressive(
     """A first stage from 2 · `steps` to `steps`, with the optimal teacher."""
     schedule = schedule_of(student)
     return ProgressiveDistillation(
-        schedule, student, Conditions(seed=3),
+        schedule, student, TrainingInputs(3),
         Teacher(cast(UNet, Optimal(schedule, teacher)), teacher),
         plan_to(steps // 2, 2 * steps), 10, clip=clip, dtype=torch.float64,
     )  # fmt: skip
@@ -97,7 +95,7 @@ def consistency(
     """The last stage of two: 4 · `steps` steps of the optimal teacher."""
     schedule = schedule_of(student)
     ours = ConsistencyDistillation(
-        schedule, student, Conditions(seed=3),
+        schedule, student, TrainingInputs(3),
         Teacher(cast(UNet, Optimal(schedule, teacher)), teacher),
         plan_to(steps, 4 * steps, method="consistency"), 10, clip=clip, dtype=torch.float64,
     )  # fmt: skip
@@ -113,11 +111,15 @@ def optimal_student(ours: Distillation) -> nn.Module:
     return Optimal(ours.schedule, ours.prediction)
 
 
+def stage_of(ours: Distillation) -> int:
+    return int(ours.state()["stage"])
+
+
 def begins(ours: Distillation) -> list[tuple[int, int]]:
     """Levels where steps of the student begin, and those where they end."""
-    levels = sorted(set(ours.draw(torch.arange(1000)).tolist()))
-    stage = int(ours._stage)
-    stride = ours.plan.teacher_steps(stage) // ours.plan.student_steps(stage)
+    levels = sorted(set(ours.sample_levels(torch.arange(1000)).tolist()))
+    stage = stage_of(ours)
+    stride = ours.config.teacher_steps(stage) // ours.config.student_steps(stage)
     return [(level, (level // stride + 1) * stride) for level in levels]
 
 
@@ -143,8 +145,7 @@ def test_one_step_to_the_target_is_two_steps(
     visited = build_table(schedule, "ddim", 16).timesteps
     a, s = noise_levels(schedule, visited)
     # The student's own steps are among the teacher's.
-    stage = int(ours._stage)
-    steps = ours.plan.student_steps(stage)
+    steps = ours.config.student_steps(stage_of(ours))
     assert torch.equal(build_table(schedule, "ddim", steps).timesteps, visited[:: 16 // steps])
     generator = torch.Generator().manual_seed(0)
     for level, end in begins(ours):
@@ -170,7 +171,7 @@ def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Predict
     ours = progressive(kind, kind)
     levels = 2 * torch.arange(8)
     x = torch.randn(8, 1, 2, 2, generator=torch.Generator().manual_seed(1)).double()
-    deviation = (ours.tables.signal.square() + ours.tables.sigma.square()).sqrt()
+    deviation = (ours.tables.signal.square() + ours.tables.noise.square()).sqrt()
     x = x * deviation[levels][:, None, None, None]
     target = ours.target(optimal_student(ours), x, levels)
     two, one = (
@@ -180,7 +181,7 @@ def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Predict
     state = x
     for half in (0, 1):
         rows = two[:, half::2]
-        x0 = ours._teachers_estimate(state, levels + half, Conditioning())
+        x0 = ours.second_estimate(unasked, state, levels + half, Conditioning())
         state = rows[Column.X] * state + rows[Column.X0] * x0
     torch.testing.assert_close(one[Column.X] * x + one[Column.X0] * target, state)
 
@@ -192,9 +193,9 @@ def test_a_perfect_student_has_nothing_to_learn(method: Make) -> None:
     image = torch.full((4, 1, 2, 2), 0.3).double()
 
     class Constant(nn.Module):
-        def forward(self, x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
-            a = ours.schedule.sqrt_alpha_bar[told][:, None, None, None]
-            s = ours.schedule.sqrt_one_minus_alpha_bar[told][:, None, None, None]
+        def forward(self, x: Tensor, t: Tensor, conditioning: object = None) -> Tensor:
+            a = ours.schedule.sqrt_alpha_bar[t][:, None, None, None]
+            s = ours.schedule.sqrt_one_minus_alpha_bar[t][:, None, None, None]
             return PARAMETERIZATIONS["v"]().from_x0(image.expand_as(x), x, a, s)
 
     ours.teacher = Teacher(cast(UNet, Constant()), "v")
@@ -220,13 +221,13 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: 
     positions = torch.arange(100, 116)
     seen: dict[str, Tensor] = {}
 
-    def network(x: Tensor, told: Tensor, conditioning: object = None) -> Tensor:
-        seen["x"], seen["told"] = x, told
+    def network(x: Tensor, noise_level: Tensor, conditioning: object = None) -> Tensor:
+        seen["x"], seen["noise_level"] = x, noise_level
         seen["output"] = torch.cos(3 * x).requires_grad_()
         return seen["output"]
 
     loss = ours(network, Batch(images, None, positions))
-    steps = ours.draw(positions)
+    steps = ours.sample_levels(positions)
     assert len(set(steps.tolist())) > 4
     a, s = noise_levels(ours.schedule, ours.tables.student.timesteps)
     a, s = (level[steps][:, None, None, None] for level in (a, s))
@@ -234,13 +235,13 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: 
         sigma, sigma_data = s / a, ours.schedule.sigma_data
         deviation = (sigma**2 + sigma_data**2).sqrt()
         x0 = sigma_data**2 / deviation * seen["x"] + sigma * sigma_data / deviation * seen["output"]
-        assert torch.allclose(seen["told"], sigma.flatten().log() / 4)
+        assert torch.allclose(seen["noise_level"], sigma.flatten().log() / 4)
     else:
         p, q = {"eps": (1 / a, -s / a), "x0": (0 * a, 0 * a + 1), "v": (a, -s)}[kind]
         x0 = p * seen["x"] + q * seen["output"]
-        assert torch.equal(seen["told"], ours.tables.student.timesteps[steps])
+        assert torch.equal(seen["noise_level"], ours.tables.student.timesteps[steps])
     weight = torch.maximum((a / s).square(), torch.ones_like(a))
-    target = ours.target(lambda x, told: torch.cos(3 * x), seen["x"].detach(), steps)
+    target = ours.target(lambda x, *_: torch.cos(3 * x), seen["x"].detach(), steps)
     expected = (weight * (x0 - target).square()).mean((1, 2, 3))
     torch.testing.assert_close(loss, expected)
     (ours_gradient,) = torch.autograd.grad(loss.sum(), seen["output"], retain_graph=True)
@@ -257,7 +258,7 @@ def test_single_precision_reaches_the_target(method: Make, steps: int) -> None:
     x = torch.randn(len(levels), 1, 2, 2, generator=generator).double()
     exact = ours.target(optimal_student(ours), x, levels)
     ours.dtype = torch.float32
-    ours._enter(int(ours._stage))
+    ours.load({name: tensor.clone() for name, tensor in ours.state().items()})
     found = ours.target(optimal_student(ours), x.float(), levels)
     assert (found - exact).abs().max() < 1e-3
 
@@ -275,32 +276,28 @@ def unasked(*_: object) -> Tensor:
 
 
 def test_guidance_is_that_of_the_sampler() -> None:
-    # Of a teacher's two steps, each as the sampling loop takes it.
+    # Of a teacher's two steps, each as samplers take it (Ho & Salimans 2022, equation 6).
     network, schedule, scale = guided_network(), schedule_of("eps"), 3.0
 
     def distillation(**settings: Any) -> Distillation:
         plan = plan_to(2, 8, **settings)
-        return DISTILLATIONS[plan.method](
-            schedule, "v", Conditions(seed=0, null_class=10), Teacher(network, "eps"), plan, 10
-        )
+        return DISTILLATIONS[plan.method](schedule, "v", CLASSES, Teacher(network, "eps"), plan, 10)
 
     ours = distillation(guidance_scale=scale)
     x, labels = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
-    table = build_table(schedule, "ddim", 8)
-    process = StepRunner(
-        network, table, (3, 1, 8, 8), Conditioning(labels), torch.device("cpu"),
-        guidance=Guidance(scale), alpha_bar=schedule.alpha_bar[table.timesteps],
-    )  # fmt: skip
-    null = Conditioning(torch.full((3,), 10))
-    process.begin(x, 0, torch.arange(3), Conditioning(labels), null)
-    process.step(0)
-    after_one = process.x.clone()
-    process.step(1)
+    a, s = noise_levels(schedule, build_table(schedule, "ddim", 8).timesteps)
+    a, s = a.float(), s.float()
+    states, null = [x], Conditioning(torch.full_like(labels, 10))
+    for k, timestep in enumerate(build_table(schedule, "ddim", 8).timesteps[:2]):
+        c, u = (network(states[-1], timestep, given) for given in (Conditioning(labels), null))
+        eps = u + scale * (c - u)
+        x0 = ((states[-1] - s[k] * eps) / a[k]).clamp(-1, 1)
+        states.append(ddim(states[-1], x0, a, s, k, k + 1))
     first = torch.zeros(3, dtype=torch.int64)
     target = ours.target(unasked, x, first, Conditioning(labels))
     row = build_table(schedule, "ddim", 4, prediction="v").rows[0].float()
     torch.testing.assert_close(
-        row[Column.X] * x + row[Column.X0] * target, process.x, rtol=1e-4, atol=1e-5
+        row[Column.X] * x + row[Column.X0] * target, states[2], rtol=1e-4, atol=1e-5
     )
     # It counts, and once only: the next teacher has it built in.
     ours.begin_step(0, lambda: pytest.fail("no stage has ended"))
@@ -318,19 +315,19 @@ def test_guidance_is_that_of_the_sampler() -> None:
     ours.begin_step(5, lambda: pytest.fail("the teacher stays"))
     seen: list[Tensor] = []
 
-    def student(x: Tensor, told: Tensor, classes: Tensor) -> Tensor:
-        assert torch.equal(classes, labels)
+    def student(x: Tensor, noise_level: Tensor, given: Conditioning) -> Tensor:
+        assert given.labels is labels
         seen.append(x)
         return x
 
     ours.target(student, x, first, Conditioning(labels))
-    torch.testing.assert_close(seen[0], after_one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[0], states[1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_teacher_follows_from_the_state() -> None:
     def fresh() -> ProgressiveDistillation:
         return ProgressiveDistillation(
-            schedule_of("eps"), "v", Conditions(seed=0, null_class=10),
+            schedule_of("eps"), "v", CLASSES,
             Teacher(guided_network(), "eps"), plan_to(2, 8), 10,
         )  # fmt: skip
 
@@ -354,7 +351,7 @@ def test_a_learned_variance_is_left_alone() -> None:
     teacher, student = (UNet(replace(TINY_GREY, out_channels=2)) for _ in range(2))
     plan = plan_to(2, 8)
     ours = ProgressiveDistillation(
-        schedule_of("v"), "v", Conditions(seed=0), Teacher(teacher.eval(), "v"), plan, 10
+        schedule_of("v"), "v", TrainingInputs(0), Teacher(teacher.eval(), "v"), plan, 10
     )
     loss = ours(student, Batch(torch.zeros(4, 1, 8, 8), None, torch.arange(4)))
     loss.mean().backward()
@@ -364,38 +361,35 @@ def test_a_learned_variance_is_left_alone() -> None:
     assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
 
 
-def test_what_the_teacher_is_told() -> None:
-    # A network of classes that enlarges: guidance leads away from no class, not from the image.
-    labels, positions = torch.tensor([3, 5]), torch.arange(2)
-    conditions = Conditions(
-        0,
-        null_class=10,
-        low_resolution=4,
-        augmentation=NoiseConditioningAugmentation("cpu"),
-        augmentation_levels=9,
+def test_guidance_leads_away_from_no_class_and_not_from_the_low_resolution_image() -> None:
+    inputs = TrainingInputs(
+        0, ConditioningSpec(classes=10, low_resolution=4), augmentation_levels=9
     )
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    told = conditions.told(images, positions, labels, None)
-    seen: list[tuple[Tensor, ...]] = []
+    given = inputs.prepare(Batch(images, torch.tensor([3, 5]), torch.arange(2))).conditioning
+    seen: list[tuple[Tensor, Conditioning]] = []
 
     class Noting(nn.Module):
-        def forward(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-            seen.append((t, *given.present().values()))
+        def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            seen.append((t, conditioning))
             return x
 
     plan = plan_to(2, 8, guidance_scale=2.0)
     teacher = Teacher(cast(UNet, Noting()), "v")
-    ours = ProgressiveDistillation(schedule_of("v"), "v", conditions, teacher, plan, 10)
-    ours.target(unasked, torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), told)
-    assert [arguments[0].tolist() for arguments in seen] == [
+    ours = ProgressiveDistillation(schedule_of("v"), "v", inputs, teacher, plan, 10)
+    ours.target(unasked, torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), given)
+    assert [timesteps.tolist() for timesteps, _ in seen] == [
         [999, 749, 999, 749], [874, 624, 874, 624]
     ]  # fmt: skip
-    for _, classes, enlarged, levels in seen:
-        assert classes.tolist() == [3, 5, 10, 10]
-        whole_levels = told.augmentation_level
-        for ours_is, whole in ((enlarged, told.low_resolution), (levels, whole_levels)):
-            assert whole is not None
-            assert torch.equal(ours_is, torch.cat([whole, whole]))
+    for _, both in seen:
+        conditional, unconditional = both.split(2)
+        assert conditional.labels is not None
+        assert unconditional.labels is not None
+        assert conditional.labels.tolist() == [3, 5]
+        assert unconditional.labels.tolist() == [10, 10]
+        for half in (conditional, unconditional):
+            for name in ("low_resolution", "augmentation_level"):
+                assert torch.equal(getattr(half, name), getattr(given, name))
 
 
 @pytest.mark.parametrize(
@@ -476,8 +470,8 @@ def test_students_of_eps_predict_v() -> None:
 def test_eps_cannot_begin_with_noise_alone() -> None:
     schedule = NoiseSchedule.linear(1000).rescaled_to_zero_terminal_snr()
     for steps in (1, 4):
-        tables = jumps(schedule, steps, 8, "v", "x0")
+        tables = step_tables(schedule, steps, 8, "v", "x0")
         assert bool(tables.weights.isfinite().all())
-        assert bool(((tables.share >= 0) & (tables.share <= 1)).all())
+        assert bool(((tables.kappa >= 0) & (tables.kappa <= 1)).all())
     with pytest.raises(UserError, match="zero terminal SNR"):
-        jumps(schedule, 4, 8, "eps", "v")
+        step_tables(schedule, 4, 8, "eps", "v")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
-from ddpm_engine.diffusion.process import forward
+from ddpm_engine.diffusion.process import add_noise
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import (
     bits_per_dim,
@@ -64,7 +64,7 @@ def test_prior_term_is_what_the_schedule_leaves_of_the_image() -> None:
 def test_denoising_term_vanishes_at_the_posterior_alone(t: int) -> None:
     x_0, noise = normal(2, 1, 3, 3).clamp(-1, 1), normal(2, 1, 3, 3, seed=1)
     at = torch.tensor([t, t])
-    x_t = forward(PAPER, x_0, at, noise)
+    x_t = add_noise(PAPER, x_0, at, noise)
     ab, before = PAPER.alpha_bar[t], PAPER.alpha_bar[t - 1]
     beta = 1 - ab / before
     mean = (before.sqrt() * beta * x_0 + (1 - beta).sqrt() * (1 - before) * x_t) / (1 - ab)
@@ -214,12 +214,17 @@ def spread(t: int) -> float:
 def best(prediction: Prediction = "x0", fraction: Callable[[int], float] | None = None):  # type: ignore[no-untyped-def]
     """The best denoiser of that data set, E[x_0 | x_t], which is linear."""
 
-    def network(x_t: Tensor, timesteps: Tensor, conditioning: object) -> Tensor:
-        t = int(timesteps[0])
+    row = PARAMETERIZATIONS[prediction]()
+    levels = row.noise_level(
+        SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar, torch.arange(SCHEDULE.timesteps)
+    )
+
+    def network(z: Tensor, noise_level: Tensor, conditioning: object) -> Tensor:
+        t = int((levels - noise_level[0]).abs().argmin())
         a, s = SCHEDULE.sqrt_alpha_bar[t], SCHEDULE.sqrt_one_minus_alpha_bar[t]
-        x_t = x_t.double()
-        x_0 = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * x_t
-        output = PARAMETERIZATIONS[prediction]().from_x0(x_0, x_t, a, s)
+        z = z.double()
+        x_0 = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * z / row.state_scale(a, s)
+        output = row.from_x0(x_0, z, a, s)
         if fraction is None:
             return output
         return torch.cat([output, torch.full_like(output, 2 * fraction(t) - 1)], 1)
@@ -300,7 +305,7 @@ def test_bound_of_gaussian_pixels(variance: Variance) -> None:
     )
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "edm"])
 def test_bound_does_not_depend_on_what_is_predicted(prediction: Prediction) -> None:
     images, _ = gaussian_pixels(2)
     ids = torch.arange(2)

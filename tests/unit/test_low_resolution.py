@@ -17,8 +17,8 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.super_resolution import (
     MAX_LEVEL,
     NoiseConditioningAugmentation,
-    enlarge,
-    shrink,
+    downsample,
+    upsample,
 )
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.network import config_entries
@@ -26,8 +26,8 @@ from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.denoising import DenoisingObjective
-from ddpm_engine.objectives.edm import EdmObjective
-from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.inputs import TrainingInputs
+from ddpm_engine.objectives.level_sampling import LevelSampler, LogNormalSigma
 from ddpm_engine.presets import digits_upscale
 from ddpm_engine.rules import validate
 from ddpm_engine.samplers import sampler as loop_module
@@ -85,17 +85,17 @@ class Watched:
         return x.sin() + 0.3 * image
 
 
-# --- Making small, making large, adding noise
+# --- Downsampling, upsampling, augmentation
 
 
-def test_shrinking_is_the_mean_of_blocks() -> None:
+def test_downsampling_is_the_mean_of_blocks() -> None:
     images = stored(2)
     blocks = images.double().reshape(2, 3, 4, 2, 4, 2).mean((3, 5)) / 127.5 - 1
-    assert torch.allclose(shrink(images, 4).double(), blocks, rtol=0, atol=1e-6)
-    assert torch.allclose(shrink(images / 127.5 - 1, 4).double(), blocks, rtol=0, atol=1e-6)
+    assert torch.allclose(downsample(images, 4).double(), blocks, rtol=0, atol=1e-6)
+    assert torch.allclose(downsample(images / 127.5 - 1, 4).double(), blocks, rtol=0, atol=1e-6)
 
 
-def test_enlarging_interpolates_between_centres() -> None:
+def test_upsampling_interpolates_between_centres() -> None:
     # Pixel i of n lies at (i + ½) / n. Interpolation reproduces a plane, and goes on flat beyond
     # the outermost centres.
     def plane(side: int) -> Tensor:
@@ -103,7 +103,7 @@ def test_enlarging_interpolates_between_centres() -> None:
         at = at.clamp(0.5 / 4, 1 - 0.5 / 4)
         return (0.7 * at[:, None] - 0.4 * at + 0.1)[None, None]
 
-    assert torch.allclose(enlarge(plane(4), 12), plane(12), rtol=0, atol=1e-12)
+    assert torch.allclose(upsample(plane(4), 12), plane(12), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("level", [1, 250, MAX_LEVEL])
@@ -111,14 +111,14 @@ def test_a_level_is_so_many_steps_of_the_linear_chain(level: int) -> None:
     shown = NoiseConditioningAugmentation()(SMALL, 8, torch.full_like(IDS, level), 3, IDS)
     alpha_bar = NoiseSchedule.linear(1000).alpha_bar[level - 1]
     noise = gaussian_noise(3, IDS, LARGE, 0, Stream.AUGMENTATION_NOISE).double()
-    clean = enlarge(SMALL.double(), 8)
+    clean = upsample(SMALL.double(), 8)
     expected = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
     torch.testing.assert_close(shown.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_level_zero_is_the_clean_image_to_the_bit() -> None:
     assert torch.equal(
-        NoiseConditioningAugmentation()(SMALL, 8, torch.zeros_like(IDS), 3, IDS), enlarge(SMALL, 8)
+        NoiseConditioningAugmentation()(SMALL, 8, torch.zeros_like(IDS), 3, IDS), upsample(SMALL, 8)
     )
 
 
@@ -134,24 +134,31 @@ def test_noise_of_a_picture_does_not_depend_on_its_batch() -> None:
 # --- In training
 
 
-def conditions_of(levels: int, flip: bool = False) -> Conditions:
-    return Conditions(3, flip, 4, 0.2, 4, NoiseConditioningAugmentation(), levels)
+def inputs_of(levels: int, flip: bool = False) -> TrainingInputs:
+    spec = ConditioningSpec(classes=4, low_resolution=4)
+    return TrainingInputs(
+        3, spec, horizontal_flip=flip, label_dropout=0.2, augmentation_levels=levels
+    )
 
 
 def objective(levels: int, flip: bool = False) -> DenoisingObjective:
-    return DenoisingObjective(SCHEDULE, "eps", conditions_of(levels, flip))
+    return DenoisingObjective(SCHEDULE, "eps", inputs_of(levels, flip))
 
 
-@pytest.mark.parametrize("edm", [False, True])
+@pytest.mark.parametrize(
+    ("prediction", "levels_of"), [("eps", None), ("edm", LogNormalSigma())], ids=["eps", "edm"]
+)
 @pytest.mark.parametrize("flip", [False, True])
-def test_training_shows_the_clean_enlarged_image_at_level_zero(flip: bool, edm: bool) -> None:
+def test_training_conditions_on_the_clean_upsampled_image_at_level_zero(
+    flip: bool, prediction: str, levels_of: LevelSampler | None
+) -> None:
     network, images, positions = Watched(), stored(6), torch.arange(6) + 2**33
-    conditions = conditions_of(1, flip)
-    loss_of = EdmObjective(0.5, conditions) if edm else objective(1, flip)
-    loss_of(network, Batch(images, positions % 4, positions))
+    inputs = inputs_of(1, flip)
+    given = Batch(images, positions % 4, positions)
+    DenoisingObjective(SCHEDULE, prediction, inputs, levels=levels_of)(network, given)
     ((shown, levels),) = network.shown
-    expected = enlarge(shrink(images, 4), 8)
-    mirrored = conditions.flip(positions)
+    expected = upsample(downsample(images, 4), 8)
+    mirrored = inputs.prepare(given).flip
     if mirrored is not None:
         assert 0 < int(mirrored.sum()) < 6
         expected = torch.where(mirrored[:, None, None, None], expected.flip(-1), expected)
@@ -172,7 +179,9 @@ def test_training_noise_says_nothing_about_augmentation_noise() -> None:
     assert abs(float(correlation.mean())) < 4 / (64 * 192) ** 0.5
     assert levels.min() >= 0
     assert levels.max() > MAX_LEVEL / 2
-    assert torch.equal(levels, objective(MAX_LEVEL + 1).conditions.levels(positions))
+    again = Watched()
+    objective(MAX_LEVEL + 1)(again, Batch(black[8:], positions[8:] % 4, positions[8:]))
+    assert torch.equal(levels[8:], again.shown[0][1])
 
 
 def test_loss_does_not_depend_on_the_batch(unet: UNet) -> None:
@@ -200,7 +209,7 @@ def test_only_what_low_resolution_needs_is_added(unet: UNet) -> None:
 
 def test_prediction_depends_on_image_and_level(unet: UNet) -> None:
     x, t = initial_noise(0, IDS, LARGE), torch.tensor([3, 50, 99, 0])
-    image, levels = enlarge(SMALL, 8), torch.tensor([0, 10, 20, 249])
+    image, levels = upsample(SMALL, 8), torch.tensor([0, 10, 20, 249])
     output = unet(x, t, Conditioning(LABELS, image, levels))
     assert output.shape == x.shape
     assert (
@@ -215,8 +224,8 @@ def test_prediction_depends_on_image_and_level(unet: UNet) -> None:
     ("model", "shown", "message"),
     [
         (TINY, (), "needs low-resolution images of side 4"),
-        (TINY, (enlarge(SMALL, 8),), "needs low-resolution images of side 4"),
-        (replace(TINY, low_resolution=None), (enlarge(SMALL, 8), IDS), "built without"),
+        (TINY, (upsample(SMALL, 8),), "needs low-resolution images of side 4"),
+        (replace(TINY, low_resolution=None), (upsample(SMALL, 8), IDS), "built without"),
         (replace(TINY, low_resolution=None), (None, IDS), "built without"),
     ],
 )
@@ -294,7 +303,7 @@ def test_every_evaluation_is_shown_the_same_image() -> None:
 def test_level_zero_samples_from_the_clean_image() -> None:
     network = Watched()
     draw(network, augmentation_level=0)
-    assert all(torch.equal(image, enlarge(SMALL, 8)) for image, _ in network.shown)
+    assert all(torch.equal(image, upsample(SMALL, 8)) for image, _ in network.shown)
     assert all(levels.tolist() == [0] * 4 for _, levels in network.shown)
 
 
@@ -323,7 +332,7 @@ def test_captured_steps_see_the_image_of_their_batch(
     ("options", "message"),
     [
         ({"low_resolution": None, "augmentation_level": 0}, "upscales images of 4×4; give some"),
-        ({"low_resolution": enlarge(SMALL, 8)}, r"low_resolution` has shape \(4, 3, 8, 8\)"),
+        ({"low_resolution": upsample(SMALL, 8)}, r"low_resolution` has shape \(4, 3, 8, 8\)"),
         ({"augmentation_level": -1}, r"`augmentation_level` is -1; it must lie in \[0, 1000\]"),
         ({"augmentation_level": 1001}, "`augmentation_level` is 1001"),
     ],

@@ -19,11 +19,12 @@ from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.objectives.distillation.moment_matching import MomentMatching
-from ddpm_engine.objectives.distillation.trajectory import Teacher
-from ddpm_engine.objectives.inputs import Conditions
+from ddpm_engine.objectives.distillation.teacher import Teacher
+from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.rules import validate
 from ddpm_engine.samplers.ddpm import ddpm_table
 from ddpm_engine.training.teacher import student_config
@@ -32,7 +33,7 @@ from ddpm_kernels import Column, Stream, gaussian_noise
 SCHEDULE = NoiseSchedule.linear(1000, 1e-4, 0.02)
 
 
-class Believer(nn.Module):
+class Optimal(nn.Module):
     """The best denoiser of images of independent values from N(mean, DEVIATION²), in float64."""
 
     def __init__(self, prediction: Prediction, mean: float = MEAN) -> None:
@@ -50,7 +51,7 @@ class Believer(nn.Module):
 
 
 class Constant(nn.Module):
-    """Draws one grey, whatever it sees; predicts x_0."""
+    """Predicts one grey image, whatever it sees."""
 
     def __init__(self, grey: float) -> None:
         super().__init__()
@@ -61,13 +62,11 @@ class Constant(nn.Module):
 
 
 def matching(
-    teacher: nn.Module, critic: nn.Module, kind: Prediction = "eps", rate: float = 0.02,
-    **settings: Any,
-) -> MomentMatching:  # fmt: skip
+    teacher: nn.Module, critic: nn.Module, kind: str = "eps", rate: float = 0.02
+) -> MomentMatching:
     plan = DistillationConfig(Path("t"), "moments", steps=4, start_steps=4, student=Path("s"))
-    given = {"prediction": "x0", "conditions": Conditions(seed=3), **settings}
     return MomentMatching(
-        SCHEDULE, given["prediction"], given["conditions"],
+        SCHEDULE, "x0", TrainingInputs(3),
         Teacher(cast(UNet, teacher), kind, critic=cast(UNet, critic)),
         plan, lambda _: rate, (0.0, 0.99), 1.0, dtype=torch.float64,
     )  # fmt: skip
@@ -78,54 +77,53 @@ def batch(count: int = 8, first: int = 0) -> Batch:
     return Batch(images, None, torch.arange(first, first + count))
 
 
-def test_jumps_are_as_long_as_a_step_at_most() -> None:
-    ours = matching(Believer("eps"), Believer("eps"))
-    before, after = ours.draw(torch.arange(5000))
-    assert bool((after >= 0).all())
-    assert int(after.min()) < 5
-    assert int(before.max()) == 999
-    length = before - after
+def test_a_step_is_as_long_as_one_of_the_sampler_at_most() -> None:
+    ours = matching(Optimal("eps"), Optimal("eps"))
+    t, s = ours.sample_timesteps(torch.arange(5000))
+    assert 0 <= int(s.min()) < 5
+    assert int(t.max()) == 999
+    length = t - s
     assert (int(length.min()), int(length.max())) == (1, 250)
-    again = ours.draw(torch.arange(5000).flip(0))
-    assert torch.equal(again[0].flip(0), before)
+    again = ours.sample_timesteps(torch.arange(5000).flip(0))
+    assert torch.equal(again[0].flip(0), t)
 
 
 @pytest.mark.parametrize("pair", [(999, 749), (249, 0), (500, 499)])
-def test_samples_are_taken_on_as_ancestral_sampling_does(pair: tuple[int, int]) -> None:
-    ours = matching(Believer("eps"), Believer("eps"))
+def test_the_posterior_is_that_of_ancestral_sampling(pair: tuple[int, int]) -> None:
+    ours = matching(Optimal("eps"), Optimal("eps"))
     table = ddpm_table(SCHEDULE, torch.tensor(pair), "x0", "fixed_small").rows[0]
     torch.manual_seed(0)
     x, x0 = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
-    before, after = (torch.tensor([t, t]) for t in pair)
+    t, s = (torch.tensor([timestep, timestep]) for timestep in pair)
     positions = torch.tensor([5, 2**40])
     noise = gaussian_noise(3, positions, (1, 4, 4), 1, Stream.TRAINING_NOISE)
     expected = table[Column.X] * x + table[Column.X0] * x0 + table[Column.NOISE] * noise
-    torch.testing.assert_close(ours.taken_on(x, x0, before, after, positions), expected)
+    torch.testing.assert_close(ours.sample_posterior(x, x0, t, s, positions), expected)
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 def test_a_student_is_moved_by_what_critic_and_teacher_disagree_on(kind: Prediction) -> None:
     """By twice the difference, over the mean error; and not at all where they agree."""
     for theirs, moved in [(0.5, True), (MEAN, False)]:
-        ours = matching(Believer(kind), Believer(kind, theirs), kind)
+        ours = matching(Optimal(kind), Optimal(kind, theirs), kind)
         student, here = Constant(0.4), batch()
         loss = ours(student, here)
         assert loss.shape == (8,)
-        before, after = ours.draw(here.positions)
+        before, after = ours.sample_timesteps(here.positions)
         x0 = torch.full((8, 1, 4, 4), 0.4, dtype=torch.float64)
         images = 150 / 127.5 - 1
         a = SCHEDULE.sqrt_alpha_bar[before][:, None, None, None]
         s = SCHEDULE.sqrt_one_minus_alpha_bar[before][:, None, None, None]
         noise = gaussian_noise(3, here.positions, (1, 4, 4), 0, Stream.TRAINING_NOISE)
-        x = ours.taken_on(a * images + s * noise, x0, before, after, here.positions)
+        x = ours.sample_posterior(a * images + s * noise, x0, before, after, here.positions)
         a = SCHEDULE.sqrt_alpha_bar[after][:, None, None, None]
         s = SCHEDULE.sqrt_one_minus_alpha_bar[after][:, None, None, None]
         share = a * DEVIATION**2 / ((a * DEVIATION).square() + s.square())
-        expected, believed = (
+        teacher_x0, critic_x0 = (
             (mean + share * (x - a * mean)).clamp(-1, 1) for mean in (MEAN, theirs)
         )
-        error = (x0 - expected).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.02)
-        gradient = 2 * (believed - expected) / error
+        error = (x0 - teacher_x0).abs().mean((1, 2, 3), keepdim=True).clamp(min=0.02)
+        gradient = 2 * (critic_x0 - teacher_x0) / error
         torch.testing.assert_close(loss, gradient.square().mean((1, 2, 3)) / 2)
         (found,) = torch.autograd.grad(loss.sum(), [student.grey])
         torch.testing.assert_close(found, gradient.mean((1, 2, 3)).sum())
@@ -142,23 +140,23 @@ def trained(ours: MomentMatching, student: nn.Module, steps: int, rate: float) -
         ours.end_step(Ranks())
 
 
-def test_the_critic_learns_the_mean_of_what_is_drawn_and_expected() -> None:
-    critic = Believer("x0")
-    ours = matching(Believer("x0"), critic, "x0")
+def test_the_critic_learns_the_mean_of_student_and_teacher() -> None:
+    critic = Optimal("x0")
+    ours = matching(Optimal("x0"), critic, "x0")
     trained(ours, Constant(0.8), 300, rate=0.0)
     # It sees 0.8, and believes that there are deviations from it: half-way, or a little less.
     assert MEAN + 0.2 < critic.mean.item() < 0.8
 
 
-def test_a_student_learns_to_draw_what_the_teacher_expects() -> None:
+def test_a_student_learns_what_the_teacher_expects() -> None:
     student = Constant(0.9)
-    trained(matching(Believer("eps"), Believer("eps")), student, 600, rate=0.01)
+    trained(matching(Optimal("eps"), Optimal("eps")), student, 600, rate=0.01)
     assert student.grey.item() == pytest.approx(MEAN, abs=0.1)
 
 
 def test_what_lies_beyond_the_range_is_pulled_back() -> None:
     student = Constant(1.7)
-    loss = matching(Believer("eps"), Believer("eps"))(student, batch())
+    loss = matching(Optimal("eps"), Optimal("eps"))(student, batch())
     (found,) = torch.autograd.grad(loss.mean(), [student.grey])
     assert float(found) == pytest.approx(2 * 0.7)
 
@@ -174,19 +172,19 @@ class Equal(Ranks):
 
 
 def test_no_rank_holds_the_gradients_of_all_ranks() -> None:
-    critic = Believer("v", 0.7)
-    ours = matching(Believer("v"), critic, "v")
+    critic = Optimal("v", 0.7)
+    ours = matching(Optimal("v"), critic, "v")
     ours.begin_step(0, dict)
     ours(Constant(0.4), batch())
     ours.end_step(Equal())
     assert critic.mean.item() != 0.7
 
 
-def test_pieces_of_a_batch_teach_as_the_whole_does() -> None:
+def test_micro_batches_teach_as_the_whole_batch_does() -> None:
     critics = []
     for pieces in (1, 2):
-        critic = Believer("v", 0.7)
-        ours = matching(Believer("v"), critic, "v", conditions=Conditions(seed=3))
+        critic = Optimal("v", 0.7)
+        ours = matching(Optimal("v"), critic, "v")
         ours.begin_step(0, dict)
         for piece in range(pieces):
             ours(Constant(0.4), batch(8 // pieces, piece * 8 // pieces))
@@ -197,8 +195,8 @@ def test_pieces_of_a_batch_teach_as_the_whole_does() -> None:
 
 
 def test_a_step_that_is_skipped_teaches_nothing() -> None:
-    critic = Believer("v", 0.7)
-    ours = matching(Believer("v"), critic, "v")
+    critic = Optimal("v", 0.7)
+    ours = matching(Optimal("v"), critic, "v")
     before = {name: tensor.clone() for name, tensor in ours.state().items()}
     ours(Constant(0.4), batch())
     ours.end_step(None)
@@ -208,9 +206,9 @@ def test_a_step_that_is_skipped_teaches_nothing() -> None:
 
 
 def test_the_critic_follows_from_the_state() -> None:
-    ours, student = matching(Believer("v"), Believer("v"), "v"), Constant(0.4)
+    ours, student = matching(Optimal("v"), Optimal("v"), "v"), Constant(0.4)
     trained(ours, student, 5, rate=0.01)
-    other = matching(Believer("v"), Believer("v"), "v")
+    other = matching(Optimal("v"), Optimal("v"), "v")
     other.load({name: tensor.clone() for name, tensor in ours.state().items()})
     twin = deepcopy(student)
     trained(ours, student, 5, rate=0.01)
@@ -223,12 +221,12 @@ def test_the_critic_follows_from_the_state() -> None:
 
 def test_the_teacher_is_guided_and_its_critic_is_not() -> None:
     """With a scale of 1 guidance changes nothing; with another it moves the student."""
-    conditions = Conditions(seed=0, null_class=10)
+    inputs = TrainingInputs(0, ConditioningSpec(classes=10))
     losses = []
     for scale in (None, 1.0, 3.0):
         network = guided_network().eval().requires_grad_(False)
         ours = MomentMatching(
-            SCHEDULE, "v", conditions,
+            SCHEDULE, "v", inputs,
             Teacher(network, "eps", critic=deepcopy(network).requires_grad_(True)),
             DistillationConfig(Path("t"), "moments", 4, 4, scale, Path("s")),
             lambda _: 1e-3, (0.0, 0.99), 1.0,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
-from ddpm_engine.diffusion.process import forward, posterior
+from ddpm_engine.diffusion.process import add_noise, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.objectives.denoising import DenoisingObjective, bound_table
@@ -87,7 +87,7 @@ def test_weighted_errors_are_the_same_for_every_prediction(prediction: Predictio
     t = torch.tensor([0, 3, 500, 999])
     generator = torch.Generator().manual_seed(0)
     x_0, noise, estimate = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
-    x_t = forward(SCHEDULE, x_0, t, noise)
+    x_t = add_noise(SCHEDULE, x_0, t, noise)
     a = SCHEDULE.sqrt_alpha_bar[t][:, None, None, None]
     s = SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
 

@@ -1,7 +1,8 @@
-"""The Markov chain itself: one forward step, its closed form, and the posterior.
+"""The closed forms of the Markov chain: noising an image, and the posterior of a step.
 
-These are the formulas of Ho et al. 2020, section 2, for study, plots and tests. Training draws the
-closed form with `ddpm_kernels.q_sample`; sampling runs the posterior as a coefficient table.
+These are the formulas of Ho et al. 2020, section 2, for study, plots, tests and the variational
+bound. Training noises images with `ddpm_kernels.q_sample`; sampling runs the posterior as a
+coefficient table.
 """
 
 from __future__ import annotations
@@ -11,25 +12,8 @@ from torch import Tensor
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 
 
-def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-    """Entries of a schedule's table for each sample, shaped to broadcast against images."""
-    return table.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def forward_step(schedule: NoiseSchedule, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_{t−1}) = N(sqrt(1 − β_t) x_{t−1}, β_t I), shaped as `x` (equation 2).
-
-    Args:
-        schedule: the noise schedule.
-        x: x_{t−1}, `[B, ...]`.
-        t: int64 `[B]` in [0, T); at t = 0, `x` is the clean image.
-        noise: standard normal, shaped as `x`.
-    """
-    return _at(schedule.alphas.sqrt(), t, x) * x + _at(schedule.betas.sqrt(), t, x) * noise
-
-
-def forward(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Draw x_t from q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, (1 − ᾱ_t) I), shaped as `x_0` (equation 4).
+def add_noise(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Return x_t ~ q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, (1 − ᾱ_t) I), shaped as `x_0` (equation 4).
 
     Args:
         schedule: the noise schedule.
@@ -44,7 +28,7 @@ def forward(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> T
 def posterior(
     schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance of q(x_{t−1} | x_t, x_0) (equations 6 and 7).
+    """Return mean and variance of q(x_{t−1} | x_t, x_0) (equations 6 and 7).
 
     Args:
         schedule: the noise schedule.
@@ -60,3 +44,8 @@ def posterior(
         + _at(schedule.posterior_mean_xt, t, x_0) * x_t
     )
     return mean, _at(schedule.posterior_variance, t, x_0)
+
+
+def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """Return a schedule's values for each sample, shaped to broadcast against images."""
+    return table.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,8 +1,9 @@
-"""Low-resolution conditioning: what a network that enlarges pictures is told of the small one.
+"""Super-resolution: the low-resolution image that conditions a network, and its augmentation.
 
-The small picture is enlarged by interpolation and noised a little, and the network is told how
-much: noise hides what a picture drawn by another model and a real one that was made small differ
-in, so that a network trained on the latter can enlarge the former.
+The image is upsampled by interpolation, a little noise is added, and the network is given the level
+of that noise (noise-conditioning augmentation). The noise hides the differences between samples of
+another model and downsampled real images, so that a network trained on the latter applies to the
+former.
 
 Source: Ho et al., "Cascaded Diffusion Models for High Fidelity Image Generation", 2022, section 4;
 Saharia et al., "Photorealistic Text-to-Image Diffusion Models", 2022, section 2.4.
@@ -20,8 +21,8 @@ from ddpm_kernels import Stream, q_sample
 from ddpm_kernels.q_sample import clean_images
 
 
-def shrink(images: Tensor, side: int) -> Tensor:
-    """Make images small by averaging blocks of pixels, as area interpolation does.
+def downsample(images: Tensor, side: int) -> Tensor:
+    """Downsample images by averaging blocks of pixels, as area interpolation does.
 
     Args:
         images: `[B, C, H, W]`, uint8, or floating point in [-1, 1].
@@ -35,10 +36,8 @@ def shrink(images: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(clean, (height // side, width // side))
 
 
-def enlarge(images: Tensor, side: int) -> Tensor:
-    """Make small images large by bilinear interpolation between the centres of pixels.
-
-    Nothing is lost by enlarging, so there is nothing to filter against aliasing.
+def upsample(images: Tensor, side: int) -> Tensor:
+    """Upsample images by bilinear interpolation between the centres of pixels.
 
     Args:
         images: float `[B, C, h, w]`.
@@ -51,14 +50,14 @@ def enlarge(images: Tensor, side: int) -> Tensor:
 
 
 class NoiseConditioningAugmentation:
-    """Enlarges small pictures and noises them: the image that the network sees beside x_t.
+    """Upsamples low-resolution images and adds noise, for the network to see beside x_t.
 
     Level 0 adds no noise; level s > 0 is the state after s steps of the linear chain of Ho et al.
     2020, whichever schedule the network itself was trained on. So a level means the same in every
     network of a cascade.
 
     Args:
-        device: of the pictures.
+        device: of the images.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -73,27 +72,27 @@ class NoiseConditioningAugmentation:
 
     def __call__(
         self,
-        small: Tensor,
+        images: Tensor,
         side: int,
         levels: Tensor,
         seed: int | Tensor,
         sample_ids: Tensor,
         flip: Tensor | None = None,
     ) -> Tensor:
-        """Enlarge and noise a batch. The noise of a picture depends on the seed and its id only.
+        """Upsample and noise a batch; the noise is a function of the seed and each sample's id.
 
         Args:
-            small: float32 `[B, C, h, w]` in [-1, 1].
+            images: float32 `[B, C, h, w]` in [-1, 1].
             side: of the result.
             levels: int64 `[B]` in [0, `MAX_LEVEL`].
             seed: of the noise, 64 bits.
             sample_ids: int64 `[B]`; in training, the samples' positions.
-            flip: bool `[B]`: which to mirror, or None.
+            flip: bool `[B]`: whether to mirror each, or None.
 
         Returns:
             float32 `[B, C, side, side]`, channels-last.
         """
         return q_sample(
-            enlarge(small, side), levels, self._signal, self._sigma, seed, sample_ids, flip,
+            upsample(images, side), levels, self._signal, self._sigma, seed, sample_ids, flip,
             stream=Stream.AUGMENTATION_NOISE,
         )  # fmt: skip

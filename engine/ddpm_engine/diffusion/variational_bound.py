@@ -11,14 +11,15 @@ with this engine's timesteps t = 0 … T − 1, which are the paper's t − 1:
 | L_0                  | −log p(x_0 ∣ x_t at t = 0): bytes under the last step | `decoder_term`   |
 
 where x_0 is the clean image and x_t the noisy one at timestep t. The functions return nats for each
-pixel and channel, in the precision of their arguments. `bits_per_dim` draws the noise, calls the
-network and averages.
+pixel and channel, in the precision of their arguments. `bits_per_dim` makes the noise, evaluates
+the network and averages. It serves every parameterization, whatever noise levels the network was
+trained at: the bound is that of the schedule's chain, with the network's estimates of x_0.
 
 Conventions are those of the paper's code and of improved-diffusion's: the variance of the last
-step, which would be zero, is that of the step before it, whether `fixed_small` or `fixed_large` is
-asked for; x_0 is clipped before the mean is taken. Two differ, so that the result is a bound
-whatever the network says: the normal distribution function is exact (theirs errs by up to 3e-4),
-and a bin's mass has no floor (theirs is at least 10⁻¹²).
+step, which would be zero, is that of the step before it, with `fixed_small` and `fixed_large`
+alike; x_0 is clipped before the mean is taken. Two conventions differ, so that the result is a
+bound for any network: the normal distribution function is exact (theirs errs by up to 3e-4), and a
+bin's mass has no floor (theirs is at least 10⁻¹²).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.parameterization import parameterization
-from ddpm_engine.diffusion.process import forward, posterior
+from ddpm_engine.diffusion.process import add_noise, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, gaussian_noise
 
@@ -43,9 +44,9 @@ Model = Callable[..., Tensor]
 def gaussian_kl(
     mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor
 ) -> Tensor:
-    """KL(N(mean, e^log_variance) ‖ N(other_mean, e^other_log_variance)), elementwise, in nats.
+    """Return KL(N(mean, e^log_variance) ‖ N(other_mean, e^other_log_variance)), in nats.
 
-    ½ (log σ₂² − log σ₁² − 1 + (σ₁² + (μ₁ − μ₂)²) / σ₂²); arguments broadcast.
+    Elementwise, ½ (log σ₂² − log σ₁² − 1 + (σ₁² + (μ₁ − μ₂)²) / σ₂²); arguments broadcast.
     """
     return 0.5 * (
         other_log_variance
@@ -57,9 +58,10 @@ def gaussian_kl(
 
 
 def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
-    """L_T = KL(q(x ∣ x_0) ‖ N(0, I)) at the last timestep, in nats an element, shaped as `x_0`.
+    """Return L_T = KL(q(x ∣ x_0) ‖ N(0, I)) at t = T − 1, in nats per element, shaped as `x_0`.
 
-    What of the image is left when sampling assumes pure noise; zero with zero terminal SNR.
+    It measures what is left of the image where sampling assumes pure noise; zero with zero terminal
+    SNR.
 
     Args:
         schedule: the noise schedule.
@@ -73,7 +75,7 @@ def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 def denoising_term(
     schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor
 ) -> Tensor:
-    """L_t = KL(q(x_{t−1} ∣ x_t, x_0) ‖ N(mean, e^log_variance)), t ≥ 1, in nats an element.
+    """Return L_t = KL(q(x_{t−1} ∣ x_t, x_0) ‖ N(mean, e^log_variance)), t ≥ 1, nats per element.
 
     Args:
         schedule: the noise schedule.
@@ -91,7 +93,7 @@ def denoising_term(
 
 
 def decoder_term(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """L_0 = −log of the mass of N(mean, e^log_variance) on x_0's bin, in nats an element.
+    """Return L_0 = −log of the mass of N(mean, e^log_variance) on x_0's bin, nats per element.
 
     Bins are 2/255 wide, those of the 256 values of a byte; the outermost reach to infinity
     (Ho et al. 2020, equation 13). Exact in the tails too, however far out the bin lies.
@@ -119,7 +121,7 @@ def decoder_term(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 def reverse_log_variance(
     schedule: NoiseSchedule, variance: Variance, t: int, fraction: Tensor | None = None
 ) -> Tensor:
-    """log σ_t² of the reverse step, float64.
+    """Return log σ_t² of the reverse step, float64.
 
     Args:
         schedule: the noise schedule.
@@ -152,10 +154,10 @@ def bits_per_dim(
     conditioning: Any = None,
     clip: bool = True,
 ) -> Tensor:
-    """All terms of the bound for a batch of images: T network evaluations of the whole batch.
+    """Compute all terms of the bound for a batch of images, by T network evaluations.
 
-    Each term is one draw of x_t: a function of the seed, the image's id and t alone, whatever the
-    batch. Memory is that of a few float64 batches, whatever T.
+    Each term is estimated from one sample of x_t, a function of the seed, the image's id and t
+    alone. Memory is that of a few float64 batches, whatever T.
 
     Args:
         model: the network, on the device of the images, in eval mode.
@@ -182,24 +184,22 @@ def bits_per_dim(
     channels = images.shape[1]
     x_0 = (2 * images.double() - 255) / 255
     row = parameterization(prediction, schedule)
-    row.check(schedule.sqrt_alpha_bar)
-    scale = row.state_scale(schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
-    noise_input = row.noise_level(
-        schedule.sqrt_alpha_bar,
-        schedule.sqrt_one_minus_alpha_bar,
-        torch.arange(schedule.timesteps),
-    )
+    signal, sigma = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+    row.check(signal)
+    scale = row.state_scale(signal, sigma)
+    noise_input = row.noise_level(signal, sigma, torch.arange(schedule.timesteps))
     if noise_input.is_floating_point():
         noise_input = noise_input.to(torch.float32)
+    noise_input = noise_input.to(images.device)
     terms = x_0.new_empty(len(images), schedule.timesteps + 1)
     terms[:, -1] = _mean_bits(prior_term(schedule, x_0))
     for t in range(schedule.timesteps):
         timesteps = torch.full_like(sample_ids, t, device=images.device)
         shape = (channels, images.shape[2], images.shape[3])
         noise = gaussian_noise(seed, sample_ids, shape, t, Stream.LIKELIHOOD_NOISE)
-        x_t = forward(schedule, x_0, timesteps, noise.to(x_0))
+        x_t = add_noise(schedule, x_0, timesteps, noise.to(x_0))
         z = scale[t] * x_t
-        level = noise_input[t].to(images.device).expand(len(images))
+        level = noise_input[t].expand(len(images))
         output = model(z.float(), level, conditioning).double()
         expected = 2 * channels if variance == "learned_range" else channels
         if output.shape[1] < expected:
@@ -207,8 +207,7 @@ def bits_per_dim(
                 f"the network's output has {output.shape[1]} channels; for images of {channels} "
                 f"and the variance {variance} it must have {expected}"
             )
-        a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
-        estimate = row.to_x0(output[:, :channels], z, a, s)
+        estimate = row.to_x0(output[:, :channels], z, signal[t], sigma[t])
         if clip:
             estimate = estimate.clamp(-1, 1)
         mean, _ = posterior(schedule, estimate, x_t, timesteps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.checkpoints.load import LoadedModel
-from ddpm_engine.diffusion.process import forward
+from ddpm_engine.diffusion.process import add_noise
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import strip
 from ddpm_engine.samplers.config import SamplingConfig
@@ -80,7 +80,7 @@ def denoising_figure(trained: LoadedModel, image: Tensor, seed: int, path: Path)
 
     columns = [[image[None]] * 3]
     for t, strength in zip(timesteps, STRENGTHS, strict=True):
-        noisy = forward(schedule, image[None], torch.tensor([t], device=device), noise)
+        noisy = add_noise(schedule, image[None], torch.tensor([t], device=device), noise)
         # DDIM in one step returns the estimate of x_0, whatever the network predicts.
         estimate = denoised(1.0, None, 0.0, timesteps=(t,))
         columns.append([noisy, estimate, denoised(strength, steps, 1.0)])

@@ -1,13 +1,18 @@
-"""The objectives of DDPM and what followed: the error of a prediction at a random timestep.
+"""The objective of DDPM and what followed: the error of a prediction at a random noise level.
 
-    L = c_t · (w_t · mean((output − target)²) + λ · ℓ_t)
+    L = c · (w_t · mean((F − target)²) + λ · ℓ_t),        target = u x_0 + w ε
 
-| part | what it is                                                            | where            |
-|------|-----------------------------------------------------------------------|------------------|
-| w_t  | weight of the squared error: simple, min-SNR, P2 or the bound         | `weighting`      |
-| ℓ_t  | of a learned variance: the bound's term, which trains it alone        | `denoising_loss` |
-| λ    | T / 1000: 0.001 of the sum over t (Nichol & Dhariwal 2021, section 3) | `BOUND_SHARE`    |
-| c_t  | makes up for timesteps that are drawn more often than others          | `timesteps`      |
+| part   | what it is                                                         | where              |
+|--------|--------------------------------------------------------------------|--------------------|
+| target | what the network F is to predict                                   | `parameterization` |
+| w_t    | weight of the squared error: simple, min-SNR, P2 or the bound      | `weighting`        |
+| ℓ_t    | term of the variational bound, which trains a learned variance     | `denoising_loss`   |
+| λ      | T / 1000: 0.001 of the sum over t (Nichol & Dhariwal 2021, sec. 3) | `BOUND_WEIGHT`     |
+| c      | correction for levels that are trained more often than others      | `level_sampling`   |
+
+EDM (Karras et al. 2022, equations 7 and 8) is the same objective: its parameterization, levels with
+ln σ ~ N(P_mean, P_std²), and no weights, since λ(σ) ‖D − x_0‖² with λ = 1 / c_out² is the plain
+squared error of F. The mean over a sample's values is taken, where the paper's code takes the sum.
 """
 
 from __future__ import annotations
@@ -19,171 +24,210 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.diffusion.parameterization import Prediction
+from ddpm_engine.diffusion.parameterization import Parameterization, parameterization
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
-from ddpm_engine.objectives.inputs import Conditions
-from ddpm_engine.objectives.level_sampling import UniformTimesteps
-from ddpm_engine.objectives.objective import Network, Objective
+from ddpm_engine.errors import UserError
+from ddpm_engine.objectives.base import Network, Objective
+from ddpm_engine.objectives.inputs import TrainingInputs
+from ddpm_engine.objectives.level_sampling import LevelSampler, UniformTimesteps
 from ddpm_engine.objectives.weighting import x0_from_error
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 from ddpm_kernels.variational_bound import BoundColumn
 
-BOUND_SHARE = 0.001
-"""Of the variational bound, beside the squared error, where the variance is learned."""
+BOUND_WEIGHT = 0.001
+"""Weight of the variational bound beside the squared error, where the variance is learned."""
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What chance decides for each sample, besides its noise."""
+@dataclass(frozen=True, eq=False)
+class LevelTables:
+    """What training needs of noise levels, one entry per level."""
 
-    timesteps: Tensor
-    """int64 `[B]` in [0, T)."""
-    flip: Tensor | None
-    """bool `[B]`: mirrored left to right; None: none is."""
-    labels: Tensor | None
-    """int64 `[B]`, some replaced by the null class; None: unconditional."""
+    signal: Tensor
+    """`[N]`: factor of x_0 in the network's input."""
+    noise: Tensor
+    """`[N]`: factor of ε in the network's input."""
+    target_x0: Tensor | None
+    """`[N]`: factor of x_0 in the target; None: zero."""
+    target_noise: Tensor | None
+    """`[N]`: factor of ε in the target; None: zero."""
+    noise_input: Tensor
+    """`[N]`: the noise level that the network is given."""
+
+    @staticmethod
+    def build(
+        row: Parameterization,
+        a: Tensor,
+        s: Tensor,
+        timesteps: Tensor,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> LevelTables:
+        """Build the tables of a parameterization.
+
+        Args:
+            row: what the network sees and predicts.
+            a: float64 `[N]`, factor of the image in x_t.
+            s: float64 `[N]`, factor of the noise in x_t.
+            timesteps: `[N]`, of the levels.
+            device: where the tables are needed.
+            dtype: of the tables.
+        """
+
+        def moved(values: Tensor) -> Tensor:
+            return values.to(dtype).to(device, non_blocking=True)
+
+        scale = row.state_scale(a, s)
+        target_x0, target_noise = (
+            moved(factor) if bool(factor.any()) else None for factor in row.target(a, s)
+        )
+        level = row.noise_level(a, s, timesteps)
+        noise_input = moved(level) if level.is_floating_point() else level.to(device)
+        return LevelTables(moved(scale * a), moved(scale * s), target_x0, target_noise, noise_input)
 
 
 class DenoisingObjective(Objective):
-    """The weighted error of what the network predicts; by default L_simple.
+    """The weighted squared error of what the network predicts; by default L_simple.
 
     Args:
         schedule: the noise schedule.
-        prediction: what the network predicts.
-        conditions: mirrored images and dropped labels; with the seed of timesteps and noise.
-        device: where the network runs.
+        prediction: what the network predicts, a key of `PARAMETERIZATIONS`.
+        inputs: mirrored images, conditions, and the seed of levels and noise.
+        levels: how often each noise level is trained; None: uniform timesteps.
         weights: of each timestep's squared error, `[T]`; None: ones.
-        learned_variance: the network has 2C outputs, the second half of which are trained by the
-            bound: the hybrid objective, if the weights are ones.
-        sampling: of timesteps; None: uniform.
-        offset_noise: standard deviation of noise that a channel's pixels share, which is added to
-            the noise of x_t and to be predicted with it.
+        learned_variance: whether the network has 2C outputs, the second half of which is trained by
+            the variational bound: the hybrid objective, if the weights are ones.
+        offset_noise: standard deviation of noise that all pixels of a channel share; it is added to
+            ε, and predicted with it.
         dtype: of the tables, and so of the arithmetic.
+
+    Raises:
+        UserError: an unknown prediction; or one that takes a timestep, at levels of a continuum.
+        ValueError: weights or a learned variance, which belong to timesteps, at such levels.
     """
 
     def __init__(
         self,
         schedule: NoiseSchedule,
-        prediction: Prediction,
-        conditions: Conditions,
-        device: torch.device | str = "cpu",
+        prediction: str,
+        inputs: TrainingInputs,
         *,
+        levels: LevelSampler | None = None,
         weights: Tensor | None = None,
         learned_variance: bool = False,
-        sampling: UniformTimesteps | None = None,
         offset_noise: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.timesteps = schedule.timesteps
-        self.prediction = prediction
-        self.conditions = conditions
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.sampling = sampling or UniformTimesteps(schedule.timesteps)
+        self.parameterization = row = parameterization(prediction, schedule)
+        self.inputs = inputs
+        self.levels = levels or UniformTimesteps(schedule.timesteps)
         self.offset_noise = offset_noise
-        self._seed = torch.tensor(conditions.seed, device=self.device)
-        self._signal = self._table(schedule.sqrt_alpha_bar)
-        self._sigma = self._table(schedule.sqrt_one_minus_alpha_bar)
-        self._target = self._target_coefficients()
+        self.dtype = dtype
+        self._seed = torch.tensor(inputs.seed, device=inputs.device)
         self._weights = None if weights is None else self._table(weights)
         self._bound = self._bound_weight = None
         if learned_variance:
             self._bound = self._table(bound_table(schedule, prediction))
-            self._bound_weight = self._table(torch.tensor(BOUND_SHARE * schedule.timesteps))
-        self._seen: list[tuple[Tensor, Tensor]] = []
+            self._bound_weight = self._table(torch.tensor(BOUND_WEIGHT * schedule.timesteps))
+        self._chain: LevelTables | None = None
+        if not self.levels.continuous:
+            self._chain = LevelTables.build(
+                row, schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar,
+                torch.arange(schedule.timesteps), inputs.device, dtype,
+            )  # fmt: skip
+        elif row.takes_timestep:
+            raise UserError(
+                f"prediction is {prediction!r}, whose network is given the timestep; it cannot be "
+                "trained at noise levels of a continuum"
+            )
+        elif weights is not None or learned_variance:
+            raise ValueError("weights and a learned variance belong to timesteps of a schedule")
+        self._losses: list[tuple[Tensor, Tensor]] = []
 
-    def draw(self, positions: Tensor, labels: Tensor | None) -> Draws:
-        """Decide by position; positions and labels int64 `[B]`, best left on the CPU."""
-        return Draws(
-            self.sampling.draw(self.conditions.seed, positions),
-            self.conditions.flip(positions),
-            self.conditions.labels(positions, labels),
-        )
-
-    def __call__(self, model: Network, batch: Batch) -> Tensor:
-        """See `Objective`; the network is given timesteps int64 `[B]`."""
-        draws = self.draw(batch.positions, batch.labels)
-        images, positions = self._here(batch.images), self._here(batch.positions)
-        timesteps = self._here(draws.timesteps)
-        flip = None if draws.flip is None else self._here(draws.flip)
-        told = self.conditions.told(images, batch.positions, draws.labels, draws.flip)
-        x_t = q_sample(images, timesteps, self._signal, self._sigma, self._seed, positions, flip)
+    def __call__(self, network: Network, batch: Batch) -> Tensor:
+        """See `Objective`."""
+        inputs = self.inputs.prepare(batch)
+        levels = self.levels.sample(self.inputs.seed, batch.positions)
+        tables, entry = self._tables_of(levels)
+        noise_level = tables.noise_input[entry]
+        z = q_sample(
+            inputs.images, entry, tables.signal, tables.noise, self._seed, inputs.positions,
+            inputs.flip, self.dtype,
+        )  # fmt: skip
         if self.offset_noise:
-            in_x_t, in_target = self._offsets(images.shape[1], timesteps, positions)
-            prediction = model(x_t + in_x_t, timesteps, told) - in_target
+            in_input, in_target = self._offsets(tables, entry, inputs.positions, z.shape[1])
+            output = network(z + in_input, noise_level, inputs.conditioning) - in_target
         else:
-            prediction = model(x_t, timesteps, told)
+            output = network(z, noise_level, inputs.conditioning)
         loss = denoising_loss(
-            prediction, images, timesteps, *self._target, self._seed, positions,
-            weights=None if self._weights is None else self._weights[timesteps],
-            flip=flip,
+            output, inputs.images, entry, tables.target_x0, tables.target_noise, self._seed,
+            inputs.positions,
+            weights=None if self._weights is None else self._weights[entry],
+            flip=inputs.flip,
             bound_table=self._bound,
             bound_weights=(
-                None if self._bound_weight is None else self._bound_weight.expand(len(timesteps))
+                None if self._bound_weight is None else self._bound_weight.expand(len(entry))
             ),
         )  # fmt: skip
-        correction = self.sampling.correction(draws.timesteps)
+        correction = self.levels.correction(levels)
         if correction is None:
             return loss
-        self._seen.append((positions, loss.detach()))
-        return loss * self._here(correction.to(loss.dtype))
+        self._losses.append((inputs.positions, loss.detach()))
+        return loss * self.inputs.move(correction.to(loss.dtype))
 
     def end_step(self, ranks: Ranks | None) -> None:
-        """See `Objective`."""
-        seen, self._seen = self._seen, []
-        if ranks is None or not seen:
+        """See `Objective`: the sampling of levels learns."""
+        kept, self._losses = self._losses, []
+        if ranks is None or not kept:
             return
         positions, losses = (
-            ranks.gather(torch.cat(column)).cpu() for column in zip(*seen, strict=True)
+            ranks.gather(torch.cat(column)).cpu() for column in zip(*kept, strict=True)
         )
-        # In the order of positions, whichever rank and piece they were on.
+        # In the order of positions, whichever rank and micro-batch they were on.
         order = positions.argsort()
         positions, losses = positions[order], losses[order]
-        # Drawn again: nothing has been learnt since.
-        self.sampling.learn(self.sampling.draw(self.conditions.seed, positions), losses)
+        # The same levels again: nothing has been learnt since.
+        self.levels.update(self.levels.sample(self.inputs.seed, positions), losses)
 
     def state(self) -> Mapping[str, Tensor]:
-        """See `Objective`: what the sampling of timesteps has learnt."""
-        return self.sampling.state()
+        """See `Objective`: what the sampling of levels has learnt."""
+        return self.levels.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """See `Objective`."""
-        self.sampling.load(state)
+        self.levels.load(state)
+
+    def _tables_of(self, levels: Tensor) -> tuple[LevelTables, Tensor]:
+        """Return tables, and the entry of each sample in them, int64 `[B]`."""
+        if self._chain is not None:
+            return self._chain, self.inputs.move(levels)
+        tables = LevelTables.build(
+            self.parameterization, torch.ones_like(levels), levels, levels, self.inputs.device,
+            self.dtype,
+        )  # fmt: skip
+        return tables, torch.arange(len(levels), device=self.inputs.device)
 
     def _offsets(
-        self, channels: int, timesteps: Tensor, positions: Tensor
+        self, tables: LevelTables, entry: Tensor, positions: Tensor, channels: int
     ) -> tuple[Tensor, Tensor]:
-        """What noise that a channel shares adds to x_t and to the target: `[B, C, 1, 1]`."""
-        shape = (channels, 1, 1)
-        noise = gaussian_noise(self._seed, positions, shape, 0, Stream.OFFSET_NOISE)
+        """Return what offset noise adds to the input and to the target: `[B, C, 1, 1]` each."""
+        noise = gaussian_noise(self._seed, positions, (channels, 1, 1), 0, Stream.OFFSET_NOISE)
         offset = self.offset_noise * noise
-        signal, sigma = (
-            table[timesteps][:, None, None, None] for table in (self._signal, self._sigma)
-        )
-        in_target = {"eps": offset, "v": signal * offset, "x0": 0 * offset}[self.prediction]
-        return sigma * offset, in_target
-
-    def _target_coefficients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Factors of x_0 and ε in what the network predicts, each `[T]`; None is zero."""
-        ones = torch.ones_like(self._signal)
-        if self.prediction == "v":
-            return -self._sigma, self._signal
-        return (None, ones) if self.prediction == "eps" else (ones, None)
+        in_input = tables.noise[entry][:, None, None, None] * offset
+        if tables.target_noise is None:
+            return in_input, torch.zeros_like(offset)
+        return in_input, tables.target_noise[entry][:, None, None, None] * offset
 
     def _table(self, values: Tensor) -> Tensor:
-        return values.to(self.device, self.dtype)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        return values.to(self.inputs.device, self.dtype)
 
 
-def bound_table(schedule: NoiseSchedule, prediction: Prediction) -> Tensor:
-    """What the bound of a learned variance needs of each timestep: float64 `[T, 3]`.
+def bound_table(schedule: NoiseSchedule, prediction: str) -> Tensor:
+    """Return what the bound of a learned variance needs of each timestep: float64 `[T, 3]`.
 
     By `ddpm_kernels.variational_bound.BoundColumn`: the logarithms of β̃_t and β_t, between which
-    the variance lies, and the difference of the reverse step's mean from the posterior's for one of
-    output − target.
+    the variance lies, and the error of the reverse step's mean for an error of one in the output.
     """
     table = schedule.betas.new_empty(schedule.timesteps, len(BoundColumn))
     table[:, BoundColumn.LOG_VARIANCE_MIN] = schedule.posterior_log_variance_clipped

@@ -1,87 +1,91 @@
-"""What every objective does alike: mirrored images, and what the network is told of a sample."""
+"""What every objective does alike: mirror images, drop labels, and build the conditioning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation, shrink
-from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation, downsample
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_kernels import Stream, bernoulli, random_integers
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedBatch:
+    """A batch on the network's device, with all but noise and noise levels decided."""
+
+    images: Tensor
+    """`[B, C, H, W]` as stored: uint8, or float in [-1, 1]."""
+    positions: Tensor
+    """int64 `[B]`, which everything random about the samples follows from."""
+    flip: Tensor | None
+    """bool `[B]`: whether a sample is mirrored left to right; None: none is."""
+    conditioning: Conditioning
+    """What the network is given besides the noisy images."""
+
+
 @dataclass(frozen=True)
-class Conditions:
-    """Which images are mirrored and what the network is told of them, by position."""
+class TrainingInputs:
+    """Prepares batches; every random choice is a function of the seed and a sample's position."""
 
     seed: int
+    """Seed of training."""
+    spec: ConditioningSpec = ConditioningSpec()  # noqa: RUF009
+    """The conditions that the network was built for."""
+    device: torch.device | str = "cpu"
+    """Device of the network."""
     horizontal_flip: bool = False
-    """Mirror each image with probability one half."""
-    null_class: int | None = None
-    """None for an unconditional network; else the class that dropped labels become."""
+    """Whether each image is mirrored with probability one half."""
     label_dropout: float = 0.0
-    """Probability of dropping a label."""
-    low_resolution: int | None = None
-    """Side of the small image that the network enlarges; None: it is shown none."""
-    augmentation: NoiseConditioningAugmentation | None = None
-    """What makes the small image what the network is shown; on its device."""
+    """Probability, 0 to 1, of replacing a label by the null class."""
     augmentation_levels: int = 1
-    """Its noise is drawn from this many levels, from 0 on."""
+    """Number of noise-conditioning augmentation levels; each low-resolution image gets one, drawn
+    uniformly from 0 (no noise) on."""
 
-    def flip(self, positions: Tensor) -> Tensor | None:
-        """Bool `[B]`: mirrored left to right; None: none is.
+    def prepare(self, batch: Batch) -> PreparedBatch:
+        """Move a batch to the device and decide what is random about its samples.
 
-        Positions are int64 `[B]`, best on the CPU, where the result then is.
-        """
-        if not self.horizontal_flip:
-            return None
-        return bernoulli(self.seed, positions, 0.5, 0, Stream.HORIZONTAL_FLIP)
-
-    def labels(self, positions: Tensor, labels: Tensor | None) -> Tensor | None:
-        """Int64 `[B]`, some replaced by the null class; None: the network is unconditional.
+        The choices are made where the batch's positions are, best on the CPU.
 
         Raises:
-            ValueError: the network is conditional and there are no labels.
+            ValueError: the network is class-conditional and there are no labels.
         """
-        if self.null_class is None:
+        images, positions = self.move(batch.images), self.move(batch.positions)
+        flip = None
+        if self.horizontal_flip:
+            flip = self.move(bernoulli(self.seed, batch.positions, 0.5, 0, Stream.HORIZONTAL_FLIP))
+        labels = self._labels(batch)
+        low_resolution = level = None
+        if self.spec.low_resolution is not None:
+            level = self.move(
+                random_integers(
+                    self.seed, batch.positions, self.augmentation_levels, 0,
+                    Stream.AUGMENTATION_LEVEL,
+                )
+            )  # fmt: skip
+            low_resolution = self._augmentation(
+                downsample(images, self.spec.low_resolution), images.shape[-1], level, self.seed,
+                positions, flip,
+            )  # fmt: skip
+        return PreparedBatch(images, positions, flip, Conditioning(labels, low_resolution, level))
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the device; from pinned memory without waiting."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        """Return int64 `[B]`, some of them the null class; None: the network is unconditional."""
+        if self.spec.null_class is None:
             return None
-        if labels is None:
+        if batch.labels is None:
             raise ValueError("a class-conditional network needs labels, and this batch has none")
-        dropped = bernoulli(self.seed, positions, self.label_dropout, 0, Stream.LABEL_DROPOUT)
-        return labels.masked_fill(dropped, self.null_class)
+        dropped = bernoulli(self.seed, batch.positions, self.label_dropout, 0, Stream.LABEL_DROPOUT)
+        return self.move(batch.labels.masked_fill(dropped, self.spec.null_class))
 
-    def levels(self, positions: Tensor) -> Tensor:
-        """NoiseConditioningAugmentation levels, int64 `[B]`, where the positions are."""
-        return random_integers(
-            self.seed, positions, self.augmentation_levels, 0, Stream.AUGMENTATION_LEVEL
-        )
-
-    def told(
-        self, images: Tensor, positions: Tensor, labels: Tensor | None, flip: Tensor | None
-    ) -> Conditioning:
-        """The conditions of a batch, on the network's device.
-
-        Args:
-            images: `[B, C, H, W]` as stored, on the network's device, where the result is.
-            positions: int64 `[B]`, best on the CPU.
-            labels: `[B]`, as `labels` gave them.
-            flip: `[B]`, as `flip` gave it.
-
-        Returns:
-            Labels if the network is class-conditional; for super-resolution, low-resolution images
-            upsampled and noised to float32 `[B, C, H, W]`, and the levels of that noise.
-        """
-        device = images.device
-        here = [
-            None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (labels, flip)
-        ]
-        if self.low_resolution is None or self.augmentation is None:
-            return Conditioning(here[0])
-        levels = self.levels(positions).to(device, non_blocking=True)
-        enlarged = self.augmentation(
-            shrink(images, self.low_resolution), images.shape[-1], levels, self.seed,
-            positions.to(device, non_blocking=True), here[1],
-        )  # fmt: skip
-        return Conditioning(here[0], enlarged, levels)
+    @cached_property
+    def _augmentation(self) -> NoiseConditioningAugmentation:
+        return NoiseConditioningAugmentation(self.device)

@@ -1,22 +1,55 @@
-"""How often each timestep is trained.
+"""How often each noise level is trained.
 
-A timestep is drawn for each sample by the inverse of a distribution function, from one Philox word
-of the seed and the sample's position: with the same probabilities, always the same.
+A level is drawn for each sample from Philox words of the seed and the sample's position, by the
+inverse of a distribution function: with the same probabilities it is always the same.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ddpm_kernels import Stream, random_integers
+from ddpm_kernels import Stream, gaussian_noise, random_integers
 from ddpm_kernels.philox import random_words
 
 
-class UniformTimesteps:
-    """All alike.
+class LevelSampler(ABC):
+    """Chooses the noise level that each sample is trained at."""
+
+    continuous: ClassVar[bool] = False
+    """Whether levels are noise levels σ of a continuum; False: timesteps of the schedule."""
+
+    @abstractmethod
+    def sample(self, seed: int, positions: Tensor) -> Tensor:
+        """Choose levels for positions, int64 `[B]`.
+
+        Returns:
+            Timesteps, int64 `[B]` in [0, T); or σ, float64 `[B]`, of x_0 + σ ε.
+        """
+
+    def correction(self, levels: Tensor) -> Tensor | None:
+        """Return the factors of the losses at these levels, float64 `[B]`; None: ones."""
+        return None
+
+    def update(self, levels: Tensor, losses: Tensor) -> None:
+        """Learn from losses, float `[N]`, at levels `[N]`, in the order of positions."""
+        return
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what has been learnt."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what has been learnt."""
+        return
+
+
+class UniformTimesteps(LevelSampler):
+    """Every timestep equally often.
 
     Args:
         timesteps: T.
@@ -25,27 +58,13 @@ class UniformTimesteps:
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
 
-    def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """Int64 `[B]` in [0, T), for positions int64 `[B]`."""
+    def sample(self, seed: int, positions: Tensor) -> Tensor:
+        """See `LevelSampler`."""
         return random_integers(seed, positions, self.timesteps, 0, Stream.TRAINING_TIMESTEP)
-
-    def correction(self, timesteps: Tensor) -> Tensor | None:
-        """What the loss at these timesteps is multiplied with, float64 `[B]`; None: nothing."""
-        return None
-
-    def learn(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of losses, float `[N]`, at timesteps int64 `[N]`, in the order of positions."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        """What has been learnt."""
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take on what has been learnt."""
 
 
 class WeightedTimesteps(UniformTimesteps):
-    """By given probabilities: another objective, since nothing makes up for it in the loss.
+    """Timesteps by given probabilities; nothing makes up for them in the loss.
 
     Args:
         probabilities: float64 `[T]`, non-negative, with sum one.
@@ -55,8 +74,8 @@ class WeightedTimesteps(UniformTimesteps):
         super().__init__(len(probabilities))
         self.probabilities = probabilities
 
-    def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """Int64 `[B]` in [0, T), for positions int64 `[B]`."""
+    def sample(self, seed: int, positions: Tensor) -> Tensor:
+        """See `LevelSampler`."""
         word = random_words(seed, positions, 1, 0, Stream.TRAINING_TIMESTEP)[:, 0]
         u = (word.to(torch.float64) + 0.5) * 2.0**-32
         below = self.probabilities.cumsum(0).to(positions.device)
@@ -65,10 +84,10 @@ class WeightedTimesteps(UniformTimesteps):
 
 
 def logit_normal_probabilities(timesteps: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """The mass that u ~ sigmoid(N(mean, std²)) has on [t / T, (t + 1) / T): float64 `[T]`.
+    """Return the mass of u ~ sigmoid(N(mean, std²)) on [t / T, (t + 1) / T): float64 `[T]`.
 
-    More of the middle, where there is most to learn, than of both ends (Esser et al. 2024,
-    equation 19, there of continuous time).
+    The middle, where there is most to learn, is trained more often than both ends (Esser et al.
+    2024, equation 19, there of continuous time).
 
     Args:
         timesteps: T.
@@ -80,19 +99,19 @@ def logit_normal_probabilities(timesteps: int, mean: float = 0.0, std: float = 1
 
 
 class ImportanceTimesteps(WeightedTimesteps):
-    """By how large each timestep's loss is, p_t ∝ sqrt(E[L_t²]), and the loss divided by T p_t.
+    """Timesteps by the size of their losses, p_t ∝ sqrt(E[L_t²]), with the loss divided by T p_t.
 
-    The mean stays what it is with uniform timesteps, and its variance is the least possible
-    (Nichol & Dhariwal 2021, section 3.3). E[L_t²] is taken over the last `HISTORY` losses of the
-    timestep; until each has as many, timesteps are uniform. As in the authors' code a small share
-    stays uniform, so that none is forgotten.
+    The mean stays that of uniform timesteps, with the least possible variance (Nichol & Dhariwal
+    2021, section 3.3). E[L_t²] is taken over the last `HISTORY` losses of each timestep; until all
+    have that many, timesteps are uniform. As in the authors' code a small fraction stays uniform,
+    so that no timestep is forgotten.
 
     Args:
         timesteps: T.
     """
 
     HISTORY = 10
-    UNIFORM_SHARE = 0.001
+    UNIFORM_FRACTION = 0.001
 
     def __init__(self, timesteps: int) -> None:
         self._losses = torch.zeros(timesteps, self.HISTORY, dtype=torch.float64)
@@ -104,45 +123,62 @@ class ImportanceTimesteps(WeightedTimesteps):
         """Whether every timestep has a full history."""
         return bool((self._counts >= self.HISTORY).all())
 
-    def draw(self, seed: int, positions: Tensor) -> Tensor:
-        """Int64 `[B]` in [0, T), for positions int64 `[B]`."""
+    def sample(self, seed: int, positions: Tensor) -> Tensor:
+        """See `LevelSampler`."""
         if self.warm:
-            return super().draw(seed, positions)
-        return UniformTimesteps.draw(self, seed, positions)
+            return super().sample(seed, positions)
+        return UniformTimesteps.sample(self, seed, positions)
 
-    def correction(self, timesteps: Tensor) -> Tensor:
-        """1 / (T p_t), float64 `[B]`."""
-        return 1 / (self.timesteps * self.probabilities.to(timesteps.device)[timesteps])
+    def correction(self, levels: Tensor) -> Tensor:
+        """See `LevelSampler`: 1 / (T p_t)."""
+        return 1 / (self.timesteps * self.probabilities.to(levels.device)[levels])
 
-    def learn(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of losses, float `[N]`, in the order of positions, before their correction.
-
-        Timesteps are int64 `[N]`.
-        """
-        order = timesteps.argsort(stable=True)
-        timesteps, losses = timesteps[order], losses[order].to(torch.float64)
-        counts = timesteps.bincount(minlength=self.timesteps)
-        rank = torch.arange(len(timesteps)) - (counts.cumsum(0) - counts)[timesteps]
+    def update(self, levels: Tensor, losses: Tensor) -> None:
+        """See `LevelSampler`; the losses are those before their correction."""
+        order = levels.argsort(stable=True)
+        levels, losses = levels[order], losses[order].to(torch.float64)
+        counts = levels.bincount(minlength=self.timesteps)
+        rank = torch.arange(len(levels)) - (counts.cumsum(0) - counts)[levels]
         # Of more than HISTORY at once, the last: no two of them then have the same place.
-        kept = rank >= counts[timesteps] - self.HISTORY
-        timesteps, losses, rank = timesteps[kept], losses[kept], rank[kept]
-        self._losses[timesteps, (self._counts[timesteps] + rank) % self.HISTORY] = losses
+        kept = rank >= counts[levels] - self.HISTORY
+        levels, losses, rank = levels[kept], losses[kept], rank[kept]
+        self._losses[levels, (self._counts[levels] + rank) % self.HISTORY] = losses
         self._counts += counts
-        self._weigh()
+        self._set_probabilities()
 
-    def _weigh(self) -> None:
+    def _set_probabilities(self) -> None:
         if not self.warm:
             return
         size = self._losses.square().mean(1).sqrt()
-        share = self.UNIFORM_SHARE
-        self.probabilities = (1 - share) * size / size.sum() + share / self.timesteps
+        uniform = self.UNIFORM_FRACTION
+        self.probabilities = (1 - uniform) * size / size.sum() + uniform / self.timesteps
 
     def state(self) -> Mapping[str, Tensor]:
-        """The losses, float64 `[T, HISTORY]`, each timestep's a ring, and how many it has had."""
+        """Return the losses, float64 `[T, HISTORY]`, a ring for each timestep, and their counts."""
         return {"losses": self._losses, "counts": self._counts}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """See `Objective`."""
+        """See `LevelSampler`."""
         self._losses.copy_(state["losses"])
         self._counts.copy_(state["counts"])
-        self._weigh()
+        self._set_probabilities()
+
+
+class LogNormalSigma(LevelSampler):
+    """Noise levels of a continuum, ln σ ~ N(mean, std²) (Karras et al. 2022, table 1).
+
+    Args:
+        mean: of ln σ, P_mean of the paper.
+        std: of ln σ, positive, P_std of the paper.
+    """
+
+    continuous = True
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        self.mean = mean
+        self.std = std
+
+    def sample(self, seed: int, positions: Tensor) -> Tensor:
+        """See `LevelSampler`."""
+        normal = gaussian_noise(seed, positions, (1, 1, 1), 0, Stream.TRAINING_SIGMA)
+        return (self.mean + self.std * normal.flatten().double()).exp()

@@ -12,7 +12,7 @@ from ddpm_engine.data.open import TrainingData, make_missing_shards, open_datase
 from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.accelerator import start_accelerator
@@ -68,9 +68,7 @@ def build_run(
     if config.training.compile:
         model.compile_blocks()
     schedule = config.diffusion.build_schedule()
-    objective = build_objective(
-        config, schedule, device, model.conditioning.null_class, teacher, dtype
-    )
+    objective = build_objective(config, schedule, device, model.conditioning, teacher, dtype)
     if device.type != "cpu" and world_size() > 1:
         # What the first process of a node compiles, the others find in the cache.
         with accelerator.local_main_process_first():

@@ -8,7 +8,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import world_size
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.objectives.base import Objective
 from ddpm_engine.runtime import autocast
 
 

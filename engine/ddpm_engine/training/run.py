@@ -12,7 +12,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.data.open import TrainingData
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
-from ddpm_engine.objectives.objective import Objective
+from ddpm_engine.objectives.base import Objective
 from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.meters import Meters
 from ddpm_engine.training.strategies.strategy import Strategy

@@ -14,7 +14,7 @@ from ddpm_engine.diffusion.parameterization import Prediction, parameterization,
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
-from ddpm_engine.objectives.distillation.trajectory import Teacher
+from ddpm_engine.objectives.distillation.teacher import Teacher
 
 MOMENTS_RATE = 0.15
 """Learning rate of moment matching, in units of that which the teacher was trained with."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_engine.data.open import TrainingData, samples_at
-from ddpm_engine.diffusion.super_resolution import shrink
+from ddpm_engine.diffusion.super_resolution import downsample
 from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import grid, save_png
@@ -84,4 +84,4 @@ class _Downsampled:
         self._dataset, self._side = dataset, side
 
     def of(self, ids: Sequence[int]) -> Tensor:
-        return shrink(samples_at(self._dataset, list(ids)).images, self._side)
+        return downsample(samples_at(self._dataset, list(ids)).images, self._side)

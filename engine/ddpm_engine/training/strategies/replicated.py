@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.objective import Network
+from ddpm_engine.objectives.base import Network
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.objective import Network
+from ddpm_engine.objectives.base import Network
 from ddpm_engine.training.strategies.loss_scale import LossScale
 
 State = Mapping[str, Mapping[str, Any]]

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.objective import Network
+from ddpm_engine.objectives.base import Network
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
