@@ -214,6 +214,15 @@ def test_a_sampler_more(reader: Reader, make_shards: MakeShards) -> None:
     assert reader.pixels("renoised.png").ndim == 2
 
 
+def test_a_parameterization_more(reader: Reader) -> None:
+    printed = reader.follow("add-a-parameterization.md", "= 600, 64", "= 101, 16")
+    assert "2 passed" in printed
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
+    assert losses[0] > 1.4
+    assert losses[-1] < 1
+    assert reader.pixels("digits.png").std() > 20
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheels for this platform")
 def test_a_kernel_more(reader: Reader) -> None:
     printed = reader.follow("add-a-kernel.md")

@@ -54,7 +54,10 @@ class Guidance:
 
 
 def combine(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
-    """Return the guided prediction m = u + w (c − u), of the shape of c and u."""
+    """Return the guided prediction m = u + w (c − u).
+
+    Shaped as the predictions `[B, C, H, W]`; the scale w is a number or 0-dim.
+    """
     return unconditional + scale * (conditional - unconditional)
 
 

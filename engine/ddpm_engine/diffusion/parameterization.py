@@ -57,33 +57,42 @@ class Parameterization(ABC):
         return cls()
 
     def state_scale(self, a: Tensor, s: Tensor) -> Tensor:
-        """Return k: the network sees z = k x_t."""
+        """Return k, shaped as `a` and `s`: the network sees z = k x_t."""
         return torch.ones_like(a)
 
     @abstractmethod
     def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (p, q): the estimate of the clean image is x_0 = p z + q F."""
+        """Return (p, q), shaped as `a` and `s`: the estimate of the image is x_0 = p z + q F."""
 
     @abstractmethod
     def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (u, w): the network is trained to predict u x_0 + w ε."""
+        """Return (u, w), shaped as `a` and `s`: the network is to predict u x_0 + w ε."""
 
     def noise_level(self, a: Tensor, s: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the noise level that the network is given; by default the timestep itself."""
+        """Return the noise level that the network is given, shaped as `a`, `s` and `timesteps`.
+
+        By default it is the timestep itself.
+        """
         return timesteps
 
     def to_x0(self, output: Tensor, z: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """Estimate the clean image from an output; `a` and `s` broadcast against the images."""
+        """Estimate the clean image from an output.
+
+        `output`, `z` and the result are `[B, C, H, W]`; `a` and `s` broadcast against them.
+        """
         p, q = self.x0_coefficients(a, s)
         return p * z + q * output
 
     def from_x0(self, x_0: Tensor, z: Tensor, a: Tensor, s: Tensor) -> Tensor:
-        """Return the output whose estimate of the clean image is `x_0`; the inverse of `to_x0`."""
+        """Return the output whose estimate of the clean image is `x_0`; the inverse of `to_x0`.
+
+        `x_0`, `z` and the result are `[B, C, H, W]`; `a` and `s` broadcast against them.
+        """
         p, q = self.x0_coefficients(a, s)
         return (x_0 - p * z) / q
 
     def check(self, a: Tensor) -> None:
-        """Refuse levels at which the parameterization is undefined.
+        """Refuse levels, `a` of any shape, at which the parameterization is undefined.
 
         Raises:
             UserError: some a is zero, and the parameterization needs a signal.
@@ -193,7 +202,7 @@ class Edm(Parameterization):
         return (s / a).log() / 4
 
     def _deviation(self, sigma: Tensor) -> Tensor:
-        """Return sqrt(σ² + σ_data²), the deviation of y."""
+        """Return sqrt(σ² + σ_data²), the deviation of y, shaped as σ."""
         return (sigma.square() + self.sigma_data**2).sqrt()
 
     def _skip(self, deviation: Tensor) -> Tensor:
@@ -245,6 +254,8 @@ def convert(
     s: Tensor,
 ) -> Tensor:
     """Turn an output of one parameterization into that of another that sees the same.
+
+    The result is shaped as `output`.
 
     Args:
         output: `[B, C, H, W]`, of `source`.
