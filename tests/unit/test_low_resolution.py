@@ -344,5 +344,5 @@ def test_sampling_refuses(unet: UNet, options: dict[str, Any], message: str) -> 
 
 def test_a_network_that_enlarges_nothing_refuses_small_pictures() -> None:
     plain = UNet(replace(TINY, low_resolution=None)).eval()
-    with pytest.raises(UserError, match="this network enlarges nothing"):
+    with pytest.raises(UserError, match="no super-resolution network"):
         draw(plain)

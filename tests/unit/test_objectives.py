@@ -145,7 +145,7 @@ def test_loss_trains_the_network() -> None:
 
 
 def test_a_continuum_is_for_networks_that_take_no_timestep() -> None:
-    with pytest.raises(UserError, match="prediction is 'v', whose network is given the timestep"):
+    with pytest.raises(UserError, match="`prediction` is v, whose network is given the timestep"):
         DenoisingObjective(SCHEDULE, "v", PLAIN, levels=LogNormalSigma())
     with pytest.raises(ValueError, match="belong to timesteps"):
         DenoisingObjective(SCHEDULE, "edm", PLAIN, levels=LogNormalSigma(), weights=torch.ones(100))

@@ -109,14 +109,14 @@ def test_pure_noise_leaves_x0_and_v_defined() -> None:
 
 @pytest.mark.parametrize("name", ["eps", "edm"])
 def test_pure_noise_is_refused_where_nothing_can_be_estimated(name: str) -> None:
-    with pytest.raises(UserError, match=rf"prediction is '{name}'.*zero terminal SNR.*x0 or v"):
+    with pytest.raises(UserError, match=rf"`prediction` is {name}.*zero terminal SNR.*x0 or v"):
         PARAMETERIZATIONS[name]().check(torch.tensor([0.5, 0.0]))
 
 
 def test_by_name() -> None:
     assert parameterization("eps", SCHEDULE) == Epsilon()
     assert parameterization("edm", NoiseSchedule.edm(sigma_data=0.8)) == Edm(0.8)
-    with pytest.raises(UserError, match=r"prediction is 'score'; .* eps, x0, v, edm"):
+    with pytest.raises(UserError, match=r"`prediction` is score; .* eps, x0, v, edm"):
         parameterization("score", SCHEDULE)
 
 

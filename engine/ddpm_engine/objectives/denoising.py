@@ -138,8 +138,9 @@ class DenoisingObjective(Objective):
             )  # fmt: skip
         elif row.takes_timestep:
             raise UserError(
-                f"prediction is {prediction!r}, whose network is given the timestep; it cannot be "
-                "trained at noise levels of a continuum"
+                f"`prediction` is {prediction}, whose network is given the timestep; it cannot be "
+                "trained at noise levels of a continuum",
+                "prediction",
             )
         elif weights is not None or learned_variance:
             raise ValueError("weights and a learned variance belong to timesteps of a schedule")
