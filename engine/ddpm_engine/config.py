@@ -23,7 +23,7 @@ from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.samplers.config import SamplingConfig
 
-LONGEST = 12**-0.5
+MAX_SIGMA_REL = 12**-0.5
 """Largest sigma_rel of a power-function EMA: that of the plain mean of all steps."""
 
 
@@ -63,7 +63,7 @@ class TrainingConfig:
     """Seed of weights, data order and all noise."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
     """Decay per step of the EMA of the weights, 0 to below 1 (it warms up from 0.1)."""
-    ema_sigma_rel: tuple[Annotated[float, Gt(0), Le(LONGEST)], ...] = ()
+    ema_sigma_rel: tuple[Annotated[float, Gt(0), Le(MAX_SIGMA_REL)], ...] = ()
     """Relative lengths (sigma_rel) of further, power-function EMAs, above 0 and at most 0.2886, as
     0.05 0.1; snapshots of them are kept, from which an EMA of any length is made afterwards."""
     label_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1

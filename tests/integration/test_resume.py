@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -20,8 +21,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddpm_engine.checkpoints.load import config_of, load_model
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.trainer import Trainer
@@ -35,8 +38,6 @@ import os, signal, sys
 from pathlib import Path
 from ddpm_engine.config import load_config
 from ddpm_engine.checkpoints import store as checkpoint
-from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.trainer import Trainer
 
 name, step, count = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -206,6 +207,35 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "step-00000020" in warning
     assert re.search(reason, warning)
     assert_same_run(config.out, reference)
+
+
+def test_sampling_needs_only_the_weights_that_it_uses(reference: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(reference, run)
+    newest = run / "checkpoints" / "step-00000040"
+    _flip_a_bit(newest)
+    _truncate(newest)
+    assert load_model(run).step == 40
+    assert load_model(newest).step == 40
+    assert load_model(run, weights="model").step == 30
+    _lose_a_file(newest)
+    assert load_model(run).step == 30
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        load_model(newest)
+
+
+def test_the_configuration_needs_no_weights(
+    config: RunConfig, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(reference, run)
+    for part in ("model", "ema", "optimizer"):
+        for folder in (run / "checkpoints").glob(f"*/{part}"):
+            shutil.rmtree(folder)
+    for path in (run, run / "checkpoints" / "step-00000030"):
+        assert replace(config_of(path), out=config.out) == config
+    with pytest.raises(UserError, match="no usable checkpoint"):
+        config_of(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -12,12 +12,12 @@ from scipy.integrate import quad
 from torch import nn
 
 from ddpm_engine.checkpoints.power_ema import (
-    LONGEST,
+    MAX_SIGMA_REL,
     Profile,
     combine,
-    gamma_of,
-    length_of,
+    gamma_from_sigma_rel,
     power_decay,
+    sigma_rel_from_gamma,
 )
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.ema import EMA
@@ -39,15 +39,15 @@ def tracked(trajectory: np.ndarray, gamma: float) -> np.ndarray:
     return np.stack(found)
 
 
-@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94), (LONGEST, 0.0)])
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.10, 6.94), (MAX_SIGMA_REL, 0.0)])
 def test_lengths_of_the_paper(length: float, gamma: float) -> None:
-    assert gamma_of(length) == pytest.approx(gamma, abs=0.005)
+    assert gamma_from_sigma_rel(length) == pytest.approx(gamma, abs=0.005)
 
 
 @pytest.mark.parametrize("length", [0.001, 0.02, 0.1, 0.2, 0.28])
 def test_a_length_is_the_deviation_of_its_profile(length: float) -> None:
-    gamma = gamma_of(length)
-    assert length_of(gamma) == pytest.approx(length, rel=1e-9)
+    gamma = gamma_from_sigma_rel(length)
+    assert sigma_rel_from_gamma(gamma) == pytest.approx(length, rel=1e-9)
     if length < 0.02:  # too narrow for the quadrature
         return
     p = density(Profile(gamma, 1))
@@ -78,16 +78,21 @@ def test_an_ema_with_that_decay_forgets_how_it_began() -> None:
 
 
 def test_a_known_profile_is_itself() -> None:
-    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), (10, 20, 30))]
+    known = [
+        Profile(gamma_from_sigma_rel(n), t) for n, t in itertools.product((0.05, 0.1), (10, 20, 30))
+    ]
     combination = combine(known, known[2])
     np.testing.assert_allclose(combination.weights, [0, 0, 1, 0, 0, 0], atol=1e-6)
-    assert combination.misfit < 1e-6
+    assert combination.relative_error < 1e-6
 
 
 @pytest.mark.parametrize("length", [0.03, 0.15])
-def test_the_combination_is_the_nearest_and_the_misfit_its_distance(length: float) -> None:
-    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), (40, 70, 100))]
-    wanted = Profile(gamma_of(length), 100)
+def test_the_combination_is_the_nearest_and_the_error_its_distance(length: float) -> None:
+    known = [
+        Profile(gamma_from_sigma_rel(n), t)
+        for n, t in itertools.product((0.05, 0.1), (40, 70, 100))
+    ]
+    wanted = Profile(gamma_from_sigma_rel(length), 100)
     combination = combine(known, wanted)
 
     def distance(weights: list[float]) -> float:
@@ -98,7 +103,7 @@ def test_the_combination_is_the_nearest_and_the_misfit_its_distance(length: floa
         return float(np.linalg.norm(mixed - exact) / np.linalg.norm(exact))
 
     nearest = distance(combination.weights)
-    assert nearest == pytest.approx(combination.misfit, rel=1e-3)
+    assert nearest == pytest.approx(combination.relative_error, rel=1e-3)
     for i, nudge in itertools.product(range(6), (-0.01, 0.01)):
         nudged = list(combination.weights)
         nudged[i] += nudge
@@ -112,9 +117,9 @@ def test_the_combination_is_the_nearest_and_the_misfit_its_distance(length: floa
 def test_how_near_snapshots_come(snapshots: int, length: float, misfit: float) -> None:
     """As docs/edm.md says, for snapshots of the lengths 0.05 and 0.1 at even distances."""
     times = range(1000, 1000 * snapshots + 1, 1000)
-    known = [Profile(gamma_of(n), t) for n, t in itertools.product((0.05, 0.1), times)]
-    wanted = Profile(gamma_of(length), 1000 * snapshots)
-    assert combine(known, wanted).misfit == pytest.approx(misfit, rel=0.06)
+    known = [Profile(gamma_from_sigma_rel(n), t) for n, t in itertools.product((0.05, 0.1), times)]
+    wanted = Profile(gamma_from_sigma_rel(length), 1000 * snapshots)
+    assert combine(known, wanted).relative_error == pytest.approx(misfit, rel=0.06)
 
 
 def test_averages_made_afterwards_are_those_tracked_directly() -> None:
@@ -129,15 +134,15 @@ def test_averages_made_afterwards_are_those_tracked_directly() -> None:
     noise = 0.3 * rng.normal(size=(steps, 40)).cumsum(0) / steps**0.5
     trajectory = goal + (start - goal) * np.exp(-6 * t) + 0.2 * wobble * np.sin(9 * t) + noise
     kept = [0.05, 0.10]
-    of_length = {length: tracked(trajectory, gamma_of(length)) for length in kept}
+    of_length = {length: tracked(trajectory, gamma_from_sigma_rel(length)) for length in kept}
     known, snapshots = [], []
     for length, time in itertools.product(kept, range(every, steps + 1, every)):
-        known.append(Profile(gamma_of(length), time))
+        known.append(Profile(gamma_from_sigma_rel(length), time))
         snapshots.append(of_length[length][time - 1])
     stored = np.stack(snapshots)
     for length, at_most in [(0.03, 1e-2), (0.07, 2e-3), (0.15, 2e-3), (0.2, 1e-2)]:
-        direct = tracked(trajectory, gamma_of(length))[-1]
-        weights = np.array(combine(known, Profile(gamma_of(length), steps)).weights)
+        direct = tracked(trajectory, gamma_from_sigma_rel(length))[-1]
+        weights = np.array(combine(known, Profile(gamma_from_sigma_rel(length), steps)).weights)
         # Against what the choice of the length decides about.
         scale = min(np.linalg.norm(of_length[other][-1] - direct) for other in kept)
         single, half = (
@@ -152,4 +157,4 @@ def test_averages_made_afterwards_are_those_tracked_directly() -> None:
 @pytest.mark.parametrize("length", [0.0, -0.1, 0.3, float("nan")])
 def test_lengths_that_no_average_has(length: float) -> None:
     with pytest.raises(UserError, match="the length of an average is"):
-        gamma_of(length)
+        gamma_from_sigma_rel(length)

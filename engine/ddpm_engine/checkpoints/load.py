@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
-from ddpm_engine.config import RunConfig, from_dict
+from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.layout import NETWORK_CONFIG, find_layout, is_diffusers
-from ddpm_engine.interop.network import read_unet
+from ddpm_engine.interop.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
+from ddpm_engine.interop.network import read_config, read_unet
 from ddpm_engine.interop.scheduler import read_scheduler
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
@@ -145,19 +146,37 @@ def load_model(path: Path, device: torch.device | str = "cpu", weights: str = "e
     Raises:
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
-    # A run is known by its checkpoints, so that nothing else in its directory need be sound.
-    own = (path / MANIFEST).exists() or (path / "checkpoints").exists()
-    foreign = not own and is_diffusers(path)
+    foreign = not _is_run(path) and is_diffusers(path)
     loaded = _load_diffusers(path) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
     return loaded
 
 
-def _load_run(path: Path, weights: str) -> LoadedModel:
+def config_of(path: Path) -> RunConfig:
+    """Read the configuration that a model was trained with, without its weights.
+
+    Args:
+        path: as in `load_model`.
+
+    Raises:
+        UserError: no checkpoint there, or one whose configuration cannot be read.
+    """
+    if not _is_run(path) and is_diffusers(path):
+        return _diffusers_config(find_layout(path))
+    return _find_checkpoint(path, parts=()).config
+
+
+def _is_run(path: Path) -> bool:
+    """A run is known by its checkpoints, so that nothing else in its directory need be sound."""
+    return (path / MANIFEST).exists() or (path / "checkpoints").exists()
+
+
+def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
+    """The checkpoint in a folder, or the newest of a run whose `parts` are sound."""
     if (path / MANIFEST).exists():
-        checkpoint, rejected = verify(path)
+        checkpoint, rejected = verify(path, parts)
     else:
-        checkpoint, rejected = CheckpointStore(path / "checkpoints").newest()
+        checkpoint, rejected = CheckpointStore(path / "checkpoints").newest(parts)
     if checkpoint is None:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
         raise UserError(
@@ -165,7 +184,12 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
             "       give a run directory, one of its checkpoints/step-…, or the "
             f"folder of a diffusers model{'' if path.exists() else _FROM_THE_HUB}"
         )
-    config = from_dict(checkpoint.state["config"], f"the configuration in {checkpoint.path}")
+    return checkpoint
+
+
+def _load_run(path: Path, weights: str) -> LoadedModel:
+    checkpoint = _find_checkpoint(path, (weights,))
+    config = checkpoint.config
     network = build_network(config.model)
     load_part(checkpoint.path, weights, network.state_dict())
     plan = config.distillation
@@ -181,9 +205,22 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
 
 def _load_diffusers(path: Path) -> LoadedModel:
     layout = find_layout(path)
-    process = read_scheduler(layout.scheduler)
+    config = _diffusers_config(layout)
     loaded = read_unet(layout.network)
-    shape = loaded.model.config
+    if loaded.model.conditioning.null_class != loaded.null_class:
+        raise UserError(
+            f"num_class_embeds is {config.model.num_class_embeds} in "
+            f"{layout.network / NETWORK_CONFIG}, and nothing says that the last of these classes "
+            "stands for no class, as it does in this engine: load the network with "
+            "interop.network.load_unet and give labels yourself"
+        )
+    return LoadedModel.from_config(loaded.model, config, loaded.hash)
+
+
+def _diffusers_config(layout: Layout) -> RunConfig:
+    """The configuration of a run that would have trained a model of diffusers."""
+    process = read_scheduler(layout.scheduler)
+    shape = read_config(layout.network / NETWORK_CONFIG)
     outputs = shape.in_channels * (2 if process.sampling.variance.startswith("learned") else 1)
     if shape.out_channels != outputs:
         raise UserError(
@@ -191,16 +228,9 @@ def _load_diffusers(path: Path) -> LoadedModel:
             f"in_channels {shape.in_channels} and the variance {process.sampling.variance} of "
             f"{layout.scheduler} it must be {outputs}; one of the two files is of another model"
         )
-    if loaded.model.conditioning.null_class != loaded.null_class:
-        raise UserError(
-            f"num_class_embeds is {shape.num_class_embeds} in {layout.network / NETWORK_CONFIG}, "
-            "and nothing says that the last of these classes stands for no class, as it does in "
-            "this engine: load the network with interop.network.load_unet and give labels yourself"
-        )
-    config = RunConfig(
+    return RunConfig(
         model=shape,
         diffusion=process.diffusion,
         sampling=process.sampling,
         distillation=process.distillation,
     )
-    return LoadedModel.from_config(loaded.model, config, loaded.hash)

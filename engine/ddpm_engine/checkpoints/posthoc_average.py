@@ -1,4 +1,4 @@
-"""Averaging the weights of several checkpoints, or the averages of several snapshots."""
+"""Average weights after training: of several checkpoints, or of the averages in snapshots."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_of, part_of
+from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_from_sigma_rel, part_of
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore, load_part
-from ddpm_engine.config import RunConfig, from_dict
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet.unet import UNet
 
@@ -25,19 +24,20 @@ def average_checkpoints(
 ) -> Path:
     """Write the mean of the weights of several checkpoints of one architecture.
 
-    The sum is taken in float64 and stored as the weights were. Buffers are those of the newest.
+    The sum is taken in float64 and stored in the dtype of the weights. Buffers are those of the
+    newest checkpoint.
 
     Args:
-        checkpoints: verified ones.
-        out: folder to make; a network is loaded from it as from a run. The mean is its `ema`.
-        shares: of each checkpoint, any positive scale; None: equal.
-        weights: whether to average the averaged weights, or those of the steps themselves.
+        checkpoints: verified checkpoints.
+        out: folder to make; it loads like a run, with the mean as its `ema`.
+        shares: weight of each checkpoint, at any positive scale; None: equal.
+        weights: part to average: `ema`, or `model` for the weights without averaging.
 
     Returns:
-        The checkpoint written.
+        Path of the checkpoint written.
 
     Raises:
-        UserError: other architectures, shares that do not fit, or `out` is there or cannot be made.
+        UserError: the architectures differ, shares do not fit, or `out` exists or cannot be made.
     """
     shares = [1.0] * len(checkpoints) if shares is None else list(shares)
     if not checkpoints or len(shares) != len(checkpoints) or not all(0 < s < 1e9 for s in shares):
@@ -58,32 +58,32 @@ class Reconstruction:
     """An average that was made of snapshots."""
 
     path: Path
-    """The checkpoint written."""
+    """Checkpoint written."""
     step: int
-    """Of which optimizer step it is the average."""
+    """Optimizer step at which the average ends."""
     averages: int
-    """How many averages it was made of."""
-    misfit: float
-    """How far its profile is from the one asked for: the L2 norm of the difference, as a share of
-    that of the profile."""
+    """Number of averages that it was made of."""
+    relative_error: float
+    """L2 norm of the difference between its profile and the wanted one, relative to the latter."""
 
 
 def reconstruct_average(
-    snapshots: Sequence[Checkpoint], length: float, out: Path, step: int | None = None
+    snapshots: Sequence[Checkpoint], sigma_rel: float, out: Path, step: int | None = None
 ) -> Reconstruction:
-    """Write the power-function average of any length, made of those that a run kept snapshots of.
+    """Write the power-function average of any relative width, made of a run's snapshots.
 
     The sum is taken in float64 and stored in float32 (EDM2, section 3.2; see `combine`).
 
     Args:
-        snapshots: verified ones of one run.
-        length: σ_rel, the deviation of the profile as a share of the training so far.
-        out: folder to make; a network is loaded from it as from a run. The average is its `ema`.
-        step: at the end of which step, one that there is a snapshot of; None: the newest.
+        snapshots: verified snapshots of one run.
+        sigma_rel: standard deviation of the profile as a share of the training so far, in
+            (0, 12^-½].
+        out: folder to make; it loads like a run, with the average as its `ema`.
+        step: step at which the average ends, one with a snapshot; None: the newest.
 
     Raises:
-        UserError: no snapshot of that step, a length that no average has, or `out` is there or
-            cannot be made.
+        UserError: no snapshot of that step, a width out of range, or `out` exists or cannot be
+            made.
     """
     steps = sorted(snapshot.step for snapshot in snapshots)
     step = steps[-1] if step is None and steps else step
@@ -92,15 +92,15 @@ def reconstruct_average(
             f"there is no snapshot of step {step}; those that can be used are of "
             f"{', '.join(map(str, steps)) or 'no step at all'}"
         )
-    wanted = Profile(gamma_of(length), step)
+    wanted = Profile(gamma_from_sigma_rel(sigma_rel), step)
     _check_free(out)
-    # Later ones know of weights that this average must not.
+    # Later snapshots include weights that this average must not.
     known = [
         (snapshot, kept) for snapshot in snapshots if snapshot.step <= step
-        for kept in _config_of(snapshot).training.ema_sigma_rel
+        for kept in snapshot.config.training.ema_sigma_rel
     ]  # fmt: skip
     combination = combine(
-        [Profile(gamma_of(kept), snapshot.step) for snapshot, kept in known], wanted
+        [Profile(gamma_from_sigma_rel(kept), snapshot.step) for snapshot, kept in known], wanted
     )
     mean = _weighted_sum(
         [
@@ -110,32 +110,28 @@ def reconstruct_average(
     )
     newest = next(snapshot for snapshot in snapshots if snapshot.step == step)
     facts = {
-        "length": length,
-        "misfit": combination.misfit,
+        "length": sigma_rel,
+        "misfit": combination.relative_error,
         "of": [
             [snapshot.path.name, snapshot.hash, kept, weight]
             for (snapshot, kept), weight in zip(known, combination.weights, strict=True)
         ],
     }
     path = _write(out, newest, mean, facts)
-    return Reconstruction(path, step, len(known), combination.misfit)
+    return Reconstruction(path, step, len(known), combination.relative_error)
 
 
 def _check_free(out: Path) -> None:
-    """Nothing may be there, but what is left of an average that was interrupted."""
+    """Refuse a folder that holds anything but what is left of an interrupted average."""
     store = CheckpointStore(out / "checkpoints")
     rest = {store.directory, *store.leftovers()}
     if out.exists() and (not out.is_dir() or {*out.iterdir(), *store.directory.glob("*")} - rest):
         raise UserError(f"{out} exists; choose another folder for the average")
 
 
-def _config_of(checkpoint: Checkpoint) -> RunConfig:
-    return from_dict(checkpoint.state.get("config", {}), f"the configuration in {checkpoint.path}")
-
-
 def _weighted_sum(parts: Sequence[tuple[Checkpoint, str, float]]) -> dict[str, Tensor]:
-    """Σ weight · part of a checkpoint, in float64, as float32 weights; buffers of the last."""
-    model = UNet(_config_of(parts[-1][0]).model)
+    """Sum weight · part of each checkpoint in float64; buffers are those of the last."""
+    model = UNet(parts[-1][0].config.model)
     total = {
         name: torch.zeros_like(weight, dtype=torch.float64)
         for name, weight in model.named_parameters()
@@ -148,7 +144,7 @@ def _weighted_sum(parts: Sequence[tuple[Checkpoint, str, float]]) -> dict[str, T
 
 
 def _write(out: Path, newest: Checkpoint, mean: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-    """A run directory with one checkpoint, whose `ema` is the mean."""
+    """Write a run directory with one checkpoint, whose `ema` is the mean."""
     store = CheckpointStore(out / "checkpoints")
     state = {"config": newest.state["config"], "average": facts}
     try:

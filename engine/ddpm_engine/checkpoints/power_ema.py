@@ -1,13 +1,13 @@
-"""Power-function averages of the weights, and how others are made of them afterwards.
+"""Power-function averages of the weights, and how to make others of them after training.
 
 The average with exponent γ after t updates weighs the weights θ(τ) of earlier ones by τ^γ,
 
     θ̂_γ(t) = ∫_0^t p(τ) θ(τ) dτ,     p(τ) = (γ + 1) τ^γ / t^(γ+1)                    (equation 1)
     θ̂_γ(t) = β θ̂_γ(t − 1) + (1 − β) θ(t),     β = (1 − 1/t)^(γ+1)                    (equation 2)
 
-so its memory is a fixed share of the training so far. That share, the deviation of the profile p in
-units of t, is its *length* σ_rel. Any profile is nearly a linear combination of some that were
-kept, and the same combination of their averages is nearly its average.
+so its memory is a fixed share of the training so far. That share, the standard deviation of the
+profile p in units of t, is its relative width σ_rel. Any profile is nearly a linear combination of
+some that were kept, and the same combination of their averages is nearly its average.
 
 Source: Karras, Aittala, Lehtinen, Hellsten, Aila & Laine, "Analyzing and Improving the Training
 Dynamics of Diffusion Models" (EDM2), 2024, section 3 and appendix C; all in float64.
@@ -21,49 +21,49 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddpm_engine.config import LONGEST
+from ddpm_engine.config import MAX_SIGMA_REL
 from ddpm_engine.errors import UserError
 
 
-def length_of(gamma: float) -> float:
-    """σ_rel of an exponent γ ≥ 0 (equation 3)."""
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """Convert an exponent γ ≥ 0 to the relative width σ_rel (equation 3)."""
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
-def gamma_of(length: float) -> float:
-    """The exponent γ of a length, the inverse of `length_of` (algorithm 2).
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """Convert a relative width σ_rel to the exponent γ (algorithm 2).
 
     Raises:
-        UserError: a length outside (0, 12^-½], that of γ = 0.
+        UserError: a width outside (0, 12^-½].
     """
-    if not 0 < length <= LONGEST:
+    if not 0 < sigma_rel <= MAX_SIGMA_REL:
         raise UserError(
-            f"the length of an average is {length}; it is a share of the training, above 0 and at "
-            f"most {LONGEST:.4f}"
+            f"the length of an average is {sigma_rel}; it is a share of the training, above 0 and "
+            f"at most {MAX_SIGMA_REL:.4f}"
         )
-    square = length**-2
+    square = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - square, 12.0 - square])
     return max(float(roots.real.max()), 0.0)
 
 
-def part_of(length: float) -> str:
-    """The part of a checkpoint that holds the power-function average of a length."""
-    return f"ema-{length:g}"
+def part_of(sigma_rel: float) -> str:
+    """The part of a checkpoint that holds the power-function average of a relative width."""
+    return f"ema-{sigma_rel:g}"
 
 
 def power_decay(gamma: float) -> Callable[[int], float]:
-    """β of equation 2, from the number t − 1 of updates done before; the first keeps nothing."""
+    """Decay β of equation 2, a function of the number t − 1 of updates done before."""
     return lambda updates: (updates / (updates + 1)) ** (gamma + 1)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which average, and when: p_{γ, t}."""
+    """Profile p_{γ, t} of an average."""
 
     gamma: float
-    """γ."""
+    """Exponent γ."""
     time: int
-    """t > 0, how many updates it is of."""
+    """Number t > 0 of updates that it averages."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class Combination:
     """A profile as a combination of others."""
 
     weights: list[float]
-    """Of each of those that are known; their sum is nearly one."""
-    misfit: float
-    """L2 norm of the difference from the profile wanted, as a share of that profile's norm."""
+    """Weight of each known profile; the sum is nearly one."""
+    relative_error: float
+    """L2 norm of the difference from the wanted profile, relative to that profile's norm."""
 
 
 def combine(known: Sequence[Profile], wanted: Profile) -> Combination:
-    """The combination of known profiles that is nearest to another, by least squares (algorithm 3).
+    """Approximate a profile by a combination of known ones, by least squares (algorithm 3).
 
     Args:
-        known: at least one, each another.
-        wanted: best with a time that one of them has.
+        known: at least one profile, all different.
+        wanted: profile to approximate; best at a time that one of the known ones has.
     """
     among = _products(known, known)
     towards = _products(known, [wanted])[:, 0]
@@ -92,7 +92,7 @@ def combine(known: Sequence[Profile], wanted: Profile) -> Combination:
 
 
 def _products(rows: Sequence[Profile], columns: Sequence[Profile]) -> np.ndarray:
-    """∫ p_a(τ) p_b(τ) dτ of each pair (equation 17), over what both times have in common."""
+    """Inner products ∫ p_a(τ) p_b(τ) dτ (equation 17): float64 `[rows, columns]`."""
     time_a = np.array([[profile.time] for profile in rows], dtype=np.float64)
     time_b = np.array([profile.time for profile in columns], dtype=np.float64)
     gamma_a = np.array([[profile.gamma] for profile in rows], dtype=np.float64)

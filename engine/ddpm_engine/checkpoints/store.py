@@ -1,16 +1,17 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are complete or absent.
 
     checkpoints/step-00002000/
         manifest.json                     written last: step, state, size and hash of every file
-        model/*.safetensors               the weights
-        ema/*.safetensors                 their moving average
-        ema-0.05/*.safetensors            their power-function averages, if they are kept
+        model/*.safetensors               weights
+        ema/*.safetensors                 their exponential moving average
+        ema-0.05/*.safetensors            their power-function averages, if any are kept
         optimizer/*.safetensors           moments and step counts
-        objective/*.safetensors           what the objective has learnt, if it learns anything
+        objective/*.safetensors           what the objective has learned, if it learns anything
 
 Everything is written into `step-….tmp` beside it, fsynced and renamed. Tensors go through
-torch.distributed.checkpoint, every rank its own part, and load on any number of ranks; they are
-safetensors and JSON, so that loading a stranger's checkpoint runs none of their code.
+torch.distributed.checkpoint: every rank writes its own shard, and any number of ranks can load
+them. The formats are safetensors and JSON, so loading a stranger's checkpoint runs no code of
+theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint import (
 )
 
 from ddpm_engine.atomic_io import atomic_write, fsync_directory, sha256_of
+from ddpm_engine.config import RunConfig, from_dict
 from ddpm_engine.distributed import is_main, raise_together
 from ddpm_engine.errors import UserError
 
@@ -46,11 +48,11 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SNAPSHOTS = "snapshots"
-"""Folder of a run, beside `checkpoints`, with the power-function averages of several steps:
-checkpoints without other parts, all of which are kept."""
+"""Folder of a run, beside `checkpoints`, that holds only the power-function averages, as
+checkpoints of many steps that are never pruned."""
 FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
-"""A manifest lists some files; one larger than this is not read."""
+"""A larger manifest is not read: it cannot be one."""
 _NAME = re.compile(r"step-(\d+)")
 
 Part = Mapping[str, Tensor]
@@ -58,24 +60,36 @@ Part = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest and files have been verified."""
+    """A checkpoint that `verify` or `check_sizes` has found sound."""
 
     path: Path
     step: int
+    """Optimizer steps done."""
     state: dict[str, Any]
-    """Whatever JSON values were given to `save`."""
+    """JSON values that were given to `save`."""
     hash: str
-    """Identifies the content: 64 hexadecimal digits."""
+    """SHA-256 of the manifest, which identifies the content: 64 hexadecimal digits."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Configuration of the run that saved it.
+
+        Raises:
+            UserError: there is none, or this version cannot read it.
+        """
+        if "config" not in self.state:
+            raise UserError(f"{self.path} does not record the configuration of its run")
+        return from_dict(self.state["config"], f"the configuration in {self.path}")
 
 
 class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        directory: holds one folder a checkpoint.
-        keep: how many of the newest to keep, at least two.
-        keep_every: those at multiples of this many steps are kept for good.
-        group: of all ranks, for talking while saving; None: the default group.
+        directory: folder with one folder per checkpoint.
+        keep: number of the newest checkpoints to keep, at least two.
+        keep_every: checkpoints at multiples of this many steps are never pruned; None: none are.
+        group: process group of all ranks to save over; None: the default group.
     """
 
     def __init__(
@@ -91,27 +105,27 @@ class CheckpointStore:
         self._group = group
 
     def steps(self) -> list[int]:
-        """Steps of all complete-looking checkpoints, oldest first."""
+        """Steps of all checkpoints that have their final name, oldest first; none is opened."""
         if not self.directory.is_dir():
             return []
         names = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir())
         return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is, or would be."""
+        """Folder of the checkpoint of a step, whether or not it exists."""
         return self.directory / f"step-{step:08d}"
 
     def save(self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint and prune old ones; call it on every rank.
+        """Write a checkpoint and prune old ones; all ranks call this together.
 
         Args:
             step: optimizer steps done.
-            parts: the tensors, by part and name.
+            parts: tensors, by part and name.
             state: JSON values, the same on every rank.
 
         Raises:
-            OSError: the checkpoint could not be written; nothing of it is left, and those that
-                were there before still are. Raised on every rank.
+            OSError: the checkpoint could not be written. Nothing of it is left, and older ones are
+                untouched. Raised on every rank.
         """
         final = self.path(step)
         temporary = final.with_name(final.name + ".tmp")
@@ -127,7 +141,7 @@ class CheckpointStore:
             with raise_together(OSError, self._group):
                 if is_main():
                     _write_manifest(temporary, step, state)
-                    if final.exists():  # a damaged one that was rejected when loading
+                    if final.exists():  # a damaged one, rejected when loading
                         self.remove(step)
                     os.replace(temporary, final)
                     fsync_directory(self.directory)
@@ -137,20 +151,24 @@ class CheckpointStore:
             raise
         if is_main():
             try:
-                for old in self.superfluous(newest=step):
+                for old in self.prunable(newest=step):
                     self.remove(old)
             except OSError as error:
                 logger.warning("could not remove an old checkpoint: %s", error)
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that verifies, and why each newer one did not.
+    def newest(self, parts: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+        """Find the newest sound checkpoint; all ranks call this together, and rank 0 looks.
 
-        Rank 0 decides and tells the others.
+        Args:
+            parts: as in `verify`.
+
+        Returns:
+            The checkpoint, or None if none is sound, and what is wrong with each newer one.
         """
         answer: list[Any] = [None, []]
         if is_main():
             for step in reversed(self.steps()):
-                checkpoint, problems = verify(self.path(step))
+                checkpoint, problems = verify(self.path(step), parts)
                 if checkpoint is not None:
                     answer[0] = checkpoint
                     break
@@ -159,11 +177,11 @@ class CheckpointStore:
             dist.broadcast_object_list(answer)
         return answer[0], answer[1]
 
-    def superfluous(self, newest: int) -> list[int]:
+    def prunable(self, newest: int) -> list[int]:
         """Steps that are neither among the newest nor at a multiple of `keep_every`.
 
         Args:
-            newest: a step that is kept whatever there is beyond it, and from which to count.
+            newest: step to count from; it and all steps beyond it are kept.
         """
         steps = [step for step in self.steps() if step <= newest]
         return [
@@ -171,7 +189,7 @@ class CheckpointStore:
         ]
 
     def remove(self, step: int) -> None:
-        """Delete a checkpoint; one that is half deleted no longer goes by its name.
+        """Delete a checkpoint; it is renamed first, so that none is ever half deleted.
 
         Raises:
             OSError: it cannot be deleted.
@@ -182,7 +200,7 @@ class CheckpointStore:
         shutil.rmtree(doomed)
 
     def leftovers(self) -> list[Path]:
-        """What saves and deletions that were interrupted have left, or are about to finish."""
+        """Folders of saves and deletions that were interrupted or are in progress."""
         return sorted(self.directory.glob("step-*.tmp"))
 
     def _remove_leftovers(self) -> None:
@@ -190,28 +208,37 @@ class CheckpointStore:
             shutil.rmtree(leftover)
 
 
-def verify(path: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Check a checkpoint's manifest and every file it lists, reading all of them.
+def verify(path: Path, parts: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """Check a checkpoint's manifest, and read and hash the files of the parts that are needed.
 
     Nothing outside `path` is read, whatever the manifest and the files claim.
+
+    Args:
+        path: folder of the checkpoint.
+        parts: names such as `ema`; other parts may be damaged or missing. None: all.
 
     Returns:
         The checkpoint and no problems, or None and everything that is wrong with it.
     """
-    return _check(path, _damage)
+    return _check(path, parts, hashes=True)
 
 
-def glance(path: Path) -> tuple[Checkpoint | None, list[str]]:
-    """As `verify`, but of the files look only whether they are there and how large they are."""
-    return _check(path, _misfits)
+def check_sizes(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `verify`, but of the files check only that they exist and how large they are."""
+    return _check(path, None, hashes=False)
 
 
 def _check(
-    path: Path, look: Callable[[Path, dict[str, Any]], list[str]]
+    path: Path, parts: Collection[str] | None, hashes: bool
 ) -> tuple[Checkpoint | None, list[str]]:
     try:
         manifest = _read_manifest(path)
-        problems = look(path, manifest["files"])
+        files = manifest["files"]
+        if parts is not None:
+            files = {name: entry for name, entry in files.items() if _part_of(name) in parts}
+        problems = _layout_mismatches(path, files, parts)
+        if hashes and not problems:
+            problems = _hash_mismatches(path, files)
     except OSError as error:
         return None, [f"it cannot be read ({error})"]
     except (_BadManifest, ValueError) as error:  # ValueError: a name with a zero byte
@@ -221,12 +248,17 @@ def _check(
     return Checkpoint(path, manifest["step"], manifest["state"], _hash(manifest)), []
 
 
+def _part_of(name: str) -> str:
+    """The part that a file of a manifest claims to belong to."""
+    return PurePosixPath(name).parts[0] if name else ""
+
+
 class _BadManifest(Exception):
-    """A manifest that describes no checkpoint; the message says why."""
+    """A manifest that does not describe a checkpoint; the message says why."""
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest without its hash: `step`, `state` and `files` are there and of their types."""
+    """Read a manifest without its hash; `step`, `state` and `files` exist and have their types."""
     file = path / MANIFEST
     if file.is_symlink() or not file.is_file():
         raise _BadManifest("it has no manifest, so it was never finished")
@@ -248,12 +280,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _misfits(path: Path, files: dict[str, Any]) -> list[str]:
-    """Where the files of a checkpoint are not those of its manifest, as far as names and sizes."""
+def _layout_mismatches(
+    path: Path, files: dict[str, Any], parts: Collection[str] | None
+) -> list[str]:
+    """Where the files of some parts are not those of the manifest, by name and size."""
+    present = (file.relative_to(path).as_posix() for file in sorted(path.glob("*/*.safetensors")))
     problems = [
         f"{name} is not in its manifest"
-        for name in (f.relative_to(path).as_posix() for f in sorted(path.glob("*/*.safetensors")))
-        if name not in files
+        for name in present
+        if name not in files and (parts is None or _part_of(name) in parts)
     ]
     inside = path.resolve()
     for name, expected in files.items():
@@ -270,9 +305,9 @@ def _misfits(path: Path, files: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _damage(path: Path, files: dict[str, Any]) -> list[str]:
-    """How the files of a checkpoint differ from what its manifest says, to the last byte."""
-    return _misfits(path, files) or [
+def _hash_mismatches(path: Path, files: dict[str, Any]) -> list[str]:
+    """Files whose content is not that of the manifest; all of them are read."""
+    return [
         f"{name} does not match its hash"
         for name, expected in files.items()
         if sha256_of(path / name) != expected.get("sha256")
@@ -283,8 +318,8 @@ def load_part(path: Path, name: str, target: Part) -> None:
     """Fill the tensors of `target`, in place, from one part of a verified checkpoint.
 
     Raises:
-        UserError: the part has not exactly these names and shapes, or is not there at all, or its
-            files are not what safetensors files of a checkpoint are.
+        UserError: the part is missing, has other names or shapes, or its files are not what this
+            engine writes.
     """
     if not (path / name).is_dir():
         raise UserError(f"{path} holds no part {name!r}")
@@ -294,7 +329,7 @@ def load_part(path: Path, name: str, target: Part) -> None:
     except (SafetensorError, ValueError, LookupError, TypeError, OSError) as error:
         raise _unreadable(path / name, error) from error
     differences = [f"{key} is missing" for key in target.keys() - stored.keys()]
-    differences += [f"{key} is not wanted" for key in stored.keys() - target.keys()]
+    differences += [f"{key} is unexpected" for key in stored.keys() - target.keys()]
     differences += [
         f"{key} has shape {tuple(stored[key].size)}, not {tuple(target[key].shape)}"  # type: ignore[union-attr]
         for key in target.keys() & stored.keys()
@@ -328,7 +363,7 @@ def _write_part(path: Path, tensors: Part, group: dist.ProcessGroup | None) -> N
         with _quiet():
             dcp.save(contiguous, storage_writer=writer, process_group=group)
     except (CheckpointException, SafetensorError) as error:
-        # torch wraps what each rank met; to the caller a full disk is an OSError either way.
+        # torch wraps the error of each rank; a full disk is an OSError to the caller either way.
         raise OSError(f"writing {path} failed: {error}") from error
 
 
@@ -353,7 +388,7 @@ def _hash(manifest: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warning that one process is not a process group."""
+    """Silence torch's warning that one process is not a process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
-from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, glance, verify
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes, verify
 from ddpm_engine.cli.options import PositiveOrNone, at_least, exit_on_user_error, parse_command
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.run_directory import lock_run_directory
@@ -36,7 +36,7 @@ def list_checkpoints(run: tyro.conf.Positional[Path]) -> int:
     for step in store.steps():
         path = store.path(step)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        checkpoint, problems = glance(path)
+        checkpoint, problems = check_sizes(path)
         seen = "?" if checkpoint is None else str(checkpoint.state.get("samples_seen", "?"))
         print(f"{step:>10}  {size / 1e6:>10.1f}  {seen:>14}  {'; '.join(problems) or 'complete'}")
     for leftover in store.leftovers():
@@ -82,7 +82,7 @@ def prune(
                 raise UserError(f"no checkpoint in {run} is sound, so none is deleted")
             for reason in rejected:
                 print(f"cannot be used: {reason}")
-            for step in store.superfluous(newest=sound.step):
+            for step in store.prunable(newest=sound.step):
                 if delete:
                     store.remove(step)
                 print(f"{'deleted' if delete else 'would delete'} {store.path(step)}", flush=True)
@@ -113,7 +113,7 @@ def average(
     chosen = store.steps() if steps is None else steps
     checkpoints = []
     for step in chosen:
-        checkpoint, problems = verify(store.path(step))
+        checkpoint, problems = verify(store.path(step), [weights])
         if checkpoint is None:
             raise UserError(f"{store.path(step)} cannot be used: {'; '.join(problems)}")
         checkpoints.append(checkpoint)
@@ -150,7 +150,8 @@ def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | N
     made = reconstruct_average(snapshots, length, out, step)
     print(
         f"{made.path} is the average of length {length:g} at step {made.step}, made of "
-        f"{made.averages} others; its profile is {100 * made.misfit:.2g}% from the exact one"
+        f"{made.averages} others; its profile is "
+        f"{100 * made.relative_error:.2g}% from the exact one"
     )
     return 0
 

@@ -18,7 +18,7 @@ from typing import Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.load import config_of
 from ddpm_engine.cli.options import exit_on_user_error, parse_options
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> RunConfig:
     """
     # Before anything is loaded, so that help and messages about mistakes do not wait.
     path = parse_options(Options, arguments).teacher
-    teacher = load_model(path).config
+    teacher = config_of(path)
     # Twice more: the length of a stage, which other defaults follow from, is itself an option.
     asked = parse_options(Options, arguments, default=_defaults(teacher, path))
     timed = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
