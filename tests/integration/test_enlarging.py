@@ -153,10 +153,10 @@ def test_a_set_goes_on_when_the_small_pictures_have_become_more(draw: Draw, smal
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "this network enlarges pictures of 4×4; give some by --low-resolution"),
+        ([], "this network upscales images of 4×4; give some by --low-resolution"),
         (["--augmentation", 5], "--augmentation needs --low-resolution"),
         (["--low-resolution", "nowhere"], "there is no --low-resolution nowhere"),
-        (["--low-resolution", "{small}", "--ids", "5,6"], "has no picture 6 (yet)"),
+        (["--low-resolution", "{small}", "--ids", "5,6"], "has no sample 6 (yet)"),
         (["--low-resolution", "{small}", "--augmentation", 1001], "must lie in [0, 1000]"),
     ],
 )
