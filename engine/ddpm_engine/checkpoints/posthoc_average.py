@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_from_sigma_rel, part_of
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore, load_part
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.build import build_network
 
 
 def average_checkpoints(
@@ -131,7 +131,7 @@ def _check_free(out: Path) -> None:
 
 def _weighted_sum(parts: Sequence[tuple[Checkpoint, str, float]]) -> dict[str, Tensor]:
     """Sum weight · part of each checkpoint in float64; buffers are those of the last."""
-    model = UNet(parts[-1][0].config.model)
+    model = build_network(parts[-1][0].config.model)
     total = {
         name: torch.zeros_like(weight, dtype=torch.float64)
         for name, weight in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Starting Accelerate, and checking that the run gets the hardware and precision it asked for."""
+"""Start Accelerate, and check that the run gets the hardware and precision it asked for."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def start_accelerator(
     with without_plug_ins():
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision="no",  # the strategies do it, each in its own way
+            mixed_precision="no",  # each strategy has its own way
             log_with=None if config.log.tracker == "none" else config.log.tracker,
             project_config=ProjectConfiguration(str(config.out), str(config.out)),
-            # Long, for making data and compiling; once training runs, `Watchdog` is there.
+            # Long enough for making data and compiling; `Watchdog` covers training itself.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         )
     if request.processes != accelerator.num_processes:

@@ -1,4 +1,4 @@
-"""Saving checkpoints while training goes on."""
+"""Save checkpoints in the background while training continues."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ddpm_engine.checkpoints.store import CheckpointStore, Part
 
 @dataclass(frozen=True)
 class Saved:
-    """How one save ended."""
+    """Result of one save."""
 
     step: int
     seconds: float
-    """From the end of the copy to the rename, or to the failure."""
+    """Time from the end of the copy to the rename or the failure."""
     error: OSError | None
-    """Why it failed: the same save fails on every rank. None if the checkpoint is there."""
+    """Why it failed, on every rank alike; None if the checkpoint was written."""
 
 
 class BackgroundSaver:
-    """Saves checkpoints from a thread; training waits only while tensors are copied.
+    """Save checkpoints from a thread; training waits only while tensors are copied.
 
-    At most one save is in flight: memory holds one copy, and a slow disk slows training down
-    rather than falling behind without end.
+    At most one save is in flight, so memory holds at most one copy and a slow disk slows training
+    down instead of piling up saves.
 
     Args:
-        store: where to. On several ranks its process group must be one that nothing else uses,
-            since the thread talks over it while training talks over the others.
+        store: destination. On several ranks its process group must be used for nothing else: the
+            thread communicates over it while training communicates over other groups.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -41,10 +41,10 @@ class BackgroundSaver:
         self._flight: _Flight | None = None
 
     def start(self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any]) -> None:
-        """Copy the tensors to host memory and begin to write; arguments as `CheckpointStore.save`.
+        """Copy tensors to host memory and start writing; arguments as in `CheckpointStore.save`.
 
         Raises:
-            RuntimeError: the save before this one has not been asked for with `finished`.
+            RuntimeError: the result of the previous save has not been taken with `finished`.
         """
         if self._flight is not None:
             raise RuntimeError("a checkpoint is in flight")
@@ -54,17 +54,17 @@ class BackgroundSaver:
 
     @property
     def step(self) -> int | None:
-        """Of the save in flight; None if there is none."""
+        """Step of the save in flight; None if there is none."""
         return None if self._flight is None else self._flight.step
 
     def finished(self, wait: bool = False) -> Saved | None:
-        """The save that has ended since this was last asked; None if none has.
+        """Take the result of a save that has ended since the last call; None if none has.
 
         Args:
-            wait: for the save in flight, if there is one.
+            wait: wait for the save in flight, if there is one.
 
         Raises:
-            BaseException: whatever, other than an OSError, went wrong while saving.
+            BaseException: any error of the save but an OSError.
         """
         flight = self._flight
         if flight is None or (flight.is_alive() and not wait):
@@ -77,12 +77,12 @@ class BackgroundSaver:
 
 
 class _Flight(Thread):
-    """One save."""
+    """The thread of one save."""
 
     def __init__(
         self, store: CheckpointStore, step: int, parts: Mapping[str, Part], state: dict[str, Any]
     ) -> None:
-        # A daemon: a process whose training has failed must be able to end.
+        # A daemon, so that a process whose training has failed can exit.
         super().__init__(name=f"checkpoint of step {step}", daemon=True)
         self.step = step
         self.seconds = 0.0
@@ -101,7 +101,7 @@ class _Flight(Thread):
 
 
 def _to_host(part: Part) -> Part:
-    """Copies in host memory, page-locked where they come from a GPU, in contiguous layout."""
+    """Copy tensors to host memory, contiguous, page-locked where they come from a GPU."""
     copies: dict[str, Tensor] = {
         name: tensor.detach().to(
             "cpu", non_blocking=True, copy=True, memory_format=torch.contiguous_format

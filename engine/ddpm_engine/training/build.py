@@ -11,7 +11,8 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.data.open import TrainingData, make_missing_shards, open_dataset
 from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import autocast_forward
@@ -53,7 +54,7 @@ def build_run(
     device = accelerator.device
 
     torch.manual_seed(config.training.seed)
-    model = UNet(config.model).to(dtype)
+    model = build_network(config.model).to(dtype)
     teacher = _start_from_teacher(model, config, device)
     dataset = _open_data(config)
     lock = None
@@ -112,7 +113,9 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
     return callbacks
 
 
-def _start_from_teacher(student: UNet, config: RunConfig, device: torch.device) -> Teacher | None:
+def _start_from_teacher(
+    student: Network, config: RunConfig, device: torch.device
+) -> Teacher | None:
     """Load what distillation needs, if the run distils; the student starts from those weights."""
     if config.distillation.teacher is None:
         return None

@@ -9,7 +9,7 @@ from ddpm_engine.config import OptimizerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all weights, in torch's fused form; the learning rate is set at every step."""
+    """Make a fused AdamW over all weights; its learning rate is set again at every step."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,

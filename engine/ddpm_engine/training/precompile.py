@@ -1,4 +1,4 @@
-"""Compiling everything that a training step needs, before the first one."""
+"""Compile everything that a training step needs, before the first one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import torch
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import world_size
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
 from ddpm_engine.objectives.base import Objective
 from ddpm_engine.runtime import autocast
 
 
-def precompile(model: UNet, objective: Objective, config: RunConfig, device: torch.device) -> None:
-    """Run one step's forward and backward pass on black images; weights and gradients stay.
+def precompile(
+    model: Network, objective: Objective, config: RunConfig, device: torch.device
+) -> None:
+    """Run one step's forward and backward pass on black images; no weight or gradient changes.
 
     Args:
-        model: on the device, not yet given to a strategy: nothing is exchanged between ranks.
+        model: network on the device, not yet given to a strategy, so ranks exchange nothing.
         objective: objective of the run.
         config: the run, for the shape of a rank's micro-batch.
         device: device of the network.
     """
-    training, shape = config.training, config.model
+    training = config.training
     count = training.batch_size // (world_size() * training.accumulation)
-    size = shape.sample_size
-    images = torch.zeros(count, shape.in_channels, size, size, dtype=torch.uint8)
+    images = torch.zeros(count, *model.sample_shape, dtype=torch.uint8)
     positions = torch.arange(count)
     labels = None if model.conditioning.null_class is None else torch.zeros_like(positions)
     batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)

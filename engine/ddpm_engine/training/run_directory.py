@@ -1,4 +1,4 @@
-"""The directory of a run: made once, continued only by the same run."""
+"""The directory of a run: created once, continued only by the same run."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ CONFIG = "config.json"
 _DATA = "data.json"
 _LOCK = "lock"
 
-# What makes a run that run. Everything else may change between one stop and the next start.
+# Fields that identify a run. All others may change between a stop and the next start.
 _IDENTITY = (
     "model.", "diffusion.", "objective.", "training.seed", "training.batch_size",
     "training.ema_decay", "training.ema_sigma_rel", "training.label_dropout",
     "training.augmentation_levels",
     "data.horizontal_flip", "data.window_shards", "distillation.",
 )  # fmt: skip
-# How the same network is computed, rather than which network it is.
+# How a network is computed, not which network it is.
 _NOT_IDENTITY = ("model.attention",)
 
 
 def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
-    """Make the directory and record the configuration there, or check that both are this run's.
+    """Create the run directory and record the configuration, or check that it holds this run.
 
     Call it in one process of the run.
 
     Args:
         config: the run.
-        fingerprint: of its data.
+        fingerprint: fingerprint of its data.
 
     Returns:
-        The directory's lock (`lock_run_directory`).
+        The lock of the directory; see `lock_run_directory`.
 
     Raises:
-        UserError: the directory belongs to another run, or to something that is no run at all, or
-            cannot be written, or another process is training there.
+        UserError: the directory belongs to another run or is not a run directory, cannot be
+            written, or another process is training there.
     """
     out = config.out
     try:
@@ -72,11 +72,11 @@ def lock_run_directory(out: Path) -> BinaryIO:
     """Keep other processes from changing a run while this one does.
 
     Returns:
-        A file that holds the lock until it is closed or the process ends, however it ends.
+        A file that holds the lock until it is closed or the process ends.
 
     Raises:
-        UserError: another process holds it; the message says which.
-        OSError: the lock's file cannot be written.
+        UserError: another process holds the lock; the message names it.
+        OSError: the lock file cannot be written.
     """
     file = open(out / _LOCK, "a+b")  # noqa: SIM115
     try:
@@ -99,7 +99,7 @@ def lock_run_directory(out: Path) -> BinaryIO:
 
 
 def _holds_something(out: Path) -> bool:
-    """Whether a folder has anything in it but what an interrupted first start left."""
+    """Whether a folder holds anything but what an interrupted first start leaves."""
     return any(
         not entry.name.endswith(TEMPORARY_SUFFIX) and entry.name != _LOCK for entry in out.iterdir()
     )
@@ -137,7 +137,7 @@ def _check_same_data(path: Path, fingerprint: str) -> None:
     try:
         recorded = json.loads(path.read_text())["fingerprint"]
     except (FileNotFoundError, ValueError, KeyError):
-        return  # a run that was killed before it recorded its data has no steps to protect
+        return  # killed before it recorded its data: it has no steps to protect
     if recorded != fingerprint:
         raise UserError(
             f"the run in {path.parent} was trained on data with fingerprint {recorded[:12]}…, but "

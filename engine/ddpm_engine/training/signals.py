@@ -1,4 +1,4 @@
-"""Stopping in good order when the scheduler or a person says so."""
+"""Stop between two steps when the scheduler or a person asks for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop, and which."""
+    """Whether a signal has asked the run to stop, and which signal."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -22,16 +22,16 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice by hand: do not wait for the step to end
+            raise KeyboardInterrupt  # Ctrl-C twice: do not wait for the step to end
         self.signal = signal.Signals(number)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM, SIGUSR1 and SIGINT instead of dying, until the block ends."""
+    """Record SIGTERM, SIGUSR1 and SIGINT instead of dying, while the block runs."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may handle signals
+        yield request  # only the main thread can handle signals
         return
     before = {number: signal.signal(number, request._handle) for number in _SIGNALS}
     try:

@@ -1,4 +1,4 @@
-"""Distilling a trained network: what the run is by default, and its teacher."""
+"""Distillation of a trained network: its default configuration, and loading the teacher."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.parameterization import Prediction, parameterization, see_the_same
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.objectives.distillation.teacher import Teacher
 
 MOMENTS_RATE = 0.15
-"""Learning rate of moment matching, in units of that which the teacher was trained with."""
+"""Learning rate of moment matching relative to the teacher's."""
 
 
 def student_config(
@@ -26,20 +26,20 @@ def student_config(
     out: Path,
     prediction: Prediction | None = None,
 ) -> RunConfig:
-    """The run that distils a teacher, with the teacher's own settings where nothing speaks against.
+    """Make the configuration that distils a teacher, with the teacher's settings where possible.
 
-    A teacher that predicts ε has students that predict v: at the last timesteps, which few steps
-    rest upon, ε̂ says nothing of the image (Salimans & Ho 2022, section 4). Averages are made
-    shorter, over a tenth of a stage, so that they do not reach back to the last; so is the warm-up.
+    Students of a teacher that predicts ε predict v: at the highest noise levels, which few steps
+    depend on, ε̂ says nothing about the image (Salimans & Ho 2022, section 4). EMA and warm-up are
+    shortened to a tenth of a stage, so that the EMA does not reach back to the stage before.
 
-    Moment matching is slower, and remembers less: two networks chase each other. Its Adam is that
-    of Salimans et al. (2024, appendix).
+    Moment matching uses a lower learning rate and no momentum, because student and critic chase
+    each other; Adam's settings are those of Salimans et al. (2024, appendix).
 
     Args:
-        teacher: the run that trained it.
-        plan: what is distilled.
-        out: directory of the run.
-        prediction: what students predict; None: as the teacher, but v instead of ε.
+        teacher: configuration of the run that trained the teacher.
+        plan: method, steps and guidance of the distillation.
+        out: directory of the new run.
+        prediction: prediction of the students; None: the teacher's, but v instead of ε.
     """
     if prediction is None:
         prediction = "v" if teacher.diffusion.prediction == "eps" else teacher.diffusion.prediction
@@ -67,10 +67,10 @@ def student_config(
 
 
 def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teacher:
-    """The teacher of a run, on a device.
+    """Load the teacher of a run onto a device.
 
     Raises:
-        UserError: there is none, or it is another network or of another process than its students.
+        UserError: there is none, or its network or diffusion process is not the students'.
     """
     path = config.distillation.teacher
     if path is None:
@@ -116,13 +116,13 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             "distillation.teacher",
         )
     if config.distillation.method != "moments":
-        return Teacher(teacher.model, known)
-    critic = deepcopy(teacher.model).requires_grad_(True)
-    return Teacher(teacher.model, known, _load_student(config, device), critic)
+        return Teacher(teacher.network, known)
+    critic = deepcopy(teacher.network).requires_grad_(True)
+    return Teacher(teacher.network, known, _load_student(config, device), critic)
 
 
-def _load_student(config: RunConfig, device: torch.device | str) -> UNet:
-    """The network that moment matching goes on from."""
+def _load_student(config: RunConfig, device: torch.device | str) -> Network:
+    """Load the student that moment matching starts from."""
     path = config.distillation.student
     assert path is not None, "validated"
     student = load_model(path, device)
@@ -142,4 +142,4 @@ def _load_student(config: RunConfig, device: torch.device | str) -> UNet:
             "distilled to, with `diffusion.prediction` as it was then",
             "distillation.student",
         )
-    return student.model
+    return student.network

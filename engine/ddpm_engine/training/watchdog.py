@@ -1,7 +1,7 @@
-"""Ending a run of several ranks when one of them fails, dies or hangs, and saying which.
+"""End a run of several ranks when one of them fails, dies or hangs, and name that rank.
 
-A collective cannot tell whom it is waiting for, and on GPUs cannot even be interrupted. So each
-rank has a thread that writes every second into the process group's store what the rank is doing.
+A collective does not know which rank it is waiting for, and on GPUs it cannot be interrupted. So a
+thread of each rank writes every second into the process group's store what the rank is doing.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ddpm_engine.errors import UserError
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-"""Between two signs of life of a rank; one that gives none for three of these is silent."""
+"""Time between two heartbeats of a rank; a rank without one for three times as long is silent."""
 GRACE_SECONDS = 10.0
-"""What a rank is given to end by itself once another has failed."""
+"""Time that a rank has to end by itself after another has failed."""
 _FAILURE = "failure"
 _STORE_IS_GONE = "rank 0, or the launcher that keeps the group's store, no longer answers"
-_RANKS_SHOWN = 8
+_RANKS_LISTED = 8
 
 
 class Watchdog:
     """While the block runs, no rank waits forever for another; does nothing for a single rank.
 
     An error that ends the block on one rank ends the others too, with a `UserError` that says what
-    happened on which rank. A rank that is stuck in a collective, or that says nothing new to
-    `doing` for too long, ends with exit status 1 and a line in the log that names the one at fault.
+    happened on which rank. A rank that is stuck in a collective, or does not call `doing` for too
+    long, exits with status 1 and a log line that names the rank at fault.
 
     Args:
-        timeout_seconds: how long a rank may take over one thing. Time in which the whole process
-            was stopped does not count.
+        timeout_seconds: longest time between two calls of `doing`, in seconds. Time during which
+            the whole process was stopped does not count.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -54,11 +54,11 @@ class Watchdog:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
 
     def doing(self, what: str, limited: bool = True) -> None:
-        """Say what this rank does from now on.
+        """Record what this rank does from now on.
 
         Args:
-            what: as it completes "rank 3 is …".
-            limited: whether the time-out applies to it.
+            what: a verb phrase, such as "reading data", for "rank 3 is reading data".
+            limited: whether the timeout applies to it.
         """
         self._doing, self._limited, self._seconds = what, limited, 0.0
 
@@ -82,25 +82,25 @@ class Watchdog:
             self._over.set()
 
     def _share(self, error: Exception) -> None:
-        """Tell the other ranks of this one's error, unless it is only what theirs has caused."""
+        """Publish this rank's error to the others, unless an error of theirs has caused it."""
         own = f"rank {self._rank} failed: {error}"
 
         def find_cause(store: dist.Store) -> str:
             if not isinstance(error, UserError) and not store.check([_FAILURE]):
-                # A collective fails as soon as a rank has died, or an error left it: which one?
+                # A collective fails as soon as a rank has died or left with an error: find which.
                 silent = self._observe(store)[0]
                 if silent:
                     return _publish(store, f"{_name(silent)} no longer answers: killed, or cut off")
             return _publish(store, own)
 
         cause = _ask(find_cause)
-        if self._rank > 0 and cause in (own, _STORE_IS_GONE):  # the scripts print what ends rank 0
+        if self._rank > 0 and cause in (own, _STORE_IS_GONE):  # the commands print rank 0's error
             logger.error("rank %d ends: %s", self._rank, cause)
         if cause != own and not isinstance(error, UserError):
             raise UserError(f"{cause}; this rank ends with it") from error
 
     def _beat(self) -> None:
-        """Give signs of life, and look for a failure elsewhere, every second."""
+        """Publish a heartbeat and look for failures of other ranks, every second."""
         try:
             store = _own_store()
             beats = 0
@@ -114,9 +114,9 @@ class Watchdog:
             self._failure = _STORE_IS_GONE
 
     def _guard(self) -> None:
-        """End this process if its main thread does not do so when it should."""
+        """End this process if its main thread does not end in time."""
         while not self._over.wait(BEAT_SECONDS):
-            # Counted in beats, so that a process that was stopped and continued does not give up.
+            # Counted in heartbeats: a process that was stopped and continued does not time out.
             self._seconds += BEAT_SECONDS
             if self._failure is not None:
                 if not self._over.wait(GRACE_SECONDS):
@@ -131,14 +131,14 @@ class Watchdog:
                 os._exit(1)
 
     def _report(self, store: dist.Store) -> str:
-        """What every rank is doing."""
+        """Describe what every rank is doing."""
         silent, doing = self._observe(store)
         found = [f"{_name(silent)} does not answer"] if silent else []
         found += [f"{_name(ranks)} is {what}" for what, ranks in doing.items()]
         return "; ".join(found)
 
     def _observe(self, store: dist.Store) -> tuple[list[int], dict[str, list[int]]]:
-        """Which ranks give no sign of life, and what the others are doing; takes three beats."""
+        """Find the silent ranks and what the others are doing; takes three heartbeats."""
         before = [_read(store, rank) for rank in range(self._world)]
         time.sleep(3 * BEAT_SECONDS)
         silent, doing = [], defaultdict(list)
@@ -152,7 +152,7 @@ class Watchdog:
 
 
 def _own_store() -> dist.Store:
-    """A connection to the store of the process group for the calling thread alone."""
+    """Connect to the store of the process group, for the calling thread alone."""
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     return dist.PrefixStore("ddpm_engine.watch", store)
 
@@ -165,12 +165,12 @@ def _read(store: dist.Store, rank: int) -> tuple[int, str] | None:
 
 
 def _publish(store: dist.Store, message: str) -> str:
-    """Record a failure unless one is recorded; returns the one that is."""
+    """Record a failure unless there is one; returns the one on record."""
     return store.compare_set(_FAILURE, "", message).decode()
 
 
 def _ask(question: Callable[[dist.Store], str]) -> str:
-    """Ask the store, which does not answer if the process that keeps it has stopped."""
+    """Query the store, which does not answer if the process that keeps it has stopped."""
     answer: list[str] = []
 
     def ask() -> None:
@@ -185,5 +185,5 @@ def _ask(question: Callable[[dist.Store], str]) -> str:
 
 def _name(ranks: Iterable[int]) -> str:
     ranks = list(ranks)
-    shown = ", ".join(map(str, ranks[:_RANKS_SHOWN])) + (", …" * (len(ranks) > _RANKS_SHOWN))
-    return f"rank {shown}"
+    listed = ", ".join(map(str, ranks[:_RANKS_LISTED])) + (", …" * (len(ranks) > _RANKS_LISTED))
+    return f"rank {listed}"

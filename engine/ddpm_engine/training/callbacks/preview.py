@@ -14,7 +14,7 @@ from ddpm_engine.diffusion.super_resolution import downsample
 from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import grid, save_png
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
 from ddpm_engine.runtime import autocast
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
@@ -48,7 +48,7 @@ class Preview(Callback):
                 logger.error("could not write %s: %s", path, error)
 
 
-def _generate(run: Run, model: UNet) -> Tensor:
+def _generate(run: Run, model: Network) -> Tensor:
     """The samples of all ranks in the order of their ids, float32 `[sample_count, C, H, W]`."""
     config, log, device = run.config, run.config.log, run.device
     sampling = replace(config.sampling, steps=log.sample_steps)

@@ -1,4 +1,4 @@
-"""From a request to a strategy that is in force."""
+"""From a launcher's request to a strategy in force."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
 from ddpm_engine.training.strategies.fsdp import FullySharded
 from ddpm_engine.training.strategies.launcher_env import Request
 from ddpm_engine.training.strategies.replicated import Replicated
@@ -16,18 +16,18 @@ from ddpm_engine.training.strategies.zero import Zero3, Zero12
 
 
 def start_strategy(
-    model: UNet, request: Request, config: RunConfig, accelerator: Accelerator
+    model: Network, request: Request, config: RunConfig, accelerator: Accelerator
 ) -> Strategy:
-    """Spread a network and its training state over the processes.
+    """Distribute a network and its training state over the processes.
 
     Args:
-        model: on its device, the same on every rank; belongs to the strategy from now on.
-        request: what was asked for.
-        config: of the run.
+        model: network on its device, the same on every rank; the strategy owns it from now on.
+        request: what the launcher asked for.
+        config: the run.
         accelerator: started with as many processes as the request says.
 
     Raises:
-        UserError: the strategy cannot be had here; the message says why.
+        UserError: the strategy is not available here; the message says why.
     """
     if request.deepspeed is not None:
         zero = Zero3 if request.deepspeed["zero_optimization"]["stage"] == 3 else Zero12
@@ -40,7 +40,7 @@ def start_strategy(
 
 
 def _mesh(accelerator: Accelerator) -> DeviceMesh:
-    """All processes in a row; one alone is a row too."""
+    """A one-dimensional mesh of all processes, or of a single one."""
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if accelerator.device.type == "cpu" else None,

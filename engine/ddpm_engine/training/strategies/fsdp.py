@@ -1,4 +1,4 @@
-"""Weights, gradients, optimizer and averages are sharded over the processes: torch's FSDP2."""
+"""Shard weights, gradients, optimizer state and averages over the processes: torch's FSDP2."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.base import Network
 from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.strategies.replicated import TorchStrategy
 
 
-def make_contiguous(model: UNet) -> None:
-    """Lay out weights as their shapes say, whatever the device likes best."""
+def make_contiguous(model: Network) -> None:
+    """Make all weights contiguous, whatever memory format suits the device."""
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
 
 
 def shard_network(
-    model: UNet, mesh: DeviceMesh, precision: str = "no", reshard_after_forward: bool = True
+    model: Network, mesh: DeviceMesh, precision: str = "no", reshard_after_forward: bool = True
 ) -> None:
-    """Make a network's parameters DTensors, gathered for the time that each block needs them.
+    """Turn a network's parameters into DTensors that are gathered while a block needs them.
 
     Args:
-        model: the same on every rank, on its device; changed in place.
-        mesh: of one dimension.
-        precision: that of gathered weights; sums over ranks are float32 or wider.
-        reshard_after_forward: free a block's weights between forward and backward pass; else they
-            stay for the backward pass, which costs their memory and saves gathering them again.
+        model: network on its device, the same on every rank; changed in place.
+        mesh: one-dimensional mesh.
+        precision: precision of gathered weights; reductions over ranks are float32 or wider.
+        reshard_after_forward: free a block's weights between forward and backward pass. Otherwise
+            they are kept for the backward pass, which takes memory and saves a second gather.
     """
-    make_contiguous(model)  # fully_shard takes no others; activations are laid out as ever
+    make_contiguous(model)  # fully_shard needs it; activations keep their format
     policy = MixedPrecisionPolicy()
     if precision in DTYPES:
         policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32)
@@ -42,22 +42,22 @@ def shard_network(
 
 
 class FullySharded(TorchStrategy):
-    """FSDP2, by torch itself: Accelerate's plug-in shards nothing on CPUs, without a word.
+    """FSDP2 by torch itself, since Accelerate's plug-in silently shards nothing on CPUs.
 
-    Gradients are reduced with every piece of a step: summed up unsharded until the last, they would
-    take the memory that sharding saves.
+    Gradients are reduced with every micro-batch: accumulated unsharded until the last one, they
+    would take the memory that sharding saves.
 
     Args:
-        model: on its device, the same on every rank.
-        config: of the run.
+        model: network on its device, the same on every rank.
+        config: the run.
         accelerator: started.
-        mesh: over all processes, of one dimension.
+        mesh: one-dimensional mesh of all processes.
         reshard_after_forward: as in `shard_network`.
     """
 
     def __init__(
         self,
-        model: UNet,
+        model: Network,
         config: RunConfig,
         accelerator: Accelerator,
         mesh: DeviceMesh,

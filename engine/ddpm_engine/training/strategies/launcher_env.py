@@ -1,4 +1,4 @@
-"""What the launcher was asked for, read from the environment that it leaves."""
+"""What the launcher asked for, read from the environment variables it sets."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ddpm_engine.errors import UserError
 
 _PLUG_INS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 _FILES = "launch/accelerate/"
-# In what order launchers say how many processes they started; the last two without torchrun.
+# Variables with the number of processes, by precedence; the last two are set without torchrun.
 _WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-# A file of DeepSpeed's may not say what the run's configuration says, or the engine decides.
+# DeepSpeed's file must not set what the run's configuration sets, or the engine decides.
 _OURS = {
     "train_batch_size": "`training.batch_size`",
     "train_micro_batch_size_per_gpu": "`training.batch_size` and `training.accumulation`",
@@ -36,21 +36,21 @@ class Request:
     """A strategy that a launcher's file or environment asks for."""
 
     processes: int
-    """How many it started."""
+    """Number of processes started."""
     fsdp: bool = False
     """FSDP2."""
     reshard_after_forward: bool = True
-    """Of FSDP2."""
+    """Option of FSDP2; see `shard_network`."""
     deepspeed: dict[str, Any] | None = None
-    """The content of DeepSpeed's file, or None: no DeepSpeed."""
+    """Content of DeepSpeed's configuration file; None: no DeepSpeed."""
 
 
 def read_request(training: TrainingConfig) -> Request:
     """Read what `accelerate launch`, torchrun or srun left in the environment.
 
     Raises:
-        UserError: it asks for something that this engine does not do, or that contradicts the run's
-            configuration, where Accelerate would do something else without a word.
+        UserError: it asks for something that this engine does not support, or that contradicts the
+            run's configuration, where Accelerate would silently do something else.
     """
     environment = os.environ
     sizes = [environment[name] for name in _WORLD_SIZES if name in environment]
@@ -83,7 +83,7 @@ def read_request(training: TrainingConfig) -> Request:
 
 @contextmanager
 def without_plug_ins() -> Iterator[None]:
-    """Hide the request from Accelerate: on CPUs its plug-ins do DDP, or nothing, without a word."""
+    """Hide the request from Accelerate, whose plug-ins silently do DDP, or nothing, on CPUs."""
     hidden = {name: os.environ.pop(name) for name in _PLUG_INS if name in os.environ}
     try:
         yield
@@ -92,7 +92,7 @@ def without_plug_ins() -> Iterator[None]:
 
 
 def _check_agreement(environment: Mapping[str, str], training: TrainingConfig) -> None:
-    """A launcher's file may repeat what the run's configuration says, not contradict it."""
+    """Check that the launcher's file does not contradict the run's configuration."""
     for name, default, field, ours in [
         ("ACCELERATE_MIXED_PRECISION", "no", "precision", training.precision),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "accumulation", training.accumulation),

@@ -1,4 +1,4 @@
-"""The factor that keeps float16 gradients above the smallest number that float16 can hold."""
+"""Loss scaling, which keeps float16 gradients from underflowing."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 FIRST_SCALE = 2.0**16
 GROWTH_STEPS = 2000
-"""Steps in a row without overflow after which the scale is doubled."""
+"""Consecutive steps without overflow after which the scale is doubled."""
 
 
 class LossScale:
-    """A power of two for the loss, which gradients are divided by before they are used.
+    """A power of two that multiplies the loss; gradients are divided by it before they are used.
 
-    It is halved, though not below 1, by every step whose gradients are not finite, and doubled
-    after `GROWTH_STEPS` others in a row (Micikevicius et al., "Mixed Precision Training", 2018;
-    the rule and the figures are those of `torch.amp.GradScaler`).
+    It is halved, but not below 1, by every step whose gradients are not finite, and doubled after
+    `GROWTH_STEPS` other steps in a row (Micikevicius et al., "Mixed Precision Training", 2018; rule
+    and constants are those of `torch.amp.GradScaler`).
 
-    It is a number on the host, and every rank has the same: `update` is told what the global norm
-    of the gradients says, which is one value on all of them, whatever the strategy shards.
+    It is a number on the host and the same on every rank, because `update` depends on the global
+    norm of the gradients only, whatever the strategy shards.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class LossScale:
         self._steps = 0
 
     def update(self, finite: bool) -> None:
-        """Take note of a step, and whether its gradients were finite."""
+        """Count a step, given whether its gradients were finite."""
         if not finite:
             self.value, self._steps = max(self.value / 2, 1.0), 0
             return
@@ -34,13 +34,13 @@ class LossScale:
             self.value, self._steps = self.value * 2, 0
 
     def state(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the state as JSON values."""
         return {"value": self.value, "steps": self._steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take on what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: it is not such a state.
         """
         self.value, self._steps = float(state["value"]), int(state["steps"])

@@ -1,4 +1,4 @@
-"""Every process has all of the state: a single process, or torch's DistributedDataParallel."""
+"""Every process holds the whole state: a single process, or torch's DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.base import Network
+from ddpm_engine.networks.base import Network
+from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays
 from ddpm_engine.training.optimizer import make_optimizer
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.strategy import State
 
-# Flat names, so that tensors can be stored one by one and resharded.
+# Flat names, so that tensors are stored one by one and can be resharded.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -37,19 +37,19 @@ class TorchStrategy:
     """A torch optimizer over a network's own parameters, which may be DTensors.
 
     Args:
-        name: for the log.
-        network: what to call: the model, or a wrapper of it.
+        name: name for the log.
+        network: the network to call: the model, or a wrapper of it.
         model: the model itself.
-        emas: its averages, spread like it.
-        config: of the run.
+        emas: its averages, distributed like it.
+        config: the run.
     """
 
     def __init__(
         self,
         name: str,
-        network: Network,
-        model: UNet,
-        emas: dict[str, EMA[UNet]],
+        network: Predict,
+        model: Network,
+        emas: dict[str, EMA[Network]],
         config: RunConfig,
     ) -> None:
         self.name = name
@@ -95,7 +95,7 @@ class TorchStrategy:
         """See `Strategy`."""
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet]:
+    def averaged(self) -> Iterator[Network]:
         """See `Strategy`."""
         yield self.emas["ema"].model
 
@@ -121,15 +121,15 @@ class TorchStrategy:
 
 
 class Replicated(TorchStrategy):
-    """All state on each process; of several, gradients are averaged by DDP.
+    """The whole state on each process; DDP averages the gradients of several.
 
     Args:
-        model: on its device, the same on every rank.
-        config: of the run.
+        model: network on its device, the same on every rank.
+        config: the run.
         accelerator: started, with any number of processes.
     """
 
-    def __init__(self, model: UNet, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(self, model: Network, config: RunConfig, accelerator: Accelerator) -> None:
         emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
         autocast_forward(model, config.training.precision, accelerator.device)
         self._parallel = None
@@ -154,8 +154,8 @@ class Replicated(TorchStrategy):
 
     def close(self) -> None:
         """See `Strategy`."""
-        # DDP holds the process group, in cycles. Left to the end of the interpreter, gloo's threads
-        # would wait there for a lock that nobody returns, and the process with them.
+        # DDP holds the process group in reference cycles. At interpreter exit, gloo's threads would
+        # wait for a lock that nobody releases, and the process would hang.
         self._parallel, self.network = None, self.model
         gc.collect()
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of a strategy."""
+"""What training asks of a strategy."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.base import Network
+from ddpm_engine.networks.base import Network
+from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.training.strategies.loss_scale import LossScale
 
 State = Mapping[str, Mapping[str, Any]]
-"""Tensors and DTensors by part and name, the same in all strategies.
+"""Tensors and DTensors by part of a checkpoint and name, the same in all strategies.
 
 The parts are `model`, `optimizer` and the averages of `decays`.
 
-Names are those of `UNet.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
+Names are those of `Network.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
 `state.NAME.exp_avg_sq` and `state.NAME.step`.
 """
 
 
 class Strategy(Protocol):
-    """How the weights, their average and the optimizer are spread over the processes.
+    """How weights, averages and optimizer state are distributed over the processes.
 
-    Every method is called by all ranks together.
+    All ranks call every method together.
     """
 
     name: str
-    """What is in force, in words for the log."""
+    """Name for the log."""
     loss_scale: LossScale | None
     """Loss scale of a run in fp16; a part of the training state."""
 
     @property
-    def network(self) -> Network:
+    def network(self) -> Predict:
         """The network to call while training: the model, or a wrapper of it."""
         ...
 
@@ -55,38 +55,38 @@ class Strategy(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Average the gradients over pieces and ranks, clip them, step, and forget them.
+        """Average the gradients over micro-batches and ranks, clip them, step, and clear them.
 
         Returns:
-            Their global norm before clipping, the same on all ranks. If it is not finite, the
-            weights have not been changed.
+            The global gradient norm before clipping, the same on all ranks. If it is not finite,
+            the weights have not changed.
         """
         ...
 
     def update_ema(self, updates: int) -> None:
-        """Move the averages of the weights towards them; see `EMA.update`."""
+        """Move the averages towards the weights; see `EMA.update`."""
         ...
 
-    def averaged(self) -> AbstractContextManager[UNet]:
-        """The network with the weights of `ema`, to be called by all ranks equally often."""
+    def averaged(self) -> AbstractContextManager[Network]:
+        """Give the network with the weights of `ema`; all ranks must call it equally often."""
         ...
 
     def averages(self) -> State:
-        """Those parts of `state()` that are averages of the weights."""
+        """Return those parts of `state()` that are averages of the weights."""
         ...
 
     def state(self) -> State:
-        """The training state, in float32 unless the network is wider.
+        """Return the training state, in float32 unless the network is wider.
 
-        What is sharded is given as DTensors, so that no rank holds a whole copy. Optimizer state
-        that does not exist yet is zero.
+        Sharded tensors are DTensors, so that no rank holds a whole copy. Optimizer state that does
+        not exist yet is zero.
         """
         ...
 
     def load(self, state: State) -> None:
-        """Take on a training state: what `state()` gave, with other values in its tensors."""
+        """Restore a training state: what `state()` returned, with other values in its tensors."""
         ...
 
     def close(self) -> None:
-        """Let go of the process group; a sharded state is gone then."""
+        """Release the process group; a sharded state is lost."""
         ...

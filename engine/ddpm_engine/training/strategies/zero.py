@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), weights and averages too (3) sharded.
+"""DeepSpeed's ZeRO: shards optimizer state (1), also gradients (2), also weights and averages (3).
 
-DeepSpeed trains; what it holds goes in and out one tensor at a time, as DTensors of the usual names
-and shapes, so that its checkpoints are those of any other strategy.
+DeepSpeed trains; its state goes in and out one tensor at a time, as DTensors of the usual names and
+shapes, so that checkpoints are the same as those of any other strategy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch.nn import Parameter
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.objectives.base import Network
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.build import build_network
+from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import EMA, decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
@@ -37,17 +38,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Zero:
     """What ZeRO-1, 2 and 3 share.
 
-    Weights stay float32 and the precision is that of autocast, as in other strategies: a rank's
-    share of weights, gradients and moments takes 16 bytes a parameter, as much as half-precision
-    weights with a float32 copy would. The loss scale is the engine's own, which DeepSpeed is told:
-    to it, the scale is a constant.
+    Weights stay float32 and autocast sets the precision, as in other strategies: a rank's share of
+    weights, gradients and moments takes 16 bytes per parameter, as much as half-precision weights
+    with a float32 copy. The engine manages the loss scale; to DeepSpeed it is a constant.
 
     Args:
-        model: on its device, the same on every rank.
-        config: of the run.
+        model: network on its device, the same on every rank.
+        config: the run.
         accelerator: started, without DeepSpeed's plug-in.
-        mesh: over all processes, of one dimension.
-        deepspeed_config: the content of a file as in `launch/deepspeed/`.
+        mesh: one-dimensional mesh of all processes.
+        deepspeed_config: content of a DeepSpeed configuration file.
 
     Raises:
         UserError: DeepSpeed cannot be imported.
@@ -55,7 +55,7 @@ class Zero:
 
     def __init__(
         self,
-        model: UNet,
+        model: Network,
         config: RunConfig,
         accelerator: Accelerator,
         mesh: DeviceMesh,
@@ -64,7 +64,7 @@ class Zero:
         training, self._device = config.training, accelerator.device
         deepspeed = _import_deepspeed(self._device)
         stage = deepspeed_config["zero_optimization"]["stage"]
-        # It flattens weights, and all ranks must mean the same by that.
+        # DeepSpeed flattens weights, which must mean the same on all ranks.
         make_contiguous(model)
         autocast_forward(model, training.precision, self._device)
         optimizer = make_optimizer(model, config.optimizer)
@@ -94,16 +94,16 @@ class Zero:
         self._begin_optimizer_state()
 
     @property
-    def network(self) -> Network:
+    def network(self) -> Predict:
         """See `Strategy`; DeepSpeed's engine must be what is called."""
-        engine: Network = self._engine
+        engine: Predict = self._engine
         return engine
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """See `Strategy`."""
         if self.loss_scale is not None:
-            # DeepSpeed multiplies the loss by it, and divides the gradients when it steps.
+            # DeepSpeed multiplies the loss by it and divides the gradients in its step.
             self._engine.optimizer.loss_scale = self.loss_scale.value
         yield
         if not last:
@@ -124,7 +124,7 @@ class Zero:
         return float("inf") if overflow else float(self._engine.get_global_grad_norm())
 
     def state(self) -> State:
-        """See `Strategy`; moments, and what else is sharded, are copies."""
+        """See `Strategy`; moments and everything else that is sharded are copies."""
         step = next(iter(self._flat_states()))["step"]
         optimizer: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
@@ -146,7 +146,7 @@ class Zero:
 
     def close(self) -> None:
         """See `Strategy`."""
-        # As in `Replicated`: gloo's threads must not meet the end of the interpreter.
+        # As in `Replicated`: gloo's threads must not outlive the interpreter.
         self._engine.destroy()
         self._engine = None
         gc.collect()
@@ -157,7 +157,7 @@ class Zero:
         yield from states.values()
 
     def _begin_optimizer_state(self) -> None:
-        """Make the optimizer's state now, all zero, so that a checkpoint can be loaded into it."""
+        """Create the optimizer's state, all zero, so that a checkpoint can be loaded into it."""
         adam = self._engine.optimizer.optimizer
         for flat in self._flat_parameters():
             state = adam.state[flat]
@@ -195,9 +195,9 @@ class Zero:
 
 
 class Zero12(Zero):
-    """ZeRO-1 and ZeRO-2: every rank has all weights, and so all of their averages."""
+    """ZeRO-1 and ZeRO-2: every rank holds all weights and all of their averages."""
 
-    def __init__(self, model: UNet, config: RunConfig, *arguments: Any) -> None:
+    def __init__(self, model: Network, config: RunConfig, *arguments: Any) -> None:
         # Copied before DeepSpeed changes the model.
         self._emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
         super().__init__(model, config, *arguments)
@@ -208,7 +208,7 @@ class Zero12(Zero):
             ema.update(self.model, updates)
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet]:
+    def averaged(self) -> Iterator[Network]:
         """See `Strategy`."""
         yield self._emas["ema"].model
 
@@ -218,7 +218,7 @@ class Zero12(Zero):
 
     def _begin_optimizer_state(self) -> None:
         super()._begin_optimizer_state()
-        # DeepSpeed looks where in the flat state each parameter is after its first step only.
+        # DeepSpeed maps parameters to the flat state only after its first step.
         self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _weights(self) -> dict[str, Tensor]:
@@ -245,9 +245,9 @@ class Zero12(Zero):
 
 
 class Zero3(Zero):
-    """ZeRO-3: each rank has a flat piece of every weight, and averages that piece."""
+    """ZeRO-3: each rank holds and averages a flat shard of every weight."""
 
-    def __init__(self, model: UNet, config: RunConfig, *arguments: Any) -> None:
+    def __init__(self, model: Network, config: RunConfig, *arguments: Any) -> None:
         super().__init__(model, config, *arguments)
         self._decays = decays(config.training)
         self._average = {name: [p.clone() for p in self._pieces()] for name in self._decays}
@@ -258,9 +258,9 @@ class Zero3(Zero):
             move_towards(self._average[name], self._pieces(), decay(updates))
 
     @contextmanager
-    def averaged(self) -> Iterator[UNet]:
-        """See `Strategy`; a network is made for the time of use, sharded by FSDP2."""
-        network = UNet(self.model.config).to(self._device).eval().requires_grad_(False)
+    def averaged(self) -> Iterator[Network]:
+        """See `Strategy`; a temporary network, sharded by FSDP2."""
+        network = build_network(self.model.config).to(self._device).eval().requires_grad_(False)
         shard_network(network, self._mesh)
         for ours, value in zip(
             network.parameters(), self._whole_average("ema").values(), strict=True
@@ -273,15 +273,15 @@ class Zero3(Zero):
         return {name: self._whole_average(name) for name in self._decays}
 
     def _flat_parameters(self) -> list[Tensor]:
-        # AdamW is given them during its step only.
+        # AdamW holds them during its step only.
         return list(self._engine.optimizer.fp32_partitioned_groups_flat)
 
     def _pieces(self) -> list[Tensor]:
-        """This rank's flat piece of every weight, all of one length, the last ones padded."""
+        """This rank's flat shard of every weight, padded to the length of the others."""
         return [p.ds_tensor.data for p in self.model.parameters()]  # type: ignore[attr-defined]
 
     def _whole(self, piece: Tensor, parameter: Parameter) -> Tensor:
-        """Put all ranks' pieces of something shaped like a parameter together."""
+        """Gather the shards of all ranks of something shaped like a parameter."""
         piece = piece.to(self._device).contiguous()
         flat = piece.new_empty(len(piece) * dist.get_world_size())
         dist.all_gather_into_tensor(flat, piece)
@@ -289,7 +289,7 @@ class Zero3(Zero):
         return flat[: shape.numel()].view(shape)
 
     def _piece(self, value: DTensor, parameter: Parameter) -> Tensor:
-        """Cut this rank's piece from such a thing."""
+        """Cut this rank's shard from such a tensor."""
         length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         flat = value.full_tensor().flatten()
         flat = torch.nn.functional.pad(flat, (0, length * dist.get_world_size() - len(flat)))
@@ -334,8 +334,8 @@ class Zero3(Zero):
 
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it looks for itself, and at other things
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, of a process alone too
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # its own detection may find another
+    os.environ.setdefault("LOCAL_RANK", "0")  # required even for a single process
     try:
         import deepspeed
     except ImportError as error:
@@ -344,8 +344,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             "pip install 'ddpm-engine[deepspeed]', or launch with launch/accelerate/fsdp2.yaml"
         ) from None
     if device.type == "cpu":
-        # It would compile shared-memory collectives for a minute or two, and who interrupts that
-        # leaves a lock that the next start waits for.
+        # It would compile shared-memory collectives for a minute or two; interrupting that leaves a
+        # lock that the next start waits for.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # The process group exists; this makes DeepSpeed use it.
     deepspeed.init_distributed(dist_backend=dist.get_backend())
