@@ -269,9 +269,12 @@ def compare(before: Path, after: Path, patterns: list[str]) -> int:
         differences = [f"there is no {file}" for file in missing]
         if not missing:
             one, other = (dict(np.load(file)) for file in files)
-            differences, total = list(_differences(one, other)), len(one.keys() | other.keys())
+            differences, total = list(_differences(one, other)), len(one.keys() & other.keys())
+            if not total:
+                differences = ["nothing is recorded in both"]
             if not differences:
-                print(f"{name:32} equal to the bit ({total} arrays)")
+                bytes_only = "" if one.keys() == other.keys() else ", samples as bytes only"
+                print(f"{name:32} equal to the bit ({total} arrays{bytes_only})")
         if differences:
             different += 1
             print(f"{name:32} DIFFERENT")
