@@ -1,13 +1,13 @@
 """Digits in 1, 2, 4 and 8 evaluations of the network: `python benchmarks/distillation.py`.
 
-Models distilled by each method are compared with samplers that draw from their teacher in as few
+Models distilled by each method are compared with samplers that use their teacher in as few
 evaluations, by the Fréchet distance to the real digits (features of the small digit classifier,
-which compare with each other only). The line to reach is ddpm in all of the teacher's timesteps. A
-second teacher knows the digits' classes; it is distilled with guidance built in, and the share of
-pictures that the classifier takes for the class that was asked for must not fall.
+which compare with each other only). The reference is ddpm in all of the teacher's timesteps. A
+second, class-conditional teacher is distilled with guidance built in; the share of samples that the
+classifier assigns to their class must not fall.
 
-What is missing is trained first, with the scripts of launch/. Everything is kept, so the command
-can be stopped and repeated. It writes benchmarks/results/distillation.json, the table in
+Missing runs are trained first, with the scripts of launch/. Everything is kept, so that the command
+can be interrupted and repeated. It writes benchmarks/results/distillation.json, the table in
 docs/distillation.md and the plot in docs/pictures, and its exit status is 1 if a goal is missed.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -23,17 +23,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
-import numpy as np
 import torch
-from benchmarks.throughput.gallery import Gallery, Method, student_method, students_of
+from benchmarks.digits import DigitMetrics, in_turn, kept_samples, load, load_distilled
 from benchmarks.throughput.machine import facts
-from benchmarks.throughput.report import finish, pyplot, write_between_marks, write_json
-from benchmarks.throughput.subject import subject_of
+from benchmarks.throughput.report import write_between_marks, write_json
 
+from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.digits import DigitClassifier, digit_classifier, real_digits
-from ddpm_engine.evaluation.fid import frechet_distance, moments
+from ddpm_engine.plots.style import COLOURS, MARKS, saved
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "distillation.json"
@@ -42,12 +40,12 @@ PLOT = ROOT / "docs" / "pictures" / "distillation.png"
 
 EVALUATIONS = (1, 2, 4, 8)
 MANY = 50
-"""Steps in which ddim gets as close as it can: the distance of the path that is distilled."""
+"""Steps in which ddim converges: the distance of the trajectory that is distilled."""
 SAMPLERS = ("ddim", "dpm++2m", "unipc")
 GUIDANCE_SCALE = 2.0
-"""Of the teacher that knows classes."""
+"""Guidance scale of the class-conditional teacher."""
 GUIDED_STEPS = 100
-"""Of ddpm, by which the teacher of classes is asked for digits, as `make demo` does."""
+"""Steps of ddpm with the class-conditional teacher, as in `make demo`."""
 
 START = 128
 """Steps of the first teacher of progressive distillation: the error of DDIM in these stays."""
@@ -66,23 +64,23 @@ class Options:
     """Compare distilled models of the digits with samplers, in few evaluations."""
 
     runs: Path = Path("runs")
-    """Where runs are, and are trained if they are missing."""
-    pictures: Positive = 5000
-    """Pictures drawn for each distance in few evaluations."""
+    """Folder of runs; missing ones are trained."""
+    samples: Positive = 5000
+    """Samples for each distance in few evaluations."""
     seeds: Positive = 3
-    """How many, of the pictures."""
-    reference_pictures: Positive = 2000
-    """Pictures drawn by ddpm in all timesteps; what is compared with it is of as many."""
+    """Seeds of these samples."""
+    reference_samples: Positive = 2000
+    """Samples of ddpm in all timesteps; what is compared with it uses as many."""
     reference_seeds: Positive = 1
-    """How many, of these; each is half an hour."""
-    guided_pictures: Positive = 2000
-    """Pictures of which the classes are judged."""
+    """Seeds of these; each is half an hour."""
+    guided_samples: Positive = 2000
+    """Samples whose classes are checked."""
     result: Path = RESULT
-    """Write everything here."""
+    """File for everything, as JSON."""
     document: Path = DOCUMENT
-    """Write the tables here, between their two marks."""
+    """Document for the tables, between their two marks."""
     plot: Path = PLOT
-    """Draw the curves here."""
+    """File for a plot of the curves."""
 
 
 @dataclass(frozen=True)
@@ -176,109 +174,124 @@ def students_by_evaluations(runs: Path) -> list[Path]:
     return progressive + [training.checkpoint(runs) for training in others]
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """What is kept of the distances of seeds."""
-    return {"mean": mean(values), "each": list(values)}
+Distances = dict[str, Any]
+"""Mean and each of the distances of several seeds."""
 
 
-def shown(found: dict[str, Any]) -> str:
+def formatted(found: Distances) -> str:
     """The distances of seeds, in a table."""
     middle, each = found["mean"], found["each"]
     return f"{middle:.2f}" + (f" ({min(each):.2f} – {max(each):.2f})" if len(each) > 1 else "")
 
 
 def measure_few(options: Options, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Distances in few evaluations, and the line to reach."""
+    """Distances in few evaluations, and the reference."""
     runs, device = options.runs, torch.device("cpu")
-    teacher = subject_of(TEACHER.checkpoint(runs), device)
-    students = students_of(students_by_evaluations(runs), device)
-    gallery = Gallery(teacher, runs / TEACHER.run / "pictures-by-method", students=students)
-    size = teacher.unet.sample_shape[-1]
-    features = digit_classifier(size).features
-    real = moments([features(real_digits(size).images)])
+    teacher = load(TEACHER.checkpoint(runs), device)
+    students = load_distilled(students_by_evaluations(runs), device)
+    folder = runs / TEACHER.run / "samples-by-method"
+    digits = DigitMetrics.of_size(teacher.shape[-1])
 
-    def distance(pictures: np.ndarray) -> float:
-        return frechet_distance(moments([features(pictures)]), real)
+    def distances(
+        model: LoadedModel, seeds: int, count: int, first: int | None = None, **given: Any
+    ) -> Distances:
+        """Of the `first` of `count` samples of each seed."""
+        each = [
+            digits.distance(kept_samples(model, folder, count, seed=seed, **given)[:first])
+            for seed in range(seeds)
+        ]
+        return {"mean": mean(each), "each": each}
 
-    def as_many_as_the_reference(method: Method, seeds: int) -> dict[str, Any]:
-        drawn = [gallery.pictures(method, s, options.reference_pictures) for s in range(seeds)]
-        found = spread([distance(pictures) for pictures in drawn])
+    def of_reference(sampler: str, steps: int, seeds: int) -> Distances:
+        found = distances(teacher, seeds, options.reference_samples, **few_steps(sampler, steps))
         progress(
-            f"{method.name}, {method.steps} evaluations: {found['mean']:.3f} "
-            f"({options.reference_pictures} pictures)"
+            f"{sampler}, {steps} evaluations: {found['mean']:.3f} "
+            f"({options.reference_samples} samples)"
         )
         return found
 
     total = teacher.schedule.timesteps
-    reference = as_many_as_the_reference(Method("ddpm", total), options.reference_seeds)
-    path = as_many_as_the_reference(Method("ddim", MANY), options.seeds)
+    reference = of_reference("ddpm", total, options.reference_seeds)
+    path = of_reference("ddim", MANY, options.seeds)
+    methods: list[tuple[str, int, LoadedModel, dict[str, Any]]] = [
+        (sampler, steps, teacher, few_steps(sampler, steps))
+        for sampler in SAMPLERS
+        for steps in EVALUATIONS
+    ]
+    for name, student in students.items():
+        steps = student.sampling.steps or total
+        methods.append((f"distilled, {name.partition(' ')[0]}", steps, student, {}))
     points = []
-    methods = [Method(sampler, steps) for sampler in SAMPLERS for steps in EVALUATIONS]
-    methods += [student_method(name, student) for name, student in students.items()]
-    for method in methods:
-        drawn = [gallery.pictures(method, s, options.pictures) for s in range(options.seeds)]
-        found = spread([distance(pictures) for pictures in drawn])
-        # A seed's luck is larger than what is to be told apart.
-        as_many = spread([distance(p[: options.reference_pictures]) for p in drawn])
+    for name, steps, model, given in methods:
+        found = distances(model, options.seeds, options.samples, **given)
+        # Seeds differ by more than what is to be compared.
+        as_many = distances(
+            model, options.seeds, options.samples, options.reference_samples, **given
+        )
         points.append(
             {
-                "name": method.name,
-                "evaluations": method.steps,
+                "name": name,
+                "evaluations": steps,
                 "distance": found,
                 "of_as_many_as_the_reference": as_many,
                 "times_the_reference": as_many["mean"] / reference["mean"],
             }
         )
-        progress(f"{method.name}, {method.steps} evaluations: {found['mean']:.3f}")
+        progress(f"{name}, {steps} evaluations: {found['mean']:.3f}")
     return {
         "reference": {"evaluations": total, "distance": reference},
         "path": {"evaluations": MANY, "distance": path},
         "points": points,
-        "teacher": teacher.name,
-        "students": {name: student.name for name, student in students.items()},
+        "teacher": described(teacher),
+        "students": {name: described(student) for name, student in students.items()},
     }
+
+
+def few_steps(sampler: str, steps: int, **more: Any) -> dict[str, Any]:
+    """Options of a request to the teacher."""
+    return {"sampler": sampler, "steps": steps, "spacing": "trailing", "eta": 0.0, **more}
+
+
+def described(model: LoadedModel) -> str:
+    """Checkpoint of a model."""
+    return "" if model.checkpoint is None else str(model.checkpoint.path)
 
 
 def measure_classes(options: Options, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Shares classified as asked: of the guided teacher, and with guidance built in."""
+    """Shares of samples classified as their class: guided teacher, and guidance built in."""
     runs, device = options.runs, torch.device("cpu")
-    teacher = subject_of(CLASSES.checkpoint(runs), device)
-    students = students_of([GUIDED.checkpoint(runs)], device)
-    gallery = Gallery(teacher, runs / CLASSES.run / "pictures-by-method", students=students)
-    size = teacher.unet.sample_shape[-1]
-    classifier, real = digit_classifier(size), real_digits(size)
-    statistics = moments([classifier.features(real.images)])
-    ((name, student),) = students.items()
-    methods = {
-        "teacher, guided": Method("ddpm", GUIDED_STEPS, guidance=GUIDANCE_SCALE),
-        "teacher, guided, as few steps": Method("ddim", 4, guidance=GUIDANCE_SCALE),
-        "distilled, guidance built in": Method("ddim", 4, student=name),
-    }
-    found = {}
-    for row, method in methods.items():
-        pictures = gallery.pictures(method, 0, options.guided_pictures)
-        found[row] = {
-            "sampler": method.sampler,
-            "steps": method.steps,
-            "accuracy": accuracy(classifier, pictures),
-            "distance": frechet_distance(moments([classifier.features(pictures)]), statistics),
+    teacher = load(CLASSES.checkpoint(runs), device)
+    ((_, student),) = load_distilled([GUIDED.checkpoint(runs)], device).items()
+    folder, count = runs / CLASSES.run / "samples-by-method", options.guided_samples
+    digits = DigitMetrics.of_size(teacher.shape[-1])
+    methods: dict[str, tuple[LoadedModel, dict[str, Any]]] = {
+        "teacher, guided": (teacher, few_steps("ddpm", GUIDED_STEPS, guidance=GUIDANCE_SCALE)),
+        "teacher, guided, as few steps": (
+            teacher, few_steps("ddim", 4, guidance=GUIDANCE_SCALE)
+        ),
+        "distilled, guidance built in": (student, {}),
+    }  # fmt: skip
+    rows = {}
+    for row, (model, given) in methods.items():
+        samples = kept_samples(model, folder, count, seed=0, **given)
+        metrics = digits.compute(samples, ["fid", "accuracy"], in_turn(count))
+        rows[row] = {
+            "sampler": given.get("sampler", "ddim"),
+            "steps": given.get("steps", 4),
+            "accuracy": metrics["accuracy"]["share"],
+            "distance": metrics["fid"]["distance"],
         }
-        progress(f"{row}: {found[row]['accuracy']:.1%} classified as asked")
+        progress(f"{row}: {rows[row]['accuracy']:.1%} classified as their class")
     return {
         "scale": GUIDANCE_SCALE,
-        "teacher": teacher.name,
-        "rows": found,
-        "student": student.name,
+        "teacher": described(teacher),
+        "rows": rows,
+        "student": described(student),
     }
-
-
-def accuracy(classifier: DigitClassifier, pictures: np.ndarray) -> float:
-    """Share of pictures taken for the class asked: 0, 1, …, 9 in turn."""
-    return float((classifier.classify(pictures) == np.arange(len(pictures)) % 10).mean())
 
 
 def goals(found: dict[str, Any]) -> dict[str, bool]:
-    """What was hoped for, and whether it came true."""
+    """Goals, and whether they are met."""
     by = {(point["name"], point["evaluations"]): point for point in found["few"]["points"]}
 
     def best(steps: int, figure: Callable[[dict[str, Any]], float]) -> float:
@@ -325,26 +338,26 @@ def tables(found: dict[str, Any]) -> list[str]:
 
     def compared(point: dict[str, Any]) -> str:
         times = point["times_the_reference"]
-        return f"{shown(point['of_as_many_as_the_reference'])}, × {times:.2f}"
+        return f"{formatted(point['of_as_many_as_the_reference'])}, × {times:.2f}"
 
     seeds = len(reference["distance"]["each"])
-    lines = by_evaluations(few["points"], lambda point: shown(point["distance"]))
+    lines = by_evaluations(few["points"], lambda point: formatted(point["distance"]))
     lines += [
         "",
-        f"Fréchet distance to the 1,797 real digits, {options['pictures']} pictures: mean of "
-        f"{options['seeds']} seeds, and their range. Of {options['reference_pictures']} pictures, "
-        f"`ddpm` in {reference['evaluations']} evaluations has {shown(reference['distance'])}, of "
+        f"Fréchet distance to the 1,797 real digits, {options['samples']} samples: mean of "
+        f"{options['seeds']} seeds, and their range. Of {options['reference_samples']} samples, "
+        f"`ddpm` in {reference['evaluations']} evaluations has {formatted(reference['distance'])}, of "
         f"{seeds} seed{'s' * (seeds > 1)}, and `ddim` in {path['evaluations']}, "
-        f"the path that is distilled, {shown(path['distance'])}. Of as many, and over `ddpm`'s:",
+        f"the path that is distilled, {formatted(path['distance'])}. Of as many, and over `ddpm`'s:",
         "",
         *by_evaluations(few["points"], compared),
     ]
     lines += [
         "",
-        f"With classes and a guidance scale of {classes['scale']:g}, {options['guided_pictures']} "
-        "pictures:",
+        f"With classes and a guidance scale of {classes['scale']:g}, {options['guided_samples']} "
+        "samples:",
         "",
-        "| model | steps | classified as asked | distance |",
+        "| model | steps | classified as their class | distance |",
         "|---|---|---|---|",
     ]
     for name, row in classes["rows"].items():
@@ -364,39 +377,39 @@ def tables(found: dict[str, Any]) -> list[str]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Distance against evaluations, a line for each method."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    few = found["few"]
-    looks = {
-        "ddim": ("#0072B2", "o"), "dpm++2m": ("#56B4E9", "s"), "unipc": ("#009E73", "^"),
-        "distilled, progressive": ("#D55E00", "D"), "distilled, consistency": ("#CC79A7", "v"),
-        "distilled, moments": ("#000000", "*"),
-    }  # fmt: skip
-    for name, (colour, mark) in looks.items():
-        line = [point for point in few["points"] if point["name"] == name]
-        middles = [point["distance"]["mean"] for point in line]
-        each = np.array([point["distance"]["each"] for point in line])
-        ranges = [middles - each.min(1), each.max(1) - middles]
-        steps = [point["evaluations"] for point in line]
-        axes.errorbar(steps, middles, ranges, label=name, color=colour, marker=mark, capsize=3)
-    reference = few["reference"]
-    axes.axhline(
-        reference["distance"]["mean"], color="#000000", linestyle=":",
-        label=f"ddpm, {reference['evaluations']} evaluations, "
-        f"{found['settings']['reference_pictures']} pictures",
-    )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the network")
-    axes.set_ylabel("Fréchet distance to the real digits")
-    axes.set_xticks(EVALUATIONS, [str(steps) for steps in EVALUATIONS])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    finish(figure, path)
+    few, reference = found["few"], found["few"]["reference"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with saved(path, 7, 4.5) as (_, grid):
+        axes = grid[0, 0]
+        for k, name in enumerate(dict.fromkeys(point["name"] for point in few["points"])):
+            line = [point for point in few["points"] if point["name"] == name]
+            means = [point["distance"]["mean"] for point in line]
+            each = [point["distance"]["each"] for point in line]
+            below = [middle - min(values) for middle, values in zip(means, each, strict=True)]
+            above = [max(values) - middle for middle, values in zip(means, each, strict=True)]
+            steps = [point["evaluations"] for point in line]
+            axes.errorbar(
+                steps, means, [below, above], label=name, color=COLOURS[k], marker=MARKS[k],
+                capsize=3,
+            )  # fmt: skip
+        axes.axhline(
+            reference["distance"]["mean"], color="#000000", linestyle=":",
+            label=f"ddpm, {reference['evaluations']} evaluations, "
+            f"{found['settings']['reference_samples']} samples",
+        )  # fmt: skip
+        axes.set(
+            xscale="log", yscale="log", xlabel="network evaluations per sample",
+            ylabel="Fréchet distance to the real digits",
+        )  # fmt: skip
+        axes.set_xticks(EVALUATIONS, [str(steps) for steps in EVALUATIONS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def main() -> int:
-    """Train what is missing, draw, compare, write; the exit status."""
-    with exit_on_user_error():
+    """Train what is missing, sample, compare, write; returns the exit status."""
+    with exit_on_user_error(Options):
         options = parse_options(Options)
 
         def progress(line: str) -> None:
@@ -406,16 +419,10 @@ def main() -> int:
         for training in (TEACHER, CLASSES, *students):
             train(training, options.runs)
         machine = facts(torch.device("cpu"))
-        settings = {
-            key: getattr(options, key)
-            for key in (
-                "pictures",
-                "seeds",
-                "reference_pictures",
-                "reference_seeds",
-                "guided_pictures",
-            )
-        }
+        names = (
+            "samples", "seeds", "reference_samples", "reference_seeds", "guided_samples"
+        )  # fmt: skip
+        settings = {name: getattr(options, name) for name in names}
         found: dict[str, Any] = {"machine": machine, "settings": settings}
         found["few"] = measure_few(options, progress)
         found["classes"] = measure_classes(options, progress)

@@ -1,12 +1,12 @@
-"""Do enlarged digits agree with the small ones? `python benchmarks/enlarging.py --checkpoint RUN`.
+"""Do upscaled digits agree with their inputs? `python benchmarks/enlarging.py --checkpoint RUN`.
 
-A model that enlarges (such as the preset digits-upscale) is given real digits made small, or with
-`--small` the pictures that another model drew. At each augmentation level are reported
+A super-resolution model (such as the preset digits-upscale) gets downsampled real digits, or with
+`--small` the samples of another model. At each level of noise-conditioning augmentation are reported
 
-    consistency  root mean square difference, in grey levels of 255, between what it was given and
-                 its pictures made small again
-    of another   the same between its pictures and what its neighbours were given: the difference
-                 that a model would have that does not look at what it is given
+    consistency  root mean square difference, in grey levels of 255, between the inputs and the
+                 downsampled samples
+    of another   the same between the downsampled samples and the inputs of their neighbours: the
+                 difference of a model that ignores its input
     distance     the Fréchet distance to real digits, in the features of a small classifier
 
 beside the consistency and distance of bilinear interpolation, which invents nothing.
@@ -23,84 +23,80 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
+from benchmarks.digits import DigitMetrics, load
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 from torch import Tensor
-from tqdm import tqdm
 
-from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
-from ddpm_engine.diffusion.super_resolution import downsample, upsample
+from ddpm_engine.diffusion.super_resolution import enlarge, shrink
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.fid import frechet_distance, moments
 from ddpm_engine.generation.input_images import SamplesAsInput
-from ddpm_engine.images.grid import grid, save_png, to_uint8
-from ddpm_engine.samplers.sampler import Sampler
+from ddpm_engine.images.grid import grid, save_png
+from ddpm_engine.runtime import local_device
 
-SHOWN = 12
+COLUMNS = 12
 
 
 @dataclass(frozen=True)
 class Options:
-    """Agreement of enlarged digits with the small ones, and their distance to real ones."""
+    """Agreement of upscaled digits with their inputs, and their distance to real ones."""
 
     checkpoint: Path = Path("runs/digits-upscale")
-    """A run directory of a model that enlarges digits."""
+    """Run directory of a super-resolution model of digits."""
     small: Path | None = None
-    """Enlarge the first pictures of this folder of launch/sample.py; default: real digits."""
+    """Folder of samples of launch/sample.py to upscale; default: real digits."""
     levels: tuple[int, ...] = (0, 50, 100, 200)
-    """NoiseConditioningAugmentation levels, in steps of a chain of 1000."""
+    """Augmentation levels, in steps of a chain of 1000."""
     count: Positive = 500
-    """Pictures at each level."""
+    """Samples at each level."""
     seed: int = 1
-    """Of their noise."""
+    """Seed of their noise."""
     steps: PositiveOrNone = None
-    """Steps a picture; default: the run's."""
+    """Steps per sample; default: the run's."""
     json: Path | None = None
-    """Write everything into this file."""
+    """File for everything, as JSON."""
     picture: Path | None = None
-    """Show some here, a column each: given, interpolated, enlarged at the first level, and real."""
+    """File for a grid, a column each: input, interpolated, upscaled at the first level, and real."""
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Root mean square, in grey levels, of images in [-1, 1]."""
+    """Root mean square difference, in grey levels, of images in [-1, 1]."""
     return float((a - b).square().mean().sqrt() * 127.5)
 
 
 def main() -> None:
-    """Enlarge at each level, compare, report."""
-    with exit_on_user_error():
+    """Upscale at each level, compare, report."""
+    with exit_on_user_error(Options):
         options = parse_options(Options)
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        pretrained = load_model(options.checkpoint, device)
-        model, side = pretrained.network, pretrained.spec.low_resolution
-        if side is None or model.conditioning.null_class is not None:
+        device = local_device()
+        model = load(options.checkpoint, device)
+        side = model.spec.low_resolution
+        if side is None or model.spec.null_class is not None:
             raise UserError(
-                f"--checkpoint {options.checkpoint} must enlarge, and be of no classes, as the "
-                "preset digits-upscale"
+                f"`checkpoint` {options.checkpoint} must be an unconditional super-resolution "
+                "model, as the preset digits-upscale",
+                field="checkpoint",
             )
-        channels, size, _ = model.sample_shape
-        real = real_digits(size)
+        channels, size, _ = model.shape
+        digits = DigitMetrics.of_size(size)
         # Neighbours in the data are often of one class; those in another order are any.
-        order = np.random.default_rng(0).permutation(len(real.images))
-        originals = torch.from_numpy(real.images[order[: options.count]]).permute(0, 3, 1, 2)
+        order = np.random.default_rng(0).permutation(len(digits.digits.images))
+        originals = torch.from_numpy(digits.digits.images[order[: options.count]])
+        originals = originals.permute(0, 3, 1, 2)
         ids = range(len(originals) if options.small is None else options.count)
         if options.small is None:
-            given = downsample(originals, side)
+            inputs = shrink(originals, side)
         else:
-            given = SamplesAsInput(options.small, (channels, side, side)).of(ids)
-        given = given.to(device)
-        classifier = digit_classifier(size)
-        theirs = moments([classifier.features(real.images)])
+            inputs = SamplesAsInput(options.small, (channels, side, side)).of(ids)
+        inputs = inputs.to(device)
 
-        def measured(pictures: Tensor) -> dict[str, Any]:
-            small = downsample(pictures.clamp(-1, 1), side)
-            features = classifier.features(to_uint8(pictures))
+        def measured(samples: Tensor) -> dict[str, Any]:
+            small = shrink(samples.clamp(-1, 1), side)
             return {
-                "consistency": difference(small, given),
-                "of_another": difference(small, given.roll(1, 0)),
-                "distance": frechet_distance(moments([features]), theirs),
+                "consistency": difference(small, inputs),
+                "of_another": difference(small, inputs.roll(1, 0)),
+                "distance": digits.distance(model.codec.decode(samples)),
             }
 
         def row(name: str, found: dict[str, Any]) -> str:
@@ -109,39 +105,37 @@ def main() -> None:
                 f"{found['of_another']:5.1f}  distance {found['distance']:.3f}"
             )
 
-        interpolated = upsample(given, size)
+        interpolated = enlarge(inputs, size)
         by_interpolation = measured(interpolated)
         print(row("interpolation", by_interpolation), flush=True)
-        steps = options.steps or pretrained.config.sampling.steps or pretrained.schedule.timesteps
-        total = len(options.levels) * len(ids) * steps
+        steps = options.steps or model.sampling.steps or model.schedule.timesteps
         points: list[dict[str, Any]] = []
         rows: list[Tensor] = []
-        with tqdm(total=total, unit="img·step", disable=not sys.stderr.isatty()) as bar:
-            for level in options.levels:
-                request = pretrained.request(
-                    seed=options.seed, steps=steps, low_resolution=given, augmentation_level=level
-                )
-                pictures = Sampler(pretrained, request).sample(ids, on_step=bar.update)
-                points.append({"level": level, **measured(pictures)})
-                print(row(f"level {level}", points[-1]), flush=True)
-                if not rows:
-                    pixels = given.repeat_interleave(size // side, 2)
-                    rows = [pixels.repeat_interleave(size // side, 3), interpolated, pictures]
+        for level in options.levels:
+            samples = model.sample(
+                ids, seed=options.seed, steps=steps, low_resolution=inputs,
+                augmentation_level=level,
+            ).tensor  # fmt: skip
+            points.append({"level": level, **measured(samples)})
+            print(row(f"level {level}", points[-1]), flush=True)
+            if not rows:
+                pixels = inputs.repeat_interleave(size // side, 2)
+                rows = [pixels.repeat_interleave(size // side, 3), interpolated, samples]
         if options.picture is not None:
-            shown = [to_uint8(images[:SHOWN]) for images in rows]
+            images = [model.codec.decode(row[:COLUMNS]) for row in rows]
             if options.small is None:
-                shown.append(originals[:SHOWN].permute(0, 2, 3, 1).numpy())
+                images.append(originals[:COLUMNS].permute(0, 2, 3, 1).numpy())
             options.picture.parent.mkdir(parents=True, exist_ok=True)
-            save_png(grid(np.concatenate(shown), columns=SHOWN), options.picture)
+            save_png(grid(np.concatenate(images), columns=COLUMNS), options.picture)
         if options.json is not None:
             report = {
                 "machine": facts(device),
-                "checkpoint": f"{options.checkpoint}, step {pretrained.step}",
+                "checkpoint": f"{options.checkpoint}, step {model.step}",
                 "small": "real digits" if options.small is None else str(options.small),
                 "settings": {
                     "count": len(ids),
                     "seed": options.seed,
-                    "sampler": pretrained.config.sampling.sampler,
+                    "sampler": model.sampling.sampler,
                     "steps": steps,
                 },
                 "interpolation": by_interpolation,

@@ -1,10 +1,10 @@
-"""How far does a Fréchet distance depend on N? `python benchmarks/frechet_bias.py`.
+"""Bias of the Fréchet distance with the number of images: `python benchmarks/frechet_bias.py`.
 
 Left: N draws from a normal distribution against that distribution itself, whose distance is zero.
 What is measured is bias alone, about D/N + D(D + 1)/(4 (N − 1)) for D independent features: the
 mean's error, and the covariance's to second order. Middle and right: N real digits against others,
-so that the distance is as small as it gets, by the Fréchet distance and by the kernel distance,
-which has no bias. Written are the picture and the figures in it, as JSON to the terminal.
+by the Fréchet distance and by the kernel distance, which has no bias. The script writes the plot,
+and prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ SIZE = 16
 
 @dataclass(frozen=True)
 class Options:
-    """Bias of the Fréchet distance with the number of pictures."""
+    """Bias of the Fréchet distance with the number of images."""
 
     out: Path = Path("docs/pictures/frechet-bias.png")
-    """Where the picture goes."""
+    """File for the plot."""
     repeats: Annotated[int, at_least(2)] = 20
-    """Draws for each number of pictures."""
+    """Repetitions for each number of images."""
     features: tuple[int, ...] = (16, 64, 256)
-    """Features of the normal distributions, D."""
+    """Dimensions D of the normal distributions."""
     largest: Annotated[int, at_least(100)] = 25_600
-    """Draws from them at most; it begins at 100 and doubles."""
+    """Largest number of draws from them; it begins at 100 and doubles."""
 
 
 def expected_bias(features: int, count: int) -> float:
@@ -47,7 +47,7 @@ def expected_bias(features: int, count: int) -> float:
 
 
 def of_normals(features: int, counts: list[int], repeats: int) -> list[list[float]]:
-    """Distances of draws to the distribution that they come from, for each number of draws."""
+    """Distances of draws to their own distribution, for each number of draws."""
     exact = Moments(0, np.zeros(features), np.eye(features))
     rng = np.random.default_rng(features)
     return [
@@ -62,7 +62,7 @@ def of_normals(features: int, counts: list[int], repeats: int) -> list[list[floa
 def of_digits(
     features: NDArray[np.float64], counts: list[int], repeats: int
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Fréchet and kernel distances of N digits to a half of all that they are not in."""
+    """Fréchet and kernel distances of N digits to a disjoint half of all digits."""
     frechet: list[list[float]] = []
     kernel: list[list[float]] = []
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def of_digits(
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure, print, plot."""
     options = parse_options(Options)
     counts = [100]
     while counts[-1] * 2 <= options.largest:

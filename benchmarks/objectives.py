@@ -1,12 +1,12 @@
 """Every objective on the digits, in the same budget: `python benchmarks/objectives.py`.
 
-Each trains the same network on the same batches from the same seeds, draws pictures with the same
-sampler, and is judged by their Fréchet distance to the real digits (features of the small digit
+Each trains the same network on the same batches from the same seeds and generates samples with the
+same sampler; reported is their Fréchet distance to the real digits (features of the small digit
 classifier, which compare with each other only). The best fixed variances and the learned one are
 compared by their bits per dimension, too.
 
-Runs go side by side, one thread each, in processes of their own. What is finished is kept in
-`--out`, so the command can be stopped, repeated, and asked for more seeds. It writes
+Runs go side by side, one thread each, in processes of their own. Results are kept in `--out`, so
+that the command can be interrupted, repeated, and given more seeds. It writes
 benchmarks/results/objectives.json and the table in docs/objectives.md, and its exit status is 1 if
 an objective ends more than 1.5 times as far from the real digits as the simple one, or if the
 hybrid objective does not take fewer bits.
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
+from benchmarks.digits import DigitMetrics
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 
@@ -41,9 +42,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.data.packing.pack import prepare_shards
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.digits import digit_classifier, real_digits
-from ddpm_engine.evaluation.fid import frechet_distance, moments
-from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.evaluation.digits import digit_classifier
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
 from ddpm_engine.training.trainer import Trainer
@@ -75,25 +74,25 @@ BITS: dict[str, tuple[str, ...]] = {
     "bound": ("fixed_small", "fixed_large"),
     AFTER: ("learned_range",),
 }
-"""Of which the likelihood is taken, and with which variances."""
+"""Objectives whose likelihood is measured, and with which variances."""
 WITHIN = 1.5
-"""Times the distance of the simple objective."""
+"""Largest acceptable distance, in units of that of the simple objective."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What every objective gets."""
+    """Budget of every objective."""
 
     steps: Positive = 700
     """Optimizer steps, batches of 64."""
-    pictures: Annotated[int, at_least(2)] = 1000
-    """Pictures drawn for each distance."""
+    samples: Annotated[int, at_least(2)] = 1000
+    """Samples for each distance."""
     sampler: SamplerName = "heun"
-    """Which sampler draws them."""
+    """Name of the sampler."""
     sampling_steps: Positive = 18
-    """Steps a picture; with heun each but the last is two evaluations."""
+    """Steps per sample; with heun each but the last is two evaluations."""
     likelihoods: Positive = 48
-    """Real digits whose likelihood is taken, T evaluations each."""
+    """Real digits whose likelihood is measured, T evaluations each."""
 
 
 @dataclass(frozen=True)
@@ -101,27 +100,27 @@ class Options:
     """Compare the objectives on the digits."""
 
     budget: Budget = Budget()
-    """What each gets."""
+    """Budget of each objective."""
     seeds: Positive = 2
     """Runs of each objective."""
     only: tuple[str, ...] = ()
-    """Names of those to compare; default: all."""
+    """Objectives to compare; default: all."""
     at_once: Positive = 2
     """Runs side by side, one thread each."""
     out: Path = Path("runs/objectives")
-    """Where runs and what they gave are kept."""
+    """Folder of runs and their results."""
     result: Path = RESULT
-    """Write everything here."""
+    """File for everything, as JSON."""
     document: Path = DOCUMENT
-    """Write the table here, between its two marks."""
+    """Document for the table, between its two marks."""
     entry: str | None = None
-    """Measure one run of this objective and leave, as this command does for each run."""
+    """Objective of a single run to measure, as this command does for each run."""
     seed: int = 0
-    """Of that run."""
+    """Seed of that run."""
 
 
 def folder(options: Options, name: str, seed: int) -> Path:
-    """Of one run; a longer one is another."""
+    """Folder of one run; a longer one is another."""
     plain = re.sub(r"\W+", "-", name.replace("ε", "eps"))
     return options.out / f"{plain}-{options.budget.steps}-{seed}"
 
@@ -145,7 +144,7 @@ def configuration(options: Options, name: str, seed: int) -> RunConfig:
 
 
 def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
-    """Train, draw, compare: what is known of one run."""
+    """Train, sample, compare: the result of one run."""
     config = configuration(options, name, seed)
     started = time.monotonic()
     Trainer(config).fit()
@@ -154,22 +153,17 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     budget = options.budget
     if trained.step != budget.steps:
         raise UserError(f"stopped at step {trained.step} of {budget.steps}; run it again to go on")
-    sampling = SamplingConfig(
-        sampler=budget.sampler,
-        steps=budget.sampling_steps,
-        clip_x0=trained.sampling.clip_x0,
+    sampling = SamplingConfig(sampler=budget.sampler, steps=budget.sampling_steps)
+    samples = trained.sample(
+        budget.samples, batch_size=250, progress=False, seed=seed, sampling=sampling
     )
-    pictures = trained.sample(
-        budget.pictures, seed=seed, sampling=sampling, batch_size=250, progress=False
-    ).tensor
-    real = real_digits(config.model.sample_size).images
-    features = digit_classifier(config.model.sample_size, options.out / "classifier").features
-    distance = frechet_distance(moments([features(to_uint8(pictures))]), moments([features(real)]))
+    digits = DigitMetrics.of_size(config.model.sample_size, options.out / "classifier")
+    real = digits.digits.images
     chosen = real[np.linspace(0, len(real) - 1, budget.likelihoods).astype(int)]
     images = torch.from_numpy(chosen).permute(0, 3, 1, 2).contiguous()
     return {
         "budget": asdict(budget),
-        "distance": distance,
+        "distance": digits.distance(trained.codec.decode(samples.tensor)),
         "bits_per_dim": {
             variance: bits(trained, images, variance) for variance in BITS.get(name, ())
         },
@@ -191,7 +185,7 @@ def bits(trained: LoadedModel, images: torch.Tensor, variance: str) -> float:
 
 
 def finished(options: Options, name: str, seed: int) -> dict[str, Any] | None:
-    """What an earlier call has measured with the same budget."""
+    """Return the result of an earlier call with the same budget, or None."""
     file = folder(options, name, seed) / "measured.json"
     if not file.exists():
         return None
@@ -200,10 +194,10 @@ def finished(options: Options, name: str, seed: int) -> dict[str, Any] | None:
 
 
 def run_apart(options: Options, todo: tuple[str, int]) -> str:
-    """Measure in a process of its own; returns a line that says how it went.
+    """Measure in a process of its own; returns a line about the result.
 
     Raises:
-        UserError: it failed; the message has the end of what it said.
+        UserError: it failed; the message has the end of its output.
     """
     name, seed = todo
     given = asdict(options.budget).items()
@@ -232,7 +226,7 @@ def _flag(name: str) -> str:
 
 
 def summary(options: Options, names: list[str]) -> dict[str, Any]:
-    """All that has been measured, by objective."""
+    """Collect all results, by objective."""
     runs = {
         name: [run for seed in range(options.seeds) if (run := finished(options, name, seed))]
         for name in names
@@ -281,9 +275,9 @@ def table(found: dict[str, Any]) -> list[str]:
         flags = " ".join(f"--{_flag(key)} {value}" for key, value in entry["changes"].items())
         flags = flags.replace("learned-variance True", "learned-variance")
         each = ", ".join(f"{distance:.3f}" for distance in entry["distances"])
-        shown = f"`{flags}`" if flags else "none"
+        changes = f"`{flags}`" if flags else "none"
         lines.append(
-            f"| {name} | {shown} | {each} | {spread(entry['distances'])} | "
+            f"| {name} | {changes} | {each} | {spread(entry['distances'])} | "
             f"{entry['times_simple']:.2f} |"
         )
     lines += ["", "| objective | variance | bits/dim of each seed | mean |", "|---|---|---|---|"]
@@ -295,7 +289,7 @@ def table(found: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"Digits at 16×16, the preset's network, {budget['steps']} steps of 64 images, "
-        f"{found['seeds']} seeds; {budget['pictures']} pictures by `{budget['sampler']}` in "
+        f"{found['seeds']} seeds; {budget['samples']} samples by `{budget['sampler']}` in "
         f"{budget['sampling_steps']} steps against all 1,797 digits; bits/dim of "
         f"{budget['likelihoods']} real digits, T = 1000. `{machine['command']}`, "
         f"{machine['date'][:10]}, {machine['device']}, commit {machine['commit'][:12]}.",
@@ -306,11 +300,14 @@ def compare(options: Options) -> int:
     """Measure what is missing, and report; the exit status."""
     unknown = [name for name in options.only if name not in ENTRIES]
     if unknown:
-        raise UserError(f"--only names {unknown[0]!r}; there are {', '.join(ENTRIES)}")
+        raise UserError(
+            f"`only` names {unknown[0]!r}; there are {', '.join(ENTRIES)}", field="only"
+        )
     if options.only and (options.result == RESULT or options.document == DOCUMENT):
         raise UserError(
-            "--only makes a shorter table, which would take the place of the whole one; give "
-            "--result and --document too"
+            "`only` makes a shorter table, which would replace the whole one; give `result` and "
+            "`document` too",
+            field="only",
         )
     names = [name for name in ENTRIES if not options.only or name in options.only or name == BEFORE]
     runs = [(name, seed) for seed in range(options.seeds) for name in names]
@@ -339,7 +336,7 @@ def compare(options: Options) -> int:
 
 def main() -> int:
     """Compare, or measure one."""
-    with exit_on_user_error():
+    with exit_on_user_error(Options):
         options = parse_options(Options)
         if options.entry is None:
             return compare(options)

@@ -1,15 +1,14 @@
-"""Images a second: `python benchmarks/sample_throughput.py`.
+"""Images per second of sampling: `python benchmarks/sample_throughput.py`.
 
-The same pictures, from the same weights and the same number of network evaluations, are drawn by a
-textbook loop, by diffusers' pipelines if it is installed, and by the engine: eager, compiled, and
-compiled with cached features (which makes other pictures, those of caching by hand). Every way is
-first given the engine's noise and compared at every step; one that draws anything else gets no
-figure, and the exit status is 1. Then they are timed in turn, so that a busy machine is as busy for
-all of them.
+The same samples, from the same weights and the same number of network evaluations, are computed by
+a textbook loop, by diffusers' pipelines if it is installed, and by the engine: eager, compiled, and
+with cached features (which gives other samples, those of caching by hand). Every way first gets the
+engine's noise and is compared at every step; one that computes anything else gets no figure, and
+the exit status is 1. Then they are timed in turn, so that a busy machine is as busy for all.
 
 By default the network is that of the preset with random weights: speed does not depend on them.
-With `--equal-quality`, which takes about an hour and a trained model of the digits, the question is
-how many steps each sampler, and each model distilled from it, needs for the quality of a thousand.
+With `--equal-quality`, which needs about an hour and a trained model of the digits, it finds how
+many steps each sampler, and each distilled model, needs for the quality of a thousand.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import torch
+from benchmarks.digits import load, load_distilled
 from benchmarks.throughput import equal_quality as quality
-from benchmarks.throughput.gallery import students_of
 from benchmarks.throughput.machine import facts
-from benchmarks.throughput.measuring import Measured, measure
+from benchmarks.throughput.measuring import Measured, measure, table
 from benchmarks.throughput.profile import evaluation, shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
-from benchmarks.throughput.report import plot_bars, plot_quality, table, write_json
+from benchmarks.throughput.report import plot_bars, plot_quality, write_json
 from benchmarks.throughput.sampling import Job, SamplerName
 from benchmarks.throughput.subject import Subject, preset_subject, subject_of
 
@@ -47,38 +46,38 @@ JOBS = {"digits": Job(16, 50), "photos": Job(8, 20), "cifar10": Job(2, 5), "cele
 
 @dataclass(frozen=True)
 class Options:
-    """Images a second of the engine, a textbook loop and diffusers."""
+    """Images per second of the engine, a textbook loop and diffusers."""
 
     preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
-    """Whose network, with random weights."""
+    """Network of this preset, with random weights."""
     checkpoint: Path | None = None
-    """A run directory: its network instead, with its weights."""
+    """Run directory whose network and weights to use instead."""
     batch: PositiveOrNone = None
-    """Pictures at once; default: 16, 8, 2 or 1, by preset."""
+    """Samples at once; default: 16, 8, 2 or 1, by preset."""
     steps: PositiveOrNone = None
-    """Network evaluations a picture, a divisor of T; default: 50, 20, 5 or 2, by preset."""
+    """Network evaluations per sample, a divisor of T; default: 50, 20, 5 or 2, by preset."""
     samplers: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm++2m")
-    """Which samplers."""
+    """Samplers to measure."""
     rounds: Positive = 7
     """Repetitions of each way."""
     device: Device = "cpu"
-    """Where, such as cuda."""
+    """Device, such as cuda."""
     json: Path | None = None
-    """Write everything here."""
+    """File for everything, as JSON."""
     plot: Path | None = None
-    """Write a plot here."""
+    """File for a plot."""
     profile: bool = False
-    """Show which operations of the network take the time (on a CPU)."""
+    """Print which operations of the network take the time (on a CPU)."""
     equal_quality: bool = False
     """Find the steps that each sampler needs, and write benchmarks/results/equal_quality.json."""
     distilled: tuple[Path, ...] = ()
-    """With `--equal-quality`: what launch/distill.py has made of the run, too."""
+    """Runs distilled from it, for `--equal-quality`."""
     thoroughness: quality.Settings = field(default_factory=quality.Settings)
-    """Of `--equal-quality`."""
+    """Settings of `--equal-quality`."""
 
 
 def progress(line: str) -> None:
-    """Say what is going on, apart from the report."""
+    """Print progress, apart from the report."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -86,7 +85,7 @@ def subject_asked_for(options: Options, device: torch.device) -> Subject:
     """A preset's network, or that of a run."""
     if options.checkpoint is None:
         return preset_subject(options.preset, device)
-    return subject_of(options.checkpoint, device)
+    return subject_of(load(options.checkpoint, device))
 
 
 def compare_speed(options: Options) -> Measured:
@@ -98,7 +97,7 @@ def compare_speed(options: Options) -> Measured:
     machine = facts(device)
     measured = measure(subject, job, options.samplers, options.rounds, progress)
     machine["load_average_after"] = facts(device)["load_average"]
-    title = f"{subject.name}: batch {job.batch}, {job.steps} evaluations a picture"
+    title = f"{subject.name}: batch {job.batch}, {job.steps} evaluations per sample"
     print(f"{title}; {machine['device']}, {machine['threads']} threads")
     print(f"load average {machine['load_average']} → {machine['load_average_after']}\n")
     print("\n".join(table(measured)))
@@ -127,22 +126,26 @@ def compare_speed(options: Options) -> Measured:
 
 
 def compare_quality(options: Options) -> None:
-    """Draw, compare with real digits, print, write."""
+    """Sample, compare with the real digits, print, write."""
     if options.checkpoint is None:
         raise UserError(
-            "--equal-quality needs a trained model of the digits: train one with `make demo`, and "
-            "give --checkpoint runs/digits"
+            "`equal_quality` needs a trained model of the digits: train the preset digits, and give "
+            "its run as `checkpoint`",
+            field="checkpoint",
         )
     device = torch.device(options.device)
-    subject = subject_of(options.checkpoint, device)
-    students = students_of(options.distilled, device)
-    folder = options.checkpoint / "pictures-by-method"
-    found = quality.run(subject, students, folder, options.thoroughness, progress)
+    study = quality.Study(
+        load(options.checkpoint, device),
+        load_distilled(options.distilled, device),
+        options.checkpoint / "samples-by-method",
+        options.thoroughness,
+    )
+    found = quality.run(study, progress)
     print("\n".join(quality.table(found)))
     write_json(options.json or quality.RESULT, found)
     if options.plot is not None:
         reference = {**found["reference"], "name": quality.REFERENCE}
-        plot_quality(options.plot, subject.name, [reference, *found["peers"], *found["points"]])
+        plot_quality(options.plot, found["subject"], [reference, *found["peers"], *found["points"]])
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Images a second of training: `python benchmarks/train_throughput.py`.
+"""Images per second of training: `python benchmarks/train_throughput.py`.
 
 A full step, from a batch in memory to new weights and their average: draw timesteps and noise, mix,
 run the network, loss, gradient, clip, AdamW, moving average. It is taken by a loop as tutorials
@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import torch
 from benchmarks.throughput import training
 from benchmarks.throughput.machine import facts
+from benchmarks.throughput.memory import peak_tensor_bytes
 from benchmarks.throughput.profile import shares_by_operation
 from benchmarks.throughput.profile import table as profile_table
 from benchmarks.throughput.report import aligned, figure, plot_bars, write_json
 from benchmarks.throughput.subject import Subject, preset_subject
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, timed
-from benchmarks.throughput.watching import peak_tensor_bytes
 
 from ddpm_engine.cli.options import (
     Device,
@@ -44,24 +44,24 @@ BATCHES = {"digits": 64, "photos": 32, "cifar10": 4, "celebahq256": 1}
 
 @dataclass(frozen=True)
 class Options:
-    """Images a second of training steps."""
+    """Images per second of training steps."""
 
     preset: Literal["digits", "photos", "cifar10", "celebahq256"] = "digits"
-    """Whose network and optimizer."""
+    """Preset of the network and optimizer."""
     batch: PositiveOrNone = None
-    """Images a step; default: 64 (the preset's), 4 or 1, by preset."""
+    """Images per step; default: 64 (the preset's), 32, 4 or 1, by preset."""
     rounds: Positive = 15
     """Repetitions of each way."""
     steps: Positive = 2
     """Training steps of a repetition."""
     device: Device = "cpu"
-    """Where, such as cuda."""
+    """Device, such as cuda."""
     json: Path | None = None
-    """Write everything into this file."""
+    """File for everything, as JSON."""
     plot: Path | None = None
-    """Write a plot into this file."""
+    """File for a plot."""
     profile: bool = False
-    """Show which operations of the engine's eager step take the time (on a CPU)."""
+    """Print which operations of the engine's eager step take the time (on a CPU)."""
 
 
 @dataclass(frozen=True)

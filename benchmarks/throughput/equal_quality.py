@@ -1,15 +1,14 @@
-"""Evaluations that each way needs to draw digits as well as ddpm does in a thousand, and its speed.
+"""Steps that each sampler needs to generate digits as well as ddpm does in a thousand, and its speed.
 
 Steps are raised until the Fréchet distance to the real digits is at most 5% above that of ddpm on
-all timesteps. A seed's luck is larger than that, and samplers that begin from the same noise share
-some of it: what is compared is the mean over the same seeds. What cached features cost is measured
-as well, and distilled networks in the steps that they were made for.
+all timesteps. Seeds differ by more than that, and samplers that start from the same noise share
+some of it: what is compared is the mean over the same seeds. The cost of cached features is
+measured as well, and so are distilled networks in the steps that they were made for.
 
-Speeds are over that of the textbook loop, which draws the pictures of ddpm on all timesteps: that
-it does is checked first, and so is that the textbook's few lines of DDIM draw what a distilled
-network does. Diffusers' pipelines draw what the engine draws, which is checked as well, and are
-timed beside it. Pictures are kept on disk as they are drawn, so that a run that was stopped goes on
-where it was.
+Speeds are over that of the textbook loop, which computes the samples of ddpm on all timesteps: this
+is checked first, and so is that a few textbook lines of DDIM compute what a distilled network does.
+Diffusers' pipelines compute what the engine computes, which is checked as well, and are timed
+beside it. Samples are kept on disk, so that an interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -25,22 +24,29 @@ from statistics import mean
 from typing import Any
 
 import torch
-from benchmarks.throughput.gallery import Gallery, Method, student_method
+from benchmarks.digits import DigitMetrics, kept_samples
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
 from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, peer_way, reference_way
-from benchmarks.throughput.subject import SEED, Subject
+from benchmarks.throughput.subject import SEED, Subject, subject_of
 from benchmarks.throughput.timing import interleaved, rates, speed_ups, timed
 
+from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import frechet_distance, moments
+from ddpm_engine.samplers.sampler import Sampler
 from ddpm_engine.samplers.timesteps import spaced_timesteps
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "equal_quality.json"
 SAMPLERS = ("ddpm", "ddim", "dpm++2m", "unipc")
 FEW = 10
 """Steps up to which the spread over seeds is cheap enough to measure."""
+USUAL = 25
+"""Steps of diffusers' pipelines where no number that was tried is enough."""
+TIMED = 64
+"""Samples of a timed repetition: what a thousand steps allow in a minute."""
+COMPARED = 2
+"""Samples by which two ways are compared."""
 
 
 @dataclass(frozen=True)
@@ -48,64 +54,110 @@ class Settings:
     """How thoroughly quality is measured."""
 
     samples: int = 2000
-    """Pictures for each distance."""
+    """Samples for each distance."""
     seeds: int = 1
-    """Over which the distance is averaged; each is half an hour of ddpm on all timesteps."""
+    """Seeds the distance is averaged over; each is half an hour of ddpm on all timesteps."""
     spread: int = 3
     """Seeds for each number of steps up to 10, to show how far they differ."""
     steps: tuple[int, ...] = (5, 10, 15, 20, 25, 50, 100, 250)
-    """Which numbers of steps are tried, rising."""
+    """Numbers of steps to try, rising."""
     tolerance: float = 0.05
-    """Allowed above the distance of ddpm on all timesteps."""
+    """Allowed relative excess over the distance of ddpm on all timesteps."""
     batch: int = 250
-    """Pictures at a time; also what is lost when a run is stopped."""
+    """Samples at a time; also what is lost when a run is interrupted."""
     rounds: int = 3
     """Repetitions of the timing at the end."""
 
 
-USUAL = 25
-"""Steps of diffusers' pipelines where no number that was tried is enough."""
-TIMED = 64
-"""Pictures of a timed repetition: what a thousand steps allow in a minute."""
-COMPARED = 2
-"""Pictures by which two ways are compared."""
+@dataclass(frozen=True)
+class Method:
+    """One way of sampling."""
+
+    sampler: str
+    steps: int
+    cache_interval: int = 1
+    student: str | None = None
+    """Name of the distilled network; None: the teacher."""
+    clip: bool = True
+    """Whether estimates of x_0 are clipped."""
+
+    @property
+    def name(self) -> str:
+        """In tables and plots, apart from the steps."""
+        if self.student is not None:
+            return "distilled, " + self.student.partition(" ")[0]
+        return self.sampler + (
+            "" if self.cache_interval == 1 else f", cached ×{self.cache_interval}"
+        )
+
+    def options(self) -> dict[str, Any]:
+        """As `DiffusionModel.request` takes them; a distilled network knows its own only."""
+        if self.student is not None:
+            return {}
+        unclipped = {} if self.clip else {"clip_x0": False}
+        return {
+            "sampler": self.sampler, "steps": self.steps, "spacing": "trailing", "eta": 0.0,
+            "cache_interval": self.cache_interval, **unclipped,
+        }  # fmt: skip
 
 
-def run(
-    subject: Subject,
-    students: Mapping[str, Subject],
-    folder: Path,
-    settings: Settings,
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Study:
+    """The networks that are compared, and their samples."""
+
+    model: LoadedModel
+    students: Mapping[str, LoadedModel]
+    """Distilled from it, by method and steps: `progressive 4`."""
+    folder: Path
+    """Keeps the samples."""
+    settings: Settings
+
+    def network(self, method: Method) -> LoadedModel:
+        """The network of a method."""
+        return self.model if method.student is None else self.students[method.student]
+
+    def kept(self, method: Method, seed: int) -> Any:
+        """Samples of a seed, generated once: uint8 `[samples, H, W, C]`."""
+        settings = self.settings
+        return kept_samples(
+            self.network(method), self.folder, settings.samples, settings.batch, seed=seed,
+            **method.options(),
+        )  # fmt: skip
+
+    def sampling(self, method: Method, count: int) -> Callable[[], torch.Tensor]:
+        """A function that computes the first samples of the benchmarks' seed."""
+        model = self.network(method)
+        sampler = Sampler(model, model.request(seed=SEED, **method.options()))
+        return lambda: sampler.sample(range(count), batch_size=count)
+
+
+def student_method(name: str, student: LoadedModel) -> Method:
+    """How a distilled network samples."""
+    sampling = student.sampling
+    return Method(sampling.sampler, sampling.steps or student.schedule.timesteps, student=name)
+
+
+def run(study: Study, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure; returns what is written to `RESULT`.
 
-    Args:
-        subject: whose pictures in all its timesteps are the standard.
-        students: distilled from it, as in `Gallery`; each draws in the steps that it was made for.
-        folder: keeps the pictures.
-        settings: how thoroughly.
-        progress: is told what is going on.
-
     Raises:
-        UserError: the subject does not draw digits, or a way draws other pictures than it should.
+        UserError: the model does not generate digits, or a way computes other samples than it
+            should.
     """
-    channels, size, _ = subject.unet.sample_shape
+    model, students, settings = study.model, study.students, study.settings
+    subject = subject_of(model)
+    channels, size, _ = model.shape
     if channels != 1:
-        raise UserError(f"{subject.name} draws {channels}-channel images, no digits")
-    machine = facts(subject.device)
-    features = digit_classifier(size).features
-    real = features(real_digits(size).images)
-    all_real = moments([real])
-    gallery = Gallery(subject, folder, settings.batch, students)
+        raise UserError(f"{subject.name} generates {channels}-channel images, not digits")
+    machine = facts(model.device)
+    digits = DigitMetrics.of_size(size)
 
     def point(method: Method) -> dict[str, Any]:
         seeds = max(settings.seeds, settings.spread) if method.steps <= FEW else settings.seeds
         distances = []
         for seed in range(seeds):
             started = time.monotonic()
-            drawn = features(gallery.pictures(method, seed, settings.samples))
-            distances.append(frechet_distance(moments([drawn]), all_real))
+            distances.append(digits.distance(study.kept(method, seed)))
             spent = time.monotonic() - started
             progress(
                 f"{method.name}, {method.steps} steps, seed {seed}: {distances[-1]:.4f} "
@@ -118,9 +170,8 @@ def run(
             "distances": distances,
         }
 
-    total = subject.schedule.timesteps
-    textbook = textbook_way(gallery, Method("ddpm", total))
-    same_pictures(gallery, Method("ddpm", total), textbook)
+    total = model.schedule.timesteps
+    check_equal(study, Method("ddpm", total), textbook_way(study, Method("ddpm", total)))
     standard = point(Method("ddpm", total))
     limit = (1 + settings.tolerance) * standard["distance"]
     points = [standard]
@@ -134,23 +185,29 @@ def run(
                 break
     for name, student in students.items():
         method = student_method(name, student)
-        same_pictures(gallery, method, textbook_way(gallery, method))
+        check_equal(study, method, textbook_way(study, method))
         points.append(point(method))
         if points[-1]["distance"] <= limit:
             enough[method.name] = min(method.steps, enough.get(method.name, method.steps))
 
-    theirs = [Method("ddpm", total)]
-    for sampler, clip in [("ddim", True), ("dpm++2m", False)]:
-        theirs.append(Method(sampler, enough.get(sampler, min(USUAL, total)), clip=clip))
-    peers = peer_points(gallery, theirs, point)
-    reference = measure_speed(gallery, points, peers, settings.rounds, progress)
+    peers = []
+    for sampler, clip in [("ddpm", True), ("ddim", True), ("dpm++2m", False)]:
+        steps = total if sampler == "ddpm" else enough.get(sampler, min(USUAL, total))
+        method = Method(sampler, steps, clip=clip)
+        way = peer_way(subject, Job(COMPARED, steps), sampler, "trailing")
+        if way is not None:
+            # The samples are the engine's, and so is their quality.
+            check_equal(study, method, way)
+            peers.append({**point(method), "name": way.name})
+    reference = measure_speed(study, subject, points, peers, progress)
+    rows = digits.real.features()
     return {
         "machine": machine,
         "subject": subject.name,
-        "students": {name: student.name for name, student in students.items()},
+        "students": {name: subject_of(student).name for name, student in students.items()},
         "settings": asdict(settings),
         "distance_of_half_the_real_digits_to_the_other": frechet_distance(
-            moments([real[::2]]), moments([real[1::2]])
+            moments([rows[::2]]), moments([rows[1::2]])
         ),
         "limit": limit,
         "reference": {
@@ -165,22 +222,22 @@ def run(
     }
 
 
-def textbook_way(gallery: Gallery, method: Method) -> Way:
-    """The same pictures in the textbook's words."""
+def textbook_way(study: Study, method: Method) -> Way:
+    """The same samples by textbook code."""
+    subject = subject_of(study.network(method))
     if method.student is None:
-        return reference_way(gallery.subject, Job(COMPARED, method.steps))
-    student = gallery.students[method.student]
+        return reference_way(subject, Job(COMPARED, method.steps))
     return Way(
-        REFERENCE, method.sampler, student.unet,
-        lambda: by_hand(student, COMPARED, method), textbook_noise=True,
+        REFERENCE, method.sampler, subject.unet,
+        lambda: ddim_by_hand(subject, COMPARED, method), textbook_noise=True,
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def by_hand(subject: Subject, count: int, method: Method) -> torch.Tensor:
-    """DDIM, for a network that predicts v (Song et al. 2021, equations 12 and 16).
+def ddim_by_hand(subject: Subject, count: int, method: Method) -> torch.Tensor:
+    """DDIM for a network that predicts v (Song et al. 2021, equations 12 and 16).
 
-    Without noise, or with so much that it is ancestral sampling with the smaller variance.
+    Without noise, or with as much as makes it ancestral sampling with the smaller variance.
     """
     eta = {"ddim": 0.0, "ddpm": 1.0}[method.sampler]
     if subject.config.diffusion.prediction != "v":
@@ -202,68 +259,55 @@ def by_hand(subject: Subject, count: int, method: Method) -> torch.Tensor:
     return x
 
 
-def same_pictures(gallery: Gallery, method: Method, standard: Way) -> None:
-    """Check that a method draws the pictures of another way.
+def check_equal(study: Study, method: Method, standard: Way) -> None:
+    """Check that a method computes the samples of another way.
 
     Raises:
         UserError: it does not; then speeds of the two say nothing.
     """
-    drawing = gallery.network(method)
+    model = study.network(method)
     ours = Way(
-        method.name, method.sampler, drawing.fastest,
-        lambda: gallery.draw(method, SEED, 0, COMPARED), standard=standard,
+        method.name, method.sampler, model.network, study.sampling(method, COMPARED),
+        standard=standard,
     )  # fmt: skip
-    if (problem := check(ours, {}, drawing.device).problem) is not None:
+    if (problem := check(ours, {}, model.device).problem) is not None:
         raise UserError(
-            f"the engine ({method.name}) and {standard.name} draw different pictures: {problem}"
+            f"the engine ({method.name}) and {standard.name} compute different samples: {problem}"
         )
 
 
-def peer_points(
-    gallery: Gallery, methods: list[Method], point: Callable[[Method], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Diffusers' ways to draw what the engine draws: quality is the engine's. Empty without it."""
-    found = []
-    for method in methods:
-        way = peer_way(gallery.subject, Job(COMPARED, method.steps), method.sampler, "trailing")
-        if way is not None:
-            same_pictures(gallery, method, way)
-            found.append({**point(method), "name": way.name})
-    return found
-
-
 def measure_speed(
-    gallery: Gallery,
+    study: Study,
+    subject: Subject,
     points: list[dict[str, Any]],
     peers: list[dict[str, Any]],
-    rounds: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Time the textbook loop and every point in turn; add to each its speed, and over the loop's.
+    """Time the textbook loop and every point in turn; add its speed to each.
 
     Returns:
         The speed of the textbook loop.
     """
-    subject, device = gallery.subject, gallery.subject.device
+    device, rounds = study.model.device, study.settings.rounds
     progress(f"timing {len(points) + len(peers) + 1} ways in turn, {rounds} rounds")
 
     def ours(point: dict[str, Any]) -> Callable[[], object]:
         method = Method(point["sampler"], point["steps"], point["cache_interval"], point["student"])
-        return partial(gallery.draw, method, SEED, 0, TIMED)
+        return study.sampling(method, TIMED)
 
     def theirs(point: dict[str, Any]) -> Callable[[], object]:
         way = peer_way(subject, Job(TIMED, point["steps"]), point["sampler"], "trailing")
         assert way is not None
-        return way.draw
+        return way.sample
 
     textbook = reference_way(subject, Job(TIMED, subject.schedule.timesteps))
     measured = {f"{point['name']} {point['steps']}": point for point in [*points, *peers]}
-    draws: dict[str, Callable[[], object]] = {REFERENCE: textbook.draw}
-    draws |= {f"{point['name']} {point['steps']}": ours(point) for point in points}
-    draws |= {f"{point['name']} {point['steps']}": theirs(point) for point in peers}
-    gallery.draw(Method("ddpm", 1), SEED, 0, TIMED)  # compiles
+    works: dict[str, Callable[[], object]] = {REFERENCE: textbook.sample}
+    works |= {f"{point['name']} {point['steps']}": ours(point) for point in points}
+    works |= {f"{point['name']} {point['steps']}": theirs(point) for point in peers}
+    study.sampling(Method("ddpm", 1), TIMED)()  # compiles
     seconds = interleaved(
-        rounds, {name: partial(timed, draw, device) for name, draw in draws.items()}
+        rounds, {name: partial(timed, work, device) for name, work in works.items()}
     )
 
     def speed(key: str) -> dict[str, Any]:
@@ -306,14 +350,14 @@ def table(found: dict[str, Any]) -> list[str]:
             if point["sampler"] == sampler and point["student"] is None
             and point["steps"] < reference["steps"]
         ]  # fmt: skip
-        shown = found["enough"].get(sampler, tried[-1]["steps"])
-        rows += [row(point["name"], point) for point in tried if point["steps"] == shown]
+        last = found["enough"].get(sampler, tried[-1]["steps"])
+        rows += [row(point["name"], point) for point in tried if point["steps"] == last]
     rows += [row(point["name"], point) for point in found["points"] if point["student"]]
     machine, settings = found["machine"], found["settings"]
     return [
         f"Equal quality: Fréchet distance, mean of the first {settings['seeds']} seeds, at most "
-        f"{settings['tolerance']:.0%} above {reference['distance']:.3f}, which ddpm has on all "
-        f"{reference['steps']} timesteps; {settings['samples']} pictures a seed; "
+        f"{settings['tolerance']:.0%} above {reference['distance']:.3f}, that of ddpm on all "
+        f"{reference['steps']} timesteps; {settings['samples']} samples per seed; "
         f"{found['subject']}",
         f"{machine['command']}; {machine['date']}; {machine['device']}, load average "
         f"{machine['load_average']}, commit {machine['commit'][:12]}",

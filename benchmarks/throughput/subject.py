@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from ddpm_engine.samplers.model import DiffusionModel
 from torch import Tensor, nn
 
-from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.unet.unet import UNet
@@ -23,23 +23,9 @@ from ddpm_kernels import Stream, gaussian_noise
 SEED = 0
 
 
-def random_unet(config: RunConfig, seed: int = SEED) -> UNet:
-    """A U-Net whose random weights all matter, those that start at zero or one included."""
-    generator = torch.Generator().manual_seed(seed)
-    model = UNet(config.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.copy_(0.1 * noise + float(name.endswith("weight")))
-    return model
-
-
 @dataclass(frozen=True)
 class Subject:
-    """A network and how its run draws pictures."""
+    """Weights, and the configuration of their run."""
 
     name: str
     config: RunConfig
@@ -58,7 +44,7 @@ class Subject:
 
     @cached_property
     def compiled(self) -> UNet:
-        """The engine's network, compiled block by block; the first call takes its time."""
+        """The engine's network, compiled block by block at the first call."""
         model = self.copy()
         model.compile_blocks()
         return model
@@ -89,6 +75,28 @@ class Subject:
         model.load_state_dict(self.weights)
         return model.to(self.device).eval().requires_grad_(False)
 
+    def model(self, network: Any, clip_x0: bool = True) -> DiffusionModel:
+        """Bind a network to the run's process."""
+        diffusion = self.config.diffusion
+        return DiffusionModel(
+            network, self.schedule, diffusion.prediction, self.config.sampling, clip_x0,
+            sample_shape=self.unet.sample_shape,
+        )  # fmt: skip
+
+
+def random_unet(config: RunConfig, seed: int = SEED) -> UNet:
+    """A U-Net whose random weights all matter, those that start at zero or one included."""
+    generator = torch.Generator().manual_seed(seed)
+    model = UNet(config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + float(name.endswith("weight")))
+    return model
+
 
 def preset_subject(preset: str, device: torch.device) -> Subject:
     """A preset's network with random weights."""
@@ -96,24 +104,19 @@ def preset_subject(preset: str, device: torch.device) -> Subject:
     return Subject(f"{preset}, random weights", config, random_unet(config).state_dict(), device)
 
 
-def subject_of(checkpoint: Path, device: torch.device) -> Subject:
-    """The network of a run.
-
-    Raises:
-        UserError: the run has no checkpoint.
-    """
-    pretrained = load_model(checkpoint)
-    step = "" if pretrained.step is None else f", step {pretrained.step}"
-    name = f"{checkpoint}{step}"
-    return Subject(name, pretrained.config, pretrained.network.state_dict(), device)
+def subject_of(model: LoadedModel) -> Subject:
+    """The network of a run."""
+    where = "" if model.checkpoint is None else str(model.checkpoint.path.parent.parent)
+    step = "" if model.step is None else f", step {model.step}"
+    return Subject(f"{where}{step}", model.config, model.network.state_dict(), model.device)
 
 
 @contextmanager
 def counted_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Let `torch.randn` give what the engine draws for the pictures 0, 1, … of a seed.
+    """Let `torch.randn` return the engine's noise for the samples 0, 1, … of a seed.
 
-    The first call is the state that the chain begins with, call i + 1 the noise of step i. Textbook
-    loops and diffusers' pipelines draw in that order; the engine does not use `torch.randn`.
+    The first call is the initial state, call i + 1 the noise of step i. Textbook loops and
+    diffusers' pipelines draw in that order; the engine does not use `torch.randn`.
     """
     calls = 0
 
