@@ -346,9 +346,10 @@ def tables(found: dict[str, Any]) -> list[str]:
         "",
         f"Fréchet distance to the 1,797 real digits, {options['samples']} samples: mean of "
         f"{options['seeds']} seeds, and their range. Of {options['reference_samples']} samples, "
-        f"`ddpm` in {reference['evaluations']} evaluations has {formatted(reference['distance'])}, of "
-        f"{seeds} seed{'s' * (seeds > 1)}, and `ddim` in {path['evaluations']}, "
-        f"the path that is distilled, {formatted(path['distance'])}. Of as many, and over `ddpm`'s:",
+        f"`ddpm` in {reference['evaluations']} evaluations has "
+        f"{formatted(reference['distance'])}, of {seeds} seed{'s' * (seeds > 1)}, and `ddim` in "
+        f"{path['evaluations']}, the trajectory that is distilled, {formatted(path['distance'])}. "
+        "Of as many, and over `ddpm`'s:",
         "",
         *by_evaluations(few["points"], compared),
     ]

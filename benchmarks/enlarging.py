@@ -1,7 +1,7 @@
 """Do upscaled digits agree with their inputs? `python benchmarks/enlarging.py --checkpoint RUN`.
 
 A super-resolution model (such as the preset digits-upscale) gets downsampled real digits, or with
-`--small` the samples of another model. At each level of noise-conditioning augmentation are reported
+`--small` the samples of another model. Reported at each level of noise-conditioning augmentation:
 
     consistency  root mean square difference, in grey levels of 255, between the inputs and the
                  downsampled samples
@@ -57,7 +57,7 @@ class Options:
     json: Path | None = None
     """File for everything, as JSON."""
     picture: Path | None = None
-    """File for a grid, a column each: input, interpolated, upscaled at the first level, and real."""
+    """File for a grid, a column each: input, interpolated, upscaled at the first level, real."""
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -129,8 +129,8 @@ def compare_quality(options: Options) -> None:
     """Sample, compare with the real digits, print, write."""
     if options.checkpoint is None:
         raise UserError(
-            "`equal_quality` needs a trained model of the digits: train the preset digits, and give "
-            "its run as `checkpoint`",
+            "`equal_quality` needs a trained model of the digits: train the preset digits, and "
+            "give its run as `checkpoint`",
             field="checkpoint",
         )
     device = torch.device(options.device)

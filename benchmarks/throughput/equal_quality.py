@@ -1,4 +1,4 @@
-"""Steps that each sampler needs to generate digits as well as ddpm does in a thousand, and its speed.
+"""Steps that each sampler needs to generate digits as well as ddpm in a thousand, and its speed.
 
 Steps are raised until the Fréchet distance to the real digits is at most 5% above that of ddpm on
 all timesteps. Seeds differ by more than that, and samplers that start from the same noise share

@@ -116,7 +116,7 @@ def found(four: float, one: float, accuracy: float) -> dict[str, Any]:
             "commit": "0" * 40,
         },
         "settings": {
-            "pictures": 5000, "seeds": 2, "reference_pictures": 2000, "guided_pictures": 2000
+            "samples": 5000, "seeds": 2, "reference_samples": 2000, "guided_samples": 2000
         },
         "few": {
             "reference": {"evaluations": 1000, "distance": {"mean": 0.5, "each": [0.5]}},

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import guidance
+from benchmarks.digits import DigitMetrics
 from PIL import Image
 
 from ddpm_engine.evaluation.digits import CLASSES, HIDDEN, DigitClassifier, Digits
+from ddpm_engine.evaluation.feature_networks import DigitFeatures
 
 
 @pytest.fixture
@@ -25,8 +27,12 @@ def classifier() -> DigitClassifier:
     )
 
 
+def metrics(classifier: DigitClassifier, real: Digits) -> DigitMetrics:
+    return DigitMetrics(DigitFeatures(classifier), real)
+
+
 def digits(brightness: int) -> Digits:
-    """Pictures of 4×4 where pixel c of a picture of class c is the brightest."""
+    """Images of 4×4 where pixel c of an image of class c is the brightest."""
     labels = np.arange(200) % CLASSES
     images = np.random.default_rng(0).integers(0, brightness, (200, 16), dtype=np.uint8)
     images[np.arange(200), labels] += 100
@@ -35,7 +41,7 @@ def digits(brightness: int) -> Digits:
 
 def test_real_digits_are_as_various_as_they_are(classifier: DigitClassifier) -> None:
     real = digits(100)
-    found = guidance.measure(real.images, real.labels, classifier, real)
+    found = guidance.measure(real.images, real.labels, metrics(classifier, real))
     assert found["accuracy"] == 1
     assert found["accuracy_by_class"] == [1.0] * CLASSES
     assert found["variety"] == pytest.approx(1)
@@ -45,12 +51,14 @@ def test_real_digits_are_as_various_as_they_are(classifier: DigitClassifier) -> 
 
 def test_less_variety_and_wrong_classes_are_seen(classifier: DigitClassifier) -> None:
     real, alike = digits(100), digits(10)
-    found = guidance.measure(alike.images, alike.labels, classifier, real)
+    found = guidance.measure(alike.images, alike.labels, metrics(classifier, real))
     # Uniform in [0, 10) instead of [0, 100): a hundredth of the variance, nearly.
     assert found["variety"] == pytest.approx(99 / 9999, rel=0.1)
     assert found["recall"] < 0.5
     assert found["distance"] > 0.1
-    shifted = guidance.measure(alike.images, (alike.labels + 1) % CLASSES, classifier, real)
+    shifted = guidance.measure(
+        alike.images, (alike.labels + 1) % CLASSES, metrics(classifier, real)
+    )
     assert shifted["accuracy"] == 0
 
 

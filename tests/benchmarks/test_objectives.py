@@ -88,12 +88,12 @@ def test_what_is_finished_is_reported(
 def test_another_budget_is_another_measurement(options: Options) -> None:
     pretend(options, {}, 2.5)
     assert finished(options, "P2", 0) is not None
-    other = replace(options, budget=replace(options.budget, pictures=10))
+    other = replace(options, budget=replace(options.budget, samples=10))
     assert finished(other, "P2", 0) is None
 
 
 def test_an_unknown_objective_is_named(options: Options) -> None:
-    with pytest.raises(UserError, match="--only names 'p3'"):
+    with pytest.raises(UserError, match="`only` names 'p3'"):
         compare(replace(options, only=("p3",)))
 
 
@@ -101,7 +101,7 @@ def test_an_unknown_objective_is_named(options: Options) -> None:
 def test_a_part_does_not_take_the_place_of_the_whole(field: str, options: Options) -> None:
     given = replace(options, only=("P2",), **{field: getattr(Options(), field)})
     before = getattr(given, field).read_bytes()
-    with pytest.raises(UserError, match="give --result and --document too"):
+    with pytest.raises(UserError, match="give `result` and `document` too"):
         compare(given)
     assert getattr(given, field).read_bytes() == before
 

@@ -10,8 +10,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +20,21 @@ import torch
 from benchmarks import sample_throughput
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.throughput import equal_quality, measuring, sampling, training
-from benchmarks.throughput.gallery import Gallery, Method, student_method
-from benchmarks.throughput.profile import evaluation, shares_by_operation
-from benchmarks.throughput.report import table
-from benchmarks.throughput.sampling import Job, all_ways, check, drawn_by_engine
+from benchmarks.throughput.equal_quality import Method, Settings, Study, student_method
+from benchmarks.throughput.measuring import table
+from benchmarks.throughput.memory import peak_tensor_bytes
+from benchmarks.throughput.sampling import Job, all_ways, check, sampled_by_engine
 from benchmarks.throughput.subject import SEED, Subject, counted_noise, random_unet
 from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups
-from benchmarks.throughput.watching import operations_around, peak_tensor_bytes
-from tests.sampling import sample
 from tests.tiny import TINY_GREY
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.sampler import Sampler
 from ddpm_kernels.dispatch import force_ops
 
 ROOT = Path(__file__).parents[2]
@@ -64,10 +63,9 @@ def test_reference_draws_the_engines_pictures(subject: Subject, steps: int, vari
     diffusion = GaussianDiffusion(subject.unet, subject.schedule.betas, steps, variance)
     with counted_noise(SEED, CPU):
         theirs = diffusion.sample((3, 1, 8, 8))
-    ours = sample(
-        subject.unet, subject.schedule, sample_ids=range(3), seed=SEED, steps=steps,
-        spacing="leading", variance=variance,
-    )  # fmt: skip
+    model = subject.model(subject.unet)
+    request = model.request(seed=SEED, steps=steps, spacing="leading", variance=variance)
+    ours = Sampler(model, request).sample(range(3))
     assert (ours.abs() < 0.99).float().mean() > 0.2, "or the clipping hides what comes before"
     assert (ours - theirs).abs().max() < 1e-4
 
@@ -89,9 +87,9 @@ def test_every_way_draws_the_same(subject: Subject) -> None:
     pytest.importorskip("diffusers")
     ways = all_ways(subject, Job(2, 5), ("ddpm", "ddim", "dpm++2m"))
     assert len(ways) == 13
-    chains: dict[str, sampling.Chain] = {}
+    recordings: dict[str, sampling.Recording] = {}
     for way in ways:
-        parity = check(way, chains, CPU)
+        parity = check(way, recordings, CPU)
         assert parity.problem is None, way.label
         standards = (
             "ddpm: reference",
@@ -107,8 +105,8 @@ def test_without_diffusers_the_engine_is_its_own_standard(
     monkeypatch.setitem(sys.modules, "diffusers", None)
     ways = all_ways(subject, Job(1, 2), ("ddpm", "ddim"))
     assert not any("diffusers" in way.name for way in ways)
-    chains: dict[str, sampling.Chain] = {}
-    assert all(check(way, chains, CPU).problem is None for way in ways)
+    recordings: dict[str, sampling.Recording] = {}
+    assert all(check(way, recordings, CPU).problem is None for way in ways)
     assert "diffusers' recipe" not in [
         way.name for way in training.all_ways(subject, training.batch_of(subject, 2))
     ]
@@ -123,14 +121,14 @@ def planted(way: sampling.Way, error: float) -> sampling.Way:
         calls += 1
         return output + error if calls == 2 else output
 
-    def draw() -> Tensor:
+    def sample() -> Tensor:
         handle = way.network.register_forward_hook(model)
         try:
-            return way.draw()
+            return way.sample()
         finally:
             handle.remove()
 
-    return replace(way, draw=draw)
+    return replace(way, sample=sample)
 
 
 @pytest.mark.parametrize("kind", ["error", "evaluations", "not finite", "raises"])
@@ -148,9 +146,9 @@ def test_a_way_that_draws_otherwise_gets_no_figure(
         fewer = original(subject, replace(job, steps=2), samplers)[place]
         ways[place] = {
             "error": planted(ways[place], 0.05),
-            "evaluations": replace(ways[place], draw=fewer.draw),
+            "evaluations": replace(ways[place], sample=fewer.sample),
             "not finite": planted(ways[place], float("nan")),
-            "raises": replace(ways[place], draw=raising),
+            "raises": replace(ways[place], sample=raising),
         }[kind]
         return ways
 
@@ -205,35 +203,48 @@ def test_interleaving_turns_around() -> None:
 # --- Counts
 
 
-class Network(nn.Module):
-    """A product and a sum, and it reads one value."""
+class Counter(TorchDispatchMode):
+    """Counts the operations outside of a network that write memory, and host waits anywhere."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.reshape(2, 2) @ x + 1
-        return y if bool(y[0, 0] > -100) else x
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.launches, self.waits = False, 0, 0
+        self._handles = [
+            network.register_forward_pre_hook(lambda *_: setattr(self, "inside", True)),
+            network.register_forward_hook(lambda *_: setattr(self, "inside", False)),
+        ]
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            # In inference mode composite operations arrive whole.
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
+        views = func.is_view or func is torch.ops.aten._unsafe_view.default
+        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        if not self.inside and not views and "empty" not in func.overloadpacket.__name__:
+            self.launches += 1
+        return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def inference(mode: bool) -> Iterator[None]:
-    with torch.inference_mode(mode):
-        yield
-
-
-@pytest.mark.parametrize("mode", [False, True])
-def test_operations_of_a_known_graph(mode: bool) -> None:
-    network, x = Network(), torch.ones(2, 2)
-    with inference(mode), operations_around(network) as counter:
-        x = x * 2  # before
-        x = network(x)
-        x = x.mul_(3).t()
-        float(x.sum())
-    assert (counter.before.operations, counter.before.waits) == (1, 0)
-    assert dict(counter.inside.names) == {
-        "aten.mm.default": 1, "aten.add.Tensor": 1, "aten.gt.Scalar": 1
-    }  # fmt: skip
-    assert counter.inside.waits == 1
-    assert dict(counter.outside.names) == {"aten.mul_.Tensor": 1, "aten.sum.default": 1}
-    assert (counter.outside.views, counter.outside.waits) == (1, 1)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "unipc3"])
+def test_an_engine_step_outside_the_network_is_two_launches_and_no_wait(
+    subject: Subject, sampler: str
+) -> None:
+    sampling.SPACINGS.setdefault(sampler, "trailing")
+    counters = []
+    for steps in (5, 10):
+        with force_ops(), Counter(subject.unet) as counter:
+            sampled_by_engine(subject, Job(2, steps), sampler, subject.unet)
+        counters.append(counter)
+    few, many = counters
+    assert many.launches - few.launches <= 2 * 5
+    assert many.waits == few.waits
 
 
 def test_peak_of_tensors() -> None:
@@ -244,24 +255,6 @@ def test_peak_of_tensors() -> None:
         torch.ones(500, 256)
 
     assert 2 * 1024_000 <= peak_tensor_bytes(work, CPU) < 2 * 1024_000 + 4096
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "unipc3"])
-def test_an_engine_step_outside_the_network_is_two_launches_and_no_wait(
-    subject: Subject, sampler: str
-) -> None:
-    counters = []
-    sampling.SPACINGS.setdefault(sampler, "trailing")
-    for steps in (5, 10):
-        with force_ops(), operations_around(subject.unet) as counter:
-            drawn_by_engine(subject, Job(2, steps), sampler, subject.unet, 1)
-        counters.append(counter)
-    few, many = counters
-    per_step = many.outside - few.outside
-    assert per_step.operations <= 2 * 5
-    assert per_step.names["ddpm.reverse_step_.default"] == 5
-    assert few.outside.waits == many.outside.waits == 0
-    assert few.inside.waits == many.inside.waits == 0
 
 
 # --- The scripts
@@ -295,13 +288,6 @@ def test_sample_throughput_from_the_command_line(tmp_path: Path) -> None:
     assert all(row["images_per_second"]["median"] > 0 for row in rows)
     assert rows[0]["speed_up"] == {"median": 1, "lower": 1, "upper": 1}
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_profile_shares_out_all_of_the_time(subject: Subject) -> None:
-    shares = list(shares_by_operation(evaluation(subject, 1)).values())
-    assert sum(shares) == pytest.approx(1)
-    assert shares == sorted(shares, reverse=True)
-    assert len(shares) > 20
 
 
 def test_train_throughput_from_the_command_line(tmp_path: Path) -> None:
@@ -341,18 +327,30 @@ def test_bad_arguments_are_explained(
 # --- Equal quality
 
 
-def test_equal_quality_goes_on_where_it_was(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = equal_quality.Settings(
+@pytest.fixture
+def study(subject: Subject, tmp_path: Path) -> Study:
+    """A teacher on a schedule of eight timesteps, and a student of three steps."""
+    settings = Settings(
         samples=150, seeds=1, spread=2, steps=(2, 4), tolerance=1e9, batch=75, rounds=1
     )
-    students = {"progressive 3": student_of(short(subject), 3)}
+    students = {"progressive 3": loaded(subject, 3)}
+    return Study(loaded(subject), students, tmp_path, settings)
 
-    def measured(settings: equal_quality.Settings) -> dict[str, Any]:
-        return equal_quality.run(short(subject), students, tmp_path, settings, lambda _: None)
 
-    found = measured(settings)
+def loaded(
+    subject: Subject, steps: int | None = None, sampler: Literal["ddim", "ddpm"] = "ddim"
+) -> LoadedModel:
+    """The weights as a model; with steps, as if distilled to them and predicting v."""
+    diffusion = replace(subject.config.diffusion, timesteps=8, beta_end=0.9)
+    config = replace(subject.config, diffusion=diffusion)
+    if steps is not None:
+        sampling = SamplingConfig(sampler, steps, "trailing", "fixed_small")
+        config = replace(config, diffusion=replace(diffusion, prediction="v"), sampling=sampling)
+    return LoadedModel.from_config(subject.copy(), config, f"student {steps}")
+
+
+def test_equal_quality_is_resumed(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = equal_quality.run(study, lambda _: None)
     assert found["enough"] == {
         **dict.fromkeys(equal_quality.SAMPLERS, 2), "distilled, progressive": 3
     }  # fmt: skip
@@ -360,77 +358,38 @@ def test_equal_quality_goes_on_where_it_was(
     # the student.
     assert [point["cache_interval"] for point in found["points"]] == [1, *[1, 2] * 4, 1]
     assert [len(point["distances"]) for point in found["points"]] == [2] * 10
-    # What diffusers draws is what the engine draws.
+    # What diffusers computes is what the engine computes.
     assert [(peer["name"], peer["steps"]) for peer in found["peers"]] == [
         ("diffusers DDPMPipeline", 8), ("diffusers DDIMPipeline", 2), ("diffusers DPMSolver++", 2)
     ]  # fmt: skip
     assert found["peers"][0]["distances"] == found["points"][0]["distances"]
     assert all(peer["images_per_second"] > 0 for peer in found["peers"])
-    assert all(point["distance"] == point["distances"][0] for point in found["points"])
-    assert found["reference"]["distances"] == found["points"][0]["distances"]
     assert found["reference"]["speed_up"] == 1
     assert all(line for line in equal_quality.table(found))
 
-    drawn: list[tuple[str, int]] = []
-    original = Gallery.draw
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("sampled again")
 
-    def draw(self: Any, method: Method, *rest: int) -> Tensor:
-        drawn.append((method.name, method.steps))
-        return original(self, method, *rest)
-
-    monkeypatch.setattr(Gallery, "draw", draw)
-    monkeypatch.setattr(equal_quality, "same_pictures", lambda *_: None)
+    monkeypatch.setattr(Sampler, "images", never)
+    monkeypatch.setattr(equal_quality, "check_equal", lambda *_: None)
     monkeypatch.setattr(equal_quality, "measure_speed", lambda *_: {})
-    again = measured(settings)
-    assert drawn == []
-    keys = ("sampler", "steps", "distances")
-    assert [[p[k] for k in keys] for p in again["points"]] == [
-        [p[k] for k in keys] for p in found["points"]
-    ]
-    next(tmp_path.rglob("ddim-2-1-75-75.npy")).unlink()
-    measured(settings)
-    assert drawn == [("ddim", 2)]
-    strict = replace(settings, tolerance=-1.0, samples=75)
-    none = measured(strict)
-    assert none["enough"] == {}
-
-
-def test_equal_quality_needs_a_textbook_loop_that_draws_the_same(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gallery, method = Gallery(short(subject), tmp_path), Method("ddpm", 8)
-    standard = equal_quality.textbook_way(gallery, method)
-    equal_quality.same_pictures(gallery, method, standard)
-    original = Gallery.draw
-    monkeypatch.setattr(Gallery, "draw", lambda *a: 1.01 * original(*a))
-    with pytest.raises(UserError, match="differs from reference"):
-        equal_quality.same_pictures(gallery, method, standard)
+    again = equal_quality.run(study, lambda _: None)
+    for point, before in zip(again["points"], found["points"], strict=True):
+        assert point["distances"] == before["distances"]
+    strict = replace(study, settings=replace(study.settings, tolerance=-1.0, samples=75))
+    monkeypatch.undo()
+    monkeypatch.setattr(equal_quality, "measure_speed", lambda *_: {})
+    assert equal_quality.run(strict, lambda _: None)["enough"] == {}
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_student_that_draws_something_else_is_not_timed(
-    sampler: Literal["ddim", "ddpm"], subject: Subject, tmp_path: Path
+def test_other_samples_are_not_timed(
+    sampler: Literal["ddim", "ddpm"], subject: Subject, study: Study
 ) -> None:
-    student = student_of(short(subject), 4, sampler)
-    gallery = Gallery(short(subject), tmp_path, students={"consistency 4": student})
-    method = student_method("consistency 4", student)
-    equal_quality.same_pictures(gallery, method, equal_quality.textbook_way(gallery, method))
-    fewer = replace(method, steps=2)
-    with pytest.raises(UserError, match="2 network evaluations, not 4"):
-        equal_quality.same_pictures(gallery, fewer, equal_quality.textbook_way(gallery, method))
-
-
-def student_of(subject: Subject, steps: int, sampler: Literal["ddim", "ddpm"] = "ddim") -> Subject:
-    """The same weights, as if they had been distilled to so many steps and predicted v."""
-    config = replace(
-        subject.config,
-        diffusion=replace(subject.config.diffusion, prediction="v"),
-        sampling=SamplingConfig(sampler, steps, "trailing", "fixed_small"),
-    )
-    return replace(subject, config=config)
-
-
-def short(subject: Subject) -> Subject:
-    """The same on a schedule of eight timesteps."""
-    diffusion = replace(subject.config.diffusion, timesteps=8, beta_end=0.9)
-    return replace(subject, config=replace(subject.config, diffusion=diffusion))
+    study = replace(study, students={"consistency 4": loaded(subject, 4, sampler)})
+    for method in (Method("ddpm", 8), student_method("consistency 4", loaded(subject, 4, sampler))):
+        standard = equal_quality.textbook_way(study, method)
+        equal_quality.check_equal(study, method, standard)
+        wrong = replace(standard, sample=lambda sample=standard.sample: 1.01 * sample())
+        with pytest.raises(UserError, match="differs from reference"):
+            equal_quality.check_equal(study, method, wrong)
