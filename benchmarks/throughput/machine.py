@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu.report import commit
 
 
 def processor() -> str:
@@ -44,3 +44,18 @@ def facts(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
     }
+
+
+def commit() -> str:
+    """Return the checked-out commit, with a `+` if files differ from it; `unknown` without git."""
+    folder = Path(__file__).parent
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + "+" * bool(changes)
