@@ -29,7 +29,7 @@ from benchmarks.throughput.report import write_json
 from torch import Tensor
 
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
-from ddpm_engine.diffusion.super_resolution import enlarge, shrink
+from ddpm_engine.diffusion.super_resolution import downsample, upsample
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import SamplesAsInput
 from ddpm_engine.images.grid import grid, save_png
@@ -86,13 +86,13 @@ def main() -> None:
         originals = originals.permute(0, 3, 1, 2)
         ids = range(len(originals) if options.small is None else options.count)
         if options.small is None:
-            inputs = shrink(originals, side)
+            inputs = downsample(originals, side)
         else:
             inputs = SamplesAsInput(options.small, (channels, side, side)).of(ids)
         inputs = inputs.to(device)
 
         def measured(samples: Tensor) -> dict[str, Any]:
-            small = shrink(samples.clamp(-1, 1), side)
+            small = downsample(samples.clamp(-1, 1), side)
             return {
                 "consistency": difference(small, inputs),
                 "of_another": difference(small, inputs.roll(1, 0)),
@@ -105,7 +105,7 @@ def main() -> None:
                 f"{found['of_another']:5.1f}  distance {found['distance']:.3f}"
             )
 
-        interpolated = enlarge(inputs, size)
+        interpolated = upsample(inputs, size)
         by_interpolation = measured(interpolated)
         print(row("interpolation", by_interpolation), flush=True)
         steps = options.steps or model.sampling.steps or model.schedule.timesteps

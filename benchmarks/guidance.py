@@ -116,7 +116,7 @@ def main() -> None:
             )
         digits = DigitMetrics.of_size(model.shape[-1])
         labels = np.array(in_turn(options.count))
-        chosen = {"sampler": options.sampler, "steps": options.steps}
+        chosen: dict[str, Any] = {"sampler": options.sampler, "steps": options.steps}
         given = {name: value for name, value in chosen.items() if value is not None}
         points = []
         for scale in options.scales:

@@ -153,7 +153,11 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     budget = options.budget
     if trained.step != budget.steps:
         raise UserError(f"stopped at step {trained.step} of {budget.steps}; run it again to go on")
-    sampling = SamplingConfig(sampler=budget.sampler, steps=budget.sampling_steps)
+    sampling = SamplingConfig(
+        sampler=budget.sampler,
+        steps=budget.sampling_steps,
+        clip_x0=trained.sampling.clip_x0,
+    )
     samples = trained.sample(
         budget.samples, batch_size=250, progress=False, seed=seed, sampling=sampling
     )

@@ -172,11 +172,11 @@ def sampled_by_engine(
     subject: Subject, job: Job, sampler: str, network: Any, cache_interval: int = 1
 ) -> Tensor:
     """The engine's samples."""
-    # The peer of dpm++2m clips by a quantile of each sample or not at all; so: not at all.
-    model = subject.model(network, clip_x0=sampler != "dpm++2m")
+    model = subject.model(network)
     request = model.request(
         seed=SEED, sampler=sampler, steps=job.steps, spacing=SPACINGS[sampler], eta=0.0,
-        cache_interval=cache_interval,
+        # The peer of dpm++2m clips by a quantile of each sample or not at all; so: not at all.
+        clip_x0=sampler != "dpm++2m", cache_interval=cache_interval,
     )  # fmt: skip
     return Sampler(model, request).sample(range(job.batch), batch_size=job.batch)
 

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ddpm_engine.samplers.model import DiffusionModel
 from torch import Tensor, nn
 
 from ddpm_engine.checkpoints.load import LoadedModel
@@ -18,6 +17,7 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.presets import PRESETS
+from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_kernels import Stream, gaussian_noise
 
 SEED = 0
@@ -75,11 +75,10 @@ class Subject:
         model.load_state_dict(self.weights)
         return model.to(self.device).eval().requires_grad_(False)
 
-    def model(self, network: Any, clip_x0: bool = True) -> DiffusionModel:
+    def model(self, network: Any) -> DiffusionModel:
         """Bind a network to the run's process."""
-        diffusion = self.config.diffusion
         return DiffusionModel(
-            network, self.schedule, diffusion.prediction, self.config.sampling, clip_x0,
+            network, self.schedule, self.config.diffusion.prediction, self.config.sampling,
             sample_shape=self.unet.sample_shape,
         )  # fmt: skip
 

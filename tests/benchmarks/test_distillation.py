@@ -23,7 +23,6 @@ from benchmarks.distillation import (
     tables,
 )
 
-from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.cli import distill
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
@@ -36,14 +35,10 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What launch/distill.py makes of a command, with presets as teachers."""
     launch = Path(__file__).parents[2] / "launch" / "distill.py"
 
-    def teacher(path: Path) -> LoadedModel:
-        known = PRESETS[path.name]()
-        return LoadedModel.from_config(None, known, "")  # type: ignore[arg-type]
-
     def parsed(training: Training) -> RunConfig:
         command = training.command(Path("runs"))
         assert command[:2] == [sys.executable, str(launch)]
-        monkeypatch.setattr(distill, "load_model", teacher)
+        monkeypatch.setattr(distill, "config_of", lambda path: PRESETS[path.name]())
         run: RunConfig = distill.parse(command[2:])
         validate(run)
         return run

@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,7 +210,8 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.inside, self.launches, self.waits = False, 0, 0
+        # What precedes the first evaluation is no part of a step.
+        self.inside, self.launches, self.waits = True, 0, 0
         network.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
         network.register_forward_hook(lambda *_: setattr(self, "inside", False))
 
@@ -321,6 +324,10 @@ def test_bad_arguments_are_explained(
 # --- Equal quality
 
 
+def scaled(sample: Callable[[], Tensor]) -> Tensor:
+    return 1.01 * sample()
+
+
 @pytest.fixture
 def study(subject: Subject, tmp_path: Path) -> Study:
     """A teacher on a schedule of eight timesteps, and a student of three steps."""
@@ -384,6 +391,6 @@ def test_other_samples_are_not_timed(
     for method in (Method("ddpm", 8), student_method("consistency 4", loaded(subject, 4, sampler))):
         standard = equal_quality.textbook_way(study, method)
         equal_quality.check_equal(study, method, standard)
-        wrong = replace(standard, sample=lambda sample=standard.sample: 1.01 * sample())
+        wrong = replace(standard, sample=partial(scaled, standard.sample))
         with pytest.raises(UserError, match="differs from reference"):
             equal_quality.check_equal(study, method, wrong)
