@@ -178,7 +178,7 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
 def bits(trained: LoadedModel, images: torch.Tensor, variance: str) -> float:
     """Mean bound of these images in bits per dimension."""
     terms = bits_per_dim(
-        trained.model,
+        trained.network,
         trained.schedule,
         images,
         torch.arange(len(images)),

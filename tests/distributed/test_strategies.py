@@ -46,16 +46,16 @@ def at(config: RunConfig, name: str, **training: Any) -> RunConfig:
 def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
     """Compare weights and averages of the newest checkpoints; snapshots must agree with them."""
     for weights in ("model", "ema", "ema-0.1"):
-        a = load_model(ours, weights=weights).model.state_dict()
-        b = load_model(theirs, weights=weights).model.state_dict()
+        a = load_model(ours, weights=weights).network.state_dict()
+        b = load_model(theirs, weights=weights).network.state_dict()
         assert a.keys() == b.keys()
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
     for run in (ours, theirs):
         averaged = load_model(run, weights="ema-0.1")
-        kept = UNet(averaged.model.config)
+        kept = UNet(averaged.network.config)
         newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
         load_part(newest, "ema-0.1", kept.state_dict())
-        for one, other in zip(kept.parameters(), averaged.model.parameters(), strict=True):
+        for one, other in zip(kept.parameters(), averaged.network.parameters(), strict=True):
             assert torch.equal(one, other)
 
 

@@ -110,7 +110,7 @@ def test_average(trained: Path, run: Run, tmp_path: Path) -> None:
         load_file(next((trained / f"checkpoints/step-{step:08d}/ema").glob("*.safetensors")))
         for step in (4, 10)
     )
-    mean = load_model(out).model.state_dict()
+    mean = load_model(out).network.state_dict()
     assert mean.keys() == four.keys()
     for name in mean:
         expected = (0.25 * four[name].double() + 0.75 * ten[name].double()).float()

@@ -129,7 +129,7 @@ def test_a_teacher_is_distilled(student: Path, teacher: Path) -> None:
     state = tensors(student, STEPS)
     assert int(state["objective.stage"]) == 1
     # The second stage's teacher is the first stage's student, not the run that was distilled.
-    original = load_model(teacher).model.state_dict()
+    original = load_model(teacher).network.state_dict()
     taught = [name for name in original if name.startswith(("conv_out", "mid_block"))]
     assert not all(torch.equal(state[f"objective.teacher.{n}"], original[n]) for n in taught)
     preview = np.asarray(Image.open(student / "samples" / f"step-{STEPS:08d}.png"))
@@ -142,7 +142,7 @@ def test_the_student_begins_with_its_teachers_weights(teacher: Path, tmp_path: P
     trainer = Trainer(student_config(known.config, plan, tmp_path / "run"))
     with trainer.run.strategy.averaged() as average:
         ours = average.state_dict()
-    for name, tensor in known.model.state_dict().items():
+    for name, tensor in known.network.state_dict().items():
         assert torch.equal(ours[name], tensor)
 
 
@@ -191,7 +191,7 @@ def test_moments_killed_and_resumed_to_the_bit(
         )  # fmt: skip
 
     script("distill", *words(tmp_path / "whole"))
-    state, original = tensors(tmp_path / "whole", STEPS), load_model(teacher).model
+    state, original = tensors(tmp_path / "whole", STEPS), load_model(teacher).network
     learnt = [
         name for name, weight in original.named_parameters()
         if not torch.equal(state[f"objective.critic.{name}"], weight)
@@ -262,7 +262,7 @@ def test_a_checkpoint_is_drawn_from_in_the_steps_that_it_has_learnt(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", 4), "--steps is 4, but this network was distilled: it has learnt the 2 steps"),
+        (("--steps", 4), "--steps is 4, but this network was distilled: it has learned the 2"),
         (("--sampler", "unipc"), "--sampler is unipc, but this network was distilled"),
         (("--spacing", "leading"), "--spacing is leading, but"),
         (("--eta", 0.5), "--eta is 0.5, but"),
@@ -346,7 +346,7 @@ def test_the_bound_is_refused(
             "evaluate", "--checkpoint", student, "--metrics", "nll", "--out", tmp_path / "e",
             "--count", 4,
         )  # fmt: skip
-    assert "nll is the bound of all timesteps" in capsys.readouterr().err
+    assert "nll, which is a bound over all timesteps" in capsys.readouterr().err
 
 
 def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -
 def test_a_distillation_does_not_change_its_stages(student: Path) -> None:
     config = load_model(student).config
     for changed, message in [
-        (replace(config, training=replace(config.training, steps=20)), "training.steps was 12 and"),
+        (replace(config, training=replace(config.training, steps=20)), "`training.steps` was 12"),
         (
             replace(config, distillation=replace(config.distillation, guidance_scale=3.0)),
             "distillation.guidance-scale was 2.0 and is now 3.0",

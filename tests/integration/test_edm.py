@@ -98,7 +98,7 @@ def test_pictures_are_those_of_the_library(trained: Path, script: Script, tmp_pa
     manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
     assert (manifest["sampler"], manifest["steps"]) == ("heun", 4)
     pretrained = load_model(trained)
-    assert not pretrained.clip
+    assert not pretrained.sampling.clip_x0
     assert pretrained.schedule.sigma_data == 0.75
     expected = pretrained.sample(3, sampler="heun", steps=4, classes=(7,), guidance=2.0)
     for k, picture in enumerate(to_uint8(expected.tensor)):
@@ -131,11 +131,11 @@ def test_an_export_is_read_again(trained: Path, script: Script, tmp_path: Path) 
     ours, back = load_model(trained), load_model(tmp_path / "export")
     assert back.config.diffusion == ours.config.diffusion
     assert back.config.sampling.sampler == "euler"
-    for name, tensor in ours.model.state_dict().items():
-        assert torch.equal(back.model.state_dict()[name], tensor)
+    for name, tensor in ours.network.state_dict().items():
+        assert torch.equal(back.network.state_dict()[name], tensor)
 
 
 def test_a_run_does_not_change_its_noise_levels(trained: Path, edm: RunConfig) -> None:
     changed = replace(edm, out=trained, objective=replace(edm.objective, p_mean=0.0))
-    with pytest.raises(UserError, match=r"objective.p-mean was -1.2 and is now 0.0"):
+    with pytest.raises(UserError, match=r"`objective.p_mean` was -1.2 and is now 0.0"):
         Trainer(changed)

@@ -107,7 +107,7 @@ def test_an_average_made_afterwards_is_the_one_that_a_run_tracks(
     assert f"length 0.15 at step {at}, made of {2 * at // EVERY} others" in said
     pretrained = load_model(out)  # as sample.py does
     assert pretrained.step == at
-    made = vector(dict(pretrained.model.named_parameters()))
+    made = vector(dict(pretrained.network.named_parameters()))
     nearest = min(
         float((vector(tensors(snapshots(trained).path(at), part)) - direct).norm())
         for part in ("ema-0.1", "ema-0.2")

@@ -328,7 +328,7 @@ def test_the_bound_of_real_images(
     ids = real.index_in_set(range(6))
     assert ids.tolist() == [0, 16, 33, 50, 66, 83]
     terms = bits_per_dim(
-        pretrained.model,
+        pretrained.network,
         pretrained.schedule,
         torch.from_numpy(real.read(range(6))).permute(0, 3, 1, 2),
         torch.from_numpy(ids),

@@ -99,7 +99,9 @@ def test_a_learned_variance_from_training_to_a_picture(
     assert not torch.equal(pictures[0], pictures[1])
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     schedule = replace(config.diffusion, timesteps=5, beta_end=0.5).build_schedule()
-    terms = bits_per_dim(trained.model, schedule, images, torch.arange(2), variance="learned_range")
+    terms = bits_per_dim(
+        trained.network, schedule, images, torch.arange(2), variance="learned_range"
+    )
     assert bool(terms.isfinite().all())
 
 

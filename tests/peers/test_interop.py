@@ -17,9 +17,10 @@ from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.pipeline import export_pipeline
-from ddpm_engine.interop.network import load_unet, read_config
 from ddpm_engine.interop.scheduler import read_scheduler, scheduler_entries
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.files import read_config
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.samplers.config import SamplingConfig
@@ -93,7 +94,7 @@ def assert_same_network(actual: UNet, expected: Any, classes: bool = False) -> N
     timesteps, labels = torch.tensor([0, 500, 999]), torch.tensor([0, 3, 4]) if classes else None
     with torch.no_grad():
         output = expected(x, timesteps, class_labels=labels).sample
-        difference = (actual(x, timesteps, labels) - output).abs().max().item()
+        difference = (actual(x, timesteps, Conditioning(labels)) - output).abs().max().item()
     print(f"max |difference| = {difference:.1e}, std {output.std():.2f}")
     assert output.std() > 0.2
     assert difference <= 1e-5
@@ -106,7 +107,7 @@ def assert_same_network(actual: UNet, expected: Any, classes: bool = False) -> N
 def test_what_diffusers_saved(name: str, tmp_path: Path) -> None:
     peer = theirs(**VARIANTS[name])
     peer.save_pretrained(tmp_path)
-    assert_same_network(load_unet(tmp_path), peer, classes=name == "classes")
+    assert_same_network(UNet.from_pretrained(tmp_path), peer, classes=name == "classes")
 
 
 @pytest.mark.parametrize("how", [{"safe_serialization": False}, {"max_shard_size": "20KB"}])
@@ -114,13 +115,13 @@ def test_other_files(how: dict[str, Any], tmp_path: Path) -> None:
     peer = theirs()
     peer.save_pretrained(tmp_path, **how)
     assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
-    assert_same_network(load_unet(str(tmp_path)), peer)
+    assert_same_network(UNet.from_pretrained(str(tmp_path)), peer)
 
 
 def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
     peer = theirs().half()
     peer.save_pretrained(tmp_path)
-    assert_same_network(load_unet(tmp_path), peer.float())
+    assert_same_network(UNet.from_pretrained(tmp_path), peer.float())
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -133,9 +134,10 @@ def test_both_layouts(flat: bool, tmp_path: Path) -> None:
     else:
         diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path)
     pretrained = load_model(tmp_path)
-    assert_same_network(pretrained.model, peer)
-    assert pretrained.config.sampling == SamplingConfig(variance="fixed_large", spacing="leading")
-    assert not pretrained.clip
+    assert_same_network(pretrained.network, peer)
+    assert pretrained.config.sampling == SamplingConfig(
+        variance="fixed_large", spacing="leading", clip_x0=False
+    )
     assert len(pretrained.hash) == 64
     assert pretrained.step is None
 
@@ -161,7 +163,7 @@ def test_former_attention_names(squeezed: bool, tmp_path: Path) -> None:
     peer.save_config(tmp_path)
     tensors = old_style(peer.state_dict(), squeezed)
     torch.save(tensors, tmp_path / "diffusion_pytorch_model.bin")
-    assert_same_network(load_unet(tmp_path), peer)
+    assert_same_network(UNet.from_pretrained(tmp_path), peer)
 
 
 @pytest.mark.parametrize("shape", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
@@ -210,11 +212,11 @@ def test_an_export_loads_in_diffusers_and_again_here(name: str, tmp_path: Path) 
     export_pipeline(pretrained, tmp_path / "first")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "first")
     assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
-    assert_same_network(pretrained.model, pipeline.unet)
+    assert_same_network(pretrained.network, pipeline.unet)
 
     pipeline.save_pretrained(tmp_path / "second")
     back = load_model(tmp_path / "second")
-    assert_same_bits(back.model, pretrained.model)
+    assert_same_bits(back.network, pretrained.network)
     assert back.config == pretrained.config
     assert torch.equal(back.schedule.betas, pretrained.schedule.betas)
 
@@ -240,8 +242,8 @@ def test_classes(tmp_path: Path) -> None:
     pretrained = ours(UNetConfig(**TINY, num_class_embeds=5))
     export_pipeline(pretrained, tmp_path / "ours")
     peer = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", subfolder="unet")
-    assert_same_network(pretrained.model, peer, classes=True)
-    assert load_model(tmp_path / "ours").model.null_class == 4
+    assert_same_network(pretrained.network, peer, classes=True)
+    assert load_model(tmp_path / "ours").spec.null_class == 4
     assert "label 4 for no class" in (tmp_path / "ours" / "README.md").read_text()
 
 
@@ -299,12 +301,16 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     diffusion = DiffusionConfig(
         schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
     )
-    sampling = SamplingConfig(sampler="euler", steps=9)
+    sampling = SamplingConfig(sampler="euler", steps=9, clip_x0=False)
     pretrained = ours(model, diffusion=diffusion, sampling=sampling)
     export_pipeline(pretrained, tmp_path / "export")
     assert not (tmp_path / "export" / "model_index.json").exists()
 
-    ids, labels = torch.tensor([3, 2**40, 0, 9]), torch.tensor([0, 4, 2, 1]) if labelled else None
+    # Class k belongs to the ids that leave k when they are divided by four.
+    ids, labels = (
+        torch.tensor([0, 2**40 + 1, 2, 7]),
+        torch.tensor([0, 4, 2, 1]) if labelled else None,
+    )
     card = (tmp_path / "export" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
@@ -316,8 +322,7 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     back = load_model(tmp_path / "export")
     assert back.config.diffusion == diffusion
     assert back.config.sampling == replace(sampling, steps=None)
-    assert_same_bits(back.model, pretrained.model)
-    assert not back.clip
+    assert_same_bits(back.network, pretrained.network)
     classes = None if labels is None else tuple(labels.tolist())
     drawn = back.sample(ids, seed=6, sampler="euler", steps=9, classes=classes).tensor
     difference = (drawn - names["x"]).abs().max().item()
@@ -374,7 +379,7 @@ def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     pipeline.save_pretrained(tmp_path / "again")
     back = load_model(tmp_path / "again")
-    assert_same_bits(back.model, pretrained.model)
+    assert_same_bits(back.network, pretrained.network)
     assert back.config.sampling == pretrained.config.sampling
     assert back.config.distillation == replace(
         pretrained.config.distillation, teacher=Path("teacher")
@@ -410,7 +415,8 @@ def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
     card = (tmp_path / "export" / "README.md").read_text()
     assert "from `teacher`, to 4 steps, by progressive distillation; guidance 2 is built in" in card
     code = card.split("```python\n")[1].split("```")[0]
-    ids, labels = torch.tensor([3, 2**40, 0, 9]), torch.tensor([0, 4, 2, 1])
+    # Class k belongs to the ids that leave k when they are divided by four.
+    ids, labels = torch.tensor([0, 2**40 + 1, 2, 7]), torch.tensor([0, 4, 2, 1])
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
     monkeypatch.setattr(torch, "randn", lambda *shape: initial if shape == (4, 3, 8, 8) else None)
     names: dict[str, Any] = {"labels": labels}

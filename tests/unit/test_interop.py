@@ -20,9 +20,7 @@ from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, to_dict
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.export import pipeline as export
 from ddpm_engine.export.pipeline import export_pipeline
-from ddpm_engine.interop.network import load_unet
 from ddpm_engine.interop.scheduler import scheduler_entries
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.config import SamplingConfig
@@ -69,8 +67,8 @@ def test_a_run_and_its_export_are_the_same_model(run: Path, tmp_path: Path) -> N
         export_pipeline(pretrained, tmp_path / weights, weights)
         back = load_model(tmp_path / weights)
         assert back.config == replace(pretrained.config, sampling=SamplingConfig())
-        for name, tensor in pretrained.model.state_dict().items():
-            assert torch.equal(back.model.state_dict()[name], tensor)
+        for name, tensor in pretrained.network.state_dict().items():
+            assert torch.equal(back.network.state_dict()[name], tensor)
     files = (path for path in (tmp_path / "ema").rglob("*") if path.is_file())
     assert {path.relative_to(tmp_path / "ema").as_posix() for path in files} == {
         "README.md",
@@ -84,11 +82,11 @@ def test_a_run_and_its_export_are_the_same_model(run: Path, tmp_path: Path) -> N
 def test_the_card_has_the_facts(run: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     pretrained = load_model(run)
-    parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
+    parameters = sum(parameter.numel() for parameter in pretrained.network.parameters())
     for fact in (
         "8×8, 3 channels", "| 4, 8 |", f"{parameters:,}", "f" * 64, "1,234", pretrained.hash,
         "linear, β from 0.0001 to 0.02, T = 1000", "moving average, decay 0.9999",
-        "DDPMPipeline.from_pretrained", "load_unet", "launch/sample.py",
+        "DDPMPipeline.from_pretrained", "ddpm_engine.load", "launch/sample.py",
     ):  # fmt: skip
         assert fact in card, fact
 
@@ -108,7 +106,11 @@ def test_an_export_replaces_an_export_and_nothing_else(run: Path, exported: Path
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("step", ["_write_weights", "model_card", "_put_in_place"])
+@pytest.mark.parametrize(
+    "step",
+    ["networks.unet.files.write_weights", "export.pipeline.model_card",
+     "export.pipeline._put_in_place"],
+)  # fmt: skip
 def test_a_failed_export_leaves_what_was_there(
     step: str, earlier: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +121,7 @@ def test_a_failed_export_leaves_what_was_there(
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, step, full)
+    monkeypatch.setattr(f"ddpm_engine.{step}", full)
     with pytest.raises(UserError, match="No space left on device; make room"):
         export_pipeline(pretrained, out)
     assert {path.name for path in tmp_path.iterdir()} == ({"out"} if earlier else set())
@@ -189,7 +191,7 @@ def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
 def test_a_network_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
     change(exported / "unet" / "config.json", **{entry: value})
     with pytest.raises(UserError) as refused:
-        load_unet(exported)
+        UNet.from_pretrained(exported)
     shown = value[0] if entry == "down_block_types" else value
     assert entry in str(refused.value)
     assert any(text in str(refused.value) for text in (json.dumps(shown), repr(shown)))
@@ -221,9 +223,9 @@ def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -
     with pytest.raises(UserError) as refused:
         load_model(exported)
     assert str(file) in str(refused.value)
-    known = {"beta_start": "beta at timestep 0", "trained_betas": "betas has 2 entries"}
+    known = {"beta_start": "beta at timestep 0", "trained_betas": "`betas` has 2 entries"}
     assert known.get(entry, entry) in str(refused.value)
-    load_unet(exported)  # whose network is as it was
+    UNet.from_pretrained(exported)  # whose network is as it was
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: A
     file.write_text(json.dumps(entries))
     assert load_model(exported).config.diffusion == diffusion
     change(file, **{entry: value})
-    known = {"num_train_timesteps": "timesteps is 1"}
+    known = {"num_train_timesteps": "`timesteps` is 1"}
     with pytest.raises(UserError, match=known.get(entry, entry)):
         load_model(exported)
 
@@ -254,7 +256,7 @@ def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: A
 @pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])
 def test_entries_that_change_nothing(exported: Path, entry: str) -> None:
     change(exported / "unet" / "config.json", **{entry: 5})
-    assert load_unet(exported).config == MODEL
+    assert UNet.from_pretrained(exported).config == MODEL
 
 
 def test_a_latent_model(exported: Path) -> None:
@@ -268,22 +270,19 @@ def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: P
     config = RunConfig(model=model.config)
     pretrained = LoadedModel.from_config(model, config, "0" * 64)
     export_pipeline(pretrained, tmp_path / "out")
-    assert load_model(tmp_path / "out").model.null_class == 2
+    assert load_model(tmp_path / "out").spec.null_class == 2
     (tmp_path / "out" / "unet" / WEIGHTS).unlink()
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.bin"
     torch.save(model.state_dict(), weights)
     with pytest.raises(UserError, match=r"num_class_embeds is 3.*stands for no class"):
         load_model(tmp_path / "out")
-    assert load_unet(tmp_path / "out").config.num_class_embeds == 3
+    assert UNet.from_pretrained(tmp_path / "out").config.num_class_embeds == 3
 
 
 def test_a_learned_variance_without_its_outputs(exported: Path) -> None:
     change(exported / "unet" / "config.json", out_channels=6)
     with pytest.raises(UserError, match="differ"):
-        load_model(exported)
-    model = UNet(replace(MODEL, out_channels=6))
-    (exported / "unet" / WEIGHTS).unlink()
-    torch.save(model.state_dict(), exported / "unet" / "diffusion_pytorch_model.bin")
+        UNet.from_pretrained(exported)
     with pytest.raises(UserError, match=r"out_channels is 6.*must be 3"):
         load_model(exported)
 
@@ -312,7 +311,7 @@ def test_a_pickle_is_not_executed(exported: Path, tmp_path: Path, how: str) -> N
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError, match="would execute code"):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
     assert not proof.exists()
     if how == "torch":  # the test itself: freely unpickled, it does execute
         torch.load(file, weights_only=False)
@@ -324,14 +323,14 @@ def test_a_damaged_pickle(exported: Path, content: bytes) -> None:
     (exported / "unet" / WEIGHTS).unlink()
     (exported / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"is damaged.*download it again"):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
 
 
 def test_a_pickle_of_something_else(exported: Path) -> None:
     (exported / "unet" / WEIGHTS).unlink()
     torch.save([1, 2], exported / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="not a state dict"):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
@@ -366,7 +365,7 @@ def test_missing_files(exported: Path, missing: str, expected: str) -> None:
 def test_damaged_json(exported: Path, content: str) -> None:
     (exported / "unet" / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"unet/config\.json is "):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
 
 
 def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
@@ -374,16 +373,16 @@ def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
     index = exported / "unet" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": f"../{WEIGHTS}"}}))
     with pytest.raises(UserError, match="files beside it"):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "gone.safetensors"}}))
     with pytest.raises(UserError, match=r"gone\.safetensors is missing"):
-        load_unet(exported)
+        UNet.from_pretrained(exported)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no folder.*hf download"):
-        load_unet("google/ddpm-cifar10-32")
+    with pytest.raises(UserError, match="there is no folder"):
+        UNet.from_pretrained(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no diffusers model"):
-        load_unet(tmp_path)
+        UNet.from_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no usable checkpoint.*\n.*folder of a diffusers model"):
         load_model(tmp_path)

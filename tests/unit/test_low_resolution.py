@@ -21,9 +21,9 @@ from ddpm_engine.diffusion.super_resolution import (
     upsample,
 )
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.network import config_entries
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.files import config_entries
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.inputs import TrainingInputs

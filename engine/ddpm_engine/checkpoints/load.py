@@ -12,16 +12,18 @@ import torch
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
-from ddpm_engine.interop.network import read_config, read_unet
+from ddpm_engine.interop.pipeline import check_pipeline, write_pipeline
 from ddpm_engine.interop.scheduler import read_scheduler
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
+from ddpm_engine.networks.files.hub import local_folder
+from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
+from ddpm_engine.networks.unet.files import read_config, read_unet
+from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Ids, Samples, sample
-
-_FROM_THE_HUB = ". To fetch one from the Hugging Face hub: hf download NAME --local-dir DIR"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,16 +71,6 @@ class LoadedModel(DiffusionModel):
         )
 
     @property
-    def model(self) -> Any:
-        """The network, until its last users have the new name."""
-        return self.network
-
-    @property
-    def clip(self) -> bool:
-        """Whether estimates of x_0 are clipped."""
-        return self.sampling.clip_x0
-
-    @property
     def step(self) -> int | None:
         """Optimizer steps it was trained for; None if unknown."""
         return None if self.checkpoint is None else self.checkpoint.step
@@ -105,6 +97,30 @@ class LoadedModel(DiffusionModel):
         if self.config.distillation.teacher is not None:
             self._check_distilled(resolved)
         return resolved
+
+    def check_export(self) -> None:
+        """Check that `save_pretrained` can write the model.
+
+        Raises:
+            UserError: diffusers has no such network or no sampler for it.
+        """
+        config = self.config
+        check_pipeline(config.model, config.diffusion, config.sampling, config.distillation)
+
+    def save_pretrained(self, path: Path | str) -> None:
+        """Save as a pipeline of diffusers: `load` and `DDPMPipeline.from_pretrained` read it.
+
+        Args:
+            path: of the folder, created if missing.
+
+        Raises:
+            UserError: as `check_export`.
+            OSError: the folder cannot be written.
+        """
+        config = self.config
+        write_pipeline(
+            Path(path), self.network, config.diffusion, config.sampling, config.distillation
+        )
 
     def _check_distilled(self, request: SampleRequest) -> None:
         known, asked = self.sampling, request.sampling or self.sampling
@@ -134,25 +150,36 @@ class LoadedModel(DiffusionModel):
             )
 
 
-def load_model(path: Path, device: torch.device | str = "cpu", weights: str = "ema") -> LoadedModel:
+def load(
+    path: Path | str, device: torch.device | str | None = None, weights: str = "ema"
+) -> LoadedModel:
+    """Load a trained model, on a GPU if there is one; arguments as in `load_model`."""
+    return load_model(path, local_device() if device is None else device, weights)
+
+
+def load_model(
+    path: Path | str, device: torch.device | str = "cpu", weights: str = "ema"
+) -> LoadedModel:
     """Load a run's newest sound checkpoint, or one checkpoint, or a model that diffusers saved.
 
     Args:
         path: a run directory, or one `checkpoints/step-…` in it, or the folder of a pipeline of
-            diffusers.
+            diffusers, or the name of one on the Hugging Face hub, such as
+            `google/ddpm-cifar10-32`.
         device: where the network goes.
         weights: of a run: `"ema"`, or `"model"` for the weights without averaging.
 
     Raises:
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
+    path = local_folder(path)
     foreign = not _is_run(path) and is_diffusers(path)
     loaded = _load_diffusers(path) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
     return loaded
 
 
-def config_of(path: Path) -> RunConfig:
+def config_of(path: Path | str) -> RunConfig:
     """Read the configuration that a model was trained with, without its weights.
 
     Args:
@@ -161,6 +188,7 @@ def config_of(path: Path) -> RunConfig:
     Raises:
         UserError: no checkpoint there, or one whose configuration cannot be read.
     """
+    path = local_folder(path)
     if not _is_run(path) and is_diffusers(path):
         return _diffusers_config(find_layout(path))
     return _find_checkpoint(path, parts=()).config
@@ -181,8 +209,8 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
         raise UserError(
             f"there is no usable checkpoint in {path}{':' if reasons else ''}{reasons}\n"
-            "       give a run directory, one of its checkpoints/step-…, or the "
-            f"folder of a diffusers model{'' if path.exists() else _FROM_THE_HUB}"
+            "       give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
+            "model, or the name of one on the Hugging Face hub"
         )
     return checkpoint
 
@@ -190,7 +218,7 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
 def _load_run(path: Path, weights: str) -> LoadedModel:
     checkpoint = _find_checkpoint(path, (weights,))
     config = checkpoint.config
-    network = build_network(config.model)
+    network = build_network(config.model, initialised=False)
     load_part(checkpoint.path, weights, network.state_dict())
     plan = config.distillation
     if plan.teacher is not None:
@@ -206,15 +234,16 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
 def _load_diffusers(path: Path) -> LoadedModel:
     layout = find_layout(path)
     config = _diffusers_config(layout)
-    loaded = read_unet(layout.network)
-    if loaded.model.conditioning.null_class != loaded.null_class:
+    stored = read_unet(layout.network)
+    network = UNet.from_stored(stored, layout.network)
+    if network.conditioning.null_class != stored.null_class:
         raise UserError(
             f"num_class_embeds is {config.model.num_class_embeds} in "
             f"{layout.network / NETWORK_CONFIG}, and nothing says that the last of these classes "
             "stands for no class, as it does in this engine: load the network with "
-            "interop.network.load_unet and give labels yourself"
+            "UNet.from_pretrained and give labels yourself"
         )
-    return LoadedModel.from_config(loaded.model, config, loaded.hash)
+    return LoadedModel.from_config(network, config, stored.hash)
 
 
 def _diffusers_config(layout: Layout) -> RunConfig:

@@ -179,7 +179,7 @@ def recipe(options: SamplingOptions, loaded: LoadedModel) -> Recipe:
         for name in ("sampler", "steps", "spacing", "variance", "eta")
         if (value := getattr(options, name)) is not None
     }
-    null = loaded.model.conditioning.null_class
+    null = loaded.network.conditioning.null_class
     labels = options.class_labels or ("none" if null is None else "all")
     classes: tuple[int, ...] | None = None
     if labels == "all":
@@ -279,7 +279,7 @@ def compare(
 
 def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | None:
     """Compute nll, and plot its terms."""
-    channels, height, width = loaded.model.sample_shape
+    channels, height, width = loaded.network.sample_shape
     shape = (height, width, channels)
     found = bound_of_real_images(
         loaded,
@@ -310,7 +310,7 @@ def main() -> None:
         loaded = None
         if options.checkpoint is not None:
             loaded = load_model(options.checkpoint, device, options.sampling.weights)
-            if loaded.model.conditioning.low_resolution is not None:
+            if loaded.network.conditioning.low_resolution is not None:
                 raise UserError(
                     f"`checkpoint` {options.checkpoint} is a super-resolution model: generate "
                     "samples from low-resolution images first, and give them as `samples`",

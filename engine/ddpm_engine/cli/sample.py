@@ -275,13 +275,13 @@ def recipe(options: Options, pretrained: LoadedModel) -> Recipe:
     timesteps = None
     if solver.timesteps is not None:
         timesteps, sampling = numbers("timesteps", solver.timesteps), replace(sampling, steps=None)
-    shape = pretrained.model.sample_shape
+    shape = pretrained.network.sample_shape
     strength = image.strength
     if image.images is not None and image.mask is None and strength is None:
         strength = 0.5
     small = None
     if image.low_resolution is not None:
-        side = pretrained.model.conditioning.low_resolution or shape[-1]
+        side = pretrained.network.conditioning.low_resolution or shape[-1]
         small = small_images(image.low_resolution, (shape[0], side, side))
     ends = None
     if image.interpolate is not None:
@@ -292,7 +292,7 @@ def recipe(options: Options, pretrained: LoadedModel) -> Recipe:
         seed=options.seed,
         sampling=sampling,
         timesteps=timesteps,
-        classes=parse_classes(options, pretrained.model.conditioning.null_class, small),
+        classes=parse_classes(options, pretrained.network.conditioning.null_class, small),
         guidance=parse_guidance(options.classes),
         threshold=solver.threshold,
         images=None if image.images is None else InputImages(image.images, shape),

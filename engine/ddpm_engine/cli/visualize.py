@@ -81,7 +81,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
             f"--checkpoint {checkpoint} is a model of diffusers; the figures show a run's data and "
             "losses, so give a run directory"
         )
-    if trained.model.conditioning.low_resolution is not None:
+    if trained.network.conditioning.low_resolution is not None:
         raise UserError(
             f"--checkpoint {checkpoint} is a super-resolution model; the figures are of other "
             "networks. Use sample.py"
@@ -106,7 +106,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
         samples=options.samples,
         photo=None
         if photo is None
-        else InputImages(photo, trained.model.sample_shape, "photo").of([0])[0],
+        else InputImages(photo, trained.network.sample_shape, "photo").of([0])[0],
         count=options.count,
     )
 

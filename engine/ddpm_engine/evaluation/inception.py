@@ -21,7 +21,7 @@ from torch.nn import functional
 from ddpm_engine.atomic_io import write_once
 from ddpm_engine.data.remote.fetch import FetchError, fetch
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.weights import fill, read_pickle
+from ddpm_engine.networks.files.weights import fill, read_pickle
 
 FILE_NAME = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE_NAME}"

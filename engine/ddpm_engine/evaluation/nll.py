@@ -79,10 +79,10 @@ def bound_of_real_images(
     folder = out / f"nll-{digest[:8]}"
     store = FeatureStore(folder, inputs)
     ids = range(len(real))
-    device = next(model.model.parameters()).device
+    device = next(model.network.parameters()).device
 
     def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        output: Tensor = model.model(x, t, conditioning)
+        output: Tensor = model.network(x, t, conditioning)
         progress.step(len(x))
         return output
 
@@ -97,7 +97,7 @@ def bound_of_real_images(
             prediction=model.config.diffusion.prediction,
             variance=variance,
             conditioning=Conditioning(_labels(model, real, batch, device)),
-            clip=model.clip,
+            clip=model.sampling.clip_x0,
         )
         return np.asarray(found.cpu().numpy())
 
@@ -165,7 +165,7 @@ def _inputs(
             "prediction": config.diffusion.prediction,
             "variance": variance,
             "timesteps": model.schedule.timesteps,
-            "clip": model.clip,
+            "clip": model.sampling.clip_x0,
         },
         "seed": seed,
         "reference": {
@@ -182,7 +182,7 @@ def _labels(
     model: LoadedModel, real: RealImages, ids: Sequence[int], device: torch.device
 ) -> Tensor | None:
     """Return the classes of images, or the null class, for a class-conditional network."""
-    null = model.model.conditioning.null_class
+    null = model.network.conditioning.null_class
     if null is None:
         return None
     labels = [real.label_of(k) for k in ids]

@@ -194,7 +194,7 @@ def generated_source(
                 share=share, progress=progress, wait=wait,
             )  # fmt: skip
 
-    channels, height, width = model.model.sample_shape
+    channels, height, width = model.network.sample_shape
     decay = model.config.training.ema_decay if weights == "ema" else None
     source = SampleSource(
         store, (height, width, channels), ids, {**settings, "ema_decay": decay}, store.ids, generate

@@ -19,7 +19,7 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
     """
     shape, diffusion = pretrained.config.model, pretrained.config.diffusion
     sampling = pretrained.config.sampling
-    parameters = sum(parameter.numel() for parameter in pretrained.model.parameters())
+    parameters = sum(parameter.numel() for parameter in pretrained.network.parameters())
     schedule = f"{diffusion.schedule}, β from {diffusion.beta_start:g} to {diffusion.beta_end:g}"
     if diffusion.betas is not None:
         schedule = "given beta by beta"
@@ -90,7 +90,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
     sampling = pretrained.config.sampling
     all_steps = pretrained.config.diffusion.timesteps
     steps = sampling.steps or all_steps
-    labelled = pretrained.model.conditioning.null_class is not None
+    labelled = pretrained.network.conditioning.null_class is not None
     distilled = pretrained.config.distillation.teacher is not None
     theirs = [f"    batch_size=4, num_inference_steps={steps}"]
     if sampling.spacing == "trailing":
@@ -127,15 +127,14 @@ def _usage(pretrained: LoadedModel) -> list[str]:
             'scheduler = DDPMScheduler.from_pretrained("DIR", subfolder="scheduler")',
             "# unet(x, t, class_labels=labels).sample",
         ]  # fmt: skip
-    command = f"python launch/sample.py --checkpoint DIR --out pictures --steps {steps}"
-    load = 'unet = load_unet("DIR")'
-    ours = ["from ddpm_engine.interop.network import load_unet", "", load]
+    command = f"python launch/sample.py --checkpoint DIR --out samples --steps {steps}"
+    ours = ["import ddpm_engine", "", 'images = ddpm_engine.load("DIR").sample(4).images']
     note = []
     if distilled:
         note = [
-            "The network has learnt these steps and no others: with another number of them, with "
+            "The network has learned these steps and no others: with another number of them, with "
             "`eta`, or without re-deriving the noise from the clipped image "
-            "(`use_clipped_model_output`), the pictures are worse.", "",
+            "(`use_clipped_model_output`), the samples are worse.", "",
         ]  # fmt: skip
     return [
         "With diffusers:", "", "```python", *diffusers, "```", "", *note,
@@ -146,7 +145,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
 def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = "") -> list[str]:
     """What draws where no pipeline does, with `options` for each step of the scheduler."""
     shape = pretrained.config.model
-    labelled = pretrained.model.conditioning.null_class is not None
+    labelled = pretrained.network.conditioning.null_class is not None
     labels = ", class_labels=labels" if labelled else ""
     return [
         "import torch", f"from diffusers import {scheduler}, UNet2DModel", "",

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.weights import fill, read_pickle
+from ddpm_engine.networks.files.weights import fill, read_pickle
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 

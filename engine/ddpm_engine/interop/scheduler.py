@@ -10,7 +10,7 @@ import torch
 
 from ddpm_engine.diffusion.config import DiffusionConfig, Variance
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.entries import Entries
+from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.samplers.config import SamplingConfig, Spacing
 

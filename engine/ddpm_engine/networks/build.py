@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.unet.config import UNetConfig
@@ -13,8 +15,13 @@ NETWORKS: dict[type[Any], type[Network]] = {UNetConfig: UNet}
 """Configuration class → network class. An entry of your own makes your network one of these."""
 
 
-def build_network(config: Any) -> Network:
-    """Build the network that a configuration describes, with initial weights, on the CPU.
+def build_network(config: Any, initialised: bool = True) -> Network:
+    """Build the network that a configuration describes, on the CPU.
+
+    Args:
+        config: of a class in `NETWORKS`.
+        initialised: whether to give it initial weights, which takes a while; False: its weights are
+            arbitrary, for a checkpoint to overwrite.
 
     Raises:
         UserError: a configuration of no known network, or a shape that cannot be built.
@@ -25,4 +32,10 @@ def build_network(config: Any) -> Network:
             f"model is a {type(config).__name__}, which describes no known network; use one of "
             f"{known}, or add yours to ddpm_engine.networks.build.NETWORKS"
         )
-    return NETWORKS[type(config)](config)
+    if initialised:
+        return NETWORKS[type(config)](config)
+    with torch.device("meta"):
+        network = NETWORKS[type(config)](config)
+    # Buffers may be computed by the constructor and be in no checkpoint.
+    computed = any(True for _ in network.buffers())
+    return NETWORKS[type(config)](config) if computed else network.to_empty(device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
+from ddpm_engine.networks.files.hub import local_folder
+from ddpm_engine.networks.files.layout import find_layout
+from ddpm_engine.networks.files.weights import fill
 from ddpm_engine.networks.unet.attention import Attention, choose_attention
 from ddpm_engine.networks.unet.blocks import (
     DownLevel,
@@ -20,6 +24,7 @@ from ddpm_engine.networks.unet.blocks import (
 )
 from ddpm_engine.networks.unet.config import UNetConfig, attending_channels, check_shape
 from ddpm_engine.networks.unet.embeddings import TimestepMLP, sinusoidal_embedding
+from ddpm_engine.networks.unet.files import StoredUNet, read_unet, write_unet
 from ddpm_engine.networks.unet.norm import GroupNorm
 
 
@@ -165,6 +170,51 @@ class UNet(Network):
         h = self.up_blocks[-1](features, skips, embedding)
         prediction = self.conv_out(self.conv_norm_out(h))
         return (prediction, features) if return_features else prediction
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str) -> UNet:
+        """Load a `UNet2DModel` as diffusers saves it: its folder, or that of its pipeline.
+
+        Args:
+            path: of the folder, or a name on the Hugging Face hub.
+
+        Returns:
+            The network in float32, on the CPU, in eval mode.
+
+        Raises:
+            UserError: nothing there, damaged, or a network that `UNet` cannot be; it says why.
+        """
+        folder = find_layout(local_folder(path)).network
+        return cls.from_stored(read_unet(folder), folder)
+
+    @classmethod
+    def from_stored(cls, stored: StoredUNet, origin: Path) -> UNet:
+        """Build a network with stored weights: float32, on the CPU, in eval mode.
+
+        Args:
+            stored: as `read_unet` returns it.
+            origin: for messages.
+
+        Raises:
+            UserError: weights of another network.
+        """
+        with torch.device("meta"):  # no initial weights, which take seconds
+            network = cls(stored.config)
+        network.to_empty(device="cpu")
+        fill(network, stored.tensors, origin)
+        return network.eval()
+
+    def save_pretrained(self, path: Path | str) -> None:
+        """Save the network as diffusers saves a `UNet2DModel`.
+
+        Args:
+            path: of the folder, created if missing.
+
+        Raises:
+            UserError: diffusers has no such network.
+            OSError: the folder cannot be written.
+        """
+        write_unet(Path(path), self.config, self.state_dict(), self.conditioning.null_class)
 
     @property
     def downscale_factor(self) -> int:

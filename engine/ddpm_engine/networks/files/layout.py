@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.entries import read_json
+from ddpm_engine.networks.files.entries import read_json
 
 INDEX = "model_index.json"
 NETWORK_CONFIG = "config.json"
@@ -46,8 +46,8 @@ def find_layout(path: Path) -> Layout:
     """
     if not path.is_dir():
         raise UserError(
-            f"there is no folder {path}; give one that holds a saved model. To fetch one from the "
-            "Hugging Face hub: hf download NAME --local-dir DIR"
+            f"there is no folder {path}; give one that holds a saved model, or the name of one on "
+            "the Hugging Face hub"
         )
     if (path / INDEX).exists():
         _check_parts(path / INDEX)
@@ -61,7 +61,7 @@ def find_layout(path: Path) -> Layout:
 
 
 def _check_parts(index: Path) -> None:
-    """A latent model's network draws no pictures without its decoder, so do not pretend."""
+    """Refuse a latent model, whose network generates no images without its decoder."""
     further = [
         name
         for name, value in read_json(index).items()
@@ -71,6 +71,6 @@ def _check_parts(index: Path) -> None:
     ]
     if further:
         raise UserError(
-            f"{index} lists {', '.join(further)} besides unet and scheduler; this engine draws "
-            "with models of pixels that need nothing else"
+            f"{index} lists {', '.join(further)} besides unet and scheduler; this engine samples "
+            "from models of pixels that need nothing else"
         )

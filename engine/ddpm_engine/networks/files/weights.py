@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.entries import read_json
+from ddpm_engine.networks.files.entries import read_json
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 _INDEX = SAFETENSORS + ".index.json"
@@ -74,6 +76,22 @@ def read_pickle(file: Path) -> Weights:
     ):
         raise UserError(f"{file} is not a state dict, tensors by name: save model.state_dict()")
     return Weights(dict(values), sha256_of(file))
+
+
+def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, and wait until they are on the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # safetensors takes only contiguous tensors; ours are channels-last.
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, file, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Entries:
             self.refuse(name, value, f"this engine has only {listed}")
 
     def finish(self, ignored: Iterable[str]) -> None:
-        """Check that nothing is left but what does not change a picture.
+        """Check that nothing is left that might change samples.
 
         Raises:
             UserError: naming the entries that this version does not know.
@@ -82,7 +83,7 @@ class Entries:
             listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in unknown.items())
             raise UserError(
                 f"{self.path} has entries that this version does not know: {listed}; they might "
-                "change the pictures, so remove them only if you know that they do not"
+                "change samples, so remove them only if you know that they do not"
             )
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
@@ -92,6 +93,12 @@ class Entries:
             UserError: always; it names the file, the entry and the reason.
         """
         raise UserError(f"{name} is {json.dumps(value)} in {self.path}: {reason}")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Diffusers' `UNet2DModel` and our `UNet`: configuration, parameter names, weights."""
+"""Files of a U-Net: configuration, parameter names and weights of diffusers' `UNet2DModel`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, cast
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop.entries import Entries
-from ddpm_engine.interop.layout import NETWORK_CONFIG, find_layout
-from ddpm_engine.interop.weights import fill, read_weights
+from ddpm_engine.networks.files.entries import Entries, write_json
+from ddpm_engine.networks.files.layout import NETWORK_CONFIG
+from ddpm_engine.networks.files.weights import SAFETENSORS, read_weights, write_weights
 from ddpm_engine.networks.unet.config import UNetConfig, check_shape
-from ddpm_engine.networks.unet.unet import UNet
 
 CLASS = "UNet2DModel"
 
@@ -33,42 +32,57 @@ _PROJECTION = re.compile(r".*attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
 
 @dataclass(frozen=True)
-class LoadedUNet:
-    """A network and where it came from."""
+class StoredUNet:
+    """A U-Net as it is stored."""
 
-    model: UNet
-    """Float32, on the CPU, in eval mode."""
+    config: UNetConfig
+    tensors: Mapping[str, Tensor]
+    """By today's parameter names, on the CPU, in any precision."""
     hash: str
-    """Of the weight file."""
+    """SHA-256 of the weight file."""
     null_class: int | None
-    """The label that stands for no class, if the file says so; `export_pipeline` does."""
+    """Label of the null class, if the file says so; ours do."""
 
 
-def load_unet(path: Path | str) -> UNet:
-    """Load a `UNet2DModel` that diffusers saved: its folder, or that of its pipeline.
-
-    Returns:
-        The network in float32, on the CPU, in eval mode.
-
-    Raises:
-        UserError: nothing there, damaged, or a network that `UNet` cannot be; it says why.
-    """
-    return read_unet(find_layout(Path(path)).network).model
-
-
-def read_unet(folder: Path) -> LoadedUNet:
-    """Load the network whose `config.json` and weights are in this folder.
+def read_unet(folder: Path) -> StoredUNet:
+    """Read the network whose `config.json` and weights are in a folder.
 
     Raises:
         UserError: a part is missing or damaged, or `UNet` cannot be that network.
     """
-    model = UNet(read_config(folder / NETWORK_CONFIG))
+    config = read_config(folder / NETWORK_CONFIG)
     weights = read_weights(folder)
-    fill(model, todays_names(weights.tensors), folder)
     null_class = weights.metadata.get("null_class", "")
-    return LoadedUNet(
-        model.eval(), weights.hash, int(null_class) if null_class.isdecimal() else None
+    return StoredUNet(
+        config,
+        todays_names(weights.tensors),
+        weights.hash,
+        int(null_class) if null_class.isdecimal() else None,
     )
+
+
+def write_unet(
+    folder: Path, config: UNetConfig, tensors: Mapping[str, Tensor], null_class: int | None
+) -> None:
+    """Write a network as diffusers' `UNet2DModel` is saved.
+
+    Args:
+        folder: created if missing.
+        config: of the network.
+        tensors: its state dict.
+        null_class: label of the null class, which diffusers' files do not otherwise tell.
+
+    Raises:
+        UserError: diffusers has no such network.
+        OSError: the folder cannot be written.
+    """
+    entries = config_entries(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt"}  # without it diffusers does not read the file
+    if null_class is not None:
+        metadata["null_class"] = str(null_class)
+    write_weights(folder / SAFETENSORS, tensors, metadata)
+    write_json(folder / NETWORK_CONFIG, entries)
 
 
 def read_config(file: Path) -> UNetConfig:

@@ -1,0 +1,44 @@
+"""Models on the Hugging Face hub, by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ddpm_engine.errors import UserError
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ["*.json", "*.safetensors", "*.bin"]
+
+
+def local_folder(path: Path | str) -> Path:
+    """Return a folder as it is, or download a model that is named as on the hub.
+
+    A name is `owner/model`, such as `google/ddpm-cifar10-32`, if there is no folder `owner`.
+
+    Args:
+        path: of a folder, or a name.
+
+    Raises:
+        UserError: the model cannot be downloaded; the message says why.
+    """
+    name, folder = str(path), Path(path)
+    if folder.exists() or not _NAME.fullmatch(name) or folder.parent.exists():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"there is no folder {name}, and to fetch a model of that name from the Hugging Face "
+            "hub, the package huggingface_hub is needed: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    # The hub's client raises what its HTTP library does, which differs between versions.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"there is no folder {name}, and no model of that name could be fetched from the "
+            f"Hugging Face hub ({reason}); check the name and the connection, or fetch it "
+            f"elsewhere: hf download {name} --local-dir DIR"
+        ) from None
