@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from tests.ranks import environment_of
+
 from ddpm_engine.config import RunConfig, dump_config
 
 ROOT = Path(__file__).parents[2]
@@ -89,17 +91,9 @@ def _free_port() -> int:
 
 
 def _environment(rank: int, processes: int) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "engine"), str(ROOT / "kernels")])
+    path = os.pathsep.join(map(str, (ROOT / "engine", ROOT / "kernels", ROOT)))
     own = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    if processes == 1:
-        return own
-    return own | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-    }
+    return own | environment_of(rank, processes)
 
 
 def losses(out: Path) -> list[float]:

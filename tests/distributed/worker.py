@@ -21,15 +21,14 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from tests.ranks import ChangedLoss, Ended, Poisoned, fork_ranks
 from torch import Tensor
 
 from ddpm_engine.cli.options import exit_on_user_error
@@ -42,38 +41,7 @@ from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
 
-GRACE_SECONDS = 2.0
-"""Between the failure of a rank and the end of those that wait for it."""
-
-
-class ChangedLoss(Callback):
-    """Let the run's objective compute another loss, and stay what it is otherwise."""
-
-    def on_start(self, run: Run) -> None:
-        run.objective = Wrapped(run.objective, self)
-
-    def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
-        raise NotImplementedError
-
-
-class Wrapped(Objective):
-    def __init__(self, objective: Objective, changed: ChangedLoss) -> None:
-        self.objective, self.changed = objective, changed
-        self.begin_step, self.end_step = objective.begin_step, objective.end_step  # type: ignore[method-assign]
-        self.state, self.load = objective.state, objective.load  # type: ignore[method-assign]
-
-    def __call__(self, network: Network, batch: Batch) -> Tensor:
-        return self.changed.loss(self.objective, network, batch)
-
-
-class Poisoned(ChangedLoss):
-    """Let the loss of the sample at one position be no number."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-    def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
-        return objective(network, batch) * (math.nan if self.position in batch.positions else 1)
+PATIENCE_SECONDS = 2.0
 
 
 class Traced(ChangedLoss):
@@ -113,7 +81,7 @@ def train(job: dict[str, Any]) -> None:
     if job["first_scale"] is not None:
         callbacks.append(FirstScale(job["first_scale"]))
     if job["poisoned"] is not None:
-        callbacks.append(Poisoned(job["poisoned"]))
+        callbacks.append(Poisoned(job["poisoned"], math.nan))
     if job["trace"] is not None:
         callbacks.append(Traced(job["trace"]))
     dtype = torch.float64 if job["float64"] else torch.float32
@@ -127,11 +95,7 @@ def train(job: dict[str, Any]) -> None:
 
 
 def become_rank(number: int, order: dict[str, Any]) -> None:
-    """Train all jobs as one rank, in a fork."""
-    log = os.open(Path(order["folder"]) / f"rank{number}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    """Train all jobs as one rank."""
     os.environ.clear()
     os.environ.update(order["environments"][number])
     level = logging.INFO if number == 0 else logging.WARNING
@@ -140,40 +104,27 @@ def become_rank(number: int, order: dict[str, Any]) -> None:
         train(job)
 
 
-def run_ranks(order: dict[str, Any]) -> list[int] | None:
-    """Fork ranks and wait for them; returns their statuses, or None in a rank that has ended."""
+def run_ranks(order: dict[str, Any]) -> Ended | None:
+    """Fork the ranks of an order and wait for them; None in a rank that has ended."""
     if any("ACCELERATE_USE_DEEPSPEED" in job["environment"] for job in order["jobs"]):
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed  # noqa: F401
-    ranks = []
-    for number in range(len(order["environments"])):
-        ranks.append(os.fork())
-        if ranks[number] == 0:
-            become_rank(number, order)
-            return None
-    statuses: dict[int, int] = {}
-    deadline = time.monotonic() + order["timeout"]
-    while len(statuses) < len(ranks):
-        for pid in set(ranks) - statuses.keys():
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                statuses[pid] = os.waitstatus_to_exitcode(status)
-                if statuses[pid]:  # one that fails leaves the others waiting for it
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        if time.monotonic() > deadline:
-            for pid in set(ranks) - statuses.keys():
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return [statuses[pid] for pid in ranks]
+    return fork_ranks(
+        len(order["environments"]),
+        lambda number: become_rank(number, order),
+        lambda number: Path(order["folder"]) / f"rank{number}",
+        PATIENCE_SECONDS,
+        order["timeout"],
+    )
 
 
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
-        statuses = run_ranks(json.loads(line))
-        if statuses is None:
+        ended = run_ranks(json.loads(line))
+        if ended is None:
             return
-        print(json.dumps(statuses), flush=True)
+        print(json.dumps(ended.status), flush=True)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         text=True,
         env={
             **os.environ,
-            "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "engine", ROOT / "kernels", ROOT))),
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",
         },

@@ -29,12 +29,11 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from tests.ranks import Poisoned, environment_of, fork_ranks
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.cli.options import exit_on_user_error
 from ddpm_engine.config import RunConfig, load_config
-from ddpm_engine.data.dataset import Batch
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
@@ -128,18 +127,7 @@ def fail_at_step(_config: RunConfig, kind: str, step: int) -> list[Callback]:
 def not_a_number(_config: RunConfig, position: int, value: float) -> list[Callback]:
     """Let the loss of the sample at one position be inf or nan."""
 
-    class NotANumber(Callback):
-        def on_start(self, run: Run) -> None:
-            original = run.objective
-
-            class Poisoned(type(original)):  # type: ignore[misc]
-                def __call__(self, model: Any, batch: Batch) -> Tensor:
-                    loss: Tensor = super().__call__(model, batch)
-                    return loss * torch.where(batch.positions == position, value, 1.0)
-
-            original.__class__ = Poisoned
-
-    return [NotANumber()]
+    return [Poisoned(position, value)]
 
 
 def after_saves(action: Callable[[], object]) -> Callable[[], None]:
@@ -183,17 +171,9 @@ def full_disk(config: RunConfig, first: int, last: int) -> list[Callback]:
 
 def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
     """Train as one rank; never returns."""
-    log = os.open(Path(job["logs"]) / f"rank-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
     status = 1
     try:
-        world = job["world"]
-        if world > 1:
-            os.environ |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port),
-            }  # fmt: skip
+        os.environ |= environment_of(rank, job["world"]) | {"MASTER_PORT": str(port)}
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, force=True)
         config = load_config(Path(job["config"]))
         callbacks: list[Callback] = []
@@ -218,27 +198,13 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks: dict[int, int] = {}
-    for rank in range(job["world"]):
-        ranks[rank] = os.fork()
-        if ranks[rank] == 0:
-            run_rank(job, rank, port)
-    status: dict[int, int] = {}
-    ended_by_launcher: list[int] = []
-    deadline = float("inf")
-    while len(status) < len(ranks):
-        for rank in ranks.keys() - status.keys():
-            pid, code = os.waitpid(ranks[rank], os.WNOHANG)
-            if pid:
-                status[rank] = os.waitstatus_to_exitcode(code)
-                if status[rank] and deadline == float("inf"):
-                    deadline = time.monotonic() + PATIENCE_SECONDS
-        if time.monotonic() > deadline and not ended_by_launcher:
-            ended_by_launcher = sorted(ranks.keys() - status.keys())
-            for rank in ended_by_launcher:
-                os.kill(ranks[rank], signal.SIGKILL)
-        time.sleep(0.02)
-    return {"status": [status[rank] for rank in ranks], "ended_by_launcher": ended_by_launcher}
+    ended = fork_ranks(
+        job["world"],
+        lambda rank: run_rank(job, rank, port),
+        lambda rank: Path(job["logs"]) / f"rank-{rank}.txt",
+        PATIENCE_SECONDS,
+    )
+    return vars(ended)
 
 
 if __name__ == "__main__":

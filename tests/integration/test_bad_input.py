@@ -207,7 +207,7 @@ def test_too_many_unreadable_samples(config: RunConfig, tmp_path: Path) -> None:
         content[int(row["offset"]) + 10] ^= 0xFF
     shard.write_bytes(content)
     config = changed(config, "data", path=copy, max_bad_samples=5)
-    with pytest.raises(UserError, match=r"[6-9] samples of .* were unreadable.*verify"):
+    with pytest.raises(UserError, match=r"[6-9] samples of .* were unreadable.*Verify"):
         Trainer(config).fit()
 
 
