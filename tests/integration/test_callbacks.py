@@ -1,0 +1,82 @@
+"""At which points of a run callbacks are called, and with what."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
+from ddpm_engine.training.trainer import Trainer
+
+
+class Recorder(Callback):
+    """Notes every call, and whatever the test does at the beginning of a step."""
+
+    def __init__(self, at: int | None = None, stop: bool = False) -> None:
+        self.calls: list[str] = []
+        self.at, self.stop = at, stop
+
+    def on_start(self, run: Run) -> None:
+        self.calls.append(f"start {run.step}")
+
+    def on_step_begin(self, run: Run) -> None:
+        self.calls.append(f"begin {run.step}")
+        if run.step == self.at:
+            if not self.stop:
+                raise UserError("enough")
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_log(self, run: Run, values: dict[str, float]) -> None:
+        assert values["samples_seen"] == run.step * run.config.training.batch_size
+        self.calls.append(f"log {run.step}")
+
+    def on_step_end(self, run: Run) -> None:
+        ending = " finished" * run.finished + " interrupted" * run.interrupted
+        self.calls.append(f"end {run.step}{ending}")
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        self.calls.append(f"over {run.step} {error}")
+
+
+def shortened(config: RunConfig, steps: int) -> RunConfig:
+    return replace(
+        config,
+        training=replace(config.training, steps=steps),
+        log=replace(config.log, every=2, checkpoint_every=2),
+    )
+
+
+def test_the_points_of_a_run(config: RunConfig) -> None:
+    first, second, third = Recorder(), Recorder(), Recorder()
+    Trainer(shortened(config, 3), [first]).fit()
+    assert first.calls == [
+        "start 0", "begin 0", "end 1", "begin 1", "log 2", "end 2", "begin 2", "log 3",
+        "end 3 finished", "over 3 None",
+    ]  # fmt: skip
+    Trainer(shortened(config, 4), [second]).fit()
+    assert second.calls == ["start 3", "begin 3", "log 4", "end 4 finished", "over 4 None"]
+    Trainer(shortened(config, 4), [third]).fit()
+    assert third.calls == []
+
+
+def test_a_run_that_is_interrupted(config: RunConfig) -> None:
+    recorder = Recorder(at=1, stop=True)
+    Trainer(shortened(config, 9), [recorder]).fit()
+    assert recorder.calls[-4:] == ["begin 1", "log 2", "end 2 interrupted", "over 2 None"]
+
+
+def test_an_error_is_handed_over_and_the_checkpoint_in_flight_is_finished(
+    config: RunConfig,
+) -> None:
+    recorder = Recorder(at=2)
+    with pytest.raises(UserError, match="enough"):
+        Trainer(shortened(config, 9), [recorder]).fit()
+    assert recorder.calls[-2:] == ["begin 2", "over 2 enough"]
+    assert CheckpointStore(config.out / "checkpoints").steps() == [2]
