@@ -26,7 +26,7 @@ REQUEUE_MARKER = "requeue"
 
 
 class Trainer:
-    """One training run on this process's share of the hardware.
+    """One training run on this process's share of the hardware (Ho et al. 2020, algorithm 1).
 
     Args:
         config: the run. Its directory is made, or continued if it holds the same run.
