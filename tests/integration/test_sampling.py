@@ -265,7 +265,7 @@ def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> No
         (["--guidance-rescale", 0.5], "--guidance-rescale needs --guidance-scale"),
         (["--guidance-interval", 1, 2], "--guidance-interval needs --guidance-scale"),
         (["--two-passes"], "--two-passes needs --guidance-scale"),
-        (["--guidance-scale", 3, "--class-labels", "none"], "the pictures are of no class"),
+        (["--guidance-scale", 3, "--class-labels", "none"], "the samples are of no class"),
         (["--class-label", 3, "--class-labels", "1,2"], "--class-label and --class-labels"),
         (["--class-labels", "1,x"], "--class-labels is '1,x'"),
         (["--class-labels", "1,11"], "classes are 0 to 9"),
@@ -282,7 +282,7 @@ def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> No
         (["--interpolate", "1,2", "--sampler", "ddpm", "--steps", 3], "must add no noise"),
         (["--interpolate", "1,2", "--ids", "3"], "--interpolate and --ids"),
         (["--interpolate", "1", "--sampler", "ddim"], "--interpolate is '1'"),
-        (["--interpolate", "1,2", "--sampler", "ddim", "--count", 1], "at least 2 pictures"),
+        (["--interpolate", "1,2", "--sampler", "ddim", "--count", 1], "at least 2 samples"),
         (["--per-shard", 8], "--per-shard needs --format"),
         (["--batch-size", 0], "--batch-size is 0"),
         (["--cache-interval", 0], "--cache-interval is 0"),
@@ -362,7 +362,7 @@ def test_a_set_grows_and_refuses_other_settings(
         path = out / "shards" / name
         assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, mtime)
     assert list(tar_pixels(out)) == list(range(30))
-    assert "30 pictures" in capsys.readouterr().out
+    assert "30 samples" in capsys.readouterr().out
     draw("out", *common, "--count", 30)
     assert "already" in capsys.readouterr().out
     for flag, value in {
@@ -409,7 +409,7 @@ def test_ranks_divide_the_pictures_and_agree_with_one(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     # Whoever ends last says so, once.
-    assert done.stdout.count("22 pictures in") == 1
+    assert done.stdout.count("22 samples in") == 1
     one = draw("one", *common)
     for path in sorted((one / "shards").iterdir()):
         # The same batches are drawn, whoever draws them: not even rounding differs.

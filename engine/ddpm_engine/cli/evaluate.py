@@ -10,7 +10,7 @@ is resumed by running the same command again. docs/evaluation.md explains the me
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,54 +19,43 @@ import tyro
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.request_options import (
+    RENAMED,
+    ClassLabels,
+    options_of_request,
+    request_of,
+)
 from ddpm_engine.data.stream import is_stream
 from ddpm_engine.diffusion.config import Variance
-from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation import metrics as comparing
 from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
 from ddpm_engine.evaluation.nll import bound_of_real_images
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
-from ddpm_engine.generation.recipe import Recipe
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
-from ddpm_engine.samplers.config import SamplerName, Spacing
-from ddpm_engine.samplers.request import Precision
 
 METRICS = (*comparing.METRICS, "nll")
 
 
-@dataclass(frozen=True)
+@options_of_request(
+    "seed", "weights", "sampler", "steps", "spacing", "variance", "eta", "class_labels",
+    "guidance_scale", "guidance_interval", "batch_size", "precision",
+)  # fmt: skip
 class SamplingOptions:
     """How samples are generated; for other options, use launch/sample.py and --samples."""
 
-    seed: int = 0
-    """Seed of all noise."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the EMA, or those of the last step."""
-    sampler: SamplerName | None = None
-    """Name of the sampler; default: the run's."""
-    steps: int | None = None
-    """Steps per sample, one or two network evaluations each; default: the run's."""
-    spacing: Spacing | None = None
-    """Spacing of the timesteps; default: the run's."""
     variance: Variance | None = None
     """Variance of ddpm, and of nll; default: the run's."""
-    eta: float | None = None
-    """Share of fresh noise in ddim, 0 to 1; default: the run's."""
-    class_labels: Annotated[str | None, tyro.conf.arg(metavar="C,C,...|all|none")] = None
+    class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
     default of a class-conditional network; none: unconditional."""
-    guidance_scale: float | None = None
-    """Scale of classifier-free guidance; 1: no guidance; default: 1."""
-    guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma with guidance: above the first and at most the second; default: all."""
     batch_size: int = 64
     """Samples generated at a time by each process."""
-    precision: Precision = "no"
-    """Mixed precision of the network; no: float32."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +91,10 @@ class Options:
     nll all."""
     out: Path | None = None
     """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
-    sampling: SamplingOptions = SamplingOptions()
-    features: FeatureOptions = FeatureOptions()
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    features: FeatureOptions = field(default_factory=FeatureOptions)
     piece: int = CHUNK_SIZE
     """Samples that a process reserves and finishes at a time."""
-
-
-RENAMED = {
-    "sampling.": "",
-    "guidance.": "guidance_",
-    "classes": "class_labels",
-    "repeats": "draws",
-    "augmentation_level": "augmentation",
-}
-"""Fields of a run, and of a request for samples, that have other names here."""
 
 
 def parse_metrics(options: Options) -> list[str]:
@@ -158,54 +137,14 @@ def check(options: Options) -> None:
             "`samples` exist already; leave out the options of how to generate some",
             field="samples",
         )
-    for field, value in [
+    for name, value in [
         ("count", options.count),
         ("reference_count", options.features.reference_count),
         ("piece", options.piece),
         ("batch_size", options.sampling.batch_size),
     ]:
         if value is not None and value < 1:
-            raise UserError(f"`{field}` is {value}; it must be at least 1", field=field)
-    if options.sampling.guidance_interval is not None and options.sampling.guidance_scale is None:
-        raise UserError(
-            "`guidance_interval` needs `guidance_scale`; give that too", field="guidance_interval"
-        )
-
-
-def recipe(options: SamplingOptions, loaded: LoadedModel) -> Recipe:
-    """Build the recipe; what is not given is the run's own."""
-    chosen = {
-        name: value
-        for name in ("sampler", "steps", "spacing", "variance", "eta")
-        if (value := getattr(options, name)) is not None
-    }
-    null = loaded.network.conditioning.null_class
-    labels = options.class_labels or ("none" if null is None else "all")
-    classes: tuple[int, ...] | None = None
-    if labels == "all":
-        if null is None:
-            raise UserError(
-                "`class_labels` is all, but this network was trained without classes",
-                field="class_labels",
-            )
-        classes = tuple(range(null))
-    elif labels != "none":
-        try:
-            classes = tuple(int(part) for part in labels.split(","))
-        except ValueError:
-            raise UserError(
-                f"`class_labels` is {labels!r}; it takes numbers, as 3,1", field="class_labels"
-            ) from None
-    guidance = None if options.guidance_scale is None else Guidance(options.guidance_scale)
-    if guidance is not None and options.guidance_interval is not None:
-        guidance = replace(guidance, interval=options.guidance_interval)
-    return Recipe(
-        seed=options.seed,
-        sampling=replace(loaded.config.sampling, **chosen),
-        classes=classes,
-        guidance=guidance,
-        precision=options.precision,
-    )
+            raise UserError(f"`{name}` is {value}; it must be at least 1", field=name)
 
 
 def evaluations_folder(options: Options, loaded: LoadedModel | None) -> Path:
@@ -255,10 +194,14 @@ def compare(
         assert options.samples is not None, "checked"
         source = folder_source(options.samples, options.count)
     else:
+        asked = {
+            name: value
+            for name, value in vars(options.sampling).items()
+            if name not in ("weights", "batch_size")
+        }
         source, out = generated_source(
             loaded,
-            recipe(options.sampling, loaded),
-            options.sampling.weights if loaded.checkpoint else None,
+            request_of(loaded, asked),
             options.count or 50_000,
             out=options.out,
             parent=out,
@@ -279,15 +222,14 @@ def compare(
 
 def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | None:
     """Compute nll, and plot its terms."""
-    channels, height, width = loaded.network.sample_shape
+    channels, height, width = loaded.shape
     shape = (height, width, channels)
     found = bound_of_real_images(
         loaded,
-        options.sampling.weights if loaded.checkpoint else None,
         open_real_images(real_location(options, loaded), shape, options.count),
         evaluations_folder(options, loaded),
         variance=options.sampling.variance,
-        seed=options.sampling.seed,
+        seed=vars(options.sampling)["seed"],
         batch_size=options.sampling.batch_size,
         share=share,
         show_progress=share.rank == 0,
@@ -310,7 +252,7 @@ def main() -> None:
         loaded = None
         if options.checkpoint is not None:
             loaded = load_model(options.checkpoint, device, options.sampling.weights)
-            if loaded.network.conditioning.low_resolution is not None:
+            if loaded.spec.low_resolution is not None:
                 raise UserError(
                     f"`checkpoint` {options.checkpoint} is a super-resolution model: generate "
                     "samples from low-resolution images first, and give them as `samples`",

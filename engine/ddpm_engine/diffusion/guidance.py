@@ -26,12 +26,13 @@ class Guidance:
     """
 
     scale: float
-    """Guidance scale w; 1 is no guidance and saves the second evaluation."""
+    """Guidance scale w, 1 being no guidance, which saves the second evaluation; default: 1."""
     rescale: float = 0.0
-    """Rescale φ of the guided prediction to the conditional one's deviation, 0 (not) to 1."""
+    """Rescale of the guided prediction to the conditional one's deviation, 0 (not) to 1 (wholly);
+    default: 0."""
     interval: tuple[float, float] = (0.0, float("inf"))
-    """Interval of noise levels σ = sqrt((1 − ᾱ) / ᾱ), above the first and at most the second, in
-    which steps are guided; a step outside costs one evaluation."""
+    """Interval of noise levels sigma in which steps are guided, above the first and at most the
+    second; default: all."""
     two_passes: bool | None = None
     """Whether c and u are evaluated one after the other, with half the memory. None: together, and
     one after the other once memory has run out."""
@@ -46,7 +47,10 @@ class Guidance:
             )
 
     def guides(self, alpha_bar: Tensor) -> list[bool]:
-        """Return which steps are guided, from ᾱ of the state before each, float64 `[S]`."""
+        """Return which steps are guided, from ᾱ before each, float64 `[S]`.
+
+        Their noise level is σ = sqrt((1 − ᾱ) / ᾱ).
+        """
         sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
         low, high = self.interval
         within = (sigma > low) & (sigma <= high)

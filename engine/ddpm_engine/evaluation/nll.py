@@ -39,7 +39,6 @@ class Bound:
 
 def bound_of_real_images(
     model: LoadedModel,
-    weights: str | None,
     real: RealImages,
     out: Path,
     *,
@@ -55,7 +54,6 @@ def bound_of_real_images(
 
     Args:
         model: the network, on its device.
-        weights: which of a run's, `ema` or `model`; None for another library's model.
         real: the images, of the network's shape.
         out: folder of the evaluation, created if missing.
         variance: of the reverse steps; None: the run's sampling variance.
@@ -74,7 +72,7 @@ def bound_of_real_images(
     """
     variance = variance or model.config.sampling.variance
     _check(model, variance)
-    inputs = _inputs(model, weights, variance, real, seed)
+    inputs = _inputs(model, variance, real, seed)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = out / f"nll-{digest[:8]}"
     store = FeatureStore(folder, inputs)
@@ -152,16 +150,14 @@ def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _inputs(
-    model: LoadedModel, weights: str | None, variance: Variance, real: RealImages, seed: int
-) -> dict[str, Any]:
+def _inputs(model: LoadedModel, variance: Variance, real: RealImages, seed: int) -> dict[str, Any]:
     config = model.config
     return {
         "model": {
             "checkpoint": model.hash,
             "checkpoint_step": model.step,
-            "weights": weights,
-            "ema_decay": config.training.ema_decay if weights == "ema" else None,
+            "weights": model.weights,
+            "ema_decay": config.training.ema_decay if model.weights == "ema" else None,
             "prediction": config.diffusion.prediction,
             "variance": variance,
             "timesteps": model.schedule.timesteps,

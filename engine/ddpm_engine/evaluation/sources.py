@@ -22,12 +22,14 @@ from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
+from ddpm_engine.generation.generate import settings_of
 from ddpm_engine.generation.progress import Progress
-from ddpm_engine.generation.recipe import Drawing, Recipe
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_reader import open_images, read_manifest
 from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
 from ddpm_engine.images.codec import fit
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
 
 RULE = (
     "uint8; cut to the central square, halved by averaging while at least twice as large, then "
@@ -136,23 +138,21 @@ class SampleSource:
 
 def generated_source(
     model: LoadedModel,
-    recipe: Recipe,
-    weights: str | None,
+    request: SampleRequest,
     count: int,
     out: Path | None = None,
     parent: Path = Path(),
     batch_size: int = 64,
     chunk_size: int = 1024,
 ) -> tuple[SampleSource, Path]:
-    """Evaluate samples 0 … count − 1 of a recipe, which are generated into `out / "pictures"`.
+    """Evaluate samples 0 … count − 1 of a request, which are generated into `out / "pictures"`.
 
     They are kept as WebDataset shards of PNGs, as sampling keeps them in the format `tar`; what is
     already there is kept.
 
     Args:
         model: generates them.
-        recipe: what to generate.
-        weights: which of a run's, `ema` or `model`; None for another library's model.
+        request: what to sample.
         count: number of samples.
         out: folder of the evaluation, created if missing; None: one named by the settings, in
             `parent`.
@@ -164,38 +164,37 @@ def generated_source(
         The samples, and the folder of the evaluation.
 
     Raises:
-        UserError: a recipe that this network cannot carry out, or a folder that holds samples of
-            other settings.
+        UserError: a request that the model cannot serve, or a folder that holds samples of other
+            settings.
     """
-    progress: Progress | None = None
-
-    def on_step(samples: int) -> None:
-        if progress is not None:
-            progress.step(samples)
-
-    drawing = Drawing(model, recipe, on_step)
-    settings = {**drawing.settings(), "weights": weights}
+    sampler = Sampler(model, request)
+    settings = settings_of(model, sampler)
     if out is None:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        sampling = drawing.recipe.sampling
-        out = parent / f"{sampling.sampler}-{sampling.steps}-seed{recipe.seed}-{digest[:8]}"
-    store = SampleDir(out / "pictures", settings, "tar", drawing.label_of)
+        sampling = sampler.sampling
+        out = parent / f"{sampling.sampler}-{sampling.steps}-seed{request.seed}-{digest[:8]}"
+    store = SampleDir(out / "pictures", settings, "tar", sampler.label_of)
     ids = range(count)
 
     def generate(share: WorkShare, wait: bool, show_progress: bool) -> None:
-        nonlocal progress
         wanted = set(ids)
         with Progress(
-            count, lambda: len(wanted & store.ids()), drawing.evaluations,
+            count, lambda: len(wanted & store.ids()), sampler.evaluations,
             active=show_progress and not store.ids().issuperset(wanted),
         ) as progress:  # fmt: skip
             fill_missing(
-                store, ids, drawing.draw, batch_size=batch_size, chunk_size=chunk_size,
-                share=share, progress=progress, wait=wait,
-            )  # fmt: skip
+                store,
+                ids,
+                lambda batch: sampler.images(batch, batch_size=len(batch), on_step=progress.step),
+                batch_size=batch_size,
+                chunk_size=chunk_size,
+                share=share,
+                progress=progress,
+                wait=wait,
+            )
 
-    channels, height, width = model.network.sample_shape
-    decay = model.config.training.ema_decay if weights == "ema" else None
+    channels, height, width = model.shape
+    decay = model.config.training.ema_decay if model.weights == "ema" else None
     source = SampleSource(
         store, (height, width, channels), ids, {**settings, "ema_decay": decay}, store.ids, generate
     )

@@ -79,9 +79,9 @@ class SamplesAsInput:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.pictures = open_samples(path)
+        self.samples = open_samples(path)
         self.shape = shape
-        classes = self.pictures.settings.get("classes")
+        classes = self.samples.settings.get("classes")
         self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
 
     def of(self, ids: Sequence[int]) -> Tensor:
@@ -90,9 +90,9 @@ class SamplesAsInput:
         Raises:
             UserError: one is not there, or of another shape.
         """
-        folder = self.pictures.directory
+        folder = self.samples.directory
         try:
-            images = self.pictures.read(ids)
+            images = self.samples.read(ids)
         except KeyError as missing:
             raise UserError(
                 f"{folder} has no sample {missing} (yet); generate it, or name those that are "
@@ -112,11 +112,11 @@ class SamplesAsInput:
     @property
     def sha256(self) -> str:
         """Hash of the settings that they were generated with, which determine them."""
-        settings = {k: v for k, v in self.pictures.settings.items() if k != "format"}
+        settings = {k: v for k, v in self.samples.settings.items() if k != "format"}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def small_images(path: Path, shape: tuple[int, int, int]) -> SamplesAsInput | InputImages:
+def open_low_resolution(path: Path, shape: tuple[int, int, int]) -> SamplesAsInput | InputImages:
     """Open low-resolution images: the samples of a set, or the images in files.
 
     Args:

@@ -320,7 +320,7 @@ class Sampler:
         first, second, count = self.request.interpolate
         if count < 2 or first == second:
             raise UserError(
-                f"`interpolate` is {count} samples from {first} to {second}; give two different "
+                f"`interpolate` asks for {count} from {first} to {second}; give two different "
                 "ids and at least 2 samples"
             )
         if self.stochastic:

@@ -1,0 +1,136 @@
+"""From a request to samples in a folder, by as many processes as share the work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.errors import UserError
+from ddpm_engine.generation.input_images import InputImages, open_low_resolution, read_mask
+from ddpm_engine.generation.progress import Progress
+from ddpm_engine.generation.sample_dir import SampleDir
+from ddpm_engine.generation.sample_formats import Format
+from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
+from ddpm_engine.samplers.request import SampleRequest
+from ddpm_engine.samplers.sampler import Sampler
+
+
+def request_from_files(
+    model: LoadedModel,
+    *,
+    images: Path | None = None,
+    mask: Path | None = None,
+    low_resolution: Path | None = None,
+    **options: Any,
+) -> SampleRequest:
+    """Build a request whose images are in files.
+
+    Args:
+        model: that the request is for.
+        images: an image, or a folder of images, as `InputImages` takes them.
+        mask: an image that is white where to paint, and dark where images are kept.
+        low_resolution: a folder of samples, or images as `InputImages` takes them.
+        options: as `DiffusionModel.request` takes them.
+
+    Raises:
+        UserError: files that cannot be read, or values out of range.
+    """
+    channels, height, _ = model.shape
+    if mask is not None and images is None:
+        raise UserError("`mask` needs `images`; give that too, or leave `mask` out", "mask")
+    if images is not None:
+        options["images"] = InputImages(images, model.shape)
+    if mask is not None:
+        options["mask"] = read_mask(mask, height)
+    if low_resolution is not None:
+        side = model.spec.low_resolution or height
+        options["low_resolution"] = open_low_resolution(low_resolution, (channels, side, side))
+    return model.request(**options)
+
+
+def settings_of(model: LoadedModel, sampler: Sampler) -> dict[str, Any]:
+    """Return everything that determines samples besides their ids, for a manifest: JSON values."""
+    return {
+        **sampler.settings(),
+        "checkpoint": model.hash,
+        "checkpoint_step": model.step,
+        "weights": model.weights,
+    }
+
+
+def generate(
+    model: LoadedModel,
+    request: SampleRequest,
+    ids: Sequence[int],
+    out: Path,
+    *,
+    format: Format = "png",
+    batch_size: int = 64,
+    per_shard: int = 1024,
+    compile: bool = False,
+    share: WorkShare = WorkShare(),  # noqa: B008
+    report: Callable[[str], object] | None = None,
+) -> bool:
+    """Generate the samples that a folder lacks.
+
+    Several processes may do so at the same time; see `fill_missing`.
+
+    Args:
+        model: generates them.
+        request: what to sample.
+        ids: of the samples.
+        out: the folder, created if missing. If it holds samples of the same settings, they stay.
+        format: of the files; see `SampleDir`.
+        batch_size: samples at a time.
+        per_shard: samples of a shard.
+        compile: whether to compile the network block by block.
+        share: this process among those that share the work.
+        report: called with lines for the user, who then also gets a progress bar; None: silence.
+
+    Returns:
+        Whether all samples are there; False: other processes are still working.
+
+    Raises:
+        UserError: a request that the model cannot serve, or a folder that holds something else or
+            cannot be written.
+    """
+    sampler = Sampler(model, request)
+    store = SampleDir(out, settings_of(model, sampler), format, sampler.label_of)
+    say = report or (lambda _: None)
+    say_first = say if share.rank == 0 else (lambda _: None)
+    wanted = set(ids)
+    if store.ids().issuperset(wanted) and store.grid.exists():
+        say_first(f"all {len(ids)} samples are already in {out}")
+        return True
+    if compile:
+        _compile(sampler, min(batch_size, len(ids)), say_first)
+    active = report is not None and share.rank == 0
+    with Progress(
+        len(ids), lambda: len(wanted & store.ids()), sampler.evaluations, active
+    ) as progress:
+        finished = fill_missing(
+            store,
+            ids,
+            lambda batch: sampler.images(batch, batch_size=len(batch), on_step=progress.step),
+            batch_size=batch_size,
+            chunk_size=per_shard,
+            share=share,
+            progress=progress,
+        )
+    if finished:
+        say(f"{len(ids)} samples in {out}, the first of them in {store.grid}")
+    elif share.world_size == 1:
+        say(f"another process is still generating samples in {out}")
+    return finished
+
+
+def _compile(sampler: Sampler, batch: int, say: Callable[[str], object]) -> None:
+    """Compile now and say so: nothing else would happen visibly for a while."""
+    began = time.monotonic()
+    say(f"compiling the network for batches of {batch}, block by block ...")
+    sampler.model.network.compile_blocks()
+    sampler.warm_up(batch)
+    say(f"compiled in {time.monotonic() - began:.1f} s")
