@@ -19,6 +19,7 @@ from ddpm_engine.bounds import out_of_bounds
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.samplers.config import SamplingConfig
@@ -132,7 +133,7 @@ class RunConfig:
     out: Path = Path("runs/run")
     """Directory of the run: configuration, metrics, checkpoints, samples. Run again to resume."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: UNetConfig = field(default_factory=UNetConfig)
+    model: UNetConfig = field(default_factory=UNetConfig)  # or of another class in `NETWORKS`
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -140,6 +141,10 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+
+
+_CLASS = "class"
+"""Entry of a stored `model` that names the class of its configuration."""
 
 
 @cache
@@ -153,7 +158,35 @@ def _converter() -> Any:
     converter.register_structure_hook_func(
         lambda kind: kind == Path | str, lambda value, _: str(value)
     )
+    # Networks other than the U-Net are stored with the name of their configuration's class.
+    to_unet = cattrs.gen.make_dict_structure_fn(UNetConfig, converter)
+    from_unet = cattrs.gen.make_dict_unstructure_fn(UNetConfig, converter)
+
+    def structure_model(values: Any, kind: Any) -> Any:
+        if not isinstance(values, dict) or _CLASS not in values:
+            return to_unet(values, kind)
+        values = dict(values)
+        return converter.structure(values, _network_config(values.pop(_CLASS)))
+
+    def unstructure_model(model: Any) -> dict[str, Any]:
+        if type(model) is UNetConfig:
+            return dict(from_unet(model))
+        return {_CLASS: type(model).__name__, **converter.unstructure(model)}
+
+    converter.register_structure_hook_func(lambda kind: kind is UNetConfig, structure_model)
+    converter.register_unstructure_hook_func(lambda kind: kind is UNetConfig, unstructure_model)
     return converter
+
+
+def _network_config(name: Any) -> type[Any]:
+    known = {kind.__name__: kind for kind in NETWORKS}
+    if name not in known:
+        raise UserError(
+            f"`model` is a {name}, which describes no known network; import the module that adds "
+            "it to ddpm_engine.networks.registry.NETWORKS first",
+            "model",
+        )
+    return known[name]
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -214,6 +214,23 @@ def test_a_sampler_more(reader: Reader, make_shards: MakeShards) -> None:
     assert reader.pixels("renoised.png").ndim == 2
 
 
+def test_a_network_more(reader: Reader) -> None:
+    printed = reader.follow(
+        "add-a-network.md", "steps=600, batch_size=64", "steps=40, batch_size=16"
+    )
+    assert "16 samples" in printed
+    assert reader.pixels("plain.png").std() > 20
+    stored = json.loads((reader.folder / "runs" / "plain" / "config.json").read_text())
+    assert stored["model"]["class"] == "PlainConfig"
+
+
+def test_a_condition_more(reader: Reader) -> None:
+    printed = reader.follow("add-a-condition.md", "= 800, 64", "= 300, 32")
+    found = re.findall(r"scale (\d): little ink (\S+), much ink (\S+)", printed)
+    plain, guided = ((float(much) - float(little)) for _, little, much in found)
+    assert guided > plain > 0.05
+
+
 def test_a_parameterization_more(reader: Reader) -> None:
     printed = reader.follow("add-a-parameterization.md", "= 600, 64", "= 101, 16")
     assert "2 passed" in printed

@@ -8,11 +8,11 @@ import torch
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 
-NETWORKS: dict[type[Any], type[Network]] = {UNetConfig: UNet}
-"""Configuration class → network class. An entry of your own makes your network one of these."""
+NETWORKS[UNetConfig] = UNet
 
 
 def build_network(config: Any, initialised: bool = True) -> Network:
@@ -30,7 +30,7 @@ def build_network(config: Any, initialised: bool = True) -> Network:
         known = ", ".join(kind.__name__ for kind in NETWORKS)
         raise UserError(
             f"model is a {type(config).__name__}, which describes no known network; use one of "
-            f"{known}, or add yours to ddpm_engine.networks.build.NETWORKS"
+            f"{known}, or add yours to ddpm_engine.networks.registry.NETWORKS"
         )
     if initialised:
         return NETWORKS[type(config)](config)
