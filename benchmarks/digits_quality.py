@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import numpy as np
-from benchmarks.digits import load
+from benchmarks.throughput.digits import load
 
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen

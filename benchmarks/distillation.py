@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import torch
-from benchmarks.digits import DigitMetrics, in_turn, kept_samples, load, load_distilled
+from benchmarks.throughput.digits import DigitMetrics, in_turn, kept_samples, load, load_distilled
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
-from benchmarks.digits import DigitMetrics, in_turn, load
+from benchmarks.throughput.digits import DigitMetrics, in_turn, load
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 

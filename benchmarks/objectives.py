@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 
 import numpy as np
 import torch
-from benchmarks.digits import DigitMetrics
+from benchmarks.throughput.digits import DigitMetrics
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 

@@ -21,8 +21,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import torch
-from benchmarks.digits import load, load_distilled
 from benchmarks.throughput import equal_quality as quality
+from benchmarks.throughput.digits import load, load_distilled
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.measuring import Measured, measure, table
 from benchmarks.throughput.profile import evaluation, shares_by_operation

@@ -16,7 +16,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
 import numpy as np
-from benchmarks.digits import DigitMetrics, in_turn, load, load_distilled
+from benchmarks.throughput.digits import DigitMetrics, in_turn, load, load_distilled
 from benchmarks.throughput.timing import interleaved, timed
 
 from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options

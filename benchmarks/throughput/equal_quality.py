@@ -24,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from benchmarks.digits import DigitMetrics, kept_samples
+from benchmarks.throughput.digits import DigitMetrics, kept_samples
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned
 from benchmarks.throughput.sampling import REFERENCE, Job, Way, check, peer_way, reference_way

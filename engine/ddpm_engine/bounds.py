@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
-
 from ddpm_engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ge:
+    """At least `ge`."""
+
+    ge: float
+
+
+@dataclass(frozen=True)
+class Gt:
+    """Above `gt`."""
+
+    gt: float
+
+
+@dataclass(frozen=True)
+class Le:
+    """At most `le`."""
+
+    le: float
+
+
+@dataclass(frozen=True)
+class Lt:
+    """Below `lt`."""
+
+    lt: float
+
 
 Bound = Ge | Gt | Le | Lt
 
@@ -46,13 +74,13 @@ def _bounds_of(kind: Any) -> tuple[list[Bound], bool]:
 def _holds(bound: Bound, value: float) -> bool:
     match bound:
         case Ge(ge=least):
-            return bool(value >= least)  # type: ignore[operator]
+            return bool(value >= least)
         case Gt(gt=below):
-            return bool(value > below)  # type: ignore[operator]
+            return bool(value > below)
         case Le(le=most):
-            return bool(value <= most)  # type: ignore[operator]
+            return bool(value <= most)
         case Lt(lt=above):
-            return bool(value < above)  # type: ignore[operator]
+            return bool(value < above)
 
 
 def _described(bounds: list[Bound]) -> str:

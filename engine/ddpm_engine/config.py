@@ -13,11 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-
-from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
+from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
@@ -142,6 +141,11 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
+    @property
+    def clips_x0(self) -> bool:
+        """Whether samplers clip estimates of x_0."""
+        return clips_x0(self.diffusion.prediction, self.sampling.clip_x0)
+
 
 _CLASS = "class"
 """Entry of a stored `model` that names the class of its configuration."""
@@ -221,7 +225,7 @@ def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
             "use the one that wrote it, or a newer one"
         )
     for migrate in _MIGRATIONS[version:]:
-        migrate(*(_section(values, name) for name in ("training", "diffusion", "sampling")))
+        migrate(_section(values, "training"))
     return values
 
 
@@ -230,13 +234,10 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _to_version_1(
-    training: dict[str, Any], diffusion: dict[str, Any], sampling: dict[str, Any]
-) -> None:
-    """Rename `training.ema_profiles`; say whether x_0 is clipped, which the prediction decided."""
+def _to_version_1(training: dict[str, Any]) -> None:
+    """Rename `training.ema_profiles`."""
     if "ema_profiles" in training:
         training["ema_sigma_rel"] = training.pop("ema_profiles")
-    sampling.setdefault("clip_x0", diffusion.get("prediction") != "edm")
 
 
 _MIGRATIONS = (_to_version_1,)

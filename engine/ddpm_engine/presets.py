@@ -76,7 +76,7 @@ def digits_edm() -> RunConfig:
         preset,
         out=Path("runs/digits-edm"),
         diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
-        sampling=SamplingConfig(sampler="heun", steps=18, clip_x0=False),
+        sampling=SamplingConfig(sampler="heun", steps=18),
         log=replace(preset.log, sample_steps=18),
     )
 
@@ -117,7 +117,7 @@ def cifar10_edm() -> RunConfig:
         training=TrainingConfig(
             steps=200_000_000 // batch, batch_size=batch, ema_decay=0.5 ** (batch / 500_000)
         ),
-        sampling=SamplingConfig(sampler="heun", steps=18, clip_x0=False),
+        sampling=SamplingConfig(sampler="heun", steps=18),
         log=LogConfig(sample_steps=18),
     )
 

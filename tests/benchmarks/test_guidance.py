@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks import guidance
-from benchmarks.digits import DigitMetrics
+from benchmarks.throughput.digits import DigitMetrics
 from PIL import Image
 
 from ddpm_engine.evaluation.digits import CLASSES, HIDDEN, DigitClassifier, Digits

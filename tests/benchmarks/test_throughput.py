@@ -206,14 +206,19 @@ def test_interleaving_turns_around() -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations outside of a network that write memory, and host waits anywhere."""
+    """Counts the operations outside of a network that write memory, and host waits.
+
+    Both from the first evaluation on: what precedes it, such as making the table, is no step.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        # What precedes the first evaluation is no part of a step.
-        self.inside, self.launches, self.waits = True, 0, 0
-        network.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
+        self.inside, self.started, self.launches, self.waits = True, False, 0, 0
+        network.register_forward_pre_hook(self._enter)
         network.register_forward_hook(lambda *_: setattr(self, "inside", False))
+
+    def _enter(self, *_: object) -> None:
+        self.inside = self.started = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self:
@@ -222,7 +227,7 @@ class Counter(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         views = func.is_view or func is torch.ops.aten._unsafe_view.default
-        self.waits += func is torch.ops.aten._local_scalar_dense.default
+        self.waits += self.started and func is torch.ops.aten._local_scalar_dense.default
         if not self.inside and not views and "empty" not in func.overloadpacket.__name__:
             self.launches += 1
         return func(*args, **(kwargs or {}))

@@ -48,7 +48,12 @@ class Traced(ChangedLoss):
     """Write a line a sample: position, checksums of image and x_t, timestep, label if any."""
 
     def __init__(self, path: str) -> None:
-        self.file = open(f"{path}.{rank()}", "w")  # noqa: SIM115
+        self.path = path
+
+    def on_start(self, run: Run) -> None:
+        # Only now does the process know its rank.
+        self.file = open(f"{self.path}.{rank()}", "w")  # noqa: SIM115
+        super().on_start(run)
 
     def loss(self, objective: Objective, network: Network, batch: Batch) -> Tensor:
         def noting(x_t: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

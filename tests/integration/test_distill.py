@@ -374,11 +374,11 @@ def test_a_distillation_does_not_change_its_stages(student: Path) -> None:
         (replace(config, training=replace(config.training, steps=20)), "`training.steps` was 12"),
         (
             replace(config, distillation=replace(config.distillation, guidance_scale=3.0)),
-            "distillation.guidance-scale was 2.0 and is now 3.0",
+            "`distillation.guidance_scale` was 2.0 and is now 3.0",
         ),
         (
             replace(config, distillation=replace(config.distillation, method="consistency")),
-            "distillation.method was progressive and is now consistency",
+            "`distillation.method` was progressive and is now consistency",
         ),
     ]:
         with pytest.raises(UserError, match=message):

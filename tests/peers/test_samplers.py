@@ -73,11 +73,12 @@ class Network:
 def ours(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:
     """The states after every row, by the loop."""
     runner = StepRunner(model, table, (2, *SHAPE), Conditioning(), torch.device("cpu"), clip=clip)
-    runner.begin(initial(), SEED, IDS, Conditioning())
+    scale = table.state_scale.tolist()
+    runner.begin(scale[0] * initial(), SEED, IDS, Conditioning())
     states = []
     for index in range(runner.steps):
         runner.step(index)
-        states.append(runner.x.clone())
+        states.append(runner.x / scale[index + 1])
     return states
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 
@@ -106,7 +107,7 @@ def assert_same_predictions(
 
     for dtype, bound in bounds.items():
         with torch.no_grad():
-            actual = ours.to(dtype)(x.to(dtype), timesteps, labels)
+            actual = ours.to(dtype)(x.to(dtype), timesteps, Conditioning(labels))
             expected = theirs.to(dtype)(x.to(dtype), timesteps, class_labels=labels).sample
         assert 0.2 < expected.std() < 5, "the bounds are meant for outputs of order one"
         difference = (actual - expected).abs().max().item()

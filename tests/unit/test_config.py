@@ -28,7 +28,7 @@ def version_0(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 def test_configurations_without_a_version_are_read(preset: Any) -> None:
-    """Former names stand for the new ones; x_0 was clipped unless the prediction was EDM's."""
+    """Former names stand for the new ones."""
     config = preset()
     config = replace(config, training=replace(config.training, ema_sigma_rel=(0.05, 0.1)))
     old = version_0(config)
@@ -38,8 +38,8 @@ def test_configurations_without_a_version_are_read(preset: Any) -> None:
 
 def test_parts_of_configurations_without_a_version() -> None:
     assert from_dict({}, "none") == RunConfig()
-    edm = from_dict({"diffusion": {"prediction": "edm"}}, "edm")
-    assert not edm.sampling.clip_x0
+    assert from_dict({}, "none").clips_x0
+    assert not from_dict({"diffusion": {"prediction": "edm"}}, "edm").clips_x0
 
 
 @pytest.mark.parametrize("name", ["training.ema_profiles", "training.stepz", "log.clip_x0"])
@@ -69,7 +69,7 @@ def test_what_is_no_configuration_is_reported(values: Any) -> None:
 def test_fields_are_named_as_in_messages() -> None:
     flat = flatten(RunConfig())
     assert flat["training.batch_size"] == 128
-    assert flat["sampling.clip_x0"] is True
+    assert flat["sampling.clip_x0"] is None
 
 
 @pytest.mark.parametrize(

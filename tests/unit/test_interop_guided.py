@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.guided import load_guided_unet
+from ddpm_engine.networks.conditioning import Conditioning
 
 IMAGE_SIZE = 16
 
@@ -222,7 +223,7 @@ def test_predictions(name: str, tmp_path: Path) -> None:
     for dtype, bound in [(torch.float32, 1e-5), (torch.float64, 1e-11)]:
         with torch.no_grad():
             expected = oracle.to(dtype)(x.to(dtype), timesteps, labels)
-            actual = model.to(dtype)(x.to(dtype), timesteps, labels)
+            actual = model.to(dtype)(x.to(dtype), timesteps, Conditioning(labels))
         difference = (actual - expected).abs().max().item()
         print(f"{dtype}: max |difference| = {difference:.1e}, std {expected.std():.2f}")
         assert 0.2 < expected.std() < 5
@@ -250,7 +251,7 @@ def test_refusals(tmp_path: Path) -> None:
     oracle, file = saved(tmp_path, attends=(True, True), layers=2)
     assert "give one of them" in refusal(file, num_heads=1, num_head_channels=32)
     assert "32 and 64 channels: this U-Net has heads of one width" in refusal(file, num_heads=2)
-    assert "attention_head_dim is 24" in refusal(file, num_head_channels=24)
+    assert "`attention_head_dim` is 24" in refusal(file, num_head_channels=24)
 
     def altered(remove: str = "", rename: tuple[str, str] = ("", "")) -> Path:
         torch.save(

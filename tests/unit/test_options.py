@@ -54,7 +54,7 @@ def test_former_flags_are_understood(flag: str) -> None:
 
 def test_edm_is_not_clipped_unless_it_is_said() -> None:
     edm = ["--diffusion.schedule", "edm", "--diffusion.prediction", "edm"]
-    assert train.parse([]).run.sampling.clip_x0
-    assert not train.parse(edm).run.sampling.clip_x0
-    assert train.parse([*edm, "--sampling.clip-x0"]).run.sampling.clip_x0
-    assert not train.parse(["--preset", "digits-edm"]).run.sampling.clip_x0
+    assert train.parse([]).run.clips_x0
+    assert not train.parse(edm).run.clips_x0
+    assert train.parse([*edm, "--sampling.clip-x0", "True"]).run.clips_x0
+    assert not train.parse(["--preset", "digits-edm"]).run.clips_x0

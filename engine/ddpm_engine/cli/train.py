@@ -18,7 +18,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_engine.cli.options import exit_on_user_error, parse_options
 from ddpm_engine.config import RunConfig, dump_config, load_config
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
@@ -49,17 +48,12 @@ def parse(arguments: list[str]) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits")
     first.add_argument("--config", type=Path)
-    first.add_argument("--diffusion.prediction", dest="prediction")
     chosen, _ = first.parse_known_args(arguments)
     if chosen.config is not None:
         defaults = load_config(chosen.config)
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
-    if chosen.prediction is not None:
-        # An unknown prediction is reported by tyro, with the choices.
-        clips = getattr(PARAMETERIZATIONS.get(chosen.prediction), "clips_x0", True)
-        defaults = replace(defaults, sampling=replace(defaults.sampling, clip_x0=clips))
     flags = {argument.partition("=")[0] for argument in arguments}
     if "--data.path" in flags and "--data.source" not in flags:
         # The preset's source belongs to its own folder: a mistyped path must not be filled with it.

@@ -231,6 +231,16 @@ def parameterization(prediction: str, schedule: NoiseSchedule) -> Parameterizati
     return PARAMETERIZATIONS[prediction].for_schedule(schedule)
 
 
+def clips_x0(prediction: str, asked: bool | None) -> bool:
+    """Return whether samplers clip estimates of x_0: as asked, or as the parameterization has it.
+
+    Args:
+        prediction: a key of `PARAMETERIZATIONS`.
+        asked: None leaves it to the parameterization.
+    """
+    return PARAMETERIZATIONS[prediction].clips_x0 if asked is None else asked
+
+
 def see_the_same(
     first: Parameterization, second: Parameterization, schedule: NoiseSchedule
 ) -> bool:

@@ -95,7 +95,7 @@ def bound_of_real_images(
             prediction=model.config.diffusion.prediction,
             variance=variance,
             conditioning=Conditioning(_labels(model, real, batch, device)),
-            clip=model.sampling.clip_x0,
+            clip=bool(model.sampling.clip_x0),
         )
         return np.asarray(found.cpu().numpy())
 

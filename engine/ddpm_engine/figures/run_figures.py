@@ -239,7 +239,7 @@ def bound(exhibit: Exhibit) -> list[Path]:
         prediction=exhibit.config.diffusion.prediction,
         variance=exhibit.config.sampling.variance,
         conditioning=Conditioning(labels),
-        clip=trained.sampling.clip_x0,
+        clip=bool(trained.sampling.clip_x0),
     )
     path = exhibit.out / "bound.png"
     bound_figure(terms.cpu().numpy(), path)

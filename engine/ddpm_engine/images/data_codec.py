@@ -33,9 +33,19 @@ class PixelCodec:
     """As `Codec`."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return x / 127.5 - 1 in fp32. Training kernels take uint8 and compute it themselves."""
+        """Return x / 127.5 - 1, fp32 `[B, C, H, W]`, of uint8 `images` of the same shape.
+
+        Training kernels take uint8 and compute it themselves.
+        """
         return images.float() / 127.5 - 1
 
     def decode(self, samples: Tensor) -> np.ndarray:
-        """Return (x + 1) · 127.5, rounded to the nearest and clipped to 0 … 255."""
+        """Return (x + 1) · 127.5, rounded to the nearest and clipped to 0 … 255.
+
+        Args:
+            samples: float `[B, C, H, W]`.
+
+        Returns:
+            uint8 `[B, H, W, C]`.
+        """
         return to_uint8(samples)

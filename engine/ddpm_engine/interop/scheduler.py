@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from ddpm_engine.diffusion.config import DiffusionConfig, Variance
+from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.objectives.config import DistillationConfig
@@ -130,7 +131,7 @@ def scheduler_entries(
         "prediction_type": {ours: name for name, ours in _PREDICTIONS.items()}[
             diffusion.prediction
         ],
-        "clip_sample": sampling.clip_x0,
+        "clip_sample": clips_x0(diffusion.prediction, sampling.clip_x0),
         "clip_sample_range": 1.0,
         "thresholding": False,
         "timestep_spacing": sampling.spacing,

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
-
-from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, out_of_bounds
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.config import SamplingConfig
 

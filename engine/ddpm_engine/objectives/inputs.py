@@ -74,7 +74,7 @@ class TrainingInputs:
         return PreparedBatch(images, positions, flip, Conditioning(labels, low_resolution, level))
 
     def move(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the device; from pinned memory without waiting."""
+        """Move a `tensor` of any shape to the device; from pinned memory without waiting."""
         return tensor.to(self.device, non_blocking=True)
 
     def _labels(self, batch: Batch) -> Tensor | None:

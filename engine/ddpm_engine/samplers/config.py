@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
-
-from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.bounds import Ge, Le, out_of_bounds
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.errors import UserError
 
@@ -42,8 +40,8 @@ class SamplingConfig:
     """Variance of ancestral sampling (ddpm); learned_range: by the network's other half."""
     eta: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of fresh noise in ddim, 0 to 1: 0 adds none, 1 is ddpm with fixed_small variance."""
-    clip_x0: bool = True
-    """Clipping of every estimate of x_0 to [-1, 1]; EDM's samplers do without."""
+    clip_x0: bool | None = None
+    """Clipping of every estimate of x_0 to [-1, 1]; None: unless the prediction is EDM's."""
 
     def table_options(self) -> dict[str, Any]:
         """Return the fields that `build_table` takes, by name."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddpm_engine.diffusion.guidance import Guidance
+from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.images.data_codec import Codec, PixelCodec
 from ddpm_engine.networks.conditioning import ConditioningSpec
@@ -28,11 +29,17 @@ class DiffusionModel:
     prediction: str
     """What the network predicts, a key of `PARAMETERIZATIONS`."""
     sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009
-    """Sampler, steps, variance and clipping where a request names none."""
+    """Sampler, steps, variance and clipping where a request names none. If it leaves clipping open,
+    the parameterization decides."""
     codec: Codec = PixelCodec()  # noqa: RUF009
     """Maps samples to images."""
     sample_shape: tuple[int, int, int] | None = None
     """`(C, H, W)` of the samples; None: that of the network."""
+
+    def __post_init__(self) -> None:
+        if self.sampling.clip_x0 is None:
+            clips = clips_x0(self.prediction, None)
+            object.__setattr__(self, "sampling", replace(self.sampling, clip_x0=clips))
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +91,8 @@ class DiffusionModel:
         if sampling is None:
             listed = request.timesteps is not None
             sampling = replace(self.sampling, steps=None) if listed else self.sampling
+        if sampling.clip_x0 is None:
+            sampling = replace(sampling, clip_x0=self.sampling.clip_x0)
         if sampling.steps is None and request.timesteps is None:
             sampling = replace(sampling, steps=self.schedule.timesteps)
         strength = request.strength

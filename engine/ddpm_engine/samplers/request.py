@@ -219,7 +219,7 @@ _NEEDS = {
 
 
 def as_source(images: ImageSource | Tensor) -> ImageSource:
-    """Return images by sample id."""
+    """Return images by sample id; of a tensor, `images` is `[N, C, H, W]`, used in turn."""
     return Rows(images) if isinstance(images, Tensor) else images
 
 
@@ -229,5 +229,5 @@ def rows_of(ids: Sequence[int], count: int) -> Tensor:
 
 
 def sha256_of(tensor: Tensor) -> str:
-    """Hash a tensor's values."""
+    """Hash the values of a `tensor` of any shape."""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()

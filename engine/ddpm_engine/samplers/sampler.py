@@ -267,7 +267,7 @@ class Sampler:
                 self.device,
                 guidance=request.guidance,
                 alpha_bar=self._levels.before,
-                clip=self.sampling.clip_x0,
+                clip=bool(self.sampling.clip_x0),
                 threshold=request.threshold,
                 cache_interval=request.cache_interval,
                 keep_x0=keep_x0,

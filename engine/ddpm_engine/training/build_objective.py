@@ -47,7 +47,7 @@ def build_objective(
         teacher: on the same device; needed if and only if the run distils one.
         dtype: of the objective's arithmetic.
     """
-    prediction, clip = config.diffusion.prediction, config.sampling.clip_x0
+    prediction, clip = config.diffusion.prediction, config.clips_x0
     inputs = TrainingInputs(
         config.training.seed,
         spec or ConditioningSpec(),

@@ -101,10 +101,10 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             f"{known}, from another input; only eps, x0 and v turn into each other",
             "diffusion.prediction",
         )
-    if theirs.sampling.clip_x0 != ours.sampling.clip_x0:
+    if theirs.clips_x0 != ours.clips_x0:
         raise UserError(
-            f"`sampling.clip_x0` is {ours.sampling.clip_x0}, but `distillation.teacher` {path} is "
-            f"sampled {'with' if theirs.sampling.clip_x0 else 'without'} clipping; students do as "
+            f"`sampling.clip_x0` is {ours.clips_x0}, but `distillation.teacher` {path} is "
+            f"sampled {'with' if theirs.clips_x0 else 'without'} clipping; students do as "
             "their teacher",
             "sampling.clip_x0",
         )

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from annotated_types import Ge, Gt, Lt
-
-from ddpm_engine.bounds import out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Lt, out_of_bounds
 from ddpm_engine.errors import UserError
 
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]

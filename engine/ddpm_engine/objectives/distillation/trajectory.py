@@ -94,7 +94,7 @@ class Distillation(Objective, ABC):
         """Choose the levels that steps begin at, uniformly by position.
 
         Returns:
-            int64 `[B]` in [0, M), for positions int64 `[B]`.
+            int64 `[B]` in [0, M), for `positions`, int64 `[B]`.
         """
 
     @abstractmethod
