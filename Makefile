@@ -81,7 +81,8 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 	$(PYTEST) -m slow
 	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k 'formula or definition'
 
-# For a bare machine: Python, torch, Triton, pytest, hypothesis, scipy, nothing installed of this.
+# For a bare machine: Python, torch, Triton, pytest, hypothesis, scipy, Pillow, safetensors, tqdm;
+# nothing of this is installed.
 # ARGS=--help says what the measurement takes.
 gpu:  ## test the kernels on this machine's GPU, then measure them
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m pytest tests/kernels tests/gpu/test_capture.py

@@ -21,7 +21,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
-# Stands for a bare GPU machine: torch and what it requires, Triton, NumPy, Pillow, safetensors, tqdm.
+# Stands for a bare GPU machine: torch with what it requires, Triton, NumPy, Pillow, safetensors
+# and tqdm.
 BARE = """
 import runpy, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder

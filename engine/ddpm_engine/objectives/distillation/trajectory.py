@@ -93,8 +93,11 @@ class Distillation(Objective, ABC):
     def sample_levels(self, positions: Tensor) -> Tensor:
         """Choose the levels that steps begin at, uniformly by position.
 
+        Args:
+            positions: int64 `[B]`.
+
         Returns:
-            int64 `[B]` in [0, M), for `positions`, int64 `[B]`.
+            int64 `[B]` in [0, M).
         """
 
     @abstractmethod
