@@ -301,7 +301,7 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
     diffusion = DiffusionConfig(
         schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
     )
-    sampling = SamplingConfig(sampler="euler", steps=9, clip_x0=False)
+    sampling = SamplingConfig(sampler="euler", steps=9)
     pretrained = ours(model, diffusion=diffusion, sampling=sampling)
     export_pipeline(pretrained, tmp_path / "export")
     assert not (tmp_path / "export" / "model_index.json").exists()

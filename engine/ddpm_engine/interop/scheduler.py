@@ -71,8 +71,10 @@ def read_scheduler(file: Path) -> Process:
     entries.require("rescale_betas_zero_snr", (False,), False)
     entries.require("steps_offset", (0,), 0)
     entries.require("clip_sample_range", (1,), 1.0)
-    clip_x0 = entries.take("clip_sample", bool, True)
+    clips = entries.take("clip_sample", bool, True)
     diffusion = _read_process(entries)
+    # As the parameterization has it: left open, so that an export reads as the run it came from.
+    clip_x0 = None if clips == clips_x0(diffusion.prediction, None) else clips
     spacing = entries.take("timestep_spacing", str, "leading")
     if spacing not in get_args(Spacing):
         entries.refuse("timestep_spacing", spacing, f"it must be one of {get_args(Spacing)}")
@@ -165,7 +167,7 @@ def _read_edm(entries: Entries) -> Process:
         diffusion.build_schedule()
     except UserError as error:
         raise UserError(f"{entries.path}: {error}") from None
-    return Process(diffusion, SamplingConfig(sampler="euler", clip_x0=False))
+    return Process(diffusion, SamplingConfig(sampler="euler"))
 
 
 def _read_distilled(entries: Entries) -> DistillationConfig:
