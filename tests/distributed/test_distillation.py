@@ -38,9 +38,9 @@ slow = [pytest.mark.slow, needs_deepspeed]
     [
         ("progressive", ("ddp", "fsdp2")),
         # The student is asked for its own estimates, too.
-        ("consistency", ("ddp", "fsdp2")),
+        pytest.param("consistency", ("ddp", "fsdp2"), marks=slow),
         # A third network learns on its own.
-        ("moments", ("ddp", "fsdp2")),
+        pytest.param("moments", ("ddp", "fsdp2"), marks=slow),
         pytest.param("progressive", ("zero1",), marks=slow),
         pytest.param("consistency", ("zero3",), marks=slow),
         pytest.param("moments", ("zero1",), marks=slow),

@@ -241,7 +241,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param({}, id="ddp"),
+        pytest.param({}, id="ddp", marks=pytest.mark.slow),
         pytest.param(FSDP, id="fsdp2", marks=pytest.mark.slow),
         *(
             pytest.param(zero(name), id=name, marks=[needs_deepspeed, pytest.mark.slow])

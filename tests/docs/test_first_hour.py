@@ -138,6 +138,7 @@ def reader(tmp_path: Path) -> Reader:
     return Reader(tmp_path)
 
 
+@pytest.mark.slow
 def test_images_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
     noise = np.random.default_rng(0)
     for folder in ("cats", "dogs"):
