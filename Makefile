@@ -1,9 +1,9 @@
-# Two commands do all the set-up: `make demo` and `make test`. See README.md.
+# Two commands set everything up: `make demo` and `make test`. See README.md.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One thread a worker: on few cores that is faster than workers that compete for them.
+# One thread per worker: on few cores this beats workers competing for them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
@@ -17,9 +17,9 @@ FAST := runs/digits-fast
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# An install that fails or is interrupted leaves the mark `incomplete`, and the next one then starts
-# from nothing: pip cannot be trusted to mend what it left half done. Nor can what is left of an
-# interrupted `rm`, which may have taken the mark: without python, which goes first, it is not used.
+# A failed or interrupted install leaves the marker `incomplete`, and the next one starts from scratch,
+# since pip cannot be trusted to repair a partial install. An interrupted `rm` may have removed the
+# marker, so python is removed first, and an environment without it is not used.
 define install
 	@if [ -e $(VENV)/incomplete ] || ! $(BIN)/python -c '' 2>/dev/null; then \
 	    rm -rf $(BIN) && rm -rf $(VENV); \
@@ -38,25 +38,25 @@ $(VENV)/installed-test: setup.py constraints.txt
 	$(call install,[test])
 	@touch $(VENV)/installed
 
-# DeepSpeed, for the tests of ZeRO; in its own step, since it is large and few need it.
+# DeepSpeed, for the ZeRO tests; a separate step, since it is large and rarely needed.
 $(VENV)/installed-cluster: $(VENV)/installed-test
 	$(call install,[test$(,)deepspeed])
 	@touch $(VENV)/installed $(VENV)/installed-test $@
 
-install: $(VENV)/installed  ## make .venv with the engine in it
+install: $(VENV)/installed  ## create .venv and install the engine in it
 
-demo: $(VENV)/installed  ## train on real handwritten digits, draw new ones, show pictures
+demo: $(VENV)/installed  ## train on real handwritten digits, sample new ones, plot figures
 	$(BIN)/accelerate launch launch/train.py --preset digits-classes
 	$(BIN)/python launch/sample.py --checkpoint $(RUN) --out $(PICTURES)/samples \
 	    --count 100 --steps 100 --guidance-scale 2
 	$(BIN)/python launch/visualize.py --checkpoint $(RUN) --samples $(PICTURES)/samples \
 	    --out $(PICTURES)
 	@echo
-	@echo "Look at the pictures in $(PICTURES); begin with $(PICTURES)/real-and-drawn.png"
-	@echo "and with $(PICTURES)/samples/grid.png, where each row was asked to be one digit"
+	@echo "See the figures in $(PICTURES), starting with $(PICTURES)/real-and-drawn.png"
+	@echo "and with $(PICTURES)/samples/grid.png, which has one class per row"
 
-# Four steps instead of a hundred, with the guidance of `make demo` built in.
-demo-fast: $(VENV)/installed  ## distil the demo's model to four steps; show both side by side
+# Four steps instead of a hundred, with the guidance of `make demo` distilled in.
+demo-fast: $(VENV)/installed  ## distil the demo's model to four steps and compare the two
 	$(BIN)/accelerate launch launch/train.py --preset digits-classes
 	$(BIN)/accelerate launch launch/distill.py --teacher $(RUN) --out $(FAST) \
 	    --steps 4 --start-steps 16 --guidance-scale 2 --training.steps 1000
@@ -81,9 +81,8 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 	$(PYTEST) -m slow
 	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k 'formula or definition'
 
-# For a bare machine: Python, torch, Triton, pytest, hypothesis, scipy, Pillow, safetensors, tqdm;
-# nothing of this is installed.
-# ARGS=--help says what the measurement takes.
+# Installs nothing: needs Python, torch, Triton, pytest, hypothesis, scipy, Pillow, safetensors and tqdm.
+# ARGS=--help lists the options of the measurement.
 gpu:  ## test the kernels on this machine's GPU, then measure them
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m pytest tests/kernels tests/gpu/test_capture.py
 	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)

@@ -1,4 +1,4 @@
-"""Draw figures of a trained model: `python launch/visualize.py --checkpoint RUN --out DIR`."""
+"""Plot figures of a trained model: `python launch/visualize.py --checkpoint RUN --out DIR`."""
 
 from ddpm_engine.cli.visualize import main
 

@@ -74,7 +74,7 @@ def test_a_toy(
 
 REFUSED = [
     (["--only", "reverse,bounds"], "--only names 'bounds'; there are real-and-drawn, forward"),
-    (["--only", "quality"], "quality against steps is drawn of runs on the digits alone"),
+    (["--only", "quality"], "quality against steps is plotted only for runs on the digits"),
     (["--only", "forward", "--timesteps", "1,21"], "timestep 21 is to be shown"),
     (["--only", "forward", "--timesteps", "a"], "--timesteps is 'a'"),
     (["--only", "denoising", "--photo", "none.jpg"], "there is no --photo none.jpg"),

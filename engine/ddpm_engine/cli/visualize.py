@@ -1,4 +1,4 @@
-"""Draw figures of the diffusion process:
+"""Plot figures of the diffusion process:
 
     python launch/visualize.py --checkpoint RUN --out DIR      # of a trained run
     python launch/visualize.py --toy swiss_roll --out DIR      # in two dimensions, trained now
@@ -27,7 +27,7 @@ from ddpm_engine.runtime import local_device, use_local_compile_cache
 
 @dataclass(frozen=True)
 class Options:
-    """Draw figures of the diffusion process, of a trained run or in two dimensions."""
+    """Plot figures of the diffusion process, for a trained run or in two dimensions."""
 
     out: Path
     """Folder for the figures."""
@@ -38,7 +38,7 @@ class Options:
     data: Path | None = None
     """Shards of real images; default: those of the run."""
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
-    """Figures to draw, of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
+    """Figures to plot, of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
     interpolation, denoising; default: all."""
     samples: Path | None = None
     """Folder of PNGs from sample.py, for real-and-drawn; default: samples generated now."""
@@ -60,7 +60,7 @@ def chosen_figures(only: str | None) -> list[str]:
     """Return the names of the figures asked for.
 
     Raises:
-        UserError: one that there is not.
+        UserError: an unknown name.
     """
     names = list(FIGURES) if only is None else only.split(",")
     for name in names:
@@ -70,11 +70,11 @@ def chosen_figures(only: str | None) -> list[str]:
 
 
 def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhibit:
-    """Return what the figures are drawn of.
+    """Return the run and the settings of its figures.
 
     Raises:
-        UserError: a model that another library saved, one that enlarges, or options that make no
-            sense.
+        UserError: the model was saved by another library or is a super-resolution model, or an
+            option is out of range.
     """
     if trained.checkpoint is None:
         raise UserError(
@@ -112,7 +112,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
 
 
 def show_run(options: Options, checkpoint: Path) -> None:
-    """Draw a run's figures; report those that do not apply, or refuse them if asked for."""
+    """Plot a run's figures; report those that do not apply, or fail if they were requested."""
     names = chosen_figures(options.only)
     exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def show_run(options: Options, checkpoint: Path) -> None:
 
 
 def show_toy(options: Options, toy: Toy) -> None:
-    """Learn a two-dimensional data set and draw the reverse process."""
+    """Train on a two-dimensional data set and plot the reverse process."""
     local_device()  # all cores
     points, place = toy_points(toy)
     schedule = toy_schedule()
@@ -143,7 +143,7 @@ def show_toy(options: Options, toy: Toy) -> None:
 
 
 def main() -> None:
-    """Parse the command line and draw."""
+    """Parse the command line and plot."""
     use_local_compile_cache()
     with exit_on_user_error(Options):
         options = parse_options(Options)

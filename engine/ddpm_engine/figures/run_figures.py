@@ -1,4 +1,4 @@
-"""All that can be drawn of a trained run, by name."""
+"""Figures of a trained run, by name."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ _GRID = 64
 _ROWS = 3
 """Images that are noised."""
 _FRAMES, _MOVING = 24, 6
-"""Moments of the animation, and pictures in it."""
+"""Frames of the animation, and samples in each."""
 QUALITY_SAMPLERS: tuple[SamplerName, ...] = ("ddpm", "ddim", "dpm++2m")
 QUALITY_STEPS = (5, 10, 20, 40)
 _BATCH = 256
 
 
 class Inapplicable(UserError):
-    """A figure that cannot be made of this run, because of what kind of run it is."""
+    """The figure does not apply to this kind of run."""
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A trained run, and what is to be seen of it."""
+    """Everything needed to plot a trained run."""
 
     trained: LoadedModel
     run: Path
@@ -68,19 +68,19 @@ class Exhibit:
     seed: int = 0
     """Of all noise."""
     ids: tuple[int, int] = (4, 2)
-    """Two pictures of the seed: the first is seen to emerge, and both have pictures between."""
+    """Ids of two samples: `reverse` plots the first, `interpolation` goes from one to the other."""
     steps: int | None = None
-    """Steps a picture; None: the run's."""
+    """Sampling steps; None: the run's."""
     timesteps: tuple[int, ...] | None = None
-    """At which images are shown noised, from 0; None: ten, closer together at first."""
+    """Timesteps of the forward process to plot, from 0; None: ten, denser at the start."""
     samples: Path | None = None
-    """Folder of PNGs to show as drawn by the model; None: they are drawn."""
+    """Folder of PNGs with the model's samples; None: samples are generated."""
     photo: Tensor | None = None
-    """Image to be denoised, `[C, H, W]` in [-1, 1]; None: the first of the data."""
+    """Image to noise and denoise, `[C, H, W]` in [-1, 1]; None: the first of the data."""
     count: int = 256
-    """Pictures for each point of the quality."""
+    """Samples per point of the quality figure."""
     bound_images: int = 16
-    """Images whose bound is taken; each costs an evaluation a timestep."""
+    """Images to compute the bound of; each costs one network evaluation per timestep."""
 
     @property
     def config(self) -> RunConfig:
@@ -106,7 +106,7 @@ class Exhibit:
         )
         return samples_at(dataset, range(_GRID)).images.permute(0, 2, 3, 1).numpy()
 
-    def drawn(self, count: int, sampling: SamplingConfig) -> np.ndarray:
+    def generated(self, count: int, sampling: SamplingConfig) -> np.ndarray:
         """Generate the first samples of the seed: uint8 `[count, H, W, C]`."""
         request = SampleRequest(seed=self.seed, sampling=sampling)
         sampler = Sampler(unrestricted(self.trained), request)
@@ -114,23 +114,23 @@ class Exhibit:
 
 
 def real_and_drawn(exhibit: Exhibit) -> list[Path]:
-    """Real images beside drawn ones.
+    """Plot real images next to samples.
 
     Raises:
-        UserError: a folder of samples without pictures.
+        UserError: the folder of samples holds no images.
     """
     if exhibit.samples is None:
-        drawn = exhibit.drawn(_GRID, exhibit.sampling)
+        samples = exhibit.generated(_GRID, exhibit.sampling)
     else:
         reader = open_images(exhibit.samples)
-        drawn = reader.read(sorted(reader.ids())[:_GRID])
+        samples = reader.read(sorted(reader.ids())[:_GRID])
     path = exhibit.out / "real-and-drawn.png"
-    side_by_side(exhibit.real[: len(drawn)], drawn, ("real", "drawn by the model"), path)
+    side_by_side(exhibit.real[: len(samples)], samples, ("real", "drawn by the model"), path)
     return [path]
 
 
 def forward(exhibit: Exhibit) -> list[Path]:
-    """Images dissolving into noise.
+    """Plot the forward process: images dissolving into noise.
 
     Raises:
         UserError: a timestep that the schedule does not have.
@@ -143,7 +143,7 @@ def forward(exhibit: Exhibit) -> list[Path]:
 
 
 def reverse(exhibit: Exhibit) -> list[Path]:
-    """Pictures emerging from noise, still and moving.
+    """Plot the reverse process, as a PNG and as a GIF.
 
     Raises:
         UserError: steps that the schedule does not have.
@@ -158,7 +158,7 @@ def reverse(exhibit: Exhibit) -> list[Path]:
 
 
 def loss(exhibit: Exhibit) -> list[Path]:
-    """The training loss.
+    """Plot the training loss.
 
     Raises:
         Inapplicable: a `UserError`: the run has no metrics.
@@ -173,7 +173,7 @@ def loss(exhibit: Exhibit) -> list[Path]:
 
 
 def schedules(exhibit: Exhibit) -> list[Path]:
-    """ᾱ and signal-to-noise ratio of every schedule, and of the run's."""
+    """Plot ᾱ and the signal-to-noise ratio of every schedule and of the run's."""
     steps = exhibit.trained.schedule.timesteps
     linear = NoiseSchedule.linear(steps)
     named = {
@@ -192,15 +192,15 @@ def schedules(exhibit: Exhibit) -> list[Path]:
 
 
 def quality(exhibit: Exhibit) -> list[Path]:
-    """Fréchet distance of drawn digits to real ones against the number of steps.
+    """Plot the Fréchet distance of sampled to real digits against the number of steps.
 
     Raises:
         Inapplicable: a `UserError`: the run was not trained on the digits.
     """
     if exhibit.config.data.source != "digits":
         raise Inapplicable(
-            "quality against steps is drawn of runs on the digits alone, whose features are learnt "
-            "in seconds; evaluate others instead"
+            "quality against steps is plotted only for runs on the digits, whose feature network "
+            "trains in seconds; evaluate other runs instead"
         )
     size, count = exhibit.config.model.sample_size, exhibit.count
     network = feature_network("digits", size)
@@ -208,7 +208,7 @@ def quality(exhibit: Exhibit) -> list[Path]:
     def of(images: np.ndarray) -> Moments:
         return moments([network(images)[:, : network.features]])
 
-    # In a fixed order that knows nothing of the writers, who come one after the other.
+    # A fixed shuffle, since the data set is ordered by writer.
     digits = real_digits(size).images[np.random.default_rng(0).permutation(1797)]
     reference = of(digits[count:])
     distances: dict[str, dict[int, float]] = {}
@@ -216,14 +216,14 @@ def quality(exhibit: Exhibit) -> list[Path]:
         line = distances.setdefault(sampler, {})
         for steps in QUALITY_STEPS:
             sampling = replace(exhibit.sampling, sampler=sampler, steps=steps)
-            line[steps] = frechet_distance(of(exhibit.drawn(count, sampling)), reference)
+            line[steps] = frechet_distance(of(exhibit.generated(count, sampling)), reference)
     path = exhibit.out / "quality.png"
     quality_figure(distances, frechet_distance(of(digits[:count]), reference), count, path)
     return [path]
 
 
 def bound(exhibit: Exhibit) -> list[Path]:
-    """The terms of the variational bound over t."""
+    """Plot the terms of the variational bound over t."""
     trained = exhibit.trained
     images = exhibit.real[: exhibit.bound_images]
     device = trained.device
@@ -247,14 +247,14 @@ def bound(exhibit: Exhibit) -> list[Path]:
 
 
 def interpolation(exhibit: Exhibit) -> list[Path]:
-    """What lies between two pictures."""
+    """Plot the interpolation between two samples."""
     path = exhibit.out / "interpolation.png"
     interpolation_figure(exhibit.trained, exhibit.seed, exhibit.ids, path)
     return [path]
 
 
 def denoising(exhibit: Exhibit) -> list[Path]:
-    """An image noised and taken back from several points of the chain."""
+    """Plot an image noised to several timesteps and denoised again."""
     image = exhibit.photo
     if image is None:
         image = torch.from_numpy(exhibit.real[0]).permute(2, 0, 1).float() / 127.5 - 1

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SHOWN, _MOVING = 800, 500
 """Points of a cloud, and of one that moves."""
 _TRAILS, _TRAIL_STEPS = 12, 25
-"""Points whose way is drawn, and the steps that are remembered."""
+"""Points with a visible trail, and the trail's length in steps."""
 _FRAMES = 28
 _EXTENT = 3.0
 _ARROWS = 15
@@ -34,7 +34,7 @@ _ARROWS = 15
 
 @dataclass(frozen=True, eq=False)
 class Plane:
-    """A trained network of points, and the points that it learnt."""
+    """A trained network and the two-dimensional data that it was trained on."""
 
     model: PointNetwork
     schedule: NoiseSchedule
@@ -42,13 +42,12 @@ class Plane:
     points: Tensor
     """The data, float32 `[N, 2, 1, 1]`."""
     place: Tensor
-    """Where along the curve each lies, `[N]`: its colour. A drawn point has that of where it ends.
-    """
+    """Position of each point along the curve, `[N]`: its colour. Samples take that of their end."""
     seed: int
     """Of all noise."""
 
     def save_figure(self, path: Path) -> None:
-        """Show the forward cloud, the reverse process and the score field: a PNG."""
+        """Plot the forward process, the reverse process and the score field as a PNG."""
         model, schedule, points, place = self.model, self.schedule, self.points, self.place
         states = reverse_states(model, schedule, self.seed, _SHOWN)
         ends = _place_of(states[-1], points, place)
@@ -76,7 +75,7 @@ class Plane:
             figure.suptitle("noise spreads the data out; the learned field pulls it back")
 
     def save_animation(self, path: Path) -> None:
-        """Show noise being pulled back to the data, in the field that pulls it: a GIF."""
+        """Animate the reverse process in its score field as a GIF."""
         model, schedule = self.model, self.schedule
         states = reverse_states(model, schedule, self.seed, _MOVING)
         ends = _place_of(states[-1], self.points, self.place)
@@ -124,9 +123,9 @@ def noised(points: Tensor, schedule: NoiseSchedule, t: int, seed: int) -> Tensor
     return x_t.flatten(1)
 
 
-def _place_of(drawn: Tensor, points: Tensor, place: Tensor) -> Tensor:
-    """Where along the curve points `[M, 2]` lie: as the nearest of the data."""
-    return place[torch.cdist(drawn, points.flatten(1)).argmin(1)]
+def _place_of(samples: Tensor, points: Tensor, place: Tensor) -> Tensor:
+    """Position along the curve of points `[M, 2]`: that of the nearest data point."""
+    return place[torch.cdist(samples, points.flatten(1)).argmin(1)]
 
 
 def _scatter(axes: Axes, points: Tensor, place: Tensor | None = None, size: float = 1.0) -> None:

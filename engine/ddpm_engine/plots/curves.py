@@ -55,9 +55,9 @@ def quality_figure(
     """Plot the Fréchet distance to real images against network evaluations.
 
     Args:
-        distances: of each sampler, by the number of evaluations a picture.
-        floor: the distance of real images to other real ones, as many as were drawn.
-        count: how many were drawn for each point.
+        distances: of each sampler, by the number of evaluations per sample.
+        floor: distance between two sets of real images of the same size.
+        count: samples per point.
         path: of the PNG.
     """
     from matplotlib.ticker import NullLocator, ScalarFormatter

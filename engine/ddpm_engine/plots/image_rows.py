@@ -1,4 +1,4 @@
-"""Labelled rows of pictures, still and moving."""
+"""Labelled rows of images, as PNG and as GIF."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ddpm_engine.images.grid import grid, save_gif
 from ddpm_engine.plots.style import canvas, pixels_of, saved, show_image
 
 Rows = Sequence[tuple[str, np.ndarray]]
-"""A label and pictures, uint8 `[N, H, W, C]`, each; N is the same for all."""
+"""Pairs of a label and images, uint8 `[N, H, W, C]`, with the same N in each row."""
 
 
 def strip(rows: Rows, titles: Sequence[str], caption: str, path: Path) -> None:
-    """Write labelled rows of pictures as a PNG.
+    """Write labelled rows of images as a PNG.
 
     Args:
         rows: from top to bottom.
@@ -34,13 +34,13 @@ def strip(rows: Rows, titles: Sequence[str], caption: str, path: Path) -> None:
 def moving_strip(
     frames: Sequence[Rows], titles: Sequence[str], path: Path, milliseconds: int = 120
 ) -> None:
-    """Write rows of pictures that change as a GIF, which rests on the last of them.
+    """Write changing rows of images as a GIF that holds on the last frame.
 
     Args:
         frames: the rows at each moment, with the same labels and shapes.
         titles: above each.
         path: of the GIF.
-        milliseconds: that each is shown.
+        milliseconds: duration of a frame.
     """
     rows = frames[0]
     count = len(rows[0][1])

@@ -1,4 +1,4 @@
-"""What all figures share: colours, sizes, and how they are written."""
+"""Shared by all figures: colours, sizes, and writing to files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-"""Of figures that stand still."""
+"""Resolution of still figures, in pixels per inch."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which people with any kind of colour blindness can tell apart."""
+"""The palette of Okabe and Ito, distinguishable with any kind of colour blindness."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
-"""One for each colour, for those who see none."""
+"""One marker per colour, for figures printed in grey."""
 SCALE = "viridis"
 """For values on a scale: its lightness rises with them."""
 
@@ -44,14 +44,14 @@ _SETTINGS: Any = {
 def canvas(
     width: float, height: float, rows: int = 1, columns: int = 1, dpi: int = DPI
 ) -> Iterator[tuple[Figure, np.ndarray]]:
-    """An empty figure, and the style for all that is drawn in the block.
+    """Yield an empty figure, and apply the style within the block.
 
     Args:
         width: in inches.
         height: likewise.
         rows: of axes.
         columns: of axes.
-        dpi: pixels an inch.
+        dpi: pixels per inch.
 
     Yields:
         The figure, and its axes as an array of objects `[rows, columns]`.
@@ -71,11 +71,11 @@ def canvas(
 def saved(
     path: Path, width: float, height: float, rows: int = 1, columns: int = 1, palette: bool = False
 ) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A `canvas` that is written as a PNG when the block ends, whole or not at all.
+    """Yield a `canvas` and write it atomically as a PNG when the block ends.
 
     Args:
         path: of the PNG.
-        width: as of `canvas`, and so is what follows.
+        width: in inches.
         height: in inches.
         rows: of axes.
         columns: of axes.
@@ -90,12 +90,12 @@ def saved(
     """
     with canvas(width, height, rows, columns) as (figure, axes):
         yield figure, axes
-        picture = Image.fromarray(pixels_of(figure))
-    save_png(picture.quantize(256, Image.Quantize.FASTOCTREE) if palette else picture, path)
+        image = Image.fromarray(pixels_of(figure))
+    save_png(image.quantize(256, Image.Quantize.FASTOCTREE) if palette else image, path)
 
 
 def pixels_of(figure: Figure) -> np.ndarray:
-    """What a figure looks like now: uint8 `[H, W, 3]`, to be one picture of an animation."""
+    """Render a figure to uint8 `[H, W, 3]`, for example as a frame of an animation."""
     figure.canvas.draw()
     rendered = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
     return rendered[..., :3].copy()
