@@ -63,7 +63,7 @@ def measure(name: str, work: Callable[[], object], options: Options) -> None:
 
 
 def main() -> None:
-    """Measure the noise, and the step that draws it twice."""
+    """Measure the noise, and a step that generates it twice."""
     options = parse_options(Options)
     schedule = NoiseSchedule.linear(1000)
     tables = schedule.sqrt_alpha_bar.float(), schedule.sqrt_one_minus_alpha_bar.float()

@@ -107,7 +107,7 @@ class Training:
 def distilled(
     run: str, method: str, steps: int, training_steps: int, kept: int, *more: str
 ) -> Training:
-    """Distilling the teacher to `steps` steps; every so many optimizer steps are `kept`."""
+    """Distil the teacher to `steps` steps, keeping a checkpoint every `kept` optimizer steps."""
     words = (
         "--teacher", f"RUNS/{TEACHER.run}", "--method", method, "--steps", str(steps),
         "--training.steps", str(training_steps), "--log.checkpoint-every", str(kept),
@@ -132,7 +132,7 @@ CONSISTENCY = {
 
 
 def halved(steps: int) -> int:
-    """After which optimizer step of `PROGRESSIVE` its student takes so many steps."""
+    """Return the optimizer step of `PROGRESSIVE` after which its student takes `steps` steps."""
     return ((START // steps).bit_length() - 1) * STAGE
 
 
@@ -224,7 +224,7 @@ def measure_few(options: Options, progress: Callable[[str], None]) -> dict[str, 
     points = []
     for name, steps, model, given in methods:
         found = distances(model, options.seeds, options.samples, **given)
-        # Seeds differ by more than what is to be compared.
+        # Seeds differ by more than the methods being compared.
         as_many = distances(
             model, options.seeds, options.samples, options.reference_samples, **given
         )

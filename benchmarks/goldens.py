@@ -55,7 +55,7 @@ DIGIT_FEATURES = (
 )
 
 # Name → script and arguments; `--out NAME` is added. A name's first part says which folder it is
-# in, and later cases use what earlier ones wrote. Every line of TRAINING is a process of its own;
+# in, and later cases use what earlier ones wrote. Every line of TRAINING is a separate process;
 # those of INFERENCE share one.
 TRAINING = {
     "train/digits": f"train --preset digits {DIGITS}",
@@ -397,7 +397,7 @@ def _unrounded(name: str) -> Iterator[None]:
 
 
 def _write_images(folder: Path) -> None:
-    """Four images of 16×16 to begin with, their halves to enlarge, and a mask: bars and a disc."""
+    """Write four 16×16 images, their 8×8 versions, and a mask: bars and a disc."""
     from PIL import Image
 
     row, column = np.mgrid[:16, :16]

@@ -1,13 +1,13 @@
 """Memory of noising and loss: `python benchmarks/loss_memory.py`.
 
 Measures, for each way of computing x_t and the loss of the same batch, how far the process's
-resident memory rises above what it held before, each in a process of its own, around:
+resident memory rises above what it held before, each in a separate process, around:
 
-    engine     ddpm_kernels.q_sample and denoising_loss, which draw the noise twice and keep none
+    engine     ddpm_kernels.q_sample and denoising_loss, which generate noise twice and keep none
     textbook   images to float, torch.randn, mix, mean squared error; the noise is kept for the loss
 
 Both run forward and backward, with a prediction that costs nothing. On a CPU the engine runs plain
-torch operations, and draws the noise in blocks; the fused kernels are for GPUs.
+torch operations, and generates the noise in blocks; the fused kernels are for GPUs.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def finished(options: Options, name: str, seed: int) -> dict[str, Any] | None:
 
 
 def run_apart(options: Options, todo: tuple[str, int]) -> str:
-    """Measure in a process of its own; returns a line about the result.
+    """Measure in a separate process; return a line about the result.
 
     Raises:
         UserError: it failed; the message has the end of its output.

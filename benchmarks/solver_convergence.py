@@ -46,9 +46,9 @@ class Options:
     """Error of each sampler against the number of network evaluations."""
 
     out: Path = Path("docs/pictures/solver-convergence.png")
-    """Where the picture goes."""
+    """Path of the plot."""
     doublings: Annotated[int, at_least(2)] = 6
-    """Evaluations go from 8 up in so many doublings."""
+    """Number of doublings of the evaluations, starting from 8."""
 
 
 def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
@@ -87,7 +87,7 @@ def final_state(schedule: NoiseSchedule, table: CoefficientTable, start: np.ndar
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure, print and plot."""
     options = parse_options(Options)
     schedule = NoiseSchedule.linear()
     known = log_sigma(schedule).numpy()

@@ -5,7 +5,7 @@ torch and Triton, and nothing of this repository installed.
 
 | file       | what is in it                                                               |
 |------------|-----------------------------------------------------------------------------|
-| `textbook` | the same mathematics as a codebase without kernels of its own writes it     |
+| `textbook` | the same mathematics as written in a codebase without custom kernels        |
 | `timing`   | achieved bandwidth of each operation beside the device's own copies         |
 | `loop`     | whole sampling loops, eager, captured and compiled                          |
 | `report`   | the machine, and the results as they come and as a page                     |

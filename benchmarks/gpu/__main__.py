@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measurements(
     device: torch.device, extent: Extent
 ) -> Iterator[tuple[str, Callable[[], list[Measurement]]]]:
-    """Name what is to be measured, the operations first."""
+    """List the measurements, the operations first."""
     timer = timing.timer_of(device)
     repeats, beyond = (2, 1) if extent == "tiny" else (timing.REPEATS, timing.BEYOND_CACHES)
     for jobs in timing.JOBS:

@@ -56,7 +56,7 @@ class Measurement:
     launched: float
     """Median with the host's launches, one call after the other."""
     calls: int
-    """Calls in a pass, each on tensors of its own."""
+    """Calls in a pass, each on separate tensors."""
     repeats: int
     """Passes."""
 

@@ -6,9 +6,9 @@
         x_{t-1} = mean(x_t, ε(x_t, t)) + σ_t z
     return x_0
 
-With the authors' tricks: the mean is taken through an estimate of x_0 that is clipped to [-1, 1],
-and σ_t² is fixed to β_t or to the posterior's variance. Fewer steps than T visit every so many-th
-timestep, by the β of that shorter chain (Nichol & Dhariwal 2021, section 4).
+As in the authors' code, the mean is computed from an estimate of x_0 clipped to [-1, 1],
+and σ_t² is fixed to β_t or to the posterior's variance. With fewer steps than T, timesteps are
+evenly strided and β is that of the shorter chain (Nichol & Dhariwal 2021, section 4).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GaussianDiffusion:
         betas: β_1 … β_T of the process that the network was trained on, `[T]`.
         steps: how many timesteps to visit; must divide T.
         variance: σ_t²: `fixed_large` is β_t, `fixed_small` the posterior's.
-        device: of the tables and the pictures.
+        device: of the tables and the samples.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def sample(self, shape: tuple[int, int, int, int]) -> Tensor:
-        """Pictures of shape (B, C, H, W)."""
+        """Generate samples of shape (B, C, H, W)."""
         x = torch.randn(shape, device=self.device)
         for t in reversed(range(self.steps)):
             x = self.p_sample(x, t)

@@ -13,7 +13,7 @@ REPETITIONS = 10
 
 
 def evaluation(subject: Subject, batch: int) -> Callable[[], object]:
-    """One evaluation of the eager network on a CPU, for so many images."""
+    """Return one evaluation of the eager network on a CPU, for a batch of images."""
     x = torch.randn(batch, *subject.unet.sample_shape)
     timestep = torch.tensor(subject.schedule.timesteps // 2)
 

@@ -28,7 +28,7 @@ class Spread:
 
 
 def rates(seconds: Sequence[float], work: float) -> Spread:
-    """Work a second, over repetitions that did the same work."""
+    """Return work per second over repetitions of the same work."""
     return Spread.of([work / one for one in seconds])
 
 

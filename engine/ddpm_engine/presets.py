@@ -43,7 +43,7 @@ def digits_classes() -> RunConfig:
 
 
 def digits_upscale() -> RunConfig:
-    """Enlarges digits of 8×8, as scikit-learn has them, to 16×16."""
+    """Super-resolution of digits from 8×8, scikit-learn's size, to 16×16."""
     base = digits()
     model = replace(base.model, low_resolution=8)
     return replace(base, out=Path("runs/digits-upscale"), model=model)
@@ -96,7 +96,7 @@ def cifar10_edm() -> RunConfig:
     Width, depth, attention at 16×16, dropout, learning rate, warm-up, half-life of the average
     (500k images) and sampling are those of their configuration for DDPM++. Different from it:
     images are mirrored and not augmented otherwise, where theirs are transformed geometrically with
-    probability 0.12 and the network is told how; residual sums are not divided by sqrt(2); images
+    probability 0.12, as a condition; residual sums are not divided by sqrt(2); images
     are halved and doubled between residual blocks, not in them; on the way up all blocks of the
     16×16 level attend, not the last alone; initial weights are torch's; gradients are clipped; the
     average's warm-up is this engine's.

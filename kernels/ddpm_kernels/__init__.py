@@ -2,14 +2,14 @@
 
 | operation         | what it fuses                                                         |
 |-------------------|-----------------------------------------------------------------------|
-| `q_sample`        | normalise, flip, draw the noise, mix: image → x_t                     |
-| `denoising_loss`  | draw the same noise again, target, weighted squared error, gradient   |
+| `q_sample`        | normalise, flip, generate noise, mix: image → x_t                     |
+| `denoising_loss`  | same noise once more, target, weighted squared error, gradient        |
 | `reverse_step`    | guidance, x0 estimate, clip, update, fresh noise: x_t → x_{t-1}       |
 | `group_norm_silu` | GroupNorm, affine, per-sample scale and shift, SiLU; and its gradient |
 
 Each lives in the module or package of its name, in this order: the mathematics, the plain-torch
 reference that specifies it, the Triton kernels, their launcher, the `torch.library` registration.
-`philox` is the counter map from which all draw their noise, `tiling` the indexing that the
+`philox` is the counter map behind all noise, `tiling` the indexing that the
 elementwise ones share.
 """
 

@@ -14,8 +14,8 @@ that is linear in image and noise is one and the same kernel:
 | v      | −sqrt(1 − ᾱ_t)        | sqrt(ᾱ_t)          |
 | EDM's  | (1 − c_skip) / c_out  | −c_skip σ / c_out  |
 
-None means zero: without target_x0 the images are not read, without target_noise no noise is drawn.
-The noise is the one that made x_t, drawn again from the counter map; it is never passed in. With
+None means zero: without target_x0 the images are not read, without target_noise there is no noise.
+The noise is the one that made x_t, regenerated from the counter map; it is never passed in. With
 w = 1 and the target ε this is L_simple.
 
 A network that also learns its variance predicts 2C channels, and the loss gains a term of the

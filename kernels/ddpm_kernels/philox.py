@@ -45,7 +45,7 @@ _STREAM_BITS = 8
 MAX_SAMPLE_ID = 2 ** (32 + 32 - _STREAM_BITS) - 1
 
 COUNTERS_A_THREAD = 2**15
-"""Of a block, on a CPU: 256 KiB an operand, and the least that torch gives a thread of its own."""
+"""Elements per block on a CPU: 256 KiB per operand, and torch's smallest share for a thread."""
 
 
 class Stream(IntEnum):

@@ -3,7 +3,7 @@
     x_t = sqrt(ᾱ_t) x_0 + sqrt(1 − ᾱ_t) ε        (Ho et al. 2020, equation 4)
 
 x_0 is the image in [-1, 1]: a uint8 image is mapped there, and mirrored where asked, on the way in.
-ε is drawn inside from the counter map, so noise is never stored.
+ε is generated in registers from the counter map, so noise is never stored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def q_sample(
         images: `[B, C, H, W]` in any strides; uint8, or floating point already in [-1, 1].
         timesteps: int64 `[B]` in [0, T).
         sqrt_alpha_bar: float32 `[T]` (float64 in float64 checks), taken in float64, rounded once.
-            Never half precision: bfloat16 cannot tell sqrt(ᾱ) of the first steps from one.
+            Never half precision: bfloat16 rounds sqrt(ᾱ) of the first steps to one.
         sqrt_one_minus_alpha_bar: likewise.
         seed: 64-bit integer, or 0-dim int64 tensor on the device of `images`.
         sample_ids: int64 `[B]`; in training, the samples' positions.

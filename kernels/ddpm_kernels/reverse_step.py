@@ -140,7 +140,7 @@ def reverse_step_reference_(
 
     new = coefficients[Column.X] * x + coefficients[Column.X0] * x0
     noise_scale = coefficients[Column.NOISE]
-    # A CPU can read the scale before it draws; elsewhere that would wait for the device.
+    # On a CPU the scale can be read before generating noise; elsewhere that would synchronize.
     may_read = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if not may_read or noise_scale != 0:
         image = (x.shape[1], x.shape[2], x.shape[3])

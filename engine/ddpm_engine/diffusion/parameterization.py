@@ -49,7 +49,7 @@ class Parameterization(ABC):
     """Whether the noise level is the timestep, so that the network knows the levels of one chain.
     False: it is a function of a and s, and training may use any level of a continuum."""
     clips_x0: ClassVar[bool] = True
-    """Whether samplers clip estimates of x_0 to [-1, 1] unless told otherwise."""
+    """Whether samplers clip estimates of x_0 to [-1, 1] by default."""
 
     @classmethod
     def for_schedule(cls, schedule: NoiseSchedule) -> Parameterization:

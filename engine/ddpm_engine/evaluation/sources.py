@@ -145,7 +145,7 @@ def generated_source(
     batch_size: int = 64,
     chunk_size: int = 1024,
 ) -> tuple[SampleSource, Path]:
-    """Evaluate samples 0 … count − 1 of a request, which are generated into `out / "pictures"`.
+    """Evaluate samples 0 … count − 1 of a request, generated into `out / "pictures"`.
 
     They are kept as WebDataset shards of PNGs, as sampling keeps them in the format `tar`; what is
     already there is kept.
@@ -206,7 +206,7 @@ def folder_source(folder: Path, count: int | None = None) -> SampleSource:
 
     Args:
         folder: as `open_images` takes it, or of shards whose images have one size.
-        count: only the first so many; None: all.
+        count: number of images, the first ones; None: all.
 
     Raises:
         UserError: no images there, fewer, or of different sizes.

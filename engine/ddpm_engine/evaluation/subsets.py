@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ddpm_kernels.philox import Stream, random_words
 
 REAL, GENERATED = 0, 1
-"""The two sides of a comparison; each has an order of its own."""
+"""The two sides of a comparison; each is shuffled independently."""
 
 
 def shuffled(count: int, side: int) -> NDArray[np.int64]:

@@ -143,7 +143,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
 
 
 def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = "") -> list[str]:
-    """What draws where no pipeline does, with `options` for each step of the scheduler."""
+    """Sampling loop where no pipeline exists, with `options` for each scheduler step."""
     shape = pretrained.config.model
     labelled = pretrained.network.conditioning.null_class is not None
     labels = ", class_labels=labels" if labelled else ""

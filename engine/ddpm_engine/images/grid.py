@@ -32,12 +32,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:
-    """Tile images; small ones are enlarged by an integer factor, without interpolation.
+    """Tile images; small ones are upscaled by an integer factor, without interpolation.
 
     Args:
         images: uint8 `[B, H, W, C]`, C 1 or 3.
         columns: images per row; None: as square as possible.
-        gap: pixels between images, before enlarging.
+        gap: pixels between images, before upscaling.
     """
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))

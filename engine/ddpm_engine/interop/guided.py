@@ -50,7 +50,7 @@ _LANDMARKS = (
     "output_blocks.0.0.in_layers.2.bias", "out.2.weight",
 )  # fmt: skip
 
-# What a part of a block is, told by the name of one of its layers.
+# Kind of a block's part, identified by the name of one of its layers.
 _PARTS = {"in_layers": "residual", "qkv": "attention", "op": "down", "conv": "up"}
 Block = dict[int, str]
 """The parts of one block, each a value of `_PARTS`, by number."""
@@ -153,7 +153,7 @@ def _blocks(tensors: Mapping[str, Tensor], stem: str) -> dict[int, Block]:
 def _shape(
     tensors: Mapping[str, Tensor], down: list[list[Block]], up: list[list[Block]], file: Path
 ) -> dict[str, Any]:
-    """The fields of `UNetConfig` that the tensors tell."""
+    """Return the fields of `UNetConfig` that the tensors determine."""
     first, last = tensors["input_blocks.0.0.weight"], tensors["out.2.weight"]
     if first.dim() != 4 or last.dim() != 4:
         raise UserError(f"{file} is damaged: its first or last layer is no convolution of images")

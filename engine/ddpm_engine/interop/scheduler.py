@@ -1,4 +1,4 @@
-"""Diffusers' schedulers and our diffusion process: what is trained, and how pictures are drawn."""
+"""Convert diffusers' scheduler configurations to diffusion and sampling configurations."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ _EDM_CHOICES = {
     "final_sigmas_type": "zero",
 }
 
-# An entry of ours. What begins with an underscore diffusers does not read, and saves again.
+# Our own entry. Diffusers ignores names with a leading underscore, and preserves them.
 _DISTILLED = "_distilled"
 
-# Entries that do not change a picture: what only dynamic thresholding reads, which is refused, and
-# which array library an early version was to use.
+# Entries without effect on samples: those that only dynamic thresholding reads, which is refused,
+# and the array library that an early version selected.
 _IGNORED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
 
 
 @dataclass(frozen=True)
 class Process:
-    """What a scheduler's configuration says."""
+    """The contents of a scheduler's configuration."""
 
     diffusion: DiffusionConfig
     """The schedule and what the network predicts."""
     sampling: SamplingConfig
-    """Sampler, spacing, variance and clipping; for what a scheduler leaves open, our defaults."""
+    """Sampler, spacing, variance and clipping; our defaults where a scheduler leaves them open."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """What an export of ours says of a distilled network; of any other, that it is none."""
+    """Distillation recorded by our own export; the default for any other network."""
 
 
 def read_scheduler(file: Path) -> Process:
     """Read the configuration of a `DDPMScheduler`, `DDIMScheduler` or `EDMEulerScheduler`.
 
-    The first two share the process, and the second is drawn from with ddim and no noise, in the
-    steps that it was distilled to if an export of ours says so. Where the
-    last timestep visited is not 0, as with trailing spacing and fewer than all steps, a
-    `DDPMScheduler` adds noise to the finished picture, and our sampler does not.
+    The first two share the process. The second is sampled with deterministic ddim, in the number of
+    steps that it was distilled to if our own export says so. Where the last timestep is not 0, as
+    with trailing spacing and fewer than all steps, `DDPMScheduler` adds noise to the final sample;
+    our sampler does not.
 
     Raises:
-        UserError: the file is missing or damaged, or naming an entry that cannot be honoured.
+        UserError: the file is missing or damaged, or has an unsupported entry, which is named.
     """
     entries = Entries(file)
     kind = entries.take("_class_name", str, "nothing")

@@ -108,7 +108,7 @@ class DistillationConfig:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How the last student draws."""
+        """Sampling configuration of the final student."""
         if self.method == "moments":
             return SamplingConfig("ddpm", self.steps, "trailing", "fixed_small")
         return SamplingConfig("ddim", self.steps, "trailing")

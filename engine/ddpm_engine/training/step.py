@@ -38,7 +38,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
     """
     started = time.perf_counter()
     training = run.config.training
-    # Dropout is the network's only randomness of its own; seeding it leaves no state to save.
+    # Dropout is the network's only randomness; seeding it here leaves no state to save.
     torch.manual_seed(_dropout_seed(run))
     run.objective.begin_step(run.step, lambda: _averaged_weights(run))
 

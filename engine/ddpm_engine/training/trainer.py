@@ -22,7 +22,7 @@ from ddpm_engine.training.step import train_step
 logger = logging.getLogger(__name__)
 
 REQUEUE_MARKER = "requeue"
-"""A file of this name in the run directory: the run was asked to stop and is to be continued."""
+"""Name of the file in the run directory that marks an interrupted run to be requeued."""
 
 
 class Trainer:

@@ -218,8 +218,8 @@ class Middle(Recomputed):
             ResidualBlock(channels, channels, config, divisor) for _ in range(2)
         )
         groups = config.attn_norm_num_groups
-        # Unless told otherwise, scale-and-shift networks have no norm here: a quirk of
-        # `UNet2DModel`, which its checkpoints made a fact.
+        # By default, scale-and-shift networks have no norm here: a quirk of `UNet2DModel` that
+        # its checkpoints depend on.
         if groups is None and config.resnet_time_scale_shift == "default":
             groups = config.norm_num_groups
         self.attentions = nn.ModuleList([Attention(channels, config, attend, groups, divisor)])

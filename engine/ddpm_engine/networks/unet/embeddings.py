@@ -1,4 +1,4 @@
-"""What the network is told besides the image: the timestep."""
+"""Timestep embedding."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def write_unet(
         folder: created if missing.
         config: of the network.
         tensors: its state dict.
-        null_class: label of the null class, which diffusers' files do not otherwise tell.
+        null_class: label of the null class, which diffusers' files do not record.
 
     Raises:
         UserError: diffusers has no such network.

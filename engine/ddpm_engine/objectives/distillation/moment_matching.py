@@ -42,7 +42,7 @@ CRITIC_RATE = 4.0
 _LEAST_ERROR = 0.02
 """Floor of mean ∣x̃ − g_θ∣ in the weight: at low noise the two are nearly equal."""
 _SECOND_DRAW = 1
-"""Step in the counter of random numbers drawn after those of a sample's beginning, which use 0."""
+"""Counter step of the second set of random numbers per sample; the first uses step 0."""
 
 
 class MomentMatching(Objective):

@@ -119,7 +119,7 @@ class Distillation(Objective, ABC):
         rows = _rows(tables.student, levels)
         target = (x0 - rows[Column.X0_FROM_X] * z) / rows[Column.X0_FROM_OUTPUT]
         output = network(z, tables.student.noise_input[levels], inputs.conditioning)
-        # The target takes the place of the images: the output itself is to be equal to it.
+        # The target takes the place of the images: the output is regressed onto it directly.
         return denoising_loss(
             output[:, : z.shape[1]], target, levels, torch.ones_like(tables.signal), None,
             self._seed, inputs.positions, weights=tables.weights[levels],

@@ -27,7 +27,7 @@ class Callback:
     def on_step_end(self, run: Run) -> None:
         """Act after an optimizer step; `run.step` counts it.
 
-        `run.finished` and `run.interrupted` tell whether it was the last of this start.
+        `run.finished` and `run.interrupted` are True after the last step of this process.
         """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
