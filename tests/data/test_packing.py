@@ -49,6 +49,17 @@ def test_the_manifest_says_what_was_written(tmp_path: Path) -> None:
         *sorted(f"shard-00000{i}.{kind}" for i in range(3) for kind in ("index.npy", "tar")),
     ]
     assert verify(tmp_path / "set") == []
+    # The fingerprint depends on pixels and labels.
+    other = write_shards(source(k3=PIXELS[0]), tmp_path / "other", per_shard=4)
+    blind = write_shards(source(labels=False), tmp_path / "blind", per_shard=4)
+    assert len({manifest.fingerprint, other.fingerprint, blind.fingerprint}) == 3
+    assert blind.classes is None
+    assert open_shards(tmp_path / "blind").highest_label is None
+    # Dots and slashes in names become keys that webdataset keeps whole.
+    examples = [Example("cat/img.v2", PIXELS[0], None), Example("00000001", PIXELS[1], None)]
+    write_shards(Source("memory", examples), tmp_path / "names")
+    keys = open_shards(tmp_path / "names").indexes[0]["key"].tolist()
+    assert keys == [b"00000000-cat-img-v2", b"00000001"]
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpg", "webp", "npy"])
@@ -63,22 +74,6 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, image_format: str) 
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert verify(tmp_path / "one") == []
     assert set(open_shards(tmp_path / "one").indexes[0]["extension"]) == {image_format.encode()}
-
-
-def test_the_fingerprint_depends_on_pixels_and_labels(tmp_path: Path) -> None:
-    plain = write_shards(source(), tmp_path / "plain")
-    other = write_shards(source(k3=PIXELS[0]), tmp_path / "other")
-    blind = write_shards(source(labels=False), tmp_path / "blind")
-    assert len({plain.fingerprint, other.fingerprint, blind.fingerprint}) == 3
-    assert blind.classes is None
-    assert open_shards(tmp_path / "blind").highest_label is None
-
-
-def test_dots_and_slashes_in_names_become_keys_that_webdataset_keeps_whole(tmp_path: Path) -> None:
-    examples = [Example("cat/img.v2", PIXELS[0], None), Example("00000001", PIXELS[1], None)]
-    write_shards(Source("memory", examples), tmp_path / "set")
-    keys = open_shards(tmp_path / "set").indexes[0]["key"].tolist()
-    assert keys == [b"00000000-cat-img-v2", b"00000001"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

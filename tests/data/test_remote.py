@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
-import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from multiprocessing.queues import Queue
 from pathlib import Path
 from unittest import mock
@@ -20,14 +16,12 @@ import pytest
 from tests.data.conftest import Server
 from tests.data.sets import PIXELS, pack
 
-from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.remote import fetch
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import ATTEMPTS, FetchError
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
-from ddpm_engine.training.trainer import Trainer
 
 LIMIT = 10**8
 
@@ -44,6 +38,14 @@ def cached(cache: ShardCache) -> list[str]:
 def serve(server: Server, name: str, content: bytes) -> tuple[str, str]:
     (server.folder / name).write_bytes(content)
     return f"{server.url}/{name}", hashlib.sha256(content).hexdigest()
+
+
+def read(cache: ShardCache, url: str, digest: str, size: int) -> bytes:
+    descriptor = cache.open(url, digest, size)
+    try:
+        return os.read(descriptor, 10_000)
+    finally:
+        os.close(descriptor)
 
 
 def test_a_remote_set_reads_as_a_local_one(server: Server, cache: ShardCache) -> None:
@@ -63,47 +65,34 @@ def test_a_remote_set_reads_as_a_local_one(server: Server, cache: ShardCache) ->
     assert len(server.requests) == 8
 
 
-def test_a_run_trains_on_a_url(config: RunConfig, server: Server, tmp_path: Path) -> None:
-    pack(server.folder / "set")
-    data = replace(config.data, path=f"{server.url}/set", cache=tmp_path / "cache")
-    Trainer(replace(config, data=data)).fit()
-    lines = (config.out / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(config.out)
-    # The folder itself gives the same run, to the bit.
-    Trainer(replace(config, data=replace(data, path=server.folder / "set"))).fit()
-    same = (config.out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss"] for line in lines] == [json.loads(s)["loss"] for s in same]
-
-
-@pytest.mark.parametrize("fault", ["503", "cut", "flip"])
-def test_transient_errors_are_retried(server: Server, cache: ShardCache, fault: str) -> None:
-    url, digest = serve(server, "a", b"content" * 1000)
-    server.faults["/a"] = [fault] * (ATTEMPTS - 1)
-    descriptor = cache.open(url, digest, 7000)
-    assert os.read(descriptor, 10_000) == b"content" * 1000
-    os.close(descriptor)
-    assert len(server.requests) == ATTEMPTS
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [("503", "503"), ("cut", "ended after 3500 of 7000"), ("flip", "SHA-256 is .* manifest says")],
 )
-def test_lasting_errors_leave_nothing_in_the_cache(
+def test_errors_are_retried_and_lasting_ones_leave_nothing(
     server: Server, cache: ShardCache, fault: str, message: str
 ) -> None:
-    url, digest = serve(server, "a", b"content" * 1000)
-    server.faults["/a"] = [fault] * 100
+    content = b"content" * 1000
+    url, digest = serve(server, "a", content)
+    server.faults["/a"] = [fault] * (2 * ATTEMPTS - 1)
     with pytest.raises(FetchError, match=message):
         cache.open(url, digest, 7000)
     assert len(server.requests) == ATTEMPTS
     assert cached(cache) == []
+    assert read(cache, url, digest, 7000) == content
+    assert len(server.requests) == 2 * ATTEMPTS
 
 
-def test_a_missing_file_is_requested_once(server: Server, cache: ShardCache) -> None:
+def test_missing_files_are_requested_once_and_new_versions_are_told_apart(
+    server: Server, cache: ShardCache
+) -> None:
     with pytest.raises(FetchError, match=r"/nowhere: 404"):
         cache.open(f"{server.url}/nowhere", "0" * 64, 100)
     assert len(server.requests) == 1
+    with pytest.raises(UserError, match=r"manifest\.json cannot be read: .*404"):
+        open_shards(f"{server.url}/nothing")
+    for content in (b"old" * 100, b"new" * 100):
+        assert read(cache, *serve(server, "a", content), 300) == content
 
 
 def test_a_body_that_is_too_long_is_cut_off(server: Server, cache: ShardCache) -> None:
@@ -115,32 +104,23 @@ def test_a_body_that_is_too_long_is_cut_off(server: Server, cache: ShardCache) -
         fetch.fetch(url, 100)
 
 
-@pytest.fixture
-def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A set in fsspec's store in memory."""
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.001)
-    memory = fsspec.filesystem("memory")
-    memory.put(str(pack(tmp_path / "local")), "/bucket/set", recursive=True)
-    yield "memory://bucket/set"
-    memory.rm("/bucket", recursive=True)
-
-
-def test_a_set_in_another_store_is_read_through_its_back_end(
-    stored: str, cache: ShardCache
+def test_a_set_in_another_store_is_read_through_its_back_end_and_verified(
+    tmp_path: Path, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fetch, "_FIRST_PAUSE_SECONDS", 0.001)
+    memory, stored = fsspec.filesystem("memory"), "memory://bucket/set"
+    memory.put(str(pack(tmp_path / "local")), "/bucket/set", recursive=True)
     dataset = ShardDataset(open_shards(stored, cache), seed=5)
     samples = [dataset[p] for p in range(20)]
     assert all(np.array_equal(s.image, PIXELS[s.label]) and not s.faults for s in samples)
     assert len(cached(cache)) == 6
     with pytest.raises(UserError, match=r"nowhere/manifest\.json cannot be read: .*FileNotFound"):
         open_shards("memory://bucket/nowhere", cache)
-
-
-def test_content_of_another_store_is_verified(stored: str, cache: ShardCache) -> None:
-    fsspec.filesystem("memory").pipe("/bucket/set/shard-000001.tar", b"something else")
-    dataset = ShardDataset(open_shards(stored, cache), seed=5)
-    faults = {f.shard for p in range(20) for f in dataset[p].faults}
+    memory.pipe("/bucket/set/shard-000001.tar", b"something else")
+    damaged = ShardDataset(open_shards(stored, ShardCache(tmp_path / "empty", LIMIT)), seed=5)
+    faults = {f.shard for p in range(20) for f in damaged[p].faults}
     assert faults == {"shard-000001.tar"}
+    memory.rm("/bucket", recursive=True)
 
 
 def test_a_back_end_that_is_missing_is_named(cache: ShardCache) -> None:
@@ -148,14 +128,6 @@ def test_a_back_end_that_is_missing_is_named(cache: ShardCache) -> None:
         open_shards("s3://bucket/set", cache)
     with pytest.raises(UserError, match="unknown scheme, nowhere: give"):
         open_shards("nowhere://bucket/set", cache)
-
-
-def test_a_new_version_is_not_mistaken_for_the_old(server: Server, cache: ShardCache) -> None:
-    for content in (b"old" * 100, b"new" * 100):
-        url, digest = serve(server, "a", content)
-        descriptor = cache.open(url, digest, 300)
-        assert os.read(descriptor, 1000) == content
-        os.close(descriptor)
 
 
 def test_the_least_recently_used_is_removed_first_and_nothing_in_use(
@@ -260,8 +232,3 @@ def test_a_shard_that_cannot_be_fetched_is_replaced_and_named(
     assert "404" in faults["shard-000001.tar"]
     # It is not requested again for every sample.
     assert server.requests.count("/set/shard-000001.tar") == 1
-
-
-def test_a_url_without_a_set_is_named(server: Server) -> None:
-    with pytest.raises(UserError, match=r"manifest\.json cannot be read: .*404"):
-        open_shards(f"{server.url}/nothing")

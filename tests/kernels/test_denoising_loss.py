@@ -28,13 +28,12 @@ from tests.kernels.inputs import (
     in_float64,
     lay_out,
     of_denoising_loss,
-    of_q_sample,
     per_pixel,
 )
 from tests.kernels.test_q_sample import clean_and_noise
 from torch import Tensor
 
-from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
+from ddpm_kernels import denoising_loss, q_sample
 from ddpm_kernels.denoising_loss import denoising_loss_reference
 from ddpm_kernels.tiles import Tile, trying
 
@@ -121,17 +120,18 @@ def test_formula(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles(backend: Backend, shape: tuple[int, ...]) -> None:
+def test_tiles_are_covered_and_nothing_else_is_touched(
+    backend: Backend, guarded: Guarded, poisoned: list[Tensor], shape: tuple[int, ...]
+) -> None:
     """Every pair of layout, precision and target with some shape."""
     at = SHAPES.index(shape)
     for i, target in enumerate(TARGETS):
-        plain = of_denoising_loss(shape, target, FLOATS[(at + i) % 3])
-        laid_out = {
-            **plain,
-            "prediction": lay_out(plain["prediction"], LAYOUTS[(at + i) % 4]),
-            "images": lay_out(plain["images"], LAYOUTS[(at + 2 * i + 1) % 4]),
-        }
-        check(*differentiate(backend.moved(laid_out)), plain)
+        plain = of_denoising_loss(shape, target, FLOATS[(at + i) % 3], optional=(at + i) % 2 == 0)
+        inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
+        inside["prediction"] = guarded(lay_out(plain["prediction"], LAYOUTS[(at + i) % 4]))
+        inside["images"] = guarded(lay_out(plain["images"], LAYOUTS[(at + 2 * i + 1) % 4]))
+        check(*differentiate(inside), plain)
+    assert poisoned or not backend.runs_kernels
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -156,7 +156,7 @@ def test_a_target_of_any_two_coefficients_for_a_batch(backend: Backend) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_sees_the_noise_that_q_sample_added(backend: Backend, target: str) -> None:
     """q_sample of the right tables is each target; against it the loss is rounding alone."""
-    plain = of_denoising_loss((3, 3, 17, 23), target)
+    plain = of_denoising_loss((3, 3, 9, 7), target)
     noising = backend.moved({name: plain[name] for name in NOISING})
     u, w = (plain[name] for name in ("target_x0", "target_noise"))
     tables = backend.moved(
@@ -174,25 +174,6 @@ def test_sees_the_noise_that_q_sample_added(backend: Backend, target: str) -> No
     if target != "x0":
         for other in ({"seed": -6}, {"sample_ids": noising["sample_ids"] + 1}):
             assert float(denoising_loss(**{**given_, **other}).min()) > 1e-4
-
-
-@pytest.mark.parametrize("optional", [True, False])
-@pytest.mark.parametrize(("shape", "layout"), [((2, 3, 17, 23), "nchw"), ((3, 1, 7, 13), "nhwc")])
-def test_stays_inside_its_tensors_and_writes_every_element(
-    backend: Backend,
-    guarded: Guarded,
-    poisoned: list[Tensor],
-    shape: tuple[int, ...],
-    layout: str,
-    optional: bool,
-) -> None:
-    for target in TARGETS:
-        plain = of_denoising_loss(shape, target, stored=torch.float32, optional=optional)
-        inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
-        for name in ("prediction", "images"):
-            inside[name] = guarded(lay_out(plain[name], layout))
-        check(*differentiate(inside), plain)
-    assert poisoned or not backend.runs_kernels
 
 
 def test_images_are_not_read_when_the_target_is_the_noise(backend: Backend) -> None:
@@ -216,34 +197,16 @@ def test_loss_scale_keeps_small_gradients_in_half_precision(backend: Backend) ->
         assert_within(gradient, exact, rounding(gradient, exact, times=2.2) + scale * 2e-9)
 
 
-def test_samples_are_weighted_by_their_own_weight_alone(backend: Backend) -> None:
-    given_ = backend.moved(of_denoising_loss())
-    plain = denoising_loss(**{**given_, "weights": None})
-    one = torch.tensor([0.0, 1.0, 0.0]).to(plain)
-    for weights in (given_["weights"], one):
-        torch.testing.assert_close(
-            denoising_loss(**{**given_, "weights": weights}), plain * weights
-        )
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradcheck(backend: Backend, target: str) -> None:
-    """In float64; of the bound by the variance alone, for which the error is a constant."""
-    for learned in (False, True):
-        given_ = in_float64(of_denoising_loss((2, 2, 3, 2), target, learned=learned))
-        given_ = backend.moved(given_)
-        output, r = (
-            given_["prediction"].split(2, dim=1) if learned else (given_["prediction"], None)
-        )
-        leaf = (output if r is None else r).requires_grad_()
+def test_gradcheck_of_the_bound(backend: Backend, target: str) -> None:
+    """In float64, by the variance alone, for which the error is a constant."""
+    given_ = backend.moved(in_float64(of_denoising_loss((2, 1, 2, 2), target, learned=True)))
+    output, r = given_["prediction"].split(1, dim=1)
 
-        def loss(
-            leaf: Tensor, output: Tensor = output, r: Tensor | None = r, given_: Arguments = given_
-        ) -> Tensor:
-            prediction = leaf if r is None else torch.cat([output, leaf], dim=1)
-            return denoising_loss(**{**given_, "prediction": prediction})
+    def loss(r: Tensor) -> Tensor:
+        return denoising_loss(**{**given_, "prediction": torch.cat([output, r], dim=1)})
 
-        assert torch.autograd.gradcheck(loss, (leaf,))
+    assert torch.autograd.gradcheck(loss, (r.requires_grad_(),))
 
 
 # --- A learned variance
@@ -368,18 +331,6 @@ def test_strides_do_not_change_a_bit(backend: Backend) -> None:
         assert_equal(ours, expected)
 
 
-@ON_KERNELS
-@pytest.mark.parametrize("target", TARGETS)
-def test_64_bit_offsets_make_the_same_result(
-    backend: Backend, wide_offsets: Callable[[], None], target: str
-) -> None:
-    given_ = backend.moved(of_denoising_loss((2, 3, 17, 23), target))
-    expected = differentiate(given_)
-    wide_offsets()
-    for ours, theirs in zip(differentiate(given_), expected, strict=True):
-        assert_equal(ours, theirs)
-
-
 @pytest.mark.parametrize(("name", "dimension"), [("prediction", 1), ("images", 0), ("images", 3)])
 def test_strides_that_pass_32_bits_together(backend: Backend, name: str, dimension: int) -> None:
     """Each stride fits; twice the stride does not. Memory that is not touched is not committed."""
@@ -421,13 +372,3 @@ def test_empty_batch(backend: Backend) -> None:
 def test_what_does_not_fit_together_is_refused(changes: Arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         denoising_loss(**{**of_denoising_loss(learned=True), **changes})
-
-
-def test_zero_loss_and_gradient_on_the_exact_noise(backend: Backend) -> None:
-    given_ = of_denoising_loss(target="eps")
-    given_["prediction"] = gaussian_noise(
-        -5, of_q_sample()["sample_ids"], (3, 5, 4), 0, Stream.TRAINING_NOISE
-    )
-    loss, gradient = differentiate(backend.moved(given_))
-    assert float(loss.max()) < 1e-12
-    assert float(gradient.abs().max()) < 1e-5

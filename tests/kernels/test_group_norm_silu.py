@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.comparing import assert_equal, assert_no_worse, assert_within, largest
-from tests.kernels.conftest import ON_KERNELS, Backend, Guarded
+from tests.kernels.comparing import assert_no_worse, assert_within, largest
+from tests.kernels.conftest import Backend, Guarded
 from tests.kernels.inputs import (
     FLOATS,
     LAYOUTS,
@@ -35,7 +35,7 @@ TILE = TILES["default"]["group_norm_silu"].elements
 # Several slabs; groups of six, the last slab cut short; groups of ten; several chunks, the last one
 # smaller; a group wider than every tile of the table; one pixel.
 SHAPES = (
-    ((2, 64, 16, 16), 8),
+    ((2, 64, 8, 16), 8),
     ((1, 12, 23, 23), 2),
     ((1, 80, 5, 7), 8),
     ((1, 144, 3, 3), 24),
@@ -102,11 +102,11 @@ def close(got: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 8) -> 
 
 @pytest.mark.usefixtures("small_tiles")
 @given(
-    batch=st.integers(1, 3),
+    batch=st.integers(1, 2),
     groups=st.sampled_from([1, 2, 3, 5]),
     per_group=st.integers(1, 5),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
     dtype=st.sampled_from(FLOATS),
     affine_dtype=st.sampled_from([None, torch.float32]),
     layout=st.sampled_from([*LAYOUTS, "expanded"]),
@@ -114,8 +114,8 @@ def close(got: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 8) -> 
     activation=st.sampled_from(["silu", "none"]),
 )
 def test_definition(
-    backend: Backend, guarded: Guarded, batch: int, groups: int, per_group: int, height: int,
-    width: int, layout: str, dtype: torch.dtype, **options: Any,
+    backend: Backend, guarded: Guarded, poisoned: list[Tensor], batch: int, groups: int,
+    per_group: int, height: int, width: int, layout: str, dtype: torch.dtype, **options: Any,
 ) -> None:  # fmt: skip
     given_ = of_group_norm_silu(
         (batch, groups * per_group, height, width), groups, dtype, **options
@@ -127,6 +127,7 @@ def test_definition(
     else:
         inside["x"] = guarded(lay_out(given_["x"], layout))
     y = check(given_, inside)
+    assert poisoned or not backend.runs_kernels
     if layout == "nhwc":
         assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -140,20 +141,6 @@ def test_tiles_of_the_table(
         given_ = of_group_norm_silu(shape, groups, FLOATS[(at + i) % 3], film=(at + i) % 2 == 0)
         inside = {k: guarded(v) if isinstance(v, Tensor) else v for k, v in given_.items()}
         check(given_, {**inside, "x": guarded(lay_out(given_["x"], layout))})
-
-
-@pytest.mark.parametrize("film", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "none"])
-def test_gradcheck(backend: Backend, film: bool, activation: str) -> None:
-    given_ = of_group_norm_silu((2, 4, 3, 2), 2, torch.float64, film=film, activation=activation)
-    given_ = backend.moved(given_)
-    names = [name for name in DIFFERENTIABLE if given_[name] is not None]
-
-    def function(*values: Tensor) -> Tensor:
-        return group_norm_silu(**{**given_, **dict(zip(names, values, strict=True))})
-
-    leaves = tuple(given_[name].clone().requires_grad_() for name in names)
-    assert torch.autograd.gradcheck(function, leaves)
 
 
 def test_definition_of_this_file_is_that_of_torch() -> None:
@@ -175,29 +162,9 @@ def test_every_precision_in_absolute_terms(backend: Backend, dtype: torch.dtype)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 6, 5, 7), 3), ((1, 7, 1, 1), 7), ((1, 20, 3, 11), 2)]
-)
-def test_writes_every_element_and_nothing_else(
-    backend: Backend,
-    guarded: Guarded,
-    poisoned: list[Tensor],
-    shape: tuple[int, ...],
-    groups: int,
-) -> None:
-    for dtype, film, layout in zip(
-        FLOATS, (True, False, True), ("nhwc", "nhwc", "view"), strict=True
-    ):
-        given_ = of_group_norm_silu(shape, groups, dtype, film=film)
-        inside = {k: guarded(v) if isinstance(v, Tensor) else v for k, v in given_.items()}
-        check(given_, {**inside, "x": guarded(lay_out(given_["x"], layout))})
-    assert len(poisoned) > 12 or not backend.runs_kernels
-
-
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_sample_spoils_only_itself(backend: Backend, bad: float) -> None:
-    given_ = of_group_norm_silu((3, 6, 5, 7), 3)
+    given_ = of_group_norm_silu((3, 6, 4, 5), 3)
     found = gradients(group_norm_silu, backend.moved(given_))
     given_["x"][1, 2, 3, 4] = bad
     spoilt = gradients(group_norm_silu, backend.moved(given_))
@@ -205,21 +172,6 @@ def test_a_bad_sample_spoils_only_itself(backend: Backend, bad: float) -> None:
         torch.testing.assert_close(spoilt[name][::2], found[name][::2], rtol=1e-5, atol=1e-6)
     assert not spoilt["y"][1, 2:4].isfinite().any()  # the group
     torch.testing.assert_close(spoilt["y"][1, :2], found["y"][1, :2], rtol=1e-5, atol=1e-6)
-
-
-def test_samples_do_not_see_each_other(backend: Backend) -> None:
-    given_ = backend.moved(of_group_norm_silu())
-    whole = group_norm_silu(**given_)
-    for b in range(3):
-        one = {**given_, **{name: given_[name][b : b + 1] for name in ("x", "scale", "shift")}}
-        torch.testing.assert_close(group_norm_silu(**one)[0], whole[b])
-
-
-def test_zero_scale_and_shift_change_nothing(backend: Backend) -> None:
-    given_ = backend.moved(of_group_norm_silu(film=False))
-    zeros = torch.zeros(given_["x"].shape[:2], device=backend.device)
-    film = group_norm_silu(**{**given_, "scale": zeros, "shift": zeros})
-    torch.testing.assert_close(film, group_norm_silu(**given_))
 
 
 # --- Hard inputs: a mean far from zero
@@ -231,12 +183,12 @@ def in_torch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *_: None, **r
     return F.silu(y) if rest["activation"] == "silu" else y
 
 
-@pytest.mark.parametrize("offset", [0.0, -3.8, 7.0, 30.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("offset", [-3.8, 30.0, -1000.0])
 def test_mean_a_thousand_deviations_from_zero(backend: Backend, offset: float) -> None:
     """With a trend or without, so that slabs and channels have different means."""
     cases = zip(
-        ((2, 8, 16, 16), (1, 8, 31, 37), (1, 4, 96, 96), (1, 12, 7, 7)),
-        ("nchw", "nhwc", "nchw", "nhwc"), ("silu", "none", "none", "silu"), strict=True,
+        ((2, 8, 16, 16), (1, 8, 19, 23), (1, 4, 96, 96)), ("nchw", "nhwc", "nchw"),
+        ("silu", "none", "none"), strict=True,
     )  # fmt: skip
     for i, (shape, layout, activation) in enumerate(cases):
         if backend.name == "interpreter" and shape[2] > 90:
@@ -262,14 +214,10 @@ def test_a_mean_near_zero_takes_torchs_own_norm_on_a_cpu() -> None:
         assert torch.equal(group_norm_silu(**given_), by_torch) == same
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1000.1])
+@pytest.mark.parametrize("value", [0.0, 1000.1])
 def test_constant_input(backend: Backend, value: float) -> None:
     """Normalised it is zero: what is left is the bias."""
-    for shape, layout in (
-        ((2, 8, 16, 16), "nchw"),
-        ((1, 8, 7, 7), "nhwc"),
-        ((1, 4, 31, 37), "nhwc"),
-    ):
+    for shape, layout in (((2, 8, 16, 16), "nchw"), ((1, 4, 19, 23), "nhwc")):
         given_ = of_group_norm_silu(shape, 4, film=False, eps=1e-5, activation="none")
         given_["x"] = lay_out(torch.full(shape, value), layout)
         found = gradients(group_norm_silu, backend.moved(given_))
@@ -287,10 +235,9 @@ def test_half_data_far_from_zero(backend: Backend) -> None:
     check(beyond, backend.moved(beyond))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_op_returns_the_statistics_of_each_group(backend: Backend, offset: float) -> None:
+def test_op_returns_the_statistics_of_each_group(backend: Backend) -> None:
     given_ = of_group_norm_silu((2, 20, 5, 7), 4)
-    given_["x"] += offset
+    given_["x"] += 1000
     _, statistics = torch.ops.ddpm.group_norm_silu(*backend.moved(given_).values())
     mean, rest, rstd = statistics.cpu().double().unbind(1)
     grouped = given_["x"].double().reshape(2, 4, -1)
@@ -341,7 +288,6 @@ def test_an_empty_batch(backend: Backend) -> None:
     [
         ({"activation": "relu"}, r"activation is 'relu'; it must be 'silu' or 'none'"),
         ({"groups": 4}, r"6 channels cannot be normalised in 4 groups"),
-        ({"scale": None}, r"scale and shift must be given together"),
         ({"shift": None}, r"scale and shift must be given together"),
     ],
 )
@@ -350,21 +296,10 @@ def test_errors(change: Arguments, message: str) -> None:
         group_norm_silu(**{**of_group_norm_silu(), **change})
 
 
-@ON_KERNELS
-def test_64_bit_offsets_make_the_same_result(
-    backend: Backend, wide_offsets: Callable[[], None]
-) -> None:
-    given_ = backend.moved(of_group_norm_silu((2, 6, 7, 11), 3))
-    narrow = gradients(group_norm_silu, given_)
-    wide_offsets()
-    for name, result in gradients(group_norm_silu, given_).items():
-        assert_equal(result, narrow[name], name)
-
-
 # --- The division of work
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     batch=st.integers(1, 2000),
     groups=st.integers(1, 64),
@@ -395,8 +330,3 @@ def test_chunks_of_usual_widths_begin_at_16_bytes_and_are_full() -> None:
             division = plan(8, channels, 1024, groups, TILE)
             assert division.chunks == 1 or division.chunk_groups * (channels // groups) % 8 == 0
             assert channels >= 0.7 * division.chunks * division.width
-
-
-def test_a_large_batch_is_one_launch_and_a_small_one_spreads() -> None:
-    assert plan(600, 128, 1024, 32, TILE).slabs == 1
-    assert plan(1, 128, 65536, 32, TILE).slabs == MAX_SLABS

@@ -81,15 +81,6 @@ def test_known_answers_of_random123(
     assert philox4x32(torch.tensor(counter), torch.tensor(key)).tolist() == expected
 
 
-def test_a_key_serves_many_counters() -> None:
-    counters = torch.arange(24).reshape(2, 3, 4)
-    key = torch.tensor([5, 6])
-    words = philox4x32(counters, key)
-    assert words.shape == (2, 3, 4)
-    for i, j in np.ndindex(2, 3):
-        assert torch.equal(words[i, j], philox4x32(counters[i, j], key))
-
-
 # --- The counter map
 
 
@@ -99,12 +90,6 @@ def test_key_is_the_seed(seed: int) -> None:
     assert words[0].tolist() == sample_words(seed, 3, 8, 2, Stream.DROPOUT)
     as_tensor = random_words(torch.tensor(seed), torch.tensor([3]), 8, 2, Stream.DROPOUT)
     assert torch.equal(words, as_tensor)
-
-
-def test_halves_of_the_seed_are_not_interchangeable() -> None:
-    seeds = [0, 1, 2**32, -1, MASK]
-    drawn = {tuple(random_words(s, torch.tensor([0]), 4, 0, Stream(0))[0].tolist()) for s in seeds}
-    assert len(drawn) == len(seeds)
 
 
 def test_counter_words(backend: Backend) -> None:
@@ -120,23 +105,10 @@ def test_counter_words(backend: Backend) -> None:
         assert torch.equal(fewer, words[:, : 1 + i % 8])
 
 
-def test_no_two_addresses_share_a_block() -> None:
-    ids = torch.tensor([0, 1, 255, 256, 2**32, 2**32 + 1, 2**40, MAX_SAMPLE_ID])
-    blocks = [
-        tuple(block.tolist())
-        for seed in (0, 1, 2**32)
-        for step in (0, 1, 2, 256)
-        for stream in Stream
-        for words in random_words(seed, ids, 16, step, stream)
-        for block in words.view(-1, 4)
-    ]
-    assert len(set(blocks)) == len(blocks) == 3 * 4 * len(Stream) * len(ids) * 4
-
-
 # --- From words to normals
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (2, 1, 1), (5, 3, 7), (1, 13, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (1, 13, 1)])
 @pytest.mark.parametrize("sample_id", [6, 2**32 + 6])
 def test_elements_are_numbered_channels_last(shape: tuple[int, int, int], sample_id: int) -> None:
     channels, _, width = shape
@@ -275,29 +247,19 @@ def test_shape_without_values(kind: str) -> None:
 # --- Statistics
 
 
-@pytest.fixture(scope="module")
-def million() -> np.ndarray:
-    return flat_noise(torch.arange(250), 4000).ravel()
-
-
-def test_moments(million: np.ndarray) -> None:
+def test_noise_is_normal() -> None:
+    """Moments, distribution and tails of a million values."""
+    million = flat_noise(torch.arange(250), 4000).ravel()
     n = len(million)
     assert abs(million.mean()) < 4 / math.sqrt(n)
     assert abs(million.var() - 1) < 4 * math.sqrt(2 / n)
     assert abs(stats.skew(million)) < 4 * math.sqrt(6 / n)
     assert abs(stats.kurtosis(million)) < 4 * math.sqrt(24 / n)
-
-
-def test_distribution(million: np.ndarray) -> None:
-    assert stats.kstest(million, "norm").pvalue > 1e-3
-    assert stats.kstest(million[::2], "norm").pvalue > 1e-3  # cosines alone
-    assert stats.kstest(million[1::2], "norm").pvalue > 1e-3  # sines alone
-
-
-def test_tail_probabilities(million: np.ndarray) -> None:
+    for values in (million, million[::2], million[1::2]):  # all, cosines, sines
+        assert stats.kstest(values, "norm").pvalue > 1e-3
     for sigmas in (1, 2, 3, 4):
         for side in (-1, 1):
-            expected = len(million) * stats.norm.sf(sigmas)
+            expected = n * stats.norm.sf(sigmas)
             beyond = int((side * million > sigmas).sum())
             assert abs(beyond - expected) < 4 * math.sqrt(expected)
 
@@ -344,7 +306,7 @@ def test_neighbouring_elements_do_not_correlate() -> None:
 # --- Independence of the batch, bit for bit
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 7), (3, 1, 1)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 7)])
 def test_batch_and_order_do_not_matter(shape: tuple[int, int, int]) -> None:
     ids = torch.arange(64) * 2**27 + 5
     whole = gaussian_noise(3, ids, shape, 17, Stream.SAMPLER_NOISE)
@@ -360,12 +322,6 @@ def test_batch_and_order_do_not_matter(shape: tuple[int, int, int]) -> None:
     assert torch.equal(repeated, whole[[9, 9]])
 
 
-def test_a_taller_image_begins_with_the_same_rows() -> None:
-    ids = torch.arange(4)
-    tall = gaussian_noise(3, ids, (3, 9, 5), 0, NOISE)
-    assert torch.equal(gaussian_noise(3, ids, (3, 4, 5), 0, NOISE), tall[:, :, :4])
-
-
 # --- Integers and coins
 
 
@@ -377,14 +333,6 @@ def test_random_integers_scale_the_first_word(high: int) -> None:
     assert drawn.dtype == torch.int64
     assert drawn.tolist() == [word * high // 2**32 for word in first.tolist()]
     assert 0 <= int(drawn.min()) <= int(drawn.max()) < high
-
-
-@pytest.mark.parametrize("high", [2, 7, 1000])
-def test_random_integers_are_uniform(high: int) -> None:
-    drawn = random_integers(5, torch.arange(200_000), high, 0, Stream.TRAINING_TIMESTEP)
-    counts = drawn.bincount(minlength=high).numpy()
-    assert counts.size == high
-    assert stats.chisquare(counts).pvalue > 1e-3
 
 
 def test_bernoulli_rate() -> None:

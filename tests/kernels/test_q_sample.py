@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.kernels.comparing import EPS32, assert_equal, assert_within, rounding
-from tests.kernels.conftest import ON_KERNELS, Backend, Guarded
+from tests.kernels.conftest import Backend, Guarded
 from tests.kernels.inputs import (
     FLOATS,
     LAYOUTS,
@@ -85,29 +84,16 @@ def test_formula(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles(backend: Backend, shape: tuple[int, ...]) -> None:
+def test_tiles_are_covered_and_nothing_else_is_touched(
+    backend: Backend, guarded: Guarded, poisoned: list[Tensor], shape: tuple[int, ...]
+) -> None:
     """Every pair of layout and precision with some shape."""
     at = SHAPES.index(shape)
     for i, layout in enumerate(LAYOUTS):
         plain = of_q_sample(shape, STORED[(at + i) % 4], flip=i % 2 == 0)
-        laid_out = {**plain, "images": lay_out(plain["images"], layout)}
-        check(q_sample(**backend.moved(laid_out), dtype=FLOATS[(at + i // 2) % 3]), plain)
-
-
-@pytest.mark.parametrize(("layout", "flip"), [("nchw", True), ("nhwc", True), ("nhwc", False)])
-@pytest.mark.parametrize("shape", [(2, 3, 17, 23), (3, 1, 7, 13), (1, 1, 1, 1)])
-def test_stays_inside_its_tensors_and_writes_every_element(
-    backend: Backend,
-    guarded: Guarded,
-    poisoned: list[Tensor],
-    shape: tuple[int, ...],
-    layout: str,
-    flip: bool,
-) -> None:
-    plain = of_q_sample(shape, torch.float32, flip)
-    inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
-    inside["images"] = guarded(lay_out(plain["images"], layout))
-    check(q_sample(**inside), plain)
+        inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
+        inside["images"] = guarded(lay_out(plain["images"], layout))
+        check(q_sample(**inside, dtype=FLOATS[(at + i // 2) % 3]), plain)
     assert poisoned or not backend.runs_kernels
 
 
@@ -137,23 +123,23 @@ def test_every_level_of_uint8(backend: Backend, layout: str) -> None:
 
 def test_layout_and_strides_do_not_change_a_bit(backend: Backend) -> None:
     for flip in (True, False):
-        plain = of_q_sample((2, 3, 17, 23), flip=flip)
+        plain = of_q_sample((2, 3, 9, 13), flip=flip)
         expected = q_sample(**backend.moved(plain))
         for layout in LAYOUTS:
             laid_out = {**plain, "images": lay_out(plain["images"], layout)}
             assert_equal(q_sample(**backend.moved(laid_out)), expected, layout)
-    strided = of_q_sample((2, 3, 17, 23))
+    strided = of_q_sample()
     for name, value in strided.items():
         if value.ndim == 1:
             strided[name] = torch.stack([value, value.flip(0)], dim=-1)[:, 0]
     strided["seed"] = torch.tensor([9, -5, 9])[1]
-    expected = q_sample(**backend.moved(of_q_sample((2, 3, 17, 23))))
+    expected = q_sample(**backend.moved(of_q_sample()))
     assert_equal(q_sample(**backend.moved(strided)), expected)
 
 
 def test_images_of_one_storage(backend: Backend) -> None:
     """Views that a loader makes: slices, an offset that is not aligned, one image for all."""
-    stored = lay_out(of_q_sample((3, 6, 17, 40))["images"], "nhwc").to(backend.device)
+    stored = lay_out(of_q_sample((3, 6, 9, 16))["images"], "nhwc").to(backend.device)
     for view in (
         stored[:, 1:4],
         stored[:, :, 2:-3, 5:-2],
@@ -161,23 +147,16 @@ def test_images_of_one_storage(backend: Backend) -> None:
         stored[:, :, ::2],
         stored[::2],
         stored[1:2].expand(3, -1, -1, -1),
-        stored[:, :, 3:4, 4:5].expand(-1, -1, 17, 40),
+        stored[:, :, 3:4, 4:5].expand(-1, -1, 9, 16),
     ):
         plain = {**of_q_sample(tuple(view.shape)), "images": view.cpu().contiguous()}
         check(q_sample(**{**backend.moved(plain), "images": view}), plain)
 
 
-def test_only_the_image_is_mirrored_and_not_its_noise(backend: Backend) -> None:
-    plain = of_q_sample()
-    mirrored = torch.where(per_pixel(plain["flip"]), plain["images"].flip(3), plain["images"])
-    expected = q_sample(**backend.moved({**plain, "images": mirrored, "flip": None}))
-    assert_equal(q_sample(**backend.moved(plain)), expected)
-
-
 TILE = TILES["default"]["q_sample"].elements
 
 
-@pytest.mark.parametrize("count", [1, 3, 4, TILE - 1, TILE, 2 * TILE + 6])
+@pytest.mark.parametrize("count", [1, 3, TILE - 1, 2 * TILE + 6])
 def test_noise_is_that_of_the_counter_map_and_stream(backend: Backend, count: int) -> None:
     ids, seed = torch.tensor([0, 2**32 - 1, 2**56 - 1]), 2**63 - 1
     for stream in (Stream.TRAINING_NOISE, Stream.AUGMENTATION_NOISE):
@@ -205,18 +184,6 @@ def test_first_timestep_in_bfloat16_carries_noise(backend: Backend) -> None:
     plain |= {"images": torch.zeros(1, 1, 32, 32), "timesteps": torch.tensor([0])}
     x_t = q_sample(**backend.moved(plain), dtype=torch.bfloat16)
     assert abs(float(x_t.double().std()) / 1e-2 - 1) < 0.1
-
-
-@ON_KERNELS
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_64_bit_offsets_make_the_same_result(
-    backend: Backend, wide_offsets: Callable[[], None], layout: str
-) -> None:
-    given_ = of_q_sample((2, 3, 17, 23))
-    given_ = backend.moved({**given_, "images": lay_out(given_["images"], layout)})
-    expected = q_sample(**given_)
-    wide_offsets()
-    assert_equal(q_sample(**given_), expected)
 
 
 @pytest.mark.parametrize("dimension", [0, 1, 2, 3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from ddpm_kernels import tiles
-from ddpm_kernels.autotune import CANDIDATES, Work, fastest
+from ddpm_kernels.autotune import CANDIDATES, Work, fastest, main
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.tiles import LEAST, TILES, Tile, read_tiles, tile_for, trying, write_tiles
 
@@ -49,7 +48,7 @@ def test_a_name_takes_its_family_and_then_the_default(
     assert found == expected
 
 
-@pytest.mark.parametrize("count", [1, 127, 128, 129, 255, 256, 257, 1000, 1024, 1025, 3072])
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 257, 1024, 1025, 3072])
 def test_fitted_covers_small_samples_with_as_much_work_a_thread(count: int) -> None:
     tile = Tile(1024, 2).fitted(count)
     assert tile.elements >= min(count, 1024)
@@ -60,6 +59,7 @@ def test_fitted_covers_small_samples_with_as_much_work_a_thread(count: int) -> N
 def test_a_file_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiles.json"
     write_tiles(file, {"sm_90": {"q_sample": Tile(2048, 4)}})
+    assert json.loads(file.read_text()) == {"sm_90": {"q_sample": [2048, 4]}}
     assert read_tiles(file) == {"sm_90": {"q_sample": Tile(2048, 4)}}
     monkeypatch.setenv("DDPM_TILES", str(file))
     with assume_gpu("sm_90"):
@@ -111,9 +111,7 @@ def test_autotuning_takes_what_is_fastest_over_all_sizes() -> None:
     works: list[Work] = [lambda: "small", lambda: "large"]
     assert {winner, cannot} <= set(CANDIDATES)
     assert fastest("q_sample", works, Tile(1024, 2), seconds) == (winner, pytest.approx(0.5))
-
-
-def test_autotuning_keeps_the_table_where_nothing_is_faster() -> None:
+    # Where nothing is faster, the table's own tile stays.
     assert fastest("q_sample", [lambda: 0], Tile(1024, 2), lambda _: 1.0) == (Tile(1024, 2), 1.0)
 
 
@@ -126,15 +124,10 @@ def test_trying_is_undone() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_autotuning_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ddpm_kernels.autotune", "--out", str(tmp_path / "t.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: autotuning needs a GPU and Triton; torch sees no GPU here\n"
+def test_autotuning_without_a_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["autotune", "--out", str(tmp_path / "t.json")])
+    with pytest.raises(SystemExit, match="autotuning needs a GPU and Triton"):
+        main()
     assert not list(tmp_path.iterdir())
-
-
-def test_what_is_written_is_plain_json(tmp_path: Path) -> None:
-    write_tiles(tmp_path / "t.json", {"gfx942": {"reverse_step": Tile(512, 1)}})
-    text = (tmp_path / "t.json").read_text()
-    assert json.loads(text) == {"gfx942": {"reverse_step": [512, 1]}}

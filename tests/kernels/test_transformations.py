@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.comparing import OnTheHost, assert_equal
-from tests.kernels.conftest import ON_COMPILERS, ON_CUDA, ON_OPERATIONS, Backend
+from tests.kernels.conftest import (
+    INTERPRETED,
+    ON_COMPILERS,
+    ON_CUDA,
+    ON_KERNELS,
+    ON_OPERATIONS,
+    Backend,
+)
 from tests.kernels.inputs import (
     LAYOUTS,
     REVERSE,
@@ -88,6 +95,12 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Arguments]] = 
 }  # fmt: skip
 
 
+ONE_OF_EACH = (
+    "q_sample", "denoising_loss, v", "denoising_loss, learned", "reverse_step, everything",
+    "group_norm_silu", "group_norm_silu, plain",
+)  # fmt: skip
+
+
 def in_layout(arguments: Arguments, layout: str) -> Arguments:
     """The images among the arguments laid out; a state stays channels-last."""
     return {
@@ -97,7 +110,7 @@ def in_layout(arguments: Arguments, layout: str) -> Arguments:
 
 
 @ON_OPERATIONS
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_OF_EACH if INTERPRETED else CASES)
 def test_opcheck(backend: Backend, case: str) -> None:
     """Schema, fake, autograd and ahead-of-time dispatch, in some layout."""
     function, _, plain = CASES[case]
@@ -125,7 +138,9 @@ def copied_with_strides(arguments: Arguments) -> Arguments:
 
 
 @ON_OPERATIONS
-@pytest.mark.parametrize(("film", "layout"), [(True, "nchw"), (False, "nhwc")])
+@pytest.mark.parametrize(
+    ("film", "layout"), [(True, "nchw"), *([] if INTERPRETED else [(False, "nhwc")])]
+)
 def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, layout: str) -> None:
     given_ = backend.moved(in_layout(of_group_norm_silu(film=film), layout))
     _, statistics = torch.ops.ddpm.group_norm_silu(*given_.values())
@@ -137,14 +152,8 @@ def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, lay
     )
 
 
-COMPILED = (
-    "q_sample", "denoising_loss, v", "denoising_loss, learned", "reverse_step, everything",
-    "group_norm_silu", "group_norm_silu, plain",
-)  # fmt: skip
-
-
 @ON_COMPILERS
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", ONE_OF_EACH)
 def test_compiles_as_one_graph(backend: Backend, case: str) -> None:
     torch._dynamo.reset()
     function, run, plain = CASES[case]
@@ -160,6 +169,19 @@ def test_compiles_as_one_graph(backend: Backend, case: str) -> None:
             got, expected, rtol=10 * scale, atol=scale * float(expected.abs().max())
         )
     assert with_grad[0].stride() == run(function, given_)[0].stride()
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("case", CASES)
+def test_64_bit_offsets_make_the_same_result(
+    backend: Backend, wide_offsets: Callable[[], None], case: str
+) -> None:
+    function, run, plain = CASES[case]
+    given_ = backend.moved(in_layout(plain, LAYOUTS[list(CASES).index(case) % 4]))
+    expected = run(function, copied_with_strides(given_))
+    wide_offsets()
+    for got, narrow in zip(run(function, given_), expected, strict=True):
+        assert_equal(got, narrow)
 
 
 @ON_CUDA
