@@ -40,6 +40,7 @@ def test_an_epoch_holds_every_image_once_with_its_label(packed: Path) -> None:
     assert sorted(s.label for s in samples) == list(range(COUNT))
     assert all(np.array_equal(s.image, PIXELS[s.label]) for s in samples)
     assert [s.position for s in samples] == list(range(COUNT))
+    assert pickle.loads(pickle.dumps(dataset))[0].label == samples[0].label  # with files open
     many = dataset.__getitems__([3, 40, 7])
     assert [s.label for s in many] == [dataset[p].label for p in (3, 40, 7)]
     assert len(dataset) == COUNT
@@ -47,7 +48,7 @@ def test_an_epoch_holds_every_image_once_with_its_label(packed: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_batches_do_not_depend_on_workers(packed: Path) -> None:
+def test_batches_do_not_depend_on_workers_or_world_size(packed: Path) -> None:
     positions = BatchPositions(8, accumulation=2, end_step=5)
     expected = batches(packed, positions)
     got = batches(packed, positions, workers=3)
@@ -60,9 +61,7 @@ def test_batches_do_not_depend_on_workers(packed: Path) -> None:
         assert other.labels is not None
         assert torch.equal(one.labels, other.labels)
         assert torch.equal(one.positions, other.positions)
-
-
-def test_a_run_resumes_anywhere_on_another_world_size(packed: Path) -> None:
+    # A run resumes anywhere, on another world size.
     whole = batches(packed, BatchPositions(12, end_step=6))
     for rank in range(3):
         resumed = batches(packed, BatchPositions(12, rank, 3, start_step=4, end_step=6))
@@ -133,12 +132,6 @@ def test_shards_that_are_cut_short_or_vanish_while_reading(packed: Path) -> None
         other.unlink()
     with pytest.raises(UserError, match=r"64 samples in a row .*Verify"):
         ShardDataset(dataset.shards, seed=5)[0]
-
-
-def test_a_dataset_can_be_pickled_while_files_are_open(packed: Path) -> None:
-    dataset = ShardDataset(packed, seed=5)
-    first = dataset[0]
-    assert pickle.loads(pickle.dumps(dataset))[0].label == first.label
 
 
 def test_few_files_are_open_at_a_time(packed: Path) -> None:

@@ -128,11 +128,12 @@ def test_existing_files_are_not_overwritten(tmp_path: Path, packed: Path) -> Non
 
 
 def test_prepare_packs_once(tmp_path: Path) -> None:
-    prepare_shards(tmp_path / "digits", "digits", size=8)
-    before = contents(tmp_path / "digits")
-    prepare_shards(tmp_path / "digits", "nowhere")
-    assert contents(tmp_path / "digits") == before
-    assert open_shards(tmp_path / "digits").manifest.samples == 1797
+    np.savez(tmp_path / "few.npz", images=PIXELS[:5])
+    prepare_shards(tmp_path / "set", str(tmp_path / "few.npz"), size=8)
+    before = contents(tmp_path / "set")
+    prepare_shards(tmp_path / "set", "nowhere")
+    assert contents(tmp_path / "set") == before
+    assert open_shards(tmp_path / "set").manifest.samples == 5
 
 
 def test_two_runs_into_one_folder_at_a_time_are_refused(tmp_path: Path) -> None:

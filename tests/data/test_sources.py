@@ -211,13 +211,13 @@ def test_hugging_face_data_set_on_disk(tmp_path: Path) -> None:
     features = datasets.Features(
         {
             "caption": datasets.Value("string"),
-            "picture": datasets.Image(),
+            "photo": datasets.Image(),
             "kind": datasets.ClassLabel(names=["cat", "dog"]),
         }
     )
     rows: dict[str, list[Any]] = {
         "caption": ["a", "b", "c"],
-        "picture": [{"bytes": encode(i, "png"), "path": None} for i in images],
+        "photo": [{"bytes": encode(i, "png"), "path": None} for i in images],
         "kind": [1, 0, 1],
     }
     table = datasets.Dataset.from_dict(rows, features=features)
@@ -231,10 +231,10 @@ def test_hugging_face_data_set_on_disk(tmp_path: Path) -> None:
         assert [e.label for e in examples] == [1, 0, 1]
         assert np.array_equal(np.stack([e.image for e in examples]), images)
     assert "'train'" in refused(f"hf:{tmp_path}/splits")
-    table.remove_columns("picture").save_to_disk(tmp_path / "blind")
+    table.remove_columns("photo").save_to_disk(tmp_path / "blind")
     assert "no image column" in refused(f"hf:{tmp_path}/blind")
     assert "hf:NAME" in refused("hf:")
-    rows["picture"][1] = {"bytes": b"GIF89a" + bytes(30), "path": None}
+    rows["photo"][1] = {"bytes": b"GIF89a" + bytes(30), "path": None}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "gif")
     assert "image 1" in refused(f"hf:{tmp_path}/gif")
 

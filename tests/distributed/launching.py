@@ -41,7 +41,7 @@ class Job:
 
 
 def launch(jobs: list[Job], processes: int, timeout: float = 180) -> list[str]:
-    """Train runs on so many processes; returns each rank's output. All must succeed."""
+    """Train runs on several processes; returns each rank's output. All must succeed."""
     outputs, statuses = start(jobs, processes, timeout)
     assert statuses == [0] * processes, "\n".join(outputs)
     return outputs

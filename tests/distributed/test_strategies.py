@@ -68,7 +68,7 @@ def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
 
 
 def test_from_two_processes_to_one(config: RunConfig) -> None:
-    """With timesteps drawn by importance, which is learnt from the losses of all."""
+    """With timesteps sampled by importance, which is learnt from the losses of all."""
     config = replace(
         config,
         diffusion=DiffusionConfig(timesteps=5),
@@ -211,7 +211,7 @@ def test_a_strategy_trains_the_run_of_one_process(name: str, config: RunConfig) 
 
 
 def png(path: Path) -> torch.Tensor:
-    """A picture's pixels, int16."""
+    """Pixels of an image, int16."""
     return torch.from_numpy(np.asarray(Image.open(path)).astype(np.int16))
 
 

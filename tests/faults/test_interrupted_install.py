@@ -1,4 +1,4 @@
-"""`make install` killed at a bad moment, by a python that only pretends: the next one mends it."""
+"""`make install` killed at a bad moment, by a fake python: the next one repairs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ venv)
     touch "$3/pip" ;;
 pip)
     [ -e "$here/../pip" ] || { echo "no module named pip" >&2; exit 1; }
-    [ ! -e "$here/../half" ] || { echo "cannot mend what is half done" >&2; exit 1; }
+    [ ! -e "$here/../half" ] || { echo "cannot repair what is half done" >&2; exit 1; }
     touch "$here/../half"
     killed pip
     mv "$here/../half" "$here/../whole" && echo "$*" >> "$here/../asked" ;;
@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 def make(folder: Path, target: str, kill: str = "") -> int:
     tools = folder / "tools"
     environment = {**os.environ, "KILL": kill, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    # Without what a make around the tests tells its children.
+    # Without the variables that a make around the tests passes on.
     environment = {k: v for k, v in environment.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
         ["make", target, f"PYTHON={tools / 'python'}"],
@@ -65,8 +65,14 @@ def make(folder: Path, target: str, kill: str = "") -> int:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("target", ["installed", "installed-test", "installed-cluster"])
-@pytest.mark.parametrize("moments", [["venv"], ["pip"], ["pip", "rm"], ["pip", "venv", "pip"]])
+@pytest.mark.parametrize(
+    ("target", "moments"),
+    [
+        ("installed", ["pip"]),
+        ("installed-test", ["pip", "rm"]),
+        ("installed-cluster", ["pip", "venv", "pip"]),
+    ],
+)
 def test_an_interrupted_install_is_simply_run_again(
     folder: Path, moments: list[str], target: str
 ) -> None:

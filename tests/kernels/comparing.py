@@ -18,7 +18,7 @@ def largest(values: Tensor) -> float:
 
 
 def rounding(got: Tensor, exact: Tensor, times: float = 1) -> Tensor:
-    """The most that rounding to the precision of a result can change, so many times over."""
+    """The most that rounding to the precision of a result can change, times a factor."""
     precision = torch.finfo(got.dtype)
     # The interpreter truncates to bfloat16, which a GPU rounds.
     truncated = got.dtype == torch.bfloat16 and not got.is_cuda

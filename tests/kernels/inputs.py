@@ -1,4 +1,4 @@
-"""Arguments of the operations, drawn on the CPU from fixed seeds, and the layouts they come in."""
+"""Arguments of the operations, random from fixed seeds, and the layouts they come in."""
 
 from __future__ import annotations
 

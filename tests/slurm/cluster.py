@@ -1,4 +1,4 @@
-"""A SLURM of our own: one controller and three nodes, all of them on this machine."""
+"""A private SLURM: one controller and three nodes, all of them on this machine."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ KillWait=10
 _SHOW_JOBS = ("scontrol", "show", "jobs", "--oneliner")
 _SHOW_NODES = ("scontrol", "show", "nodes", "--oneliner")
 # Fields of jobs and nodes that say why something waits.
-_TELLING = "JobId|JobState|Restarts|StartTime|NodeList|NodeName|State|Reason"
+_REASONS = "JobId|JobState|Restarts|StartTime|NodeList|NodeName|State|Reason"
 _ALWAYS_SAID = re.compile(r"gres\.conf|mpi/|MPI|cgroup\.conf|select/cons_tres|MCSParameters")
 
 
@@ -146,7 +146,7 @@ class Cluster:
             _kill(pid)
         self._daemons.close()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Make all nodes wait for work, whatever the last test has left of them."""
         self.command("scancel", "--user=root")
         for node, daemon in self._nodes.items():
@@ -270,7 +270,7 @@ class Cluster:
             except ClusterError as error:
                 shown = str(error)
             for line in shown.splitlines():
-                fields = re.findall(rf"\b(?:{_TELLING})=.*?(?= \w+=|$)", line)
+                fields = re.findall(rf"\b(?:{_REASONS})=.*?(?= \w+=|$)", line)
                 lines.append(" ".join(fields) or line)
         for daemon, count in (("slurmctld", 15), *((f"slurmd-{node}", 5) for node in NODES)):
             log = self.folder / f"{daemon}.log"

@@ -38,7 +38,7 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster
 @pytest.fixture
 def cluster(shared_cluster: Cluster) -> Cluster:
     """One whose nodes wait for work."""
-    shared_cluster.mend()
+    shared_cluster.restore()
     return shared_cluster
 
 

@@ -75,27 +75,20 @@ def play(request: pytest.FixtureRequest, tmp_path: Path) -> Play:
     return Play(request.param, tmp_path)
 
 
-def test_a_run_that_ends_is_not_started_again(play: Play) -> None:
+def test_a_run_that_ends_is_not_started_again_but_one_that_was_stopped_is(play: Play) -> None:
     done = play.start(asked=(ANSWERS,), training="exit 0")
     assert (done.returncode, done.stderr, play.requeued()) == (0, "", [])
-
-
-def test_a_run_that_was_told_to_stop_is(play: Play) -> None:
-    told = f"echo stopped at step 30 >{play.run}/requeue; exit 3"
-    done = play.start(asked=(ANSWERS,), training=told)
+    stop = f"echo stopped at step 30 >{play.run}/requeue; exit 3"
+    done = play.start(asked=(ANSWERS,), training=stop)
     assert "stopped at step 30: requeueing job 77\n" in done.stdout
     assert play.requeued() == ["77"]
     assert not (play.run / "requeue").exists()
 
 
-def test_the_mark_of_an_earlier_start_does_not_count(play: Play) -> None:
-    (play.run / "requeue").touch()
-    done = play.start(asked=(ANSWERS, ANSWERS), training="exit 3")
-    assert (done.returncode, play.requeued()) == (3, [])
-
-
-def test_a_failure_on_nodes_that_answer_is_the_runs_own(play: Play) -> None:
-    done = play.start(asked=(ANSWERS, ANSWERS), training="exit 3")
+@pytest.mark.parametrize("answer", [ANSWERS, SILENT])
+def test_a_failure_on_nodes_that_answer_as_before_is_the_runs_own(play: Play, answer: int) -> None:
+    (play.run / "requeue").touch()  # the mark of an earlier start does not count
+    done = play.start(asked=(answer, answer), training="exit 3")
     assert (done.returncode, play.requeued()) == (3, [])
     assert "training failed with status 3" in done.stderr
     assert not play.noted.exists()
@@ -107,11 +100,6 @@ def test_a_node_that_no_longer_answers_is_at_fault(play: Play) -> None:
     assert play.requeued() == ["77"]
     (line,) = play.noted.read_text().splitlines()
     assert line.endswith("77-0 first-node,second-node")
-
-
-def test_silence_says_nothing_where_nodes_never_answered(play: Play) -> None:
-    done = play.start(asked=(SILENT, SILENT), training="exit 3")
-    assert (done.returncode, play.requeued()) == (3, [])
 
 
 def test_nodes_are_not_at_fault_for_ever(play: Play) -> None:

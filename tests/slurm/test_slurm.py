@@ -213,7 +213,7 @@ def test_a_rank_is_killed(job: Job) -> None:
     assert_went_on_from(stopped, job, stopped + 10)
 
 
-# Python runs a module of this name when it starts: it notes who draws which pictures.
+# Python runs a module of this name when it starts: it notes the samples that each task generates.
 NOTING = """
 import os
 if "NOTES" in os.environ:
@@ -227,28 +227,18 @@ if "NOTES" in os.environ:
 """
 
 
-def test_the_tasks_of_an_array_draw_each_picture_once(
+def test_the_tasks_of_an_array_generate_each_sample_once(
     cluster: Cluster, config: RunConfig, tmp_path: Path
 ) -> None:
     train_alone(config, 1)
     (tmp_path / "sitecustomize.py").write_text(NOTING)
-    notes, out = tmp_path / "notes", tmp_path / "drawn"
+    notes, out = tmp_path / "notes", tmp_path / "samples"
     array = cluster.submit(
         ROOT / "launch" / "slurm" / "sample.sbatch",
         [*OPTIONS, "--array=0-1", f"--output={tmp_path}/task-%a.out"],
         [
-            "--checkpoint",
-            config.out,
-            "--out",
-            out,
-            "--count",
-            "24",
-            "--batch-size",
-            "2",
-            "--sampler",
-            "ddim",
-            "--steps",
-            "100",
+            "--checkpoint", config.out, "--out", out, "--count", "24", "--batch-size", "2",
+            "--sampler", "ddim", "--steps", "100",
         ],
         {
             **ENVIRONMENT,
@@ -256,7 +246,7 @@ def test_the_tasks_of_an_array_draw_each_picture_once(
             "PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}",
         },
         ROOT,
-    )
+    )  # fmt: skip
     cluster.wait_for("the end of the array", lambda: cluster.is_over(array), START)
     said = "".join((tmp_path / f"task-{task}.out").read_text() for task in (0, 1))
     assert cluster.states(array) == {"COMPLETED"}, said
