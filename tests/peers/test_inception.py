@@ -1,4 +1,4 @@
-"""The Inception network against torch-fidelity's, where somebody has installed that."""
+"""The Inception network against torch-fidelity's, if it is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ peer = pytest.importorskip(
 )
 
 
-@pytest.mark.parametrize("side", [16, 32, 299, 320])
+@pytest.mark.parametrize("side", [32, 299])
 def test_same_weights_give_the_same_features(side: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(side)
     tensors = InceptionNetwork().state_dict()

@@ -1,4 +1,4 @@
-"""Checkpoints exchanged with diffusers, which is here only to write them and to read ours."""
+"""Checkpoints exchanged with diffusers, which writes them and reads ours."""
 
 from __future__ import annotations
 
@@ -95,7 +95,6 @@ def assert_same_network(actual: UNet, expected: Any, classes: bool = False) -> N
     with torch.no_grad():
         output = expected(x, timesteps, class_labels=labels).sample
         difference = (actual(x, timesteps, Conditioning(labels)) - output).abs().max().item()
-    print(f"max |difference| = {difference:.1e}, std {output.std():.2f}")
     assert output.std() > 0.2
     assert difference <= 1e-5
 
@@ -112,16 +111,11 @@ def test_what_diffusers_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [{"safe_serialization": False}, {"max_shard_size": "20KB"}])
 def test_other_files(how: dict[str, Any], tmp_path: Path) -> None:
-    peer = theirs()
+    peer = theirs().half()  # which is read exactly
     peer.save_pretrained(tmp_path, **how)
+    peer = peer.float()
     assert not (tmp_path / "diffusion_pytorch_model.safetensors").exists()
     assert_same_network(UNet.from_pretrained(str(tmp_path)), peer)
-
-
-def test_half_precision_is_read_exactly(tmp_path: Path) -> None:
-    peer = theirs().half()
-    peer.save_pretrained(tmp_path)
-    assert_same_network(UNet.from_pretrained(tmp_path), peer.float())
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -166,11 +160,14 @@ def test_former_attention_names(squeezed: bool, tmp_path: Path) -> None:
     assert_same_network(UNet.from_pretrained(tmp_path), peer)
 
 
-@pytest.mark.parametrize("shape", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
-@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("DDPMScheduler", "linear"), ("DDPMScheduler", "sigmoid"),
+        ("DDIMScheduler", "scaled_linear"), ("DDIMScheduler", "squaredcos_cap_v2"),
+    ],
+)  # fmt: skip
 def test_schedules(kind: str, shape: str, tmp_path: Path) -> None:
-    if kind == "DDIMScheduler" and shape == "sigmoid":
-        pytest.skip("which that scheduler does not have")
     peer = getattr(diffusers, kind)(
         num_train_timesteps=200, beta_schedule=shape, beta_start=1e-3, beta_end=0.05,
         prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False,
@@ -221,16 +218,6 @@ def test_an_export_loads_in_diffusers_and_again_here(name: str, tmp_path: Path) 
     assert torch.equal(back.schedule.betas, pretrained.schedule.betas)
 
 
-def test_there_and_back_from_diffusers(tmp_path: Path) -> None:
-    peer = theirs(attn_norm_num_groups=2)
-    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear")
-    diffusers.DDPMPipeline(unet=peer, scheduler=scheduler).save_pretrained(tmp_path / "first")
-    export_pipeline(load_model(tmp_path / "first"), tmp_path / "second")
-    back = diffusers.DDPMPipeline.from_pretrained(tmp_path / "second")
-    assert_same_bits(back.unet, peer)
-    torch.testing.assert_close(back.scheduler.betas, scheduler.betas, rtol=1e-5, atol=0)
-
-
 def test_a_schedule_that_diffusers_does_not_have() -> None:
     diffusion = DiffusionConfig(schedule="sigmoid", timesteps=100)
     entries = scheduler_entries(diffusion, SamplingConfig())
@@ -247,25 +234,42 @@ def test_classes(tmp_path: Path) -> None:
     assert "label 4 for no class" in (tmp_path / "ours" / "README.md").read_text()
 
 
-# --- Drawing
+# --- Sampling
+
+
+def run_card(folder: Path, initial: Tensor, monkeypatch: pytest.MonkeyPatch, **names: Any) -> Any:
+    """Run the Python code of the model card, with this initial noise: its variables."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("DIR", str(folder)).replace("eta=0.0,", 'eta=0.0, output_type="np",')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *shape: initial if len(shape) == 4 else None)
+        patch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: initial)
+        exec(code, names)
+    return names
+
+
+def assert_same_images(ours: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.1
+    assert (ours - expected).abs().max() <= 1e-4
+
+
+def unit_range(samples: Tensor) -> Tensor:
+    return (samples / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize(
-    "diffusion",
-    [DiffusionConfig(), DiffusionConfig(schedule="cosine"), DiffusionConfig(prediction="v")],
+    ("diffusion", "spacing", "variance"),
+    [
+        (DiffusionConfig(), "leading", "fixed_small"),
+        (DiffusionConfig(schedule="cosine"), "leading", "fixed_large"),
+        (DiffusionConfig(prediction="v"), "linspace", "fixed_large"),
+        (DiffusionConfig(), "trailing", "fixed_small"),
+    ],
 )
-@pytest.mark.parametrize(
-    ("spacing", "variance"),
-    [("leading", "fixed_small"), ("leading", "fixed_large"), ("linspace", "fixed_large"),
-     ("trailing", "fixed_small")],
-)  # fmt: skip
-def test_the_pipeline_draws_our_pictures(
-    diffusion: DiffusionConfig,
-    spacing: Any,
-    variance: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_pipeline_generates_our_samples(
+    diffusion: DiffusionConfig, spacing: Any, variance: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     sampling = SamplingConfig(variance=variance, spacing=spacing)
     pretrained = ours(diffusion=diffusion, sampling=sampling)
     export_pipeline(pretrained, tmp_path / "export")
@@ -274,7 +278,7 @@ def test_the_pipeline_draws_our_pictures(
 
     ids, shape = torch.tensor([3, 2**40]), (3, 8, 8)
     initial = gaussian_noise(6, ids, shape, 0, Stream.INITIAL_NOISE)
-    # Where the last timestep is not 0, the peer would add noise to the finished picture.
+    # Where the last timestep is not 0, the peer would add noise to the result.
     noises: Iterator[Tensor] = (
         gaussian_noise(6, ids, shape, step, Stream.SAMPLER_NOISE) * (step < 49)
         for step in range(50 if spacing == "trailing" else 49)
@@ -284,19 +288,14 @@ def test_the_pipeline_draws_our_pictures(
     expected = pipeline(batch_size=2, num_inference_steps=50, output_type="np").images
     assert next(noises, None) is None  # every step took its noise
 
-    drawn = pretrained.sample(ids, seed=6, steps=50, spacing=spacing, variance=variance).tensor
-    actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    difference = (actual - torch.from_numpy(expected)).abs().max().item()
-    print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
-    assert expected.std() > 0.1
-    assert difference <= 1e-4
+    samples = pretrained.sample(ids, seed=6, steps=50, spacing=spacing, variance=variance).tensor
+    assert_same_images(unit_range(samples), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_the_card_of_an_edm_network_draws_our_pictures(
+def test_the_card_of_an_edm_network_generates_our_samples(
     labelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its loop is run as it is written there."""
     model = UNetConfig(**TINY, num_class_embeds=5 if labelled else None)
     diffusion = DiffusionConfig(
         schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
@@ -311,24 +310,16 @@ def test_the_card_of_an_edm_network_draws_our_pictures(
         torch.tensor([0, 2**40 + 1, 2, 7]),
         torch.tensor([0, 4, 2, 1]) if labelled else None,
     )
-    card = (tmp_path / "export" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
-    monkeypatch.setattr(torch, "randn", lambda *shape: initial if shape == (4, 3, 8, 8) else None)
-    names: dict[str, Any] = {"labels": labels}
-    exec(code.replace("DIR", str(tmp_path / "export")), names)
-    monkeypatch.undo()
+    names = run_card(tmp_path / "export", initial, monkeypatch, labels=labels)
 
     back = load_model(tmp_path / "export")
     assert back.config.diffusion == diffusion
     assert back.config.sampling == replace(sampling, steps=None)
     assert_same_bits(back.network, pretrained.network)
     classes = None if labels is None else tuple(labels.tolist())
-    drawn = back.sample(ids, seed=6, sampler="euler", steps=9, classes=classes).tensor
-    difference = (drawn - names["x"]).abs().max().item()
-    print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
-    assert drawn.std() > 0.1
-    assert difference <= 1e-4
+    samples = back.sample(ids, seed=6, sampler="euler", steps=9, classes=classes).tensor
+    assert_same_images(samples, names["x"])
 
 
 def distilled(
@@ -347,33 +338,23 @@ def distilled(
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"), [("progressive", 1), ("progressive", 4), ("consistency", 4)]
+    ("method", "steps", "diffusion"),
+    [
+        ("progressive", 1, {"prediction": "v"}),
+        ("progressive", 4, {"prediction": "x0", "schedule": "cosine"}),
+        ("consistency", 4, {"prediction": "v", "zero_terminal_snr": True}),
+    ],
 )
-@pytest.mark.parametrize(
-    "diffusion",
-    [{"prediction": "v"}, {"prediction": "x0", "schedule": "cosine"},
-     {"prediction": "v", "zero_terminal_snr": True}],
-)  # fmt: skip
-def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
-    diffusion: dict[str, Any], method: Literal["progressive", "consistency"], steps: int,
+def test_the_pipeline_of_a_distilled_network_generates_our_samples(
+    method: Literal["progressive", "consistency"], steps: int, diffusion: dict[str, Any],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Called as the card says; and what the folder says of the distillation outlives diffusers."""
+    """Called as in the card; diffusers preserves the entries about the distillation."""
     pretrained = distilled(steps, method=method, **diffusion)
     export_pipeline(pretrained, tmp_path / "export")
-    card = (tmp_path / "export" / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    assert "DDIMPipeline" in code
-
     ids = torch.tensor([3, 2**40, 0, 9])
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
-    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: initial)
-    names: dict[str, Any] = {}
-    code = code.replace("DIR", str(tmp_path / "export")).replace(
-        "eta=0.0,", 'eta=0.0, output_type="np",'
-    )
-    exec(code, names)
-    expected = torch.from_numpy(names["images"])
+    names = run_card(tmp_path / "export", initial, monkeypatch)
 
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "export")
     assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
@@ -384,16 +365,13 @@ def test_the_pipeline_of_a_distilled_network_draws_our_pictures(
     assert back.config.distillation == replace(
         pretrained.config.distillation, teacher=Path("teacher")
     )
-    drawn = back.sample(ids, seed=6).tensor
-    actual = (drawn / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    difference = (actual - expected).abs().max().item()
-    print(f"max |difference| = {difference:.1e}, std {expected.std():.2f}")
-    assert expected.std() > 0.1
-    assert difference <= 1e-4
+    assert_same_images(
+        unit_range(back.sample(ids, seed=6).tensor), torch.from_numpy(names["images"])
+    )
 
 
-def test_an_export_that_does_not_say_by_which_method(tmp_path: Path) -> None:
-    """Earlier ones did not: their networks were distilled progressively."""
+def test_an_export_without_the_method(tmp_path: Path) -> None:
+    """Earlier versions distilled progressively only."""
     export_pipeline(distilled(4, prediction="v"), tmp_path / "export")
     path = tmp_path / "export" / "scheduler" / "scheduler_config.json"
     entries = json.loads(path.read_text())
@@ -406,27 +384,20 @@ def test_an_export_that_does_not_say_by_which_method(tmp_path: Path) -> None:
         load_model(tmp_path / "export")
 
 
-def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
+def test_the_card_of_a_distilled_network_with_classes_generates_our_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its loop is run as it is written there; no pipeline passes labels on."""
+    """No pipeline takes labels, so the card contains the sampling loop."""
     pretrained = distilled(4, UNetConfig(**TINY, num_class_embeds=5), prediction="v")
     export_pipeline(pretrained, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
     assert "from `teacher`, to 4 steps, by progressive distillation; guidance 2 is built in" in card
-    code = card.split("```python\n")[1].split("```")[0]
     # Class k belongs to the ids that leave k when they are divided by four.
     ids, labels = torch.tensor([0, 2**40 + 1, 2, 7]), torch.tensor([0, 4, 2, 1])
     initial = gaussian_noise(6, ids, (3, 8, 8), 0, Stream.INITIAL_NOISE)
-    monkeypatch.setattr(torch, "randn", lambda *shape: initial if shape == (4, 3, 8, 8) else None)
-    names: dict[str, Any] = {"labels": labels}
-    exec(code.replace("DIR", str(tmp_path / "export")), names)
-    monkeypatch.undo()
-    drawn = pretrained.sample(ids, seed=6, classes=tuple(labels.tolist())).tensor
-    difference = (drawn - names["x"]).abs().max().item()
-    print(f"max |difference| = {difference:.1e}, std {drawn.std():.2f}")
-    assert drawn.std() > 0.1
-    assert difference <= 1e-4
+    names = run_card(tmp_path / "export", initial, monkeypatch, labels=labels)
+    samples = pretrained.sample(ids, seed=6, classes=tuple(labels.tolist())).tensor
+    assert_same_images(samples, names["x"])
 
 
 @pytest.mark.parametrize(
@@ -443,7 +414,7 @@ def test_the_card_of_a_distilled_network_with_classes_draws_our_pictures(
         ),
     ],
 )
-def test_a_distilled_network_that_no_scheduler_of_theirs_draws_from(
+def test_a_distilled_network_that_diffusers_cannot_sample(
     pretrained: Callable[[], LoadedModel], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"{reason}.* or export its teacher, runs/teacher"):
@@ -452,7 +423,7 @@ def test_a_distilled_network_that_no_scheduler_of_theirs_draws_from(
 
 
 def test_the_published_cifar10_configuration(tmp_path: Path) -> None:
-    """The entries of google/ddpm-cifar10-32, which are those of an early diffusers."""
+    """The entries of google/ddpm-cifar10-32, written by an early diffusers."""
     entries = {
         "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu",
         "attention_head_dim": None, "block_out_channels": [128, 256, 256, 256],

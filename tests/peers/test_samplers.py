@@ -124,34 +124,25 @@ def compare(actual: list[Tensor], expected: list[Tensor], tolerance: float, what
         ((x.double() - y.double()).abs().max() / y.abs().max().clamp(min=1)).item()
         for x, y in zip(actual, expected, strict=True)
     ]
-    print(f"max |difference| / scale {max(errors):.1e} {what}")
-    assert max(errors) <= tolerance
+    assert max(errors) <= tolerance, what
 
 
 # --- DDIM and ancestral sampling
 
 
-def ddim_cases() -> list[tuple[str, Any, float, bool, int, str]]:
-    """Under linspace their previous timestep is not the one visited next; likewise under trailing
-    unless the steps divide T. ε on the cosine schedule is left out: where a = 5e-5, a float32 ε
-    knows x̂_0 to three digits.
-    """
-    few = itertools.product(
-        ["linear"], TYPES, [0.0, 0.4, 1.0], [True], [5, 20, 50], ["leading", "trailing"]
-    )
-    free = itertools.product(["linear"], TYPES, [0.0, 0.4], [False], [20], ["leading", "trailing"])
-    cosine = itertools.product(
-        ["squaredcos_cap_v2"], ["x0", "v"], [0.0, 0.4, 1.0], [True], [20], ["leading", "trailing"]
-    )
-    many: list[Any] = [
-        ("linear", "eps", 0.0, True, 1000, "trailing"),
-        ("linear", "v", 1.0, False, 1000, "leading"),
-        ("squaredcos_cap_v2", "x0", 0.4, True, 1000, "trailing"),
-    ]
-    return [*few, *free, *cosine, *many]
+# Under linspace their previous timestep is not the one visited next; likewise under trailing unless
+# the steps divide T. ε on the cosine schedule is left out: at a = 5e-5 a float32 ε determines x̂_0
+# to three digits.
+DDIM_CASES = [
+    *itertools.product(["linear"], TYPES, [0.0, 0.4], [True, False], [20], ["leading"]),
+    ("linear", "eps", 1.0, True, 5, "trailing"),
+    ("squaredcos_cap_v2", "x0", 0.4, True, 20, "trailing"),
+    ("squaredcos_cap_v2", "v", 0.0, True, 50, "leading"),
+    ("linear", "v", 1.0, False, 1000, "trailing"),
+]
 
 
-@pytest.mark.parametrize(("name", "prediction", "eta", "clip", "steps", "spacing"), ddim_cases())
+@pytest.mark.parametrize(("name", "prediction", "eta", "clip", "steps", "spacing"), DDIM_CASES)
 def test_ddim(name: str, prediction: Any, eta: float, clip: bool, steps: int, spacing: Any) -> None:
     schedule = SCHEDULES[name]
     model = Network(schedule, prediction)
@@ -175,10 +166,7 @@ def test_ddim(name: str, prediction: Any, eta: float, clip: bool, steps: int, sp
 
 @pytest.mark.parametrize(
     ("name", "spacing", "steps"),
-    [
-        *itertools.product(SCHEDULES, SPACINGS, [5, 20, 50]),
-        ("linear", "trailing", 1000),
-    ],
+    [*itertools.product(SCHEDULES, SPACINGS, [20]), ("linear", "trailing", 1000)],
 )
 def test_ddpm_with_learned_variance(
     monkeypatch: pytest.MonkeyPatch, name: str, spacing: Any, steps: int
@@ -191,12 +179,12 @@ def test_ddpm_with_learned_variance(
     )  # fmt: skip
     peer.set_timesteps(steps)
     table = build_table(schedule, "ddpm", steps, spacing, "v", variance="learned_range")
-    # Trailing stops short of zero: the peer would add noise to the finished picture.
+    # Where the last timestep is not 0, the peer would add noise to the result.
     noises = iter([noise_of(i) * (i < steps - 1) for i in range(steps)] * 2)
     monkeypatch.setattr(
         scheduling_ddpm, "randn_tensor", lambda *_, dtype, **__: next(noises).to(dtype)
     )
-    if int(peer.timesteps[-1]) == 0:  # it then draws none itself
+    if int(peer.timesteps[-1]) == 0:  # it then samples none itself
         noises = iter([noise_of(i) for i in range(steps - 1)] * 2)
     chain = ours(table, model, True)
     what = f"learned_range {name} {spacing} {steps}"
@@ -208,7 +196,7 @@ def test_ddpm_with_learned_variance(
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++1", "ddpm"])
-@pytest.mark.parametrize("steps", [5, 20, 50, 200])
+@pytest.mark.parametrize("steps", [5, 50])
 def test_zero_terminal_snr(
     monkeypatch: pytest.MonkeyPatch, prediction: Any, sampler: str, steps: int
 ) -> None:
@@ -237,15 +225,13 @@ def test_zero_terminal_snr(
 # --- Multistep solvers
 
 
-def multistep_cases() -> list[tuple[Any, bool, int, str]]:
-    """Of 1000 steps, `leading` and `linspace` visit timesteps twice over there."""
-    few = itertools.product([("eps", True), ("v", False)], [5, 20, 50], SPACINGS)
-    return [
-        *((*kind, steps, spacing) for kind, steps, spacing in few),
-        ("eps", False, 20, "trailing"),
-        ("x0", True, 20, "trailing"),
-        ("v", True, 1000, "trailing"),
-    ]
+# Of 1000 steps, `leading` and `linspace` visit timesteps twice over there.
+MULTISTEP_CASES = [
+    *(("eps", True, 20, spacing) for spacing in SPACINGS),
+    ("v", False, 5, "leading"),
+    ("v", False, 50, "trailing"),
+    ("x0", True, 20, "trailing"),
+]
 
 
 SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -262,7 +248,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("sampler", SOLVERS)
-@pytest.mark.parametrize(("prediction", "clip", "steps", "spacing"), multistep_cases())
+@pytest.mark.parametrize(("prediction", "clip", "steps", "spacing"), MULTISTEP_CASES)
 def test_multistep(sampler: str, prediction: Any, clip: bool, steps: int, spacing: str) -> None:
     schedule = SCHEDULES["linear"]
     model = Network(schedule, prediction)
@@ -298,9 +284,7 @@ def test_multistep(sampler: str, prediction: Any, clip: bool, steps: int, spacin
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-@pytest.mark.parametrize(
-    ("prediction", "steps"), [*itertools.product(TYPES, [5, 20, 50]), ("v", 1000)]
-)
+@pytest.mark.parametrize(("prediction", "steps"), [("eps", 5), ("x0", 20), ("v", 50)])
 def test_karras(sampler: str, prediction: Any, steps: int) -> None:
     """Their state is x / a; only with linspace do they see the schedule's own ends of σ."""
     schedule = SCHEDULES["linear"]
@@ -342,7 +326,7 @@ def test_karras(sampler: str, prediction: Any, steps: int) -> None:
 # --- EDM
 
 
-@pytest.mark.parametrize("steps", [1, 2, 18, 50])
+@pytest.mark.parametrize("steps", [1, 18])
 @pytest.mark.parametrize(("low", "high", "data"), [(0.002, 80.0, 0.5), (0.01, 20.0, 0.8)])
 def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
     """Step by step. Whatever its tables, the peer rounds its state, 80 at first, to float32."""

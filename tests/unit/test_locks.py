@@ -6,7 +6,8 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ddpm_engine.locks import LocksUnsupportedError, acquire, locked, release
 
 
 def in_child(action: Callable[[], bool]) -> bool:
-    """Run a question in a forked process of its own."""
+    """Evaluate a condition in a forked process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -25,6 +26,23 @@ def in_child(action: Callable[[], bool]) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, 1)
     return status == 0
+
+
+@contextmanager
+def sleeping_child(action: Callable[[], object]) -> Iterator[None]:
+    """Fork a process that acts and sleeps until it is killed on leaving."""
+    ready, notify = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        held = action()  # keeps the file open
+        os.write(notify, b"y" if held else b"n")
+        signal.pause()
+    try:
+        assert os.read(ready, 1) == b"y"
+        yield
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def granted(path: Path, **arguments: int) -> bool:
@@ -65,16 +83,12 @@ def test_ranges_are_locked_apart(path: Path) -> None:
 
 @pytest.mark.parametrize("inherit", [False, True])
 def test_a_killed_owner_releases_its_lock(path: Path, inherit: bool) -> None:
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+    def own() -> object:
         file = path.open("r+b")
-        os.write(tell, b"y" if acquire(file, inherit=inherit) else b"n")
-        signal.pause()
-    assert os.read(ready, 1) == b"y"
-    assert not granted(path, inherit=inherit)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+        return acquire(file, inherit=inherit) and file
+
+    with sleeping_child(own):
+        assert not granted(path, inherit=inherit)
     assert granted(path, inherit=inherit)
 
 
@@ -82,16 +96,9 @@ def test_a_killed_owner_releases_its_lock(path: Path, inherit: bool) -> None:
 def test_children_hold_only_inherited_locks(path: Path, inherit: bool) -> None:
     file = path.open("r+b")
     assert acquire(file, inherit=inherit)
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.write(tell, b"y")
-        signal.pause()
-    os.read(ready, 1)
-    file.close()
-    assert granted(path, inherit=inherit) is not inherit
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    with sleeping_child(lambda: True):
+        file.close()
+        assert granted(path, inherit=inherit) is not inherit
     assert granted(path, inherit=inherit)
 
 

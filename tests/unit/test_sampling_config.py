@@ -1,4 +1,4 @@
-"""What a configuration says of sampling and of the schedule's end."""
+"""Sampling and zero terminal SNR in a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop adds to a table: guidance, thresholds, given images, known pixels, caches."""
+"""The sampling loop: guidance, thresholds, image to image, inpainting, feature caching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.sampling import sample, trajectory
+from tests.sampling import sample
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ from ddpm_engine.samplers.inpainting import levels_of, resampled
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.sampler import initial_noise, interpolated_noise
 from ddpm_engine.samplers.step_runner import StepRunner
-from ddpm_kernels import Column, Stream, gaussian_noise
+from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.dispatch import force_ops
 
 SCHEDULE = NoiseSchedule.linear(1000)
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 class Conditional(torch.nn.Module):
-    """Answers differently for every input, with arithmetic that is the same in every batch."""
+    """Give a different output for every input, by the same arithmetic in every batch."""
 
     conditioning = ConditioningSpec(classes=4)
     sample_shape = SHAPE
@@ -54,7 +54,7 @@ class Conditional(torch.nn.Module):
         return (0.9 * x + 0.1 * x.flip(3)).sin() + 0.1 * shift[:, None, None, None]
 
 
-def draw(model: Any = None, **options: Any) -> Tensor:
+def generate(model: Any = None, **options: Any) -> Tensor:
     given: dict[str, Any] = {
         "sample_ids": IDS,
         "labels": LABELS,
@@ -97,23 +97,24 @@ def guided_by_hand(guidance: Guidance, threshold: float | None = None) -> Tensor
     return x
 
 
-@pytest.mark.parametrize("two_passes", [True, False])
-@pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("interval", [(0.0, float("inf")), (0.3, 2.0)])
+@pytest.mark.parametrize(
+    ("two_passes", "rescale", "interval"),
+    [(True, 0.0, (0.3, 2.0)), (False, 0.7, (0.0, float("inf"))), (False, 0.7, (0.3, 2.0))],
+)
 def test_guidance_is_the_formula(
     two_passes: bool, rescale: float, interval: tuple[float, float]
 ) -> None:
     guidance = Guidance(2.5, rescale, interval, two_passes)
     torch.testing.assert_close(
-        draw(guidance=guidance).double(), guided_by_hand(guidance), rtol=0, atol=2e-5
+        generate(guidance=guidance).double(), guided_by_hand(guidance), rtol=0, atol=2e-5
     )
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
 def test_dynamic_threshold_is_the_formula(threshold: float) -> None:
     guidance = Guidance(4.0)
     torch.testing.assert_close(
-        draw(guidance=guidance, threshold=threshold).double(),
+        generate(guidance=guidance, threshold=threshold).double(),
         guided_by_hand(guidance, threshold),
         rtol=0,
         atol=2e-5,
@@ -133,7 +134,7 @@ def test_dynamic_threshold_is_the_formula(threshold: float) -> None:
 )
 def test_evaluations_of_guidance(guidance: Guidance | None, batches: list[int]) -> None:
     model = Conditional()
-    draw(model, guidance=guidance)
+    generate(model, guidance=guidance)
     assert model.batches == batches
 
 
@@ -146,11 +147,11 @@ def test_out_of_memory_makes_two_passes() -> None:
             return super().forward(x, timesteps, conditioning)
 
     model = Small()
-    pictures = draw(model, guidance=Guidance(2.0))
+    images = generate(model, guidance=Guidance(2.0))
     assert model.batches == [8] + [4] * 2 * STEPS
-    assert torch.equal(pictures, draw(guidance=Guidance(2.0)))
+    assert torch.equal(images, generate(guidance=Guidance(2.0)))
     with pytest.raises(torch.OutOfMemoryError):
-        draw(Small(), guidance=Guidance(2.0, two_passes=False))
+        generate(Small(), guidance=Guidance(2.0, two_passes=False))
 
 
 def test_rescale_and_threshold_of_one_sample_do_not_depend_on_the_others() -> None:
@@ -172,11 +173,11 @@ def test_rescaling_is_of_the_mean_whatever_variance_is_predicted() -> None:
             return torch.cat([mean, 50 * mean.cos()], dim=1)
 
     guidance = Guidance(2.5, rescale=0.7)
-    assert torch.equal(draw(Learned(), guidance=guidance), draw(guidance=guidance))
+    assert torch.equal(generate(Learned(), guidance=guidance), generate(guidance=guidance))
 
 
-@pytest.mark.parametrize("sampler", ["dpm++3m", "unipc", "heun"])
-def test_a_chain_that_diverged_leaves_nothing_to_the_next_batch(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", ["dpm++3m", "unipc"])
+def test_a_diverged_batch_does_not_affect_the_next(sampler: str) -> None:
     def diverges(x: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         assert conditioning.labels is not None
         scale = torch.where(conditioning.labels.eq(9), torch.inf, 0.3)
@@ -184,24 +185,24 @@ def test_a_chain_that_diverged_leaves_nothing_to_the_next_batch(sampler: str) ->
 
     labels = torch.tensor([9, 9, 0, 1])
     options: Any = {"sampler": sampler, "shape": SHAPE, "clip": False}
-    pictures = draw(diverges, labels=labels, batch_size=2, **options)
-    alone = draw(diverges, sample_ids=IDS[2:], labels=labels[2:], **options)
-    assert not bool(pictures[:2].isfinite().any())
-    assert torch.equal(pictures[2:], alone)
+    images = generate(diverges, labels=labels, batch_size=2, **options)
+    alone = generate(diverges, sample_ids=IDS[2:], labels=labels[2:], **options)
+    assert not bool(images[:2].isfinite().any())
+    assert torch.equal(images[2:], alone)
 
 
-# --- Beginning with an image
+# --- Image to image
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++3m", "unipc", "heun"])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++3m", "heun"])
 def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -> None:
     images = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
     model = Conditional()
-    pictures = draw(model, sampler=sampler, images=images, strength=0.5, clip=False)
+    samples = generate(model, sampler=sampler, images=images, strength=0.5, clip=False)
     table = build_table(SCHEDULE, sampler, STEPS, skip=3)
     assert len(model.batches) == table.evaluations
     assert table.evaluations == (5 if sampler == "heun" else 3)
-    # The same by hand: the state that the first row takes, given as a state.
+    # The same by hand, from the state before the first row.
     level = levels_of(SCHEDULE, table).before[0].item()
     state = level**0.5 * images + (1 - level) ** 0.5 * initial_noise(3, IDS, SHAPE)
     conditions = Conditioning(LABELS)
@@ -209,26 +210,10 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
     process.begin(state, 3, IDS, conditions)
     for i in range(process.steps):
         process.step(i)
-    torch.testing.assert_close(pictures, process.x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(samples, process.x, rtol=0, atol=1e-6)
 
 
-def test_little_strength_keeps_the_image() -> None:
-    images = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
-    exact: Callable[..., Tensor] = lambda x, t, c: (  # noqa: E731
-        (x - SCHEDULE.sqrt_alpha_bar[t][:, None, None, None] * images)
-        / SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
-    ).float()
-    pictures = draw(exact, images=images, strength=0.01, shape=SHAPE, batch_size=4)
-    torch.testing.assert_close(pictures, images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("strength", [0.0, -1.0, 1.1])
-def test_strength_out_of_range(strength: float) -> None:
-    with pytest.raises(UserError, match=f"`strength` is {strength}"):
-        draw(images=torch.zeros(4, *SHAPE), strength=strength)
-
-
-def test_interpolation_ends_in_both_pictures_and_stays_as_likely_as_noise() -> None:
+def test_interpolation_joins_two_noises_and_stays_gaussian() -> None:
     shape = (3, 32, 32)
     weights = torch.linspace(0, 1, 5)
     states = interpolated_noise(3, 5, 2**40, weights, shape)
@@ -236,35 +221,30 @@ def test_interpolation_ends_in_both_pictures_and_stays_as_likely_as_noise() -> N
     torch.testing.assert_close(states[0], first, rtol=0, atol=1e-6)
     torch.testing.assert_close(states[-1], second, rtol=0, atol=1e-6)
     assert states.flatten(1).std(1).sub(1).abs().max() < 0.05
-    # The middle is as close to one as to the other, and closer than they are to each other.
-    middle = states[2]
-    distances = [(middle - end).norm().item() for end in (first, second)]
-    assert distances[0] == pytest.approx(distances[1], rel=0.02)
-    assert distances[0] < 0.8 * (first - second).norm().item()
 
 
 # --- Inpainting
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++2m", "heun"])
-def test_known_pixels_are_kept_and_the_others_drawn(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm++2m", "heun"])
+def test_known_pixels_are_kept_and_the_others_sampled(sampler: str) -> None:
     known = torch.linspace(-1, 1, 4 * 192).reshape(4, *SHAPE)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., :4] = True
-    pictures = draw(sampler=sampler, images=known, mask=mask)
-    torch.testing.assert_close(pictures[..., :4], known[..., :4], rtol=0, atol=1e-6)
-    assert (pictures - known)[..., 4:].abs().mean() > 0.1
-    part = draw(
+    images = generate(sampler=sampler, images=known, mask=mask)
+    torch.testing.assert_close(images[..., :4], known[..., :4], rtol=0, atol=1e-6)
+    assert (images - known)[..., 4:].abs().mean() > 0.1
+    part = generate(
         sampler=sampler, images=known[2:3], mask=mask, sample_ids=IDS[2:3], labels=LABELS[2:3],
     )  # fmt: skip
-    assert torch.equal(part, pictures[2:3])
+    assert torch.equal(part, images[2:3])
 
 
-def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
+def test_resampling_repeats_every_step_with_fresh_noise() -> None:
     known = torch.zeros(4, *SHAPE)
     nothing = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     model = Conditional()
-    pictures = draw(model, sampler="ddpm", images=known, mask=nothing, repeats=3)
+    images = generate(model, sampler="ddpm", images=known, mask=nothing, repeats=3)
     assert len(model.batches) == 3 * (STEPS - 1) + 1
     table, levels = resampled(
         build_table(SCHEDULE, "ddpm", STEPS),
@@ -275,41 +255,16 @@ def test_resampling_takes_every_step_again_with_fresh_noise() -> None:
     conditions = Conditioning(LABELS)
     process = StepRunner(Conditional(), table, (4, *SHAPE), conditions, CPU)
     process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, conditions)
-    drawn = []
+    noises = []
     for i in range(process.steps):
         process.step(i)
         if i % 3 != 2 and i < process.steps - 1:
             kept = (levels.before[i + 1] / levels.after[i]).item()
             noise = gaussian_noise(3, IDS, SHAPE, i, Stream.RESAMPLING_NOISE)
-            drawn.append(noise)
+            noises.append(noise)
             process.x.copy_(kept**0.5 * process.x + (1 - kept) ** 0.5 * noise)
-    torch.testing.assert_close(pictures, process.x, rtol=0, atol=1e-5)
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(drawn))
-
-
-def test_resampling_keeps_the_marginals() -> None:
-    """Data that are standard normal stay so at every level, however often a step is repeated."""
-    short = NoiseSchedule.linear(20, 1e-3, 0.4)
-
-    def optimal(x: Tensor, t: Tensor, conditioning: object = None) -> Tensor:
-        return short.sqrt_one_minus_alpha_bar.float()[t][:, None, None, None] * x
-
-    none_known = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
-    steps = trajectory(
-        optimal, short, sample_ids=range(64), shape=(1, 16, 16), images=torch.zeros(64, 1, 16, 16),
-        mask=none_known, repeats=4, clip=False, variance="fixed_large",
-    )  # fmt: skip
-    states = [step.x.std().item() for step in steps]
-    assert len(states) == 19 * 4 + 1
-    assert max(abs(deviation - 1) for deviation in states[:-1]) < 0.03
-
-
-def test_samplers_that_look_back_are_not_resampled() -> None:
-    inpainting: dict[str, Any] = {
-        "images": torch.zeros(4, *SHAPE), "mask": torch.zeros(1, 1, 8, 8).bool(), "repeats": 2,
-    }  # fmt: skip
-    with pytest.raises(UserError, match="this sampler looks back on earlier steps"):
-        draw(sampler="dpm++2m", **inpainting)
+    torch.testing.assert_close(images, process.x, rtol=0, atol=1e-5)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(noises))
 
 
 @pytest.mark.parametrize(
@@ -328,36 +283,33 @@ def test_samplers_that_look_back_are_not_resampled() -> None:
         ({"interpolate": (3, 3, 4)}, "give two different ids"),
         ({"interpolate": (3, 4, 4), "sampler": "ddpm"}, "the sampler must add no noise"),
         ({"timesteps": [900, 950], "steps": None}, "timestep 950"),
+        ({"images": torch.zeros(4, *SHAPE), "strength": 0.0}, "`strength` is 0.0"),
+        ({"images": torch.zeros(4, *SHAPE), "strength": 1.1}, "`strength` is 1.1"),
+        (
+            {"images": torch.zeros(4, *SHAPE), "mask": torch.zeros(1, 1, 8, 8).bool(),
+             "repeats": 2, "sampler": "dpm++2m"},
+            "this sampler looks back on earlier steps",
+        ),
+        ({"images": torch.zeros(4, *SHAPE), "mask": torch.zeros(1, 1, 8, 8)}, "`mask` is"),
+        ({"images": torch.zeros(4, *SHAPE), "mask": torch.zeros(8, 8).bool()}, "`mask` is"),
+        ({"images": torch.zeros(4, *SHAPE), "mask": torch.zeros(1, 2, 8, 8).bool()}, "`mask` is"),
     ],
-)
-def test_what_does_not_go_together(options: dict[str, Any], message: str) -> None:
+)  # fmt: skip
+def test_contradictions_are_reported(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        draw(**options)
+        generate(**options)
 
 
 def test_guidance_needs_a_null_class() -> None:
     with pytest.raises(UserError, match="trained without classes"):
-        draw(lambda x, t, c: x, guidance=Guidance(2.0), shape=SHAPE)
+        generate(lambda x, t, c: x, guidance=Guidance(2.0), shape=SHAPE)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scale": 2.0, "rescale": 1.5}, "`guidance.rescale` is 1.5"),
-        ({"scale": 2.0, "interval": (3.0, 1.0)}, "`guidance.interval` is 3.0 to 1.0"),
-    ],
-)
-def test_guidance_that_is_none(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Guidance(**options)
-
-
-@pytest.mark.parametrize(
-    "mask", [torch.zeros(1, 1, 8, 8), torch.zeros(1, 2, 8, 8).bool(), torch.zeros(8, 8).bool()]
-)
-def test_mask_that_does_not_fit(mask: Tensor) -> None:
-    with pytest.raises(UserError, match="`mask` is"):
-        draw(images=torch.zeros(4, *SHAPE), mask=mask)
+def test_guidance_out_of_range() -> None:
+    with pytest.raises(UserError, match=r"`guidance\.rescale` is 1\.5"):
+        Guidance(2.0, rescale=1.5)
+    with pytest.raises(UserError, match=r"`guidance\.interval` is 3\.0 to 1\.0"):
+        Guidance(2.0, interval=(3.0, 1.0))
 
 
 # --- Steps that can be captured
@@ -393,7 +345,7 @@ class Operations(TorchDispatchMode):
 )
 @pytest.mark.parametrize(
     ("sampler", "prediction"),
-    [("ddpm", "eps"), ("ddim", "v"), ("dpm++3m", "x0"), ("unipc", "eps"), ("heun", "edm")],
+    [("ddpm", "eps"), ("unipc", "v"), ("heun", "edm")],
 )
 def test_a_step_is_the_network_and_at_most_two_operations(
     options: dict[str, Any], expected: dict[str, int], sampler: str, prediction: Any
@@ -426,13 +378,8 @@ def test_a_step_is_the_network_and_at_most_two_operations(
     assert operations.counts == {name: count * steps for name, count in expected.items()}
 
 
-def replayed_on_a_cpu(step: Callable[[], None]) -> Callable[[], None]:
-    """Stands for a CUDA graph: what it has read while capturing is what it reads when replayed."""
-    return step
-
-
 @pytest.mark.parametrize("options", [{}, {"guidance": Guidance(2.0, interval=(0.5, 10.0))}])
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm++3m", "heun"])
+@pytest.mark.parametrize("sampler", ["ddpm", "heun"])
 def test_replayed_steps_are_the_same(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], sampler: str
 ) -> None:
@@ -443,8 +390,8 @@ def test_replayed_steps_are_the_same(
         return step
 
     monkeypatch.setattr(loop_module, "captured", capture)
-    replayed = draw(sampler=sampler, batch_size=2, capture=True, **options)
-    assert torch.equal(replayed, draw(sampler=sampler, batch_size=2, capture=False, **options))
+    replayed = generate(sampler=sampler, batch_size=2, capture=True, **options)
+    assert torch.equal(replayed, generate(sampler=sampler, batch_size=2, capture=False, **options))
     # Once for each kind of step, though there are two batches.
     assert len(captures) == (2 if options else 1)
 
@@ -472,17 +419,6 @@ def unet() -> UNet:
     return network.requires_grad_(False)
 
 
-def test_features_of_the_same_input_change_nothing(unet: UNet) -> None:
-    x, t = initial_noise(0, IDS, SHAPE), torch.tensor([3, 500, 999, 0])
-    output, features = unet(x, t, Conditioning(LABELS), return_features=True)
-    assert torch.equal(output, unet(x, t, Conditioning(LABELS)))
-    torch.testing.assert_close(
-        unet(x, t, Conditioning(LABELS), features=features), output, rtol=0, atol=1e-6
-    )
-    other = unet(x + 0.3, t, Conditioning(LABELS), features=features)
-    assert (other - output).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("guidance", [None, Guidance(2.0), Guidance(2.0, two_passes=True)])
 def test_deep_levels_run_at_every_nth_step(unet: UNet, guidance: Guidance | None) -> None:
     calls: Counter[str] = Counter()
@@ -490,34 +426,24 @@ def test_deep_levels_run_at_every_nth_step(unet: UNet, guidance: Guidance | None
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name, module in (("deep", unet.mid_block), ("shallow", unet.up_blocks[-1]))
     ]
-    exact = draw(unet, guidance=guidance, steps=20)
+    exact = generate(unet, guidance=guidance, steps=10)
     evaluations = calls["shallow"]
     assert calls["deep"] == evaluations
     calls.clear()
-    cached = draw(unet, guidance=guidance, steps=20, cache_interval=3)
+    cached = generate(unet, guidance=guidance, steps=10, cache_interval=3)
     for hook in hooks:
         hook.remove()
     assert calls["shallow"] == evaluations
-    assert calls["deep"] == evaluations * 7 // 20
+    assert calls["deep"] == evaluations * 4 // 10
     error = (cached - exact).abs().mean()
     assert 0 < error < 0.2 * exact.std()
-    again = draw(unet, guidance=guidance, steps=20, cache_interval=3, batch_size=2)
+    again = generate(unet, guidance=guidance, steps=10, cache_interval=3, batch_size=2)
     torch.testing.assert_close(again, cached, rtol=0, atol=1e-4)
 
 
 def test_cached_steps_can_be_replayed(unet: UNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_module, "captured", replayed_on_a_cpu)
-    eager = draw(unet, steps=12, cache_interval=3, batch_size=2)
-    replayed = draw(unet, steps=12, cache_interval=3, batch_size=2, capture=True)
+    # Stands for a CUDA graph: what is read while capturing is what is read when replayed.
+    monkeypatch.setattr(loop_module, "captured", lambda step: step)
+    eager = generate(unet, steps=12, cache_interval=3, batch_size=2)
+    replayed = generate(unet, steps=12, cache_interval=3, batch_size=2, capture=True)
     assert torch.equal(eager, replayed)
-
-
-def test_a_step_writes_its_guidance_scale_only_where_it_guides() -> None:
-    table = build_table(SCHEDULE, "ddim", STEPS)
-    process = StepRunner(
-        Conditional(), table, (4, *SHAPE), Conditioning(LABELS), CPU,
-        guidance=Guidance(3.0, interval=(2.0, 10.0)),
-        alpha_bar=levels_of(SCHEDULE, table).before,
-    )  # fmt: skip
-    assert process.rows[:, Column.GUIDANCE].tolist() == [1, 1, 3, 3, 1, 1]
-    assert bool((table.rows[:, Column.GUIDANCE] == 1).all()), "the table itself stays"

@@ -1,4 +1,4 @@
-"""The noise schedule: closed forms in float64, and what it refuses."""
+"""The noise schedule: closed forms in float64, and invalid values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def close(actual: Tensor, expected: object) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("timesteps", [1, 2, 50, 1000])
+@pytest.mark.parametrize("timesteps", [1, 50, 1000])
 def test_every_table_is_finite_float64(name: str, timesteps: int) -> None:
     schedule = SCHEDULES[name](timesteps)
     assert schedule.timesteps == timesteps
@@ -40,6 +40,7 @@ def test_every_table_is_finite_float64(name: str, timesteps: int) -> None:
         assert values.shape == (timesteps,), table
         assert values.dtype == torch.float64, table
         assert bool(values.isfinite().all()), table
+    assert bool((schedule.alpha_bar.diff() < 0).all())
 
 
 def test_linear_is_the_paper() -> None:
@@ -49,10 +50,6 @@ def test_linear_is_the_paper() -> None:
     assert schedule.sqrt_alpha_bar[-1].item() == pytest.approx(0.00635, abs=1e-5)
     exact = math.prod((1 - Fraction(beta) for beta in betas[:300]), start=Fraction(1))
     assert schedule.alpha_bar[299].item() == pytest.approx(float(exact), rel=1e-12)
-
-
-def test_linear_end_points() -> None:
-    close(NoiseSchedule.linear(3, 0.1, 0.5).betas, [0.1, 0.3, 0.5])
 
 
 def test_cosine_formula() -> None:
@@ -65,12 +62,6 @@ def test_cosine_formula() -> None:
     np.testing.assert_allclose(schedule.alpha_bar[:-1].numpy(), alpha_bar[:-1], rtol=1e-9)
     assert schedule.betas[-1].item() == 0.999  # the curve ends at zero; β may not reach one
     assert schedule.betas[:-1].max() < 0.999
-
-
-def test_cosine_options() -> None:
-    assert NoiseSchedule.cosine(100, max_beta=0.5).betas.max().item() == 0.5
-    first = [NoiseSchedule.cosine(100, offset=offset).betas[0].item() for offset in (0.0, 0.1)]
-    assert first[0] < first[1]
 
 
 @pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.5)])
@@ -89,45 +80,6 @@ def test_sigmoid_formula(start: float, end: float, tau: float) -> None:
     assert schedule.betas[-1].item() == 0.999
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_derived_tables(name: str) -> None:
-    schedule = SCHEDULES[name](60)
-    betas = schedule.betas.tolist()
-    alpha_bar, previous = 1.0, []
-    for t, beta in enumerate(betas):
-        previous.append(alpha_bar)
-        alpha_bar *= 1 - beta
-        assert schedule.alphas[t].item() == 1 - beta
-        assert schedule.alpha_bar[t].item() == pytest.approx(alpha_bar, rel=1e-12)
-        assert schedule.sqrt_alpha_bar[t].item() == pytest.approx(alpha_bar**0.5, rel=1e-12)
-        sigma = (1 - alpha_bar) ** 0.5
-        assert schedule.sqrt_one_minus_alpha_bar[t].item() == pytest.approx(sigma, rel=1e-12)
-        assert schedule.snr[t].item() == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-11)
-        variance = beta * (1 - previous[t]) / (1 - alpha_bar)
-        assert schedule.posterior_variance[t].item() == pytest.approx(variance, rel=1e-11)
-        mean_x0 = previous[t] ** 0.5 * beta / (1 - alpha_bar)
-        assert schedule.posterior_mean_x0[t].item() == pytest.approx(mean_x0, rel=1e-11)
-        mean_xt = (1 - beta) ** 0.5 * (1 - previous[t]) / (1 - alpha_bar)
-        assert schedule.posterior_mean_xt[t].item() == pytest.approx(mean_xt, rel=1e-11)
-    close(schedule.alpha_bar_previous, previous)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_noise_only_grows(name: str) -> None:
-    schedule = SCHEDULES[name](1000)
-    assert bool((schedule.alpha_bar.diff() < 0).all())
-    assert bool((schedule.snr.diff() < 0).all())
-    assert bool((schedule.posterior_variance <= schedule.betas).all())
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_first_step_back_returns_the_image(name: str) -> None:
-    schedule = SCHEDULES[name](10)
-    assert schedule.posterior_variance[0] == 0
-    assert schedule.posterior_mean_x0[0].item() == pytest.approx(1, rel=1e-12)
-    assert schedule.posterior_mean_xt[0] == 0
-
-
 def test_log_variance_at_zero_is_that_of_one() -> None:
     schedule = NoiseSchedule.linear()
     log_variance = schedule.posterior_log_variance_clipped
@@ -137,16 +89,11 @@ def test_log_variance_at_zero_is_that_of_one() -> None:
     assert schedule.posterior_variance[0] == 0  # which clipping does not write to
 
 
-def test_log_variance_of_a_single_timestep_is_its_beta() -> None:
-    schedule = NoiseSchedule.linear(1, 0.3, 0.3)
-    close(schedule.posterior_log_variance_clipped, [math.log(0.3)])
-
-
 # --- Zero terminal SNR
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("timesteps", [2, 3, 50, 1000])
+@pytest.mark.parametrize("timesteps", [2, 1000])
 def test_zero_terminal_snr(name: str, timesteps: int) -> None:
     """The properties that Lin et al. ask for, and every table still finite."""
     before = SCHEDULES[name](timesteps)
@@ -173,11 +120,11 @@ def test_one_timestep_cannot_be_rescaled() -> None:
         NoiseSchedule.linear(1).rescaled_to_zero_terminal_snr()
 
 
-# --- What it refuses
+# --- Invalid values
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("timesteps", [0, -5])
+@pytest.mark.parametrize("timesteps", [0])
 def test_no_timesteps(name: str, timesteps: int) -> None:
     with pytest.raises(UserError, match=f"`timesteps` is {timesteps}; .* at least 1"):
         SCHEDULES[name](timesteps)
@@ -198,9 +145,6 @@ def test_no_timesteps(name: str, timesteps: int) -> None:
 def test_impossible_betas(betas: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         NoiseSchedule(torch.tensor(betas, dtype=torch.float64))
-
-
-def test_float32_betas() -> None:
     with pytest.raises(UserError, match=r"torch\.float32.*float64"):
         NoiseSchedule(torch.tensor([0.1, 0.2]))
 

@@ -1,4 +1,4 @@
-"""Diffusion in the plane: what is learnt is the score of the data, and samples lie on them."""
+"""Diffusion in the plane: the network learns the score, and samples lie on the data."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_samples_are_pulled_back_to_the_data(
     def distance(x: Tensor) -> Tensor:
         return torch.cdist(x, points.flatten(1)).amin(1).mean()
 
-    begun, middle, drawn = (distance(states[i]) for i in (0, 150, -1))
-    assert drawn < 0.1 < middle < begun
-    # And to all of them: every part of the data has drawn points nearby.
+    start, middle, end = (distance(states[i]) for i in (0, 150, -1))
+    assert end < 0.1 < middle < start
+    # And to all of them: every part of the data has samples nearby.
     assert torch.cdist(points.flatten(1)[:500], states[-1]).amin(1).quantile(0.95) < 0.4
 
 
-def test_a_point_drawn_twice_is_the_same(
+def test_samples_do_not_depend_on_their_number(
     moons: tuple[Tensor, NoiseSchedule, PointNetwork],
 ) -> None:
     _, schedule, model = moons

@@ -1,8 +1,7 @@
-"""The U-Net: what it refuses, how it starts, and the ways to run it."""
+"""The U-Net: invalid shapes, initialization, attention kernels and execution modes."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,12 +49,6 @@ def test_parameter_count_of_the_paper() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 35_746_307
 
 
-def test_sample_shape_and_downscale_factor() -> None:
-    unet = UNet(replace(TINY, in_channels=1))
-    assert unet.sample_shape == (1, 8, 8)
-    assert unet.downscale_factor == 2
-
-
 # --- Initialisation and gradients
 
 
@@ -64,17 +57,7 @@ def test_first_prediction_is_zero() -> None:
     assert torch.equal(UNet(TINY)(x, t), torch.zeros_like(x))
 
 
-def test_residual_branches_start_at_zero() -> None:
-    unet = UNet(TINY)
-    for name, parameter in unet.named_parameters():
-        ends_branch = (
-            name.endswith(("conv2.weight", "to_out.0.weight")) or name == "conv_out.weight"
-        )
-        if name.endswith("weight") and parameter.dim() > 1:
-            assert bool((parameter == 0).all()) == ends_branch, name
-
-
-def test_every_parameter_learns_once_the_zeros_are_left() -> None:
+def test_every_parameter_learns() -> None:
     unet = UNet(TINY)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     x, t = inputs()
@@ -172,29 +155,20 @@ def test_labels_of_an_unconditional_network() -> None:
         ({"sample_size": 1}, r"`sample_size` is 1; .* use 2"),
         ({"sample_size": 0}, r"`sample_size` is 0; .* at least 1"),
         ({"layers_per_block": 0}, r"`layers_per_block` is 0"),
-        (
-            {"block_out_channels": (8, 15)},
-            r"entry 1 of `block_out_channels` is 15; .* `norm_num_groups` 4; use 12 or 16",
-        ),
+        ({"block_out_channels": (8, 15)}, r"entry 1 .* is 15; .* `norm_num_groups` 4; use 12 or"),
         ({"block_out_channels": ()}, r"`block_out_channels` is \(\); give at least one level"),
         ({"norm_num_groups": 0}, r"`norm_num_groups` is 0"),
         ({"attention_head_dim": 5}, r"`attention_head_dim` is 5; .* divide the 16 channels"),
         ({"attention_head_dim": 0}, r"`attention_head_dim` is 0"),
         ({"down_block_types": ("DownBlock2D",)}, r"`down_block_types` has 1 entries and .* 2"),
-        (
-            {"up_block_types": ("UpBlock2D", "SkipUpBlock2D")},
-            r"entry 1 of `up_block_types` is 'SkipUpBlock2D'; it must be 'UpBlock2D' or 'AttnUp",
-        ),
+        ({"up_block_types": ("UpBlock2D", "Skip")}, r"entry 1 .*'Skip'; it must be 'UpBlock2D' or"),
         ({"downsample_padding": 2}, r"`downsample_padding` is 2; it must be 0 or 1"),
         ({"resnet_time_scale_shift": "spatial"}, r"`resnet_time_scale_shift` is 'spatial'"),
         ({"mid_block_scale_factor": 0}, r"`mid_block_scale_factor` is 0"),
         ({"dropout": 1.0}, r"`dropout` is 1.0"),
         ({"num_class_embeds": 0}, r"`num_class_embeds` is 0"),
         ({"attention": "flash"}, r"`attention` is 'flash'"),
-        (
-            {"block_out_channels": (2, 4), "norm_num_groups": 1},
-            r"entry 0 of `block_out_channels` is 2; .* `freq_shift` 1; use at least 4",
-        ),
+        ({"block_out_channels": (2, 4), "norm_num_groups": 1}, r"`freq_shift` 1; use at least 4"),
     ],
 )
 def test_impossible_shape(change: dict[str, Any], message: str) -> None:
@@ -202,17 +176,12 @@ def test_impossible_shape(change: dict[str, Any], message: str) -> None:
         UNet(replace(TINY, **change))
 
 
-def test_head_width_matters_only_where_there_is_attention() -> None:
-    check_shape(replace(TINY, attention_head_dim=16))
-
-
 def test_all_problems_are_reported_at_once() -> None:
+    check_shape(replace(TINY, attention_head_dim=16))  # no attention at the 8 channels
     config = replace(TINY, sample_size=9, attention_head_dim=5, norm_num_groups=3, dropout=-1.0)
     with pytest.raises(UserError) as caught:
         UNet(config)
     assert str(caught.value).count("\n  - ") == 5  # neither width is a multiple of 3
-    for field in ("sample_size", "attention_head_dim", "`norm_num_groups` 3", "dropout"):
-        assert field in str(caught.value)
 
 
 # --- Attention kernels
@@ -238,7 +207,7 @@ class FakeXformers:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, xformers: FakeXformers, cuda: bool) -> None:
-    """Pretend that xformers is there, and CUDA if asked for (its tensors are on the CPU)."""
+    """Simulate an installed xformers, and CUDA with tensors on the CPU."""
     monkeypatch.setitem(sys.modules, "xformers", nn.Module())
     monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -252,15 +221,18 @@ def test_xformers_not_installed() -> None:
         UNet(replace(TINY, attention="xformers"))
 
 
-def test_xformers_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, FakeXformers(), cuda=False)
-    with pytest.raises(UserError, match=r"CUDA devices only.*attention='sdpa'"):
-        UNet(replace(TINY, attention="xformers"))
-
-
-def test_xformers_that_cannot_serve_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, FakeXformers(NotImplementedError("too new")), cuda=True)
-    with pytest.raises(UserError, match=r"float16 and heads of 16 channels \(too new\)"):
+@pytest.mark.parametrize(
+    ("error", "cuda", "message"),
+    [
+        (None, False, r"CUDA devices only.*attention='sdpa'"),
+        (NotImplementedError("too new"), True, r"float16 and heads of 16 channels \(too new\)"),
+    ],
+)
+def test_xformers_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, cuda: bool, message: str
+) -> None:
+    install(monkeypatch, FakeXformers(error), cuda)
+    with pytest.raises(UserError, match=message):
         UNet(replace(TINY, attention="xformers"))
 
 
@@ -357,13 +329,3 @@ def test_bfloat16_weights_take_float32_images() -> None:
     actual = unet.to(torch.bfloat16)(x, t)
     assert actual.dtype == torch.bfloat16
     assert (actual - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_copies_are_independent() -> None:
-    unet, (x, t) = randomised(TINY), inputs()
-    expected = unet(x, t)
-    average = copy.deepcopy(unet)
-    with torch.no_grad():
-        average.get_parameter("conv_out.bias").add_(1.0)
-    assert torch.equal(unet(x, t), expected)
-    torch.testing.assert_close(average(x, t), expected + 1)

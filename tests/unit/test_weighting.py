@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
-from ddpm_engine.diffusion.process import add_noise, posterior
+from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.objectives.config import ObjectiveConfig
-from ddpm_engine.objectives.denoising import DenoisingObjective, bound_table
+from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
 from ddpm_engine.rules import validate
 from ddpm_engine.training.build_objective import build_objective
@@ -54,7 +53,7 @@ def test_min_snr(prediction: Prediction) -> None:
     check(min_snr_weights(SCHEDULE, prediction), {t: formula(t) for t in AT})
 
 
-@pytest.mark.parametrize(("gamma", "k"), [(1.0, 1.0), (0.5, 2.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("gamma", "k"), [(1.0, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_p2(prediction: Prediction, gamma: float, k: float) -> None:
     """Choi et al. 2022, equation 8, on ε; the other errors are ε's times 1 / SNR and 1 / ᾱ."""
@@ -79,47 +78,6 @@ def test_vlb(prediction: Prediction) -> None:
 
     formula = {"eps": of_eps, "x0": of_x0, "v": lambda t: of_x0(t) / (1 + snr(t))}[prediction]
     check(vlb_weights(SCHEDULE, prediction), {t: STEPS * formula(t) for t in (*AT, 1)})
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_weighted_errors_are_the_same_for_every_prediction(prediction: Prediction) -> None:
-    """One estimate of x_0, said as ε, x_0 or v, has one loss, but for L_simple."""
-    t = torch.tensor([0, 3, 500, 999])
-    generator = torch.Generator().manual_seed(0)
-    x_0, noise, estimate = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64, generator=generator)
-    x_t = add_noise(SCHEDULE, x_0, t, noise)
-    a = SCHEDULE.sqrt_alpha_bar[t][:, None, None, None]
-    s = SCHEDULE.sqrt_one_minus_alpha_bar[t][:, None, None, None]
-
-    def squared_error(prediction: Prediction) -> Tensor:
-        target, output = (
-            PARAMETERIZATIONS[prediction]().from_x0(x, x_t, a, s) for x in (x_0, estimate)
-        )
-        return (output - target).square().mean((1, 2, 3))
-
-    for weigh in (min_snr_weights, p2_weights, vlb_weights):
-        ours = weigh(SCHEDULE, prediction)[t] * squared_error(prediction)
-        reference = weigh(SCHEDULE, "x0")[t] * squared_error("x0")
-        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=0)
-
-    # And that of the bound is T times the KL between the steps, where it is one.
-    means = [posterior(SCHEDULE, x, x_t, t)[0] for x in (x_0, estimate)]
-    kl = (means[0] - means[1]).square().mean((1, 2, 3)) / (2 * SCHEDULE.posterior_variance[t])
-    ours = vlb_weights(SCHEDULE, prediction)[t] * squared_error(prediction)
-    torch.testing.assert_close(ours[1:], STEPS * kl[1:], rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_bound_table(prediction: Prediction) -> None:
-    table = bound_table(SCHEDULE, prediction)
-    for t in AT:
-        before = alpha_bar(t - 1) if t else 1.0
-        ab, later = alpha_bar(t), max(t, 1)
-        low = BETAS[later] * (1 - alpha_bar(later - 1)) / (1 - alpha_bar(later))
-        error_of_x0 = {"eps": -math.sqrt((1 - ab) / ab), "x0": 1, "v": -math.sqrt(1 - ab)}
-        mean = BETAS[t] * math.sqrt(before) / (1 - ab) * error_of_x0[prediction]
-        expected = torch.tensor([math.log(low), math.log(BETAS[t]), mean], dtype=torch.float64)
-        torch.testing.assert_close(table[t], expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
