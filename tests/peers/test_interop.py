@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tests import tiny
 from torch import Tensor, nn
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
@@ -31,14 +32,10 @@ from diffusers.pipelines.ddim import pipeline_ddim  # noqa: E402
 from diffusers.pipelines.ddpm import pipeline_ddpm  # noqa: E402
 from diffusers.schedulers import scheduling_ddpm  # noqa: E402
 
-TINY: dict[str, Any] = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
+TINY: dict[str, Any] = {name: getattr(tiny.TINY, name) for name in (
+    "sample_size", "block_out_channels", "down_block_types", "up_block_types", "norm_num_groups",
+    "layers_per_block",
+)}  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "one_head": {"attention_head_dim": None},

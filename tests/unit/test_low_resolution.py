@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 from tests.sampling import sample
 from torch import Tensor
 
@@ -38,16 +39,7 @@ IDS = torch.tensor([5, 0, 2**40, 7])
 LABELS = torch.tensor([1, 3, 0, 2])
 LOW = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 SHAPE = (3, 8, 8)
-TINY = UNetConfig(
-    sample_size=8,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-    norm_num_groups=4,
-    num_class_embeds=5,
-    low_resolution=4,
-)
+TINY = replace(tiny.TINY, num_class_embeds=5, low_resolution=4)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +99,12 @@ def test_upsampling_interpolates_between_centres() -> None:
 
 @pytest.mark.parametrize("level", [1, 250, MAX_LEVEL])
 def test_level_k_adds_k_steps_of_the_linear_schedule(level: int) -> None:
-    shown = NoiseConditioningAugmentation()(LOW, 8, torch.full_like(IDS, level), 3, IDS)
+    augmented = NoiseConditioningAugmentation()(LOW, 8, torch.full_like(IDS, level), 3, IDS)
     alpha_bar = NoiseSchedule.linear(1000).alpha_bar[level - 1]
     noise = gaussian_noise(3, IDS, SHAPE, 0, Stream.AUGMENTATION_NOISE).double()
     clean = upsample(LOW.double(), 8)
     expected = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
-    torch.testing.assert_close(shown.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(augmented.double(), expected, rtol=0, atol=1e-6)
     at_zero = NoiseConditioningAugmentation()(LOW, 8, torch.zeros_like(IDS), 3, IDS)
     assert torch.equal(at_zero, upsample(LOW, 8))
 
@@ -151,13 +143,13 @@ def test_training_conditions_on_the_clean_upsampled_image_at_level_zero(
     inputs = inputs_of(1, flip)
     given = Batch(images, positions % 4, positions)
     DenoisingObjective(SCHEDULE, prediction, inputs, levels=levels_of)(network, given)
-    ((shown, levels),) = network.inputs
+    ((augmented, levels),) = network.inputs
     expected = upsample(downsample(images, 4), 8)
     mirrored = inputs.prepare(given).flip
     if mirrored is not None:
         assert 0 < int(mirrored.sum()) < 6
         expected = torch.where(mirrored[:, None, None, None], expected.flip(-1), expected)
-    assert torch.equal(shown, expected)
+    assert torch.equal(augmented, expected)
     assert levels.tolist() == [0] * 6
 
 
@@ -166,10 +158,12 @@ def test_augmentation_noise_is_independent_of_training_noise() -> None:
     network = Recording()
     black = torch.full((64, *SHAPE), 0.0)
     objective(MAX_LEVEL + 1)(network, Batch(black, positions % 4, positions))
-    ((shown, levels),) = network.inputs
+    ((augmented, levels),) = network.inputs
     noise = gaussian_noise(3, positions, SHAPE, 0, Stream.TRAINING_NOISE)
-    scale = shown.std((1, 2, 3), keepdim=True)
-    correlation = noise * (shown - shown.mean((1, 2, 3), keepdim=True)) / scale.clamp(min=1e-6)
+    scale = augmented.std((1, 2, 3), keepdim=True)
+    correlation = (
+        noise * (augmented - augmented.mean((1, 2, 3), keepdim=True)) / scale.clamp(min=1e-6)
+    )
     assert abs(float(correlation.mean())) < 4 / (64 * 192) ** 0.5
     assert 0 <= levels.min() <= MAX_LEVEL / 2 < levels.max()
     again = Recording()
@@ -192,7 +186,7 @@ def test_low_resolution_adds_only_its_own_parameters(unet: UNet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "shown", "message"),
+    ("model", "given", "message"),
     [
         (TINY, (), "needs low-resolution images of side 4"),
         (TINY, (upsample(LOW, 8),), "needs low-resolution images of side 4"),
@@ -201,10 +195,10 @@ def test_low_resolution_adds_only_its_own_parameters(unet: UNet) -> None:
     ],
 )
 def test_network_refuses_the_wrong_conditioning(
-    model: UNetConfig, shown: tuple[Tensor | None, ...], message: str
+    model: UNetConfig, given: tuple[Tensor | None, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        UNet(model)(torch.zeros(4, *SHAPE), torch.zeros(4), Conditioning(LABELS, *shown))
+        UNet(model)(torch.zeros(4, *SHAPE), torch.zeros(4), Conditioning(LABELS, *given))
 
 
 @pytest.mark.parametrize("side", [0, 3, 8])

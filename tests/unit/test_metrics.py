@@ -30,9 +30,9 @@ def test_rows_that_find_no_room_are_written_later(
         assert os.path.getsize(log.path) == size
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    told = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert len(told) == 2
-    assert "metrics.jsonl cannot be written" in told[0].getMessage()
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 2
+    assert "metrics.jsonl cannot be written" in errors[0].getMessage()
     log.append(4, VALUES)
     log.close()
     rows = [json.loads(line) for line in log.path.read_text().splitlines()]

@@ -349,57 +349,8 @@ def test_importance_is_unbiased_and_has_less_variance() -> None:
     assert abs(estimate.mean() - sizes.mean()) < 4 * error + 1e-12
 
 
-class Recorded(Ranks):
-    """Gather nothing, but record this rank's tensors."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        self.tensors.append(tensor)
-        return tensor
-
-
-class Gathered(Ranks):
-    """Return the gathered tensors of all ranks in turn."""
-
-    def __init__(self, answers: list[Tensor]) -> None:
-        self.answers = iter(answers)
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        return next(self.answers)
-
-
 def importance() -> DenoisingObjective:
     return DenoisingObjective(SCHEDULE, "eps", PLAIN, levels=ImportanceTimesteps(100))
-
-
-def test_importance_learns_the_same_from_any_division_of_a_step() -> None:
-    """One rank, or two with two micro-batches each, whose losses are gathered."""
-    alone, ranks = importance(), [importance(), importance()]
-    for step in range(3):
-        positions = torch.arange(64) + 64 * step
-        alone(network, batch(positions))
-        alone.end_step(Ranks())
-        for rank, share in zip(ranks, positions.chunk(2), strict=True):
-            for piece in share.chunk(2):
-                rank(network, batch(piece))
-        columns: list[list[Tensor]] = []
-        for rank in ranks:
-            kept: list[Tensor] = []
-            columns.append(kept)
-            before = {name: value.clone() for name, value in rank.state().items()}
-            rank.end_step(Recorded(kept))
-            rank.load(before)
-        for rank, share in zip(ranks, positions.chunk(2), strict=True):
-            for piece in share.chunk(2):
-                rank(network, batch(piece))
-            rank.end_step(Gathered([torch.cat(parts) for parts in zip(*columns, strict=True)]))
-    for rank in ranks:
-        state, expected = rank.state(), alone.state()
-        torch.testing.assert_close(state["losses"], expected["losses"], rtol=1e-6, atol=0)
-        assert torch.equal(state["counts"], expected["counts"])
-    assert int(alone.state()["counts"].sum()) == 3 * 64
 
 
 def test_importance_forgets_a_step_that_was_skipped() -> None:
@@ -420,15 +371,6 @@ def test_importance_weighs_the_loss() -> None:
     error = (network(add_noise(SCHEDULE, x_0, t, eps), t) - eps).square().mean((1, 2, 3))
     expected = error / (100 * levels.probabilities[t])
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
-
-
-def test_state_is_loaded() -> None:
-    learnt = filled(torch.linspace(1, 5, 100, dtype=torch.float64))
-    fresh = importance()
-    fresh.load({name: value.clone() for name, value in learnt.state().items()})
-    assert isinstance(fresh.levels, ImportanceTimesteps)
-    assert torch.equal(fresh.levels.probabilities, learnt.probabilities)
-    assert DenoisingObjective(SCHEDULE, "eps", PLAIN).state() == {}
 
 
 # --- The configuration

@@ -13,6 +13,8 @@ from ddpm_engine.rules import problems
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
 from ddpm_engine.samplers.registry import SAMPLERS
 
+ZERO_SNR = DiffusionConfig(prediction="v", zero_terminal_snr=True)
+
 
 def test_samplers_are_those_of_the_registry() -> None:
     assert get_args(SamplerName) == tuple(SAMPLERS)
@@ -32,10 +34,9 @@ def test_configurations_from_before_these_entries() -> None:
 
 
 def test_zero_terminal_snr() -> None:
-    diffusion = DiffusionConfig(prediction="v", zero_terminal_snr=True)
-    assert diffusion.build_schedule().alpha_bar[-1] == 0
-    assert replace(diffusion, zero_terminal_snr=False).build_schedule().alpha_bar[-1] > 0
-    assert problems(replace(RunConfig(), diffusion=diffusion)) == []
+    assert ZERO_SNR.build_schedule().alpha_bar[-1] == 0
+    assert replace(ZERO_SNR, zero_terminal_snr=False).build_schedule().alpha_bar[-1] > 0
+    assert problems(RunConfig(diffusion=ZERO_SNR)) == []
 
 
 @pytest.mark.parametrize(
@@ -51,18 +52,9 @@ def test_zero_terminal_snr() -> None:
             RunConfig(diffusion=DiffusionConfig(zero_terminal_snr=True)),
             "`diffusion.prediction` is eps, but this schedule ends in pure noise",
         ),
+        (RunConfig(diffusion=replace(ZERO_SNR, timesteps=1)), "`diffusion.timesteps` is 1"),
         (
-            RunConfig(
-                diffusion=DiffusionConfig(timesteps=1, prediction="v", zero_terminal_snr=True),
-                sampling=SamplingConfig(steps=1),
-            ),
-            "`diffusion.timesteps` is 1",
-        ),
-        (
-            RunConfig(
-                diffusion=DiffusionConfig(prediction="v", zero_terminal_snr=True),
-                sampling=SamplingConfig("heun"),
-            ),
+            RunConfig(diffusion=ZERO_SNR, sampling=SamplingConfig("heun")),
             "let `sampling.sampler` be ddim",
         ),
     ],

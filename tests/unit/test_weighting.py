@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def check(table: Tensor, expected: dict[int, float]) -> None:
 
 
 AT = (0, 500, STEPS - 1)
+OBJECTIVE = ObjectiveConfig(min_snr_gamma=3.0, p2_gamma=0.5, p2_k=2.0)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -91,12 +93,7 @@ def test_configuration_names_the_weights(prediction: Prediction) -> None:
     for weighting, table in expected.items():
         config = RunConfig(
             diffusion=DiffusionConfig(prediction=prediction),
-            objective=ObjectiveConfig(
-                weighting=weighting,  # type: ignore[arg-type]
-                min_snr_gamma=3.0,
-                p2_gamma=0.5,
-                p2_k=2.0,
-            ),
+            objective=replace(OBJECTIVE, weighting=weighting),  # type: ignore[arg-type]
         )
         validate(config)
         built = build_objective(config, SCHEDULE)
