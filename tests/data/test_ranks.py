@@ -16,7 +16,7 @@ from ddpm_engine.config import RunConfig
 
 
 def run_at(config: RunConfig, name: str, steps: int = 10, **data: Any) -> RunConfig:
-    """Two epochs of 40 samples, in steps of 8."""
+    """Epochs of 40 samples are five steps of 8."""
     return replace(
         config,
         out=config.out.with_name(name),
@@ -28,8 +28,8 @@ def run_at(config: RunConfig, name: str, steps: int = 10, **data: Any) -> RunCon
 
 def test_two_ranks_share_one_cache(config: RunConfig, server: Server, tmp_path: Path) -> None:
     folder = pack(server.folder / "set", count=40, per_shard=2)
-    local = run_at(config, "local", path=folder)
-    remote = run_at(config, "remote", path=f"{server.url}/set", cache=tmp_path / "cache")
+    local = run_at(config, "local", steps=5, path=folder)
+    remote = run_at(config, "remote", steps=5, path=f"{server.url}/set", cache=tmp_path / "cache")
     launch([Job(local), Job(remote)], 2)
     fetched = Counter(server.requests)
     # Both ranks read the manifest; which of them fetches a shard or an index, once, is open.
@@ -47,11 +47,8 @@ def test_two_ranks_share_a_cache_that_is_too_small(
     """With room for a tenth of the set, a rank may have to fetch what the other has evicted."""
     folder = pack(server.folder / "set", count=40, per_shard=2)
     settings: dict[str, Any] = {
-        "window_shards": 1,
-        "workers": 2,
-        "cache": tmp_path / "cache",
-        "cache_gb": 5e-5,
-    }
+        "window_shards": 1, "workers": 2, "cache": tmp_path / "cache", "cache_gb": 5e-5,
+    }  # fmt: skip
     local = run_at(config, "local", path=folder, **settings)
     remote = run_at(config, "remote", path=f"{server.url}/set", **settings)
     outputs = launch([Job(local), Job(remote)], 2)

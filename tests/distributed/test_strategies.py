@@ -60,6 +60,7 @@ def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
 
 
 def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
+    config = at(config, "run", steps=15)
     launch([Job(at(config, "one"), float64=True)], 1)
     pieces = at(config, "pieces", accumulation=2)
     launch([Job(at(config, "two"), float64=True), Job(pieces, float64=True)], 2)

@@ -6,7 +6,7 @@ line from standard input and answers each with the ranks' exit statuses:
     {"jobs": [JOB, …], "environments": [VARIABLES OF RANK 0, …], "folder": LOGS, "timeout": SECONDS}
     [0, 0]
 
-Each rank trains the jobs one after the other and then ends as a process of its own would. A job is
+Each rank trains the jobs one after the other and then ends as a separate process would. A job is
 
     {"config": FILE, "environment": {…}, "float64": bool, "poisoned": POSITION or null,
      "first_scale": NUMBER or null, "trace": FILE or null}

@@ -100,7 +100,7 @@ def signal_at_step(_config: RunConfig, number: int, step: int) -> list[Callback]
 
 
 def die_while_saving(_config: RunConfig, saved: int) -> list[Callback]:
-    """Be killed in the save of one step, a second after training has got as far as it will."""
+    """Be killed in the save of one step, one second after training has gone as far as it can."""
     original = CheckpointStore.save
 
     def save(self: CheckpointStore, step: int, *arguments: Any) -> None:

@@ -110,7 +110,7 @@ def test_replaced_samples_are_counted_over_all_ranks(damaged: RunConfig, launch:
     rows = map(json.loads, (damaged.out / "metrics.jsonl").read_text().splitlines())
     assert [row["bad_samples"] for row in rows] == [sum(expected[: 4 * n]) for n in range(1, 13)]
 
-    # Neither rank alone has so many; after the relaunch the count goes on where it was.
+    # Neither rank alone exceeds the budget; after the relaunch the count goes on where it was.
     budget = sum(expected) - 1
     assert max(named) <= budget
     config = replace(
