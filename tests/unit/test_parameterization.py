@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def levels(angle: float) -> tuple[Tensor, Tensor]:
     return number(math.cos(angle)), number(math.sin(angle))
 
 
+@settings(deadline=None)
 @given(x_0=values, eps=values, angle=angles, row=rows)
 def test_the_target_is_the_output_that_gives_the_image(
     x_0: float, eps: float, angle: float, row: Parameterization
@@ -51,6 +52,7 @@ def test_the_target_is_the_output_that_gives_the_image(
     assert row.from_x0(number(x_0), z, a, s).item() == pytest.approx(output.item(), abs=1e-7)
 
 
+@settings(deadline=None)
 @given(x_0=values, eps=values, sigma=st.floats(0.01, 100), row=st.sampled_from([Edm(), Edm(0.8)]))
 def test_rows_of_a_continuum_hold_in_any_scaling(
     x_0: float, eps: float, sigma: float, row: Parameterization
@@ -68,6 +70,7 @@ def test_rows_of_a_continuum_hold_in_any_scaling(
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(output=values, x_t=values, angle=angles, source=chain_rows, target=chain_rows)
 def test_conversions_are_inverted_by_the_way_back(
     output: float, x_t: float, angle: float, source: Any, target: Any

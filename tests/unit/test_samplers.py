@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.sampling import sample, trajectory
 from tests.tiny import TINY
@@ -56,6 +56,7 @@ def test_spacing(steps: int, spacing: Any, first: int, second: int | None, last:
     assert second is None or timesteps[1] == second
 
 
+@settings(deadline=None)
 @given(data=st.data(), timesteps=st.integers(1, 1200), spacing=st.sampled_from(SPACINGS))
 def test_any_number_of_steps_visits_distinct_timesteps_downwards(
     data: st.DataObject, timesteps: int, spacing: Any
