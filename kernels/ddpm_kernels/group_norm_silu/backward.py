@@ -92,16 +92,18 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     sample, slab, start, stop, _, channel, real = place_of(
         pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
-    x += sample * pixels * CHANNELS
-    dy += sample * pixels * CHANNELS
+    # Relative to the slab: offsets from the start of the sample cost registers that spill.
+    x += (sample * pixels + start) * CHANNELS
+    dy += (sample * pixels + start) * CHANNELS
+    length = stop - start
     mean, _, _, gain, offset = _normaliser(
         statistics, weight, bias, scale, shift, sample, channel, real,
         scale_row, scale_column, shift_row, shift_column, CHANNELS, PER_GROUP, FILM,
     )  # fmt: skip
     a = tl.zeros((ROWS, WIDTH), tl.float32)
     b = tl.zeros((ROWS, WIDTH), tl.float32)
-    for pixel in range(start, stop, ROWS):
-        offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
+    for pixel in range(0, length, ROWS):
+        offsets, inside = tile_at(pixel, length, channel, real, CHANNELS, ROWS, WIDE)
         centred, dz = _centred_and_dz(x, dy, mean, gain, offset, offsets, inside, SILU)
         a += dz * centred
         b += dz
