@@ -42,34 +42,32 @@ def test_parts_of_configurations_without_a_version() -> None:
     assert not from_dict({"diffusion": {"prediction": "edm"}}, "edm").clips_x0
 
 
-@pytest.mark.parametrize("name", ["training.ema_profiles", "training.stepz", "log.clip_x0"])
-@pytest.mark.parametrize("version", [0, 1])
-def test_unknown_fields_are_reported(name: str, version: int) -> None:
-    section, field = name.split(".")
+@pytest.mark.parametrize(
+    ("version", "section", "field"),
+    [(0, "training", "stepz"), (0, "log", "clip_x0"), (1, "training", "ema_profiles")],
+)
+def test_unknown_fields_are_reported(version: int, section: str, field: str) -> None:
     values = version_0(RunConfig()) if version == 0 else to_dict(RunConfig())
-    if field in values[section]:
-        return  # known in that version
     values[section][field] = 3
     with pytest.raises(UserError, match=f"mine.json is not a run configuration.*(\n.*)*{field}"):
         from_dict(values, "mine.json")
 
 
 @pytest.mark.parametrize("version", [2, -1, "one", None])
-def test_versions_that_there_are_not(version: Any) -> None:
+def test_unknown_versions_are_refused(version: Any) -> None:
     with pytest.raises(UserError, match=f"mine.json is of version {version!r}; .* 0 to 1"):
         from_dict(to_dict(RunConfig()) | {"version": version}, "mine.json")
 
 
 @pytest.mark.parametrize("values", [3, [], {"training": 3}, {"sampling": "heun"}])
-def test_what_is_no_configuration_is_reported(values: Any) -> None:
+def test_malformed_configurations_are_refused(values: Any) -> None:
     with pytest.raises(UserError, match=r"mine\.json is not a run configuration"):
         from_dict(values, "mine.json")
 
 
-def test_fields_are_named_as_in_messages() -> None:
+def test_flattened_fields_are_named_as_in_messages() -> None:
     flat = flatten(RunConfig())
-    assert flat["training.batch_size"] == 128
-    assert flat["sampling.clip_x0"] is None
+    assert (flat["training.batch_size"], flat["sampling.clip_x0"]) == (128, None)
 
 
 @pytest.mark.parametrize(

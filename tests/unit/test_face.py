@@ -1,8 +1,7 @@
-"""What `import ddpm_engine` offers: loading, sampling, saving, and names of the hub."""
+"""The API of `import ddpm_engine`: loading, sampling, saving, and names on the hub."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,24 +34,6 @@ def loaded(classes: int | None = None, **diffusion: Any) -> LoadedModel:
         sampling=SamplingConfig(sampler="ddim", steps=5),
     )
     return LoadedModel.from_config(network, config, "0" * 64)
-
-
-def modules_of(code: str) -> set[str]:
-    """Modules that a program imports."""
-    code += "; import sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
-def test_the_package_itself_imports_nothing() -> None:
-    found = modules_of("import ddpm_engine; dir(ddpm_engine)")
-    assert "torch" not in found
-    assert {name for name in found if name.startswith("ddpm_engine.")} == set()
-
-
-def test_the_network_comes_alone() -> None:
-    found = modules_of("import ddpm_engine; ddpm_engine.UNet")
-    assert not {f"ddpm_engine.{name}" for name in ("samplers", "data", "training")} & found
 
 
 def test_every_name_is_there() -> None:
@@ -100,8 +81,7 @@ def test_a_batch_without_labels_forgets_those_of_the_batch_before() -> None:
     assert torch.equal(sampler.sample([0, 1], conditioning=null), expected)
 
 
-def test_a_network_that_takes_labels_or_none_meets_each_batch_as_it_is() -> None:
-    """Buffers of a batch with labels are not those of a batch of the same size without."""
+def test_batches_with_and_without_labels_share_no_buffers() -> None:
 
     def network(x: torch.Tensor, t: torch.Tensor, conditioning: Any) -> torch.Tensor:
         shift = 0.0 if conditioning.labels is None else conditioning.labels[:, None, None, None]
@@ -130,25 +110,22 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in network.state_dict().items())
 
 
-# --- Names of the hub
-
-
 def test_a_name_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
     loaded().save_pretrained(tmp_path / "fetched")
-    asked: list[str] = []
+    names: list[str] = []
 
     def snapshot_download(name: str, **_: Any) -> str:
-        asked.append(name)
+        names.append(name)
         return str(tmp_path / "fetched")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     assert load_model(Path("someone/some-model")).config.model == TINY_GREY
     assert UNet.from_pretrained("someone/some-model").config == TINY_GREY
-    assert asked == ["someone/some-model"] * 2
+    assert names == ["someone/some-model"] * 2
 
 
-def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_or_uninstalled_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
     def unreachable(name: str, **_: Any) -> str:
@@ -157,15 +134,12 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"there is no folder someone/m, .*service not known\)"):
         load_model("someone/m")
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         load_model("someone/m")
 
 
-def test_a_misspelt_folder_is_not_asked_for(
+def test_a_misspelt_folder_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from ddpm_engine.images.codec import (
 )
 
 
-def picture(height: int = 5, width: int = 7, channels: int = 3) -> np.ndarray:
+def random_image(height: int = 5, width: int = 7, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
@@ -34,7 +34,7 @@ def saved(image: Image.Image, image_format: str, **options: Any) -> bytes:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("extension", ["png", "webp", "npy"])
 def test_lossless_formats_return_the_same_pixels(extension: str, channels: int) -> None:
-    array = picture(channels=channels)
+    array = random_image(channels=channels)
     payload = encode(array, extension)
     assert np.array_equal(decode(payload, extension, channels), array)
     assert payload == encode(array.copy(), extension)
@@ -51,12 +51,12 @@ def test_jpeg_returns_nearly_the_same_pixels(channels: int) -> None:
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "npy"])
 def test_probe_agrees_with_decoding(extension: str) -> None:
-    payload = encode(picture(), extension)
+    payload = encode(random_image(), extension)
     assert probe(payload, extension) == decode(payload, extension).shape == (5, 7, 3)
 
 
 def test_channels_are_converted_on_request() -> None:
-    grey, colour = picture(channels=1), picture(channels=3)
+    grey, colour = random_image(channels=1), random_image(channels=3)
     assert np.array_equal(with_channels(grey, 3), np.concatenate([grey] * 3, axis=2))
     luma = colour @ np.array([0.299, 0.587, 0.114])
     assert np.abs(with_channels(colour, 1)[..., 0] - luma).max() <= 0.51
@@ -73,7 +73,7 @@ def test_transparency_is_composited_over_white() -> None:
 
 
 def test_palettes_are_colour_and_deep_grey_keeps_its_high_byte() -> None:
-    palette = Image.fromarray(picture()).quantize(8)
+    palette = Image.fromarray(random_image()).quantize(8)
     assert decode(saved(palette, "PNG"), "png").shape == (5, 7, 3)
     deep = Image.fromarray(np.array([[0x12FF, 0xAB00]], dtype=np.uint16))
     assert decode(saved(deep, "PNG"), "png").tolist() == [[[0x12], [0xAB]]]
@@ -89,17 +89,17 @@ def test_exif_orientation_is_applied() -> None:
 
 def test_the_extension_decides_not_the_content() -> None:
     with pytest.raises(DecodeError, match="not a jpg image"):
-        decode(encode(picture(), "png"), "jpg")
+        decode(encode(random_image(), "png"), "jpg")
     with pytest.raises(DecodeError, match=r"unknown image format 'pyd'"):
         decode(b"cos\nsystem\n", "pyd")
-    assert extension_of(encode(picture(), "webp")) == "webp"
+    assert extension_of(encode(random_image(), "webp")) == "webp"
     with pytest.raises(DecodeError):
         extension_of(b"GIF89a" + bytes(20))
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp", "npy"])
 def test_damaged_bytes_are_an_error_whatever_the_library_raises(extension: str) -> None:
-    payload = encode(picture(40, 40), extension)
+    payload = encode(random_image(40, 40), extension)
     for damaged in (b"", payload[:10], payload[: len(payload) // 2]):
         with pytest.raises(DecodeError):
             decode(damaged, extension)
@@ -138,13 +138,13 @@ def test_npy_that_is_no_image_is_refused(array: np.ndarray) -> None:
 
 def test_npy_may_be_grey_without_channels_and_in_column_order() -> None:
     stream = io.BytesIO()
-    array = picture(channels=1)[..., 0]
+    array = random_image(channels=1)[..., 0]
     np.save(stream, np.asfortranarray(array))
     assert np.array_equal(decode(stream.getvalue(), "npy"), array[..., None])
 
 
 def test_fit_cuts_the_centre_and_leaves_the_right_size_alone() -> None:
-    array = picture(8, 12)
+    array = random_image(8, 12)
     assert np.array_equal(fit(array, 8), array[:, 2:10])
 
 
@@ -154,4 +154,4 @@ def test_fit_keeps_a_constant_and_does_not_alias() -> None:
     stripes = np.zeros((64, 64, 1), np.uint8)
     stripes[:, ::2] = 255  # Twice the finest frequency of the result: must average to grey.
     assert np.abs(fit(stripes, 16).astype(int) - 127).max() <= 2
-    assert fit(picture(4, 4), 9).shape == (9, 9, 3)
+    assert fit(random_image(4, 4), 9).shape == (9, 9, 3)

@@ -1,4 +1,4 @@
-"""From numbers to pictures."""
+"""From tensors to images, grids of images, and files."""
 
 from __future__ import annotations
 
@@ -12,32 +12,29 @@ from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import class_grid, grid, save_png, to_uint8
 
 
-def test_levels_round_to_the_nearest_and_clip() -> None:
+def test_levels_round_clip_and_channels_go_last() -> None:
     levels = torch.arange(256)
     exact = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
     assert to_uint8(exact).ravel().tolist() == levels.tolist()
     near = exact + 0.49 / 127.5
     assert to_uint8(near).ravel()[:-1].tolist() == levels[:-1].tolist()
     assert to_uint8(torch.tensor([[[[-9.0, 9.0]]]])).ravel().tolist() == [0, 255]
-
-
-def test_channels_go_last() -> None:
     images = torch.zeros(2, 3, 4, 5)
     images[1, 2] = 1
-    levels = to_uint8(images)
-    assert levels.shape == (2, 4, 5, 3)
-    assert levels[1, 0, 0].tolist() == [128, 128, 255]
+    channels_last = to_uint8(images)
+    assert channels_last.shape == (2, 4, 5, 3)
+    assert channels_last[1, 0, 0].tolist() == [128, 128, 255]
 
 
-def test_a_grid_shows_every_picture_in_reading_order() -> None:
+def test_a_grid_holds_every_image_in_reading_order() -> None:
     images = np.stack([np.full((64, 64, 1), 10 * i, np.uint8) for i in range(5)])
     sheet = np.asarray(grid(images, columns=3, gap=2))
     assert sheet.shape == (2 * 66 + 2, 3 * 66 + 2)
-    shown = [int(sheet[2 + 66 * (i // 3) + 5, 2 + 66 * (i % 3) + 5]) for i in range(6)]
-    assert shown == [0, 10, 20, 30, 40, 255]
+    levels = [int(sheet[2 + 66 * (i // 3) + 5, 2 + 66 * (i % 3) + 5]) for i in range(6)]
+    assert levels == [0, 10, 20, 30, 40, 255]
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel() -> None:
+def test_low_resolution_images_are_scaled_pixel_by_pixel() -> None:
     image = np.array([[0, 100], [200, 50]], np.uint8)[None, :, :, None]
     sheet = np.asarray(grid(image, gap=0))
     assert sheet.shape == (64, 64)
@@ -56,8 +53,10 @@ def test_a_class_grid_has_a_row_for_each_class() -> None:
     images = np.stack([np.full((64, 64, 1), 10 * i, np.uint8) for i in range(5)])
     sheet = np.asarray(class_grid(images, [7, 2, 7, 2, 7]))
     assert sheet.shape == (2 * 65 + 1, 3 * 65 + 1)
-    shown = [[int(sheet[65 * row + 9, 65 * column + 9]) for column in range(3)] for row in range(2)]
-    assert shown == [[10, 30, 255], [0, 20, 40]]
+    levels = [
+        [int(sheet[65 * row + 9, 65 * column + 9]) for column in range(3)] for row in range(2)
+    ]
+    assert levels == [[10, 30, 255], [0, 20, 40]]
 
 
 def test_every_pixel_value_survives_encoding_and_decoding() -> None:
