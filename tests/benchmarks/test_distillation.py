@@ -1,4 +1,4 @@
-"""The table of few evaluations: what is trained for it, and what is said of what was found."""
+"""The table of few evaluations: what is trained for it, and what is reported."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     return parsed
 
 
-def test_each_checkpoint_draws_in_the_steps_that_it_stands_for(parse: Any) -> None:
+def test_each_checkpoint_samples_in_the_steps_that_it_stands_for(parse: Any) -> None:
     students = students_by_evaluations(Path("runs"))
-    plan = parse(PROGRESSIVE).distillation
+    progressive = parse(PROGRESSIVE)
+    plan = progressive.distillation
     for steps, checkpoint in zip(EVALUATIONS, students[:4], strict=True):
         assert checkpoint.parts[:2] == ("runs", PROGRESSIVE.run)
         done = int(checkpoint.name.removeprefix("step-"))
         # A checkpoint at the end of a stage is that stage's.
         assert plan.student_steps(plan.stage(done - 1, PROGRESSIVE.steps)) == steps
-        assert done % parse(PROGRESSIVE).log.keep_every == 0
-        assert done % parse(PROGRESSIVE).log.checkpoint_every == 0
+        assert done % progressive.log.keep_every == 0
+        assert done % progressive.log.checkpoint_every == 0
     for steps, checkpoint in zip(EVALUATIONS, students[4:8], strict=True):
         run = parse(CONSISTENCY[steps])
         assert (run.distillation.method, run.sampling.steps) == ("consistency", steps)
@@ -75,9 +76,7 @@ def test_teachers_are_what_the_presets_train(training: Training) -> None:
     assert preset.out == Path("runs") / training.run
 
 
-def test_what_is_there_is_not_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(distillation.subprocess, "run", lambda command, **_: calls.append(command))
     with pytest.raises(UserError, match="did not reach step 3000"):
@@ -151,7 +150,4 @@ def test_goals_and_tables(
     assert f"{of_as_many}, × {values[0] / 0.5:.2f}" in text
     distillation.plot(measured, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_document_has_a_place_for_the_tables() -> None:
     assert "<!-- begin: benchmarks/distillation.py -->" in distillation.DOCUMENT.read_text()

@@ -39,7 +39,7 @@ def digits(brightness: int) -> Digits:
     return Digits(images.reshape(200, 4, 4, 1), labels)
 
 
-def test_real_digits_are_as_various_as_they_are(classifier: DigitClassifier) -> None:
+def test_real_digits_have_full_accuracy_and_variety(classifier: DigitClassifier) -> None:
     real = digits(100)
     found = guidance.measure(real.images, real.labels, metrics(classifier, real))
     assert found["accuracy"] == 1
@@ -67,7 +67,7 @@ def test_the_variance_of_a_class_is_not_that_between_classes() -> None:
     assert guidance.spread(features, np.array([0, 0, 1, 1])) == pytest.approx((2 + 18) / 2)
 
 
-def test_curves_are_drawn(tmp_path: Path) -> None:
+def test_curves_are_plotted(tmp_path: Path) -> None:
     point = {"accuracy": 0.9, "variety": 1.0, "recall": 0.8, "distance": 0.5}
     points = [{"scale": scale, **point} for scale in (1.0, 2.0)]
     guidance.plot(points, 0.98, tmp_path / "curves.png")

@@ -51,7 +51,7 @@ def test_every_objective_is_a_run_that_differs_in_nothing_else(name: str, option
 
 
 @pytest.mark.parametrize(
-    ("distances", "hybrid", "status", "said"),
+    ("distances", "hybrid", "status", "message"),
     [
         ({}, 2.5, 0, ""),
         ({"P2": 1.6}, 2.5, 1, "P2 is further than 1.5 times"),
@@ -62,7 +62,7 @@ def test_what_is_finished_is_reported(
     distances: dict[str, float],
     hybrid: float,
     status: int,
-    said: str,
+    message: str,
     options: Options,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -75,7 +75,7 @@ def test_what_is_finished_is_reported(
     assert compare(options) == status
     printed = capsys.readouterr().out
     assert "22 of 22 runs are finished" in printed
-    assert said in printed
+    assert message in printed
     document = options.document.read_text()
     assert document.startswith("before\n")
     assert document.endswith("after\n")

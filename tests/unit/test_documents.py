@@ -1,7 +1,6 @@
-"""The documents, which are built by reading them: every link leads somewhere, and says where.
+"""The documents: every link leads somewhere, and names what it leads to.
 
-A link to a Python file names what is meant in that file; a picture is of the size a page can bear;
-mathematics and code blocks are closed.
+Images are small enough for a page; mathematics and code blocks are closed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def prose(document: Path) -> str:
 
 
 def links(document: Path) -> list[tuple[str, str]]:
-    """Text and target of the links and pictures of a document that lead to files here."""
+    """Text and target of the links and images of a document that lead to files here."""
     found = [(text, target) for _, text, target in LINK.findall(prose(document))]
     return [(text, target) for text, target in found if "://" not in target]
 
@@ -74,41 +73,33 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(file), f"[{text}]({target})"
 
 
-def named_functions() -> list[tuple[Path, str]]:
-    found = []
-    for document in DOCUMENTS:
-        for text, target in links(document):
-            if target.endswith(".py") and re.fullmatch(r"`[\w.]+`", text) and "/" not in text:
-                found.append(((document.parent / target).resolve(), text.strip("`")))
-    return sorted(set(found))
-
-
 def test_functions_are_where_the_links_say() -> None:
+    found = {
+        ((document.parent / target).resolve(), text.strip("`"))
+        for document in DOCUMENTS
+        for text, target in links(document)
+        if target.endswith(".py") and re.fullmatch(r"`[\w.]+`", text)
+    }
     # A link may also name the module itself.
-    named = [(file, name) for file, name in named_functions() if name not in (file.name, file.stem)]
+    named = sorted((file, name) for file, name in found if name not in (file.name, file.stem))
     assert len(named) >= 40
     missing = [(file.name, name) for file, name in named if docstring_chain(file, name) is None]
     assert missing == []
 
 
-def test_the_theory_names_everything_it_links_to() -> None:
-    links_to_code = [(t, target) for t, target in links(THEORY) if target.endswith(".py")]
-    unnamed = [target for text, target in links_to_code if not re.fullmatch(r"`[\w.]+`", text)]
-    assert unnamed == []
-
-
-def test_functions_of_the_theory_say_where_they_are_from() -> None:
+def test_functions_of_the_theory_name_their_sources() -> None:
     unsourced = []
     for text, target in links(THEORY):
         if target.endswith(".py"):
+            assert re.fullmatch(r"`[\w.]+`", text), target
             chain = docstring_chain((THEORY.parent / target).resolve(), text.strip("`")) or [""]
-            said = "\n".join(chain)
-            if not (SOURCE.search(said) and YEAR.search(said)):
+            cited = "\n".join(chain)
+            if not (SOURCE.search(cited) and YEAR.search(cited)):
                 unsourced.append(f"{text} in {target}")
     assert unsourced == []
 
 
-def test_pictures_are_there_and_not_too_large() -> None:
+def test_images_are_there_and_not_too_large() -> None:
     pictures = ROOT / "docs" / "pictures"
     used = {
         (document.parent / target).resolve()
@@ -116,11 +107,11 @@ def test_pictures_are_there_and_not_too_large() -> None:
         for _, target in links(document)
         if target.endswith((".png", ".gif"))
     }
-    assert set(pictures.iterdir()) - used == set(), "shown nowhere"
+    assert set(pictures.iterdir()) - used == set(), "in no document"
     for path in used:
         assert path.stat().st_size < 400_000, path
-        with Image.open(path) as picture:
-            picture.verify()
+        with Image.open(path) as image:
+            image.verify()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Measures of pictures, against closed forms, plain versions and peers."""
+"""Metrics of images, against closed forms, plain versions and peers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def whitened(samples: Array) -> Array:
 # Fréchet distance
 
 
-def test_moments_are_numpys_however_the_features_are_cut() -> None:
+def test_moments_are_numpys_in_any_batches() -> None:
     features = normal(1000, 7) * 3 + 1e4
     for cuts in [(), (1,), (2, 500, 500, 999)]:
         found = moments(np.split(features, cuts))
@@ -48,7 +48,7 @@ def test_moments_are_numpys_however_the_features_are_cut() -> None:
         )
 
 
-def test_moments_refuse_what_has_none() -> None:
+def test_moments_refuse_too_few_and_not_finite_features() -> None:
     with pytest.raises(UserError, match="at least 2 images, and there are 1"):
         moments([normal(1, 3)])
     with pytest.raises(UserError, match="not a finite number"):
@@ -66,7 +66,7 @@ def test_frechet_distance_of_normals_with_a_known_one() -> None:
 
 @pytest.mark.parametrize("rank", [16, 5])
 def test_frechet_distance_is_that_of_scipys_matrix_root(rank: int) -> None:
-    # Of rank 5: fewer pictures than features.
+    # Of rank 5: fewer images than features.
     rng = np.random.default_rng(1)
     one, other = rng.normal(size=(16, rank)), rng.normal(size=(16, rank))
     a = Moments(100, rng.normal(size=16), one @ one.T)
@@ -156,7 +156,7 @@ def test_inception_score_is_the_formula_of_each_split() -> None:
     found = inception_score(logits)
     assert found.mean == pytest.approx(np.mean(scores), rel=1e-12)
     assert found.deviation == pytest.approx(np.std(scores), rel=1e-10)
-    # A constant of each picture says nothing.
+    # A constant added to an image's logits changes nothing.
     moved = inception_score(logits + normal(57, 1, seed=5))
     assert moved.mean == pytest.approx(found.mean, rel=1e-12)
 
@@ -164,7 +164,7 @@ def test_inception_score_is_the_formula_of_each_split() -> None:
 # Precision and recall
 
 
-def naive(drawn: Array, real: Array, k: int) -> tuple[float, float]:
+def naive(generated: Array, real: Array, k: int) -> tuple[float, float]:
     """One point after another, as the paper's algorithm 1 says it."""
 
     def share(points: Array, centres: Array) -> float:
@@ -178,12 +178,12 @@ def naive(drawn: Array, real: Array, k: int) -> tuple[float, float]:
         ]
         return float(np.mean(inside))
 
-    return share(drawn, real), share(real, drawn)
+    return share(generated, real), share(real, generated)
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_precision_and_recall_are_the_naive_ones_in_any_blocks(block: int) -> None:
-    real, drawn = normal(60, 3, seed=1), normal(50, 3, seed=2) * 0.5 + 0.3
+    real, generated = normal(60, 3, seed=1), normal(50, 3, seed=2) * 0.5 + 0.3
     calls = 0
 
     def count() -> None:
@@ -191,9 +191,9 @@ def test_precision_and_recall_are_the_naive_ones_in_any_blocks(block: int) -> No
         calls += 1
 
     found = precision_recall(
-        torch.from_numpy(drawn), torch.from_numpy(real), block=block, on_block=count
+        torch.from_numpy(generated), torch.from_numpy(real), block=block, on_block=count
     )
-    assert (found.precision, found.recall) == pytest.approx(naive(drawn, real, 3))
+    assert (found.precision, found.recall) == pytest.approx(naive(generated, real, 3))
     assert 0.2 < found.recall < found.precision
     assert calls == blocks(50, 60, block)
 
@@ -219,7 +219,7 @@ def test_orders_are_permutations_and_sides_differ() -> None:
     assert sorted(one.tolist()) == sorted(other.tolist()) == list(range(1000))
     assert (one != other).mean() > 0.9
     assert shuffled(5, REAL).tolist() == [4, 1, 0, 2, 3]  # the same for ever
-    # Uncorrelated with the order that pictures come in.
+    # Uncorrelated with the order of the images.
     assert abs(np.corrcoef(one, np.arange(1000))[0, 1]) < 0.1
 
 
@@ -237,7 +237,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def test_the_classifier_knows_digits_it_never_saw(kept: Path) -> None:
+def test_the_classifier_generalizes(kept: Path) -> None:
     classifier = digit_classifier(8, kept)
     _, unseen = seen_and_unseen(real_digits(8))
     assert (classifier.classify(unseen.images) == unseen.labels).mean() > 0.95

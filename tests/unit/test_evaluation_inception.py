@@ -1,7 +1,7 @@
 """The Inception network against torch-fidelity's, whose weights it takes.
 
 That library cannot be installed beside a CPU build of torch, since it needs torchvision: the
-figures here are what its version 0.4.0 gives for the weights and pictures below, and
+numbers here are what its version 0.4.0 gives for the weights and images below, and
 `tests/peers/test_inception.py` compares the two wherever it is installed.
 """
 
@@ -46,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (1, 3, 32, 32), generator=generator, dtype=torch.uint8)
 
@@ -54,7 +54,7 @@ def pictures() -> torch.Tensor:
 def test_it_is_torch_fidelitys(weights: Path, tmp_path: Path) -> None:
     network, _ = load_inception(weights, tmp_path)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS
-    features, logits = network(pictures())
+    features, logits = network(images())
     found = [
         features.mean(), features.std(), features.max(), features[0, 2047],
         logits.mean(), logits.std(), logits[0, 0], logits[0, 1007],
@@ -62,9 +62,9 @@ def test_it_is_torch_fidelitys(weights: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose([float(v) for v in found], FIDELITY, rtol=2e-4, atol=1e-5)
 
 
-def test_features_by_name_take_pictures_grey_or_in_colour(weights: Path, tmp_path: Path) -> None:
+def test_features_by_name_take_grey_or_colour_images(weights: Path, tmp_path: Path) -> None:
     network = feature_network("inception", 32, weights=weights, cache=tmp_path)
-    grey = pictures().permute(0, 2, 3, 1)[..., :1].numpy()
+    grey = images().permute(0, 2, 3, 1)[..., :1].numpy()
     found = network(grey)
     assert found.shape == (1, network.features + network.outputs) == (1, 2048 + 1008)
     np.testing.assert_array_equal(found, network(np.repeat(grey, 3, axis=3)))
