@@ -181,7 +181,7 @@ def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Predict
     state = x
     for half in (0, 1):
         rows = two[:, half::2]
-        x0 = ours.second_estimate(unasked, state, levels + half, Conditioning())
+        x0 = ours.second_estimate(no_student, state, levels + half, Conditioning())
         state = rows[Column.X] * state + rows[Column.X0] * x0
     torch.testing.assert_close(one[Column.X] * x + one[Column.X0] * target, state)
 
@@ -271,8 +271,8 @@ def guided_network() -> UNet:
     return network
 
 
-def unasked(*_: object) -> Tensor:
-    pytest.fail("the student has no say in this")
+def no_student(*_: object) -> Tensor:
+    pytest.fail("the target does not depend on the student")
 
 
 def test_guidance_is_that_of_the_sampler() -> None:
@@ -294,7 +294,7 @@ def test_guidance_is_that_of_the_sampler() -> None:
         x0 = ((states[-1] - s[k] * eps) / a[k]).clamp(-1, 1)
         states.append(ddim(states[-1], x0, a, s, k, k + 1))
     first = torch.zeros(3, dtype=torch.int64)
-    target = ours.target(unasked, x, first, Conditioning(labels))
+    target = ours.target(no_student, x, first, Conditioning(labels))
     row = build_table(schedule, "ddim", 4, prediction="v").rows[0].float()
     torch.testing.assert_close(
         row[Column.X] * x + row[Column.X0] * target, states[2], rtol=1e-4, atol=1e-5
@@ -302,12 +302,12 @@ def test_guidance_is_that_of_the_sampler() -> None:
     # It counts, and once only: the next teacher has it built in.
     ours.begin_step(0, lambda: pytest.fail("no stage has ended"))
     plain = distillation()
-    assert (plain.target(unasked, x, first, Conditioning(labels)) - target).abs().max() > 0.01
+    assert (plain.target(no_student, x, first, Conditioning(labels)) - target).abs().max() > 0.01
     for stage in (plain, ours):
         stage.begin_step(5, network.state_dict)
     assert torch.equal(
-        plain.target(unasked, x, first, Conditioning(labels)),
-        ours.target(unasked, x, first, Conditioning(labels)),
+        plain.target(no_student, x, first, Conditioning(labels)),
+        ours.target(no_student, x, first, Conditioning(labels)),
     )
 
     # A teacher that stays is guided in every stage, and the student that it leads to is not.
@@ -341,8 +341,8 @@ def test_the_teacher_follows_from_the_state() -> None:
     other.begin_step(5, lambda: pytest.fail("the stage has begun already"))
     x, labels, steps = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 2])
     assert torch.equal(
-        ours.target(unasked, x, steps, Conditioning(labels)),
-        other.target(unasked, x, steps, Conditioning(labels)),
+        ours.target(no_student, x, steps, Conditioning(labels)),
+        other.target(no_student, x, steps, Conditioning(labels)),
     )
 
 
@@ -377,7 +377,7 @@ def test_guidance_leads_away_from_no_class_and_not_from_the_low_resolution_image
     plan = plan_to(2, 8, guidance_scale=2.0)
     teacher = Teacher(cast(UNet, Noting()), "v")
     ours = ProgressiveDistillation(schedule_of("v"), "v", inputs, teacher, plan, 10)
-    ours.target(unasked, torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), given)
+    ours.target(no_student, torch.zeros(2, 1, 8, 8), torch.tensor([0, 2]), given)
     assert [timesteps.tolist() for timesteps, _ in seen] == [
         [999, 749, 999, 749], [874, 624, 874, 624]
     ]  # fmt: skip
@@ -416,16 +416,13 @@ def test_stages(
         assert rates[last - 1] <= 2 * plan.stages / training_steps
 
 
-def test_stages_of_a_teacher_of_more_and_more_steps() -> None:
+def test_stages_of_consistency_double_the_teachers_steps() -> None:
     plan = DistillationConfig(Path("t"), "consistency", steps=2, start_steps=16)
     assert [plan.teacher_steps(stage) for stage in range(plan.stages)] == [4, 8, 16]
     assert [plan.student_steps(stage) for stage in range(plan.stages)] == [2, 2, 2]
     rates = [plan.annealing(step, 10) for step in range(10)]
     assert rates == pytest.approx([1 - k / 10 for k in range(10)])
-
-
-def test_an_ordinary_run_is_not_annealed() -> None:
-    assert RunConfig().distillation.annealing(700, 1000) == 1
+    assert RunConfig().distillation.annealing(700, 1000) == 1  # of an ordinary run
 
 
 Change = Callable[[RunConfig], RunConfig]
@@ -452,7 +449,7 @@ def plan_of(**changes: Any) -> Change:
         ),
     ],
 )  # fmt: skip
-def test_plans_that_cannot_be(change: Change, message: str) -> None:
+def test_invalid_plans_are_refused(change: Change, message: str) -> None:
     run = student_config(RunConfig(), DistillationConfig(Path("teacher")), Path("out"))
     validate(run)
     with pytest.raises(UserError, match=message):

@@ -163,7 +163,7 @@ def test_the_steps_are_those_of_the_paper() -> None:
         ((10, 0.1, 1.0, 0.0), "`sigma_data` is 0.0"),
     ],
 )
-def test_schedules_that_are_none(arguments: Any, message: str) -> None:
+def test_invalid_schedules_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         NoiseSchedule.edm(*arguments)
 
@@ -270,7 +270,7 @@ def test_every_sampler_takes_the_steps_that_it_takes_with_x_0(sampler: str) -> N
         torch.testing.assert_close(ours / table.state_scale[i + 1], theirs, rtol=0, atol=1e-8)
 
 
-def test_the_network_is_shown_its_own_input() -> None:
+def test_the_network_input_is_scaled_by_c_in() -> None:
     """From x_t = a x_0 + s ε, what the first row's state holds is c_in (x_0 + σ n)."""
     table = build_table(SCHEDULE, "ddim", 10, prediction="edm")
     a, s = noise_levels(SCHEDULE, table.timesteps)
@@ -278,6 +278,13 @@ def test_the_network_is_shown_its_own_input() -> None:
     torch.testing.assert_close(table.state_scale[:-1] * a[:-1], 1 / (sigma**2 + 0.25).sqrt())
     torch.testing.assert_close(table.noise_input, sigma.log() / 4)
     assert table.state_scale[0].item() == pytest.approx(1, abs=1e-4)  # so noise may begin as it is
+    # Of another sigma_data: c_out.
+    schedule = NoiseSchedule.edm(sigma_data=0.8)
+    a, s = noise_levels(schedule, torch.tensor([300]))
+    table = build_table(schedule, "ddim", prediction="edm", timesteps=[300])
+    sigma = (s / a)[:1]
+    c_out = sigma * 0.8 / (sigma**2 + 0.8**2).sqrt()
+    torch.testing.assert_close(table.rows[:, Column.X0_FROM_OUTPUT], c_out)
 
 
 @pytest.mark.parametrize(
@@ -286,25 +293,21 @@ def test_the_network_is_shown_its_own_input() -> None:
         {},
         {"sampler": "heun", "steps": 9},
         {"clip": True},
-        {"sampler": "ddpm", "variance": "fixed_small"},
         {"sampler": "ddim", "eta": 1.0, "spacing": "linspace"},
         {"sampler": "unipc3", "timesteps": [999, 900, 700, 400, 200, 100, 0]},
         {"threshold": 0.9},
-        {"images": True, "strength": 0.6},
         {"images": True, "strength": 0.5, "sampler": "heun"},
-        {"inpainting": 1},
         {"inpainting": 3, "sampler": "ddpm"},
         {"inpainting": 2, "images": True, "sampler": "ddim", "eta": 0.3},
         {"initial": True},
         {"labels": LABELS},
-        {"labels": LABELS, "guidance": Guidance(2.0)},
         {"labels": LABELS, "guidance": Guidance(3.0, two_passes=True), "sampler": "dpm++2m"},
         {"labels": LABELS, "guidance": Guidance(2.0, interval=(0.3, 2.0)), "threshold": 0.8},
     ],
     ids=str,
 )
-def test_everything_a_chain_does(options: dict[str, Any]) -> None:
-    """With F it draws the pictures that it draws with the same network as one of x_0."""
+def test_every_option_of_sampling(options: dict[str, Any]) -> None:
+    """The samples with F are those with the same network as one that predicts x_0."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, *SHAPE, generator=generator) * 2 - 1
     given: dict[str, Any] = {
@@ -314,10 +317,10 @@ def test_everything_a_chain_does(options: dict[str, Any]) -> None:
         del given["steps"]
     if given.pop("images", None):
         given["images"] = images
-    if draws := given.pop("inpainting", None):
+    if repeats := given.pop("inpainting", None):
         mask = torch.zeros(1, 1, *SHAPE[1:], dtype=torch.bool)
         mask[..., :3] = True
-        given |= {"images": images, "mask": mask, "repeats": draws}
+        given |= {"images": images, "mask": mask, "repeats": repeats}
     if given.pop("initial", None):
         given |= {"interpolate": (4, 9, 3), "sample_ids": range(3)}
     ours = sample(Edm(), SCHEDULE, prediction="edm", **given)
@@ -329,18 +332,18 @@ def test_everything_a_chain_does(options: dict[str, Any]) -> None:
 
 
 def test_guidance_is_rescaled_as_the_networks_output_is() -> None:
-    drawn = [
+    plain, rescaled = (
         sample(
             Edm(), SCHEDULE, prediction="edm", sample_ids=IDS, sampler="euler", steps=6,
             labels=LABELS, guidance=Guidance(4.0, rescale), clip=False,
         )
         for rescale in (0.0, 0.7)
-    ]  # fmt: skip
-    assert bool(drawn[1].isfinite().all())
-    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+    )  # fmt: skip
+    assert bool(rescaled.isfinite().all())
+    assert not torch.allclose(plain, rescaled, atol=1e-3)
 
 
-def test_the_states_that_are_shown_are_those_of_the_process() -> None:
+def test_the_states_of_a_trajectory_are_those_of_the_process() -> None:
     options: dict[str, Any] = {"seed": 3, "sampler": "heun", "steps": 5, "clip": False}
     kinds: Any = [(Edm(), "edm"), (Vp(), "x0")]
     chains = [
@@ -351,24 +354,6 @@ def test_the_states_that_are_shown_are_those_of_the_process() -> None:
         assert ours.timestep == theirs.timestep
         torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-4)
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=0, atol=1e-4)
-
-
-def test_sigma_data_is_the_schedules() -> None:
-    schedule = NoiseSchedule.edm(sigma_data=0.8)
-    a, s = noise_levels(schedule, torch.tensor([300]))
-    table = build_table(schedule, "ddim", prediction="edm", timesteps=[300])
-    sigma = (s / a)[:1]
-    c_out = sigma * 0.8 / (sigma**2 + 0.8**2).sqrt()
-    torch.testing.assert_close(table.rows[:, Column.X0_FROM_OUTPUT], c_out)
-
-
-def test_a_table_that_adds_noise_adds_as_much_of_it() -> None:
-    plain = build_table(SCHEDULE, "ddpm", 10, prediction="x0")
-    table = build_table(SCHEDULE, "ddpm", 10, prediction="edm")
-    torch.testing.assert_close(
-        table.rows[:, Column.NOISE] / table.state_scale[1:], plain.rows[:, Column.NOISE]
-    )
-    assert torch.equal(plain.state_scale, torch.ones_like(plain.state_scale))
 
 
 # --- Configuration
@@ -413,7 +398,7 @@ def test_presets(name: str) -> None:
         ),
     ],
 )
-def test_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
+def test_incompatible_options_are_refused(changes: dict[str, Any], message: str) -> None:
     assert any(message in str(problem) for problem in problems(replace(EDM, **changes)))
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' checkpoints without those libraries: refusals, damage, and what is written."""
+"""Other libraries' checkpoints without those libraries: refusals, damage, and exports."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_put_in_place(
     assert list(exported.parent.iterdir()) == [exported]
 
 
-def test_a_killed_export_is_not_in_the_way(run: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_killed_export_is_replaced(run: Path, exported: Path, tmp_path: Path) -> None:
     shutil.copytree(exported, tmp_path / "out.tmp")
     export_pipeline(load_model(run), tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
@@ -188,84 +188,80 @@ def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
         ("new_entry", 7),
     ],
 )
-def test_a_network_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
+def test_unsupported_networks_are_refused(exported: Path, entry: str, value: Any) -> None:
     change(exported / "unet" / "config.json", **{entry: value})
     with pytest.raises(UserError) as refused:
         UNet.from_pretrained(exported)
-    shown = value[0] if entry == "down_block_types" else value
+    named = value[0] if entry == "down_block_types" else value
     assert entry in str(refused.value)
-    assert any(text in str(refused.value) for text in (json.dumps(shown), repr(shown)))
+    assert any(text in str(refused.value) for text in (json.dumps(named), repr(named)))
     assert str(exported / "unet" / "config.json") in str(refused.value)
 
 
+DDPM = RunConfig()
+EDM = RunConfig(
+    diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
+    sampling=SamplingConfig(sampler="heun", clip_x0=False),
+)
+
+
 @pytest.mark.parametrize(
-    ("entry", "value"),
+    ("config", "entry", "value"),
     [
-        ("_class_name", "PNDMScheduler"),
-        ("beta_schedule", "laplace"),
-        ("beta_start", -0.1),
-        ("clip_sample", "yes"),
-        ("clip_sample_range", 2.0),
-        ("num_train_timesteps", 0),
-        ("prediction_type", "flow"),
-        ("rescale_betas_zero_snr", True),
-        ("steps_offset", 1),
-        ("thresholding", True),
-        ("timestep_spacing", "karras"),
-        ("trained_betas", [0.5, 2.0]),
-        ("variance_type", "learned"),
-        ("new_entry", 7),
+        (DDPM, "_class_name", "PNDMScheduler"),
+        (DDPM, "beta_schedule", "laplace"),
+        (DDPM, "beta_start", -0.1),
+        (DDPM, "clip_sample", "yes"),
+        (DDPM, "clip_sample_range", 2.0),
+        (DDPM, "num_train_timesteps", 0),
+        (DDPM, "prediction_type", "flow"),
+        (DDPM, "rescale_betas_zero_snr", True),
+        (DDPM, "steps_offset", 1),
+        (DDPM, "thresholding", True),
+        (DDPM, "timestep_spacing", "karras"),
+        (DDPM, "trained_betas", [0.5, 2.0]),
+        (DDPM, "variance_type", "learned"),
+        (DDPM, "new_entry", 7),
+        (EDM, "sigma_schedule", "exponential"),
+        (EDM, "rho", 3.0),
+        (EDM, "prediction_type", "v_prediction"),
+        (EDM, "final_sigmas_type", "sigma_min"),
+        (EDM, "sigma_min", 90.0),
+        (EDM, "sigma_data", 0.0),
+        (EDM, "num_train_timesteps", 1),
+        (EDM, "clip_sample", True),
     ],
 )
-def test_a_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
+def test_unsupported_schedulers_are_refused(
+    exported: Path, config: RunConfig, entry: str, value: Any
+) -> None:
     file = exported / "scheduler" / "scheduler_config.json"
+    if config is EDM:
+        file.write_text(json.dumps(scheduler_entries(config.diffusion, config.sampling)))
+    assert load_model(exported).config.diffusion == config.diffusion
     change(file, **{entry: value})
-    with pytest.raises(UserError) as refused:
-        load_model(exported)
-    assert str(file) in str(refused.value)
     known = {"beta_start": "beta at timestep 0", "trained_betas": "`betas` has 2 entries"}
-    assert known.get(entry, entry) in str(refused.value)
+    if config is EDM:
+        known = {"num_train_timesteps": "`timesteps` is 1"}
+    with pytest.raises(UserError, match=known.get(entry, entry)) as refused:
+        load_model(exported)
+    assert config is EDM or str(file) in str(refused.value)
     UNet.from_pretrained(exported)  # whose network is as it was
 
 
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        ("sigma_schedule", "exponential"),
-        ("rho", 3.0),
-        ("prediction_type", "v_prediction"),
-        ("final_sigmas_type", "sigma_min"),
-        ("sigma_min", 90.0),
-        ("sigma_data", 0.0),
-        ("num_train_timesteps", 1),
-        ("clip_sample", True),
-    ],
-)
-def test_an_edm_process_that_ours_cannot_be(exported: Path, entry: str, value: Any) -> None:
-    file = exported / "scheduler" / "scheduler_config.json"
-    diffusion = DiffusionConfig(schedule="edm", prediction="edm")
-    entries = scheduler_entries(diffusion, SamplingConfig(sampler="heun", clip_x0=False))
-    file.write_text(json.dumps(entries))
-    assert load_model(exported).config.diffusion == diffusion
-    change(file, **{entry: value})
-    known = {"num_train_timesteps": "`timesteps` is 1"}
-    with pytest.raises(UserError, match=known.get(entry, entry)):
-        load_model(exported)
-
-
-@pytest.mark.parametrize("entry", ["decay", "optimization_step", "num_train_timesteps", "_note"])
-def test_entries_that_change_nothing(exported: Path, entry: str) -> None:
-    change(exported / "unet" / "config.json", **{entry: 5})
+def test_entries_that_change_nothing(exported: Path) -> None:
+    ignored = ("decay", "optimization_step", "num_train_timesteps", "_note")
+    change(exported / "unet" / "config.json", **dict.fromkeys(ignored, 5))
     assert UNet.from_pretrained(exported).config == MODEL
 
 
-def test_a_latent_model(exported: Path) -> None:
+def test_a_latent_model_is_refused(exported: Path) -> None:
     change(exported / "model_index.json", vqvae=["diffusers", "VQModel"], extra=[None, None])
     with pytest.raises(UserError, match="lists vqvae besides"):
         load_model(exported)
 
 
-def test_classes_of_which_none_is_known_to_stand_for_none(run: Path, tmp_path: Path) -> None:
+def test_classes_without_a_known_null_class(run: Path, tmp_path: Path) -> None:
     model = UNet(replace(MODEL, num_class_embeds=3)).eval()
     config = RunConfig(model=model.config)
     pretrained = LoadedModel.from_config(model, config, "0" * 64)
@@ -318,54 +314,46 @@ def test_a_pickle_is_not_executed(exported: Path, tmp_path: Path, how: str) -> N
         assert proof.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", b"PK\x03\x04 cut"])
-def test_a_damaged_pickle(exported: Path, content: bytes) -> None:
+def test_damaged_pickles(exported: Path) -> None:
     (exported / "unet" / WEIGHTS).unlink()
-    (exported / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged.*download it again"):
-        UNet.from_pretrained(exported)
-
-
-def test_a_pickle_of_something_else(exported: Path) -> None:
-    (exported / "unet" / WEIGHTS).unlink()
-    torch.save([1, 2], exported / "unet" / "diffusion_pytorch_model.bin")
+    file = exported / "unet" / "diffusion_pytorch_model.bin"
+    for content in (b"", b"\x80", b"not a pickle", b"PK\x03\x04 cut"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged.*download it again"):
+            UNet.from_pretrained(exported)
+    torch.save([1, 2], file)
     with pytest.raises(UserError, match="not a state dict"):
         UNet.from_pretrained(exported)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-def test_a_cut_weight_file(exported: Path, keep: int) -> None:
+def test_truncated_weights_and_those_of_another_network(exported: Path) -> None:
     file = exported / "unet" / WEIGHTS
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"is damaged .*download or save it again"):
-        load_model(exported)
-
-
-def test_weights_of_another_network(exported: Path) -> None:
+    whole = file.read_bytes()
+    for keep in (0, 5, 1000, -1):
+        file.write_bytes(whole[:keep])
+        with pytest.raises(UserError, match=r"is damaged .*download or save it again"):
+            load_model(exported)
+    file.write_bytes(whole)
     change(exported / "unet" / "config.json", layers_per_block=2)
     with pytest.raises(UserError, match=r"tensors differ.*\n.* is missing"):
         load_model(exported)
 
 
-@pytest.mark.parametrize(
-    ("missing", "expected"),
-    [
+def test_missing_files_and_damaged_json(exported: Path, original: Path) -> None:
+    for missing, expected in [
         (f"unet/{WEIGHTS}", "there are no weights in"),
         ("unet/config.json", "holds no diffusers model"),
         ("scheduler/scheduler_config.json", "is missing; download or save the whole model"),
-    ],
-)
-def test_missing_files(exported: Path, missing: str, expected: str) -> None:
-    (exported / missing).unlink()
-    with pytest.raises(UserError, match=expected):
-        load_model(exported)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"'])
-def test_damaged_json(exported: Path, content: str) -> None:
-    (exported / "unet" / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"unet/config\.json is "):
-        UNet.from_pretrained(exported)
+    ]:
+        (exported / missing).unlink()
+        with pytest.raises(UserError, match=expected):
+            load_model(exported)
+        shutil.copy(original / missing, exported / missing)
+    load_model(exported)
+    for content in ("", "{", "[1]", '"text"'):
+        (exported / "unet" / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"unet/config\.json is "):
+            UNet.from_pretrained(exported)
 
 
 def test_shards_come_from_beside_their_index_only(exported: Path) -> None:
