@@ -41,30 +41,19 @@ OF_ALL = re.compile(r"\b(All tensors are|Every array is)\b[^.]*`\[")
 
 @dataclass(frozen=True)
 class Public:
-    """A public function or method."""
+    """A public function or method, and the docstring of it or of the class it constructs."""
 
     module: Path
     name: str
-    """Within the module, such as `UNet.forward`."""
     node: Function
-    owner: ast.ClassDef | None
     docstring: str
-    """Its own; of a constructor, its class's."""
 
     def __str__(self) -> str:
         return f"{self.module.relative_to(ROOT)}:{self.node.lineno} {self.name}"
 
 
-def decorators(node: Function | ast.ClassDef) -> list[str]:
-    return [ast.unparse(decorator) for decorator in node.decorator_list]
-
-
-def is_kernel(node: Function) -> bool:
-    return any(name.startswith("triton.jit") for name in decorators(node))
-
-
 def definitions(module: Path) -> Iterator[Public]:
-    """Public functions, methods and constructors of a module, with the docstring that is theirs."""
+    """Public functions, methods and constructors of a module."""
 
     def visit(body: list[ast.stmt], owner: ast.ClassDef | None, prefix: str) -> Iterator[Public]:
         for node in body:
@@ -72,26 +61,26 @@ def definitions(module: Path) -> Iterator[Public]:
                 yield from visit([*node.body, *node.orelse], owner, prefix)
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 yield from visit(node.body, node, f"{prefix}{node.name}.")
-            if not isinstance(node, Function) or is_kernel(node):
+            if not isinstance(node, Function):
                 continue
-            constructor = node.name == "__init__" and owner is not None
-            if node.name.startswith("_") and not constructor:
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            constructor = owner is not None and node.name == "__init__"
+            if any(name == "overload" or name.startswith("triton.jit") for name in decorators):
                 continue
-            if "overload" in decorators(node):
-                continue
-            documented = owner if constructor and owner is not None else node
-            docstring = ast.get_docstring(documented) or ""
-            yield Public(module, prefix + node.name, node, owner, docstring)
+            if constructor or not node.name.startswith("_"):
+                documented = owner if constructor and owner is not None else node
+                docstring = ast.get_docstring(documented) or ""
+                yield Public(module, prefix + node.name, node, docstring)
 
-    yield from visit(ast.parse(module.read_text(encoding="utf-8")).body, None, "")
-
-
-PUBLIC = [function for module in MODULES for function in definitions(module)]
+    yield from visit(tree_of(module).body, None, "")
 
 
 @cache
-def module_docstring(module: Path) -> str:
-    return ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+def tree_of(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
+PUBLIC = [function for module in MODULES for function in definitions(module)]
 
 
 def sections(docstring: str) -> dict[str, str]:
@@ -122,25 +111,23 @@ def entries(section: str) -> dict[str, str]:
     return found
 
 
-def arrays(node: Function) -> list[str]:
-    """Names of a function's arguments that are arrays."""
-    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    return [a.arg for a in arguments if a.annotation is not None and is_array(a.annotation)]
-
-
-def is_array(annotation: ast.expr) -> bool:
-    text = ast.unparse(annotation)
+def is_array(annotation: ast.expr | None) -> bool:
+    text = "" if annotation is None else ast.unparse(annotation)
     return bool(ARRAY.search(text)) and not OPAQUE.search(text)
 
 
 def unshaped(function: Public) -> list[str]:
     """What a docstring leaves out about the shapes of arrays."""
-    if OF_ALL.search(module_docstring(function.module)):
+    if OF_ALL.search(ast.get_docstring(tree_of(function.module)) or ""):
         return []
     parts = sections(function.docstring)
     described = entries(parts.get("Args", ""))
     missing = []
-    for name in arrays(function.node):
+    arguments = function.node.args
+    for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]:
+        if not is_array(argument.annotation):
+            continue
+        name = argument.arg
         text = described.get(name)
         if text is None:
             # A docstring may say it in its sentence, or of several arguments together.
@@ -148,8 +135,7 @@ def unshaped(function: Public) -> list[str]:
             text = "\n".join([parts[""], *together])
         if not SHAPE.search(text):
             missing.append(f"the shape of `{name}`")
-    returned = function.node.returns
-    if returned is not None and is_array(returned):
+    if is_array(function.node.returns):
         text = parts.get("Returns", parts.get("Yields", parts[""]))
         if not SHAPE.search(text):
             missing.append("the shape of what it returns")
@@ -189,7 +175,7 @@ def raising_helpers(module: Path) -> set[str]:
     """Private functions and methods of a module that raise a `UserError`, or call one that does."""
     private = {
         node.name: node
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        for node in ast.walk(tree_of(module))
         if isinstance(node, Function) and node.name.startswith("_") and node.name != "__init__"
     }
     raising = {name for name, node in private.items() if "UserError" in raised(node)}

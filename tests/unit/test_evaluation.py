@@ -48,11 +48,13 @@ def test_moments_are_numpys_in_any_batches() -> None:
         )
 
 
-def test_moments_refuse_too_few_and_not_finite_features() -> None:
+def test_moments_and_distances_without_meaning_are_refused() -> None:
     with pytest.raises(UserError, match="at least 2 images, and there are 1"):
         moments([normal(1, 3)])
     with pytest.raises(UserError, match="not a finite number"):
         moments([normal(4, 3), np.full((1, 3), np.nan)])
+    with pytest.raises(ValueError, match="features of 3 and of 4 numbers"):
+        frechet_distance(moments([normal(9, 3)]), moments([normal(9, 4)]))
 
 
 def test_frechet_distance_of_normals_with_a_known_one() -> None:
@@ -81,11 +83,6 @@ def test_frechet_distance_is_that_of_scipys_matrix_root(rank: int) -> None:
     shared = np.linalg.norm(one.T @ other, "nuc")
     exact = apart @ apart + (one**2).sum() + (other**2).sum() - 2 * shared
     assert frechet_distance(a, b) == pytest.approx(exact, rel=1e-12)
-
-
-def test_frechet_distance_refuses_different_networks() -> None:
-    with pytest.raises(ValueError, match="features of 3 and of 4 numbers"):
-        frechet_distance(moments([normal(9, 3)]), moments([normal(9, 4)]))
 
 
 # Kernel distance

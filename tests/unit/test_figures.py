@@ -152,13 +152,8 @@ def test_denoising_little_noise_leaves_the_image(
             self.unused = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
-            a, s = (
-                table[timesteps].float().reshape(-1, 1, 1, 1)
-                for table in (
-                    trained.schedule.sqrt_alpha_bar,
-                    trained.schedule.sqrt_one_minus_alpha_bar,
-                )
-            )
+            tables = trained.schedule.sqrt_alpha_bar, trained.schedule.sqrt_one_minus_alpha_bar
+            a, s = (table[timesteps].float().reshape(-1, 1, 1, 1) for table in tables)
             return (x - a * image) / s
 
     knowing = replace(trained, network=Exact())

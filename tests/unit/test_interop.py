@@ -164,30 +164,17 @@ def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value"),
     [
-        ("act_fn", "gelu"),
-        ("add_attention", False),
-        ("attention_head_dim", "8"),
-        ("attn_norm_num_groups", 3),
-        ("block_out_channels", [4, 8.5]),
-        ("center_input_sample", True),
-        ("class_embed_type", "timestep"),
+        ("act_fn", "gelu"), ("add_attention", False), ("attention_head_dim", "8"),
+        ("attn_norm_num_groups", 3), ("block_out_channels", [4, 8.5]),
+        ("center_input_sample", True), ("class_embed_type", "timestep"),
         ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
-        ("downsample_type", "resnet"),
-        ("dropout", True),
-        ("mid_block_type", None),
-        ("norm_eps", float("inf")),
-        ("norm_num_groups", 3),
-        ("out_channels", 10**30),
-        ("resnet_time_scale_shift", "ada_group"),
-        ("sample_size", None),
-        ("sample_size", [8, 16]),
-        ("time_embedding_dim", 99),
-        ("time_embedding_type", "fourier"),
-        ("upsample_type", "resnet"),
-        ("_class_name", "UNet2DConditionModel"),
-        ("new_entry", 7),
+        ("downsample_type", "resnet"), ("dropout", True), ("mid_block_type", None),
+        ("norm_eps", float("inf")), ("norm_num_groups", 3), ("out_channels", 10**30),
+        ("resnet_time_scale_shift", "ada_group"), ("sample_size", None), ("sample_size", [8, 16]),
+        ("time_embedding_dim", 99), ("time_embedding_type", "fourier"),
+        ("upsample_type", "resnet"), ("_class_name", "UNet2DConditionModel"), ("new_entry", 7),
     ],
-)
+)  # fmt: skip
 def test_unsupported_networks_are_refused(exported: Path, entry: str, value: Any) -> None:
     change(exported / "unet" / "config.json", **{entry: value})
     with pytest.raises(UserError) as refused:
@@ -208,30 +195,19 @@ EDM = RunConfig(
 @pytest.mark.parametrize(
     ("config", "entry", "value"),
     [
-        (DDPM, "_class_name", "PNDMScheduler"),
-        (DDPM, "beta_schedule", "laplace"),
-        (DDPM, "beta_start", -0.1),
-        (DDPM, "clip_sample", "yes"),
-        (DDPM, "clip_sample_range", 2.0),
-        (DDPM, "num_train_timesteps", 0),
-        (DDPM, "prediction_type", "flow"),
-        (DDPM, "rescale_betas_zero_snr", True),
-        (DDPM, "steps_offset", 1),
-        (DDPM, "thresholding", True),
-        (DDPM, "timestep_spacing", "karras"),
-        (DDPM, "trained_betas", [0.5, 2.0]),
-        (DDPM, "variance_type", "learned"),
-        (DDPM, "new_entry", 7),
-        (EDM, "sigma_schedule", "exponential"),
-        (EDM, "rho", 3.0),
-        (EDM, "prediction_type", "v_prediction"),
-        (EDM, "final_sigmas_type", "sigma_min"),
-        (EDM, "sigma_min", 90.0),
-        (EDM, "sigma_data", 0.0),
-        (EDM, "num_train_timesteps", 1),
+        (DDPM, "_class_name", "PNDMScheduler"), (DDPM, "beta_schedule", "laplace"),
+        (DDPM, "beta_start", -0.1), (DDPM, "clip_sample", "yes"),
+        (DDPM, "clip_sample_range", 2.0), (DDPM, "num_train_timesteps", 0),
+        (DDPM, "prediction_type", "flow"), (DDPM, "rescale_betas_zero_snr", True),
+        (DDPM, "steps_offset", 1), (DDPM, "thresholding", True),
+        (DDPM, "timestep_spacing", "karras"), (DDPM, "trained_betas", [0.5, 2.0]),
+        (DDPM, "variance_type", "learned"), (DDPM, "new_entry", 7),
+        (EDM, "sigma_schedule", "exponential"), (EDM, "rho", 3.0),
+        (EDM, "prediction_type", "v_prediction"), (EDM, "final_sigmas_type", "sigma_min"),
+        (EDM, "sigma_min", 90.0), (EDM, "sigma_data", 0.0), (EDM, "num_train_timesteps", 1),
         (EDM, "clip_sample", True),
     ],
-)
+)  # fmt: skip
 def test_unsupported_schedulers_are_refused(
     exported: Path, config: RunConfig, entry: str, value: Any
 ) -> None:

@@ -203,7 +203,7 @@ def test_predictions(name: str, tmp_path: Path) -> None:
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     timesteps = torch.tensor([0.0, 0.25, 500, 999])
     labels = torch.arange(4) if "classes" in options else None
-    # In float64 only a different formula would show.
+    # In float64 only a different formula would differ.
     for dtype, bound in [(torch.float32, 1e-5), (torch.float64, 1e-11)]:
         with torch.no_grad():
             expected = oracle.to(dtype)(x.to(dtype), timesteps, labels)
