@@ -73,41 +73,26 @@ def test_flattened_fields_are_named_as_in_messages() -> None:
 @pytest.mark.parametrize(
     ("config", "message", "field"),
     [
-        (
-            RunConfig(training=TrainingConfig(batch_size=0)),
-            "`training.batch_size` is 0; it must be at least 1",
-            "training.batch_size",
-        ),
-        (
-            RunConfig(training=TrainingConfig(ema_sigma_rel=(0.1, 0.3))),
-            "`training.ema_sigma_rel` is (0.1, 0.3); each must lie in (0, 0.288675]",
-            "training.ema_sigma_rel",
-        ),
-        (
-            RunConfig(diffusion=DiffusionConfig(beta_end=1.5)),
-            "beta at timestep 666 is 1.0000333333333333; it must lie in (0, 1)",
-            None,
-        ),
-        (
-            RunConfig(model=UNetConfig(block_out_channels=(128, 250, 256, 256))),
-            "entry 1 of `model.block_out_channels` is 250; it must be a multiple of "
-            "`model.norm_num_groups` 32; use 224 or 256, or other groups",
-            "model.block_out_channels",
-        ),
-        (
-            RunConfig(sampling=SamplingConfig(steps=2000)),
-            "`sampling.steps` is 2000; a schedule of 1000 timesteps takes 1 to 1000 steps",
-            "sampling.steps",
-        ),
-        (
-            RunConfig(data=DataConfig(mix_with=("b",), weights=(1,))),
-            "`data.weights` has 1 entries for 2 sets (`data.path` and `data.mix_with`); give one "
-            "for each",
-            "data.weights",
-        ),
+        (RunConfig(training=TrainingConfig(batch_size=0)),
+         "`training.batch_size` is 0; it must be at least 1", "training.batch_size"),
+        (RunConfig(training=TrainingConfig(ema_sigma_rel=(0.1, 0.3))),
+         "`training.ema_sigma_rel` is (0.1, 0.3); each must lie in (0, 0.288675]",
+         "training.ema_sigma_rel"),
+        (RunConfig(diffusion=DiffusionConfig(beta_end=1.5)),
+         "beta at timestep 666 is 1.0000333333333333; it must lie in (0, 1)", None),
+        (RunConfig(model=UNetConfig(block_out_channels=(128, 250, 256, 256))),
+         "entry 1 of `model.block_out_channels` is 250; it must be a multiple of "
+         "`model.norm_num_groups` 32; use 224 or 256, or other groups",
+         "model.block_out_channels"),
+        (RunConfig(sampling=SamplingConfig(steps=2000)),
+         "`sampling.steps` is 2000; a schedule of 1000 timesteps takes 1 to 1000 steps",
+         "sampling.steps"),
+        (RunConfig(data=DataConfig(mix_with=("b",), weights=(1,))),
+         "`data.weights` has 1 entries for 2 sets (`data.path` and `data.mix_with`); give one "
+         "for each", "data.weights"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)
+)  # fmt: skip
 def test_a_problem_names_its_field(config: RunConfig, message: str, field: str | None) -> None:
     found = problems(config)
     assert [(str(problem), problem.field) for problem in found] == [(message, field)]

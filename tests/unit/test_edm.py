@@ -290,22 +290,17 @@ def test_the_network_input_is_scaled_by_c_in() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"sampler": "heun", "steps": 9},
-        {"clip": True},
+        {}, {"clip": True}, {"threshold": 0.9}, {"initial": True}, {"labels": LABELS},
         {"sampler": "ddim", "eta": 1.0, "spacing": "linspace"},
         {"sampler": "unipc3", "timesteps": [999, 900, 700, 400, 200, 100, 0]},
-        {"threshold": 0.9},
         {"images": True, "strength": 0.5, "sampler": "heun"},
         {"inpainting": 3, "sampler": "ddpm"},
         {"inpainting": 2, "images": True, "sampler": "ddim", "eta": 0.3},
-        {"initial": True},
-        {"labels": LABELS},
         {"labels": LABELS, "guidance": Guidance(3.0, two_passes=True), "sampler": "dpm++2m"},
         {"labels": LABELS, "guidance": Guidance(2.0, interval=(0.3, 2.0)), "threshold": 0.8},
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_every_option_of_sampling(options: dict[str, Any]) -> None:
     """The samples with F are those with the same network as one that predicts x_0."""
     generator = torch.Generator().manual_seed(0)

@@ -120,35 +120,28 @@ def test_huge_images_are_refused_by_their_header() -> None:
         decode(array.getvalue(), "npy")
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((4, 4), np.float32),
-        np.zeros((4, 4, 4), np.uint8),
-        np.zeros(4, np.uint8),
-        np.array([[{"a": 1}]], dtype=object),
-    ],
-)
-def test_npy_that_is_no_image_is_refused(array: np.ndarray) -> None:
+def npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=True)
-    with pytest.raises(DecodeError, match="npy array"):
-        decode(stream.getvalue(), "npy")
+    return stream.getvalue()
+
+
+def test_npy_that_is_no_image_is_refused() -> None:
+    pickled = np.array([[{"a": 1}]], dtype=object)
+    kinds = (np.zeros((4, 4), np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8))
+    for array in (*kinds, pickled):
+        with pytest.raises(DecodeError, match="npy array"):
+            decode(npy(array), "npy")
 
 
 def test_npy_may_be_grey_without_channels_and_in_column_order() -> None:
-    stream = io.BytesIO()
     array = random_image(channels=1)[..., 0]
-    np.save(stream, np.asfortranarray(array))
-    assert np.array_equal(decode(stream.getvalue(), "npy"), array[..., None])
+    assert np.array_equal(decode(npy(np.asfortranarray(array)), "npy"), array[..., None])
 
 
-def test_fit_cuts_the_centre_and_leaves_the_right_size_alone() -> None:
+def test_fit_crops_the_centre_and_resizes_without_aliasing() -> None:
     array = random_image(8, 12)
     assert np.array_equal(fit(array, 8), array[:, 2:10])
-
-
-def test_fit_keeps_a_constant_and_does_not_alias() -> None:
     flat = np.full((100, 70, 3), 77, np.uint8)
     assert np.array_equal(fit(flat, 16), np.full((16, 16, 3), 77, np.uint8))
     stripes = np.zeros((64, 64, 1), np.uint8)
