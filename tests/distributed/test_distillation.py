@@ -36,7 +36,8 @@ slow = [pytest.mark.slow, needs_deepspeed]
 @pytest.mark.parametrize(
     ("method", "ways"),
     [
-        ("progressive", ("ddp", "fsdp2")),
+        ("progressive", ("ddp",)),
+        pytest.param("progressive", ("fsdp2",), marks=slow),
         # The student is asked for its own estimates, too.
         pytest.param("consistency", ("ddp", "fsdp2"), marks=slow),
         # A third network learns on its own.

@@ -241,6 +241,7 @@ def test_a_parameterization_more(reader: Reader) -> None:
     assert reader.pixels("digits.png").std() > 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheels for this platform")
 def test_a_kernel_more(reader: Reader) -> None:
     printed = reader.follow("add-a-kernel.md")

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from tests.conftest import MakeShards
+from tests.forked import PATHS, run_script
 from tests.tiny import TINY_GREY
 
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
 from ddpm_engine.data.config import DataConfig
 
-ROOT = Path(__file__).parents[2]
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Run = Callable[..., "CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -40,25 +41,18 @@ def config(shards: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run a script of the repository, or code, in a process of its own."""
+    """Run a script of the repository in a fork of this process, or code in a new one."""
 
-    def start(
-        *arguments: str | Path, timeout: float = 240, code: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        program = [ROOT / arguments[0]] if code is None else ["-c", code]
-        rest = arguments[1:] if code is None else arguments
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}",
-            "COLUMNS": "100",
-        }
+    def start(*arguments: str | Path, code: str | None = None) -> CompletedProcess[str]:
+        if code is None:
+            return run_script(*arguments, cwd=tmp_path)
         return subprocess.run(
-            [sys.executable, *map(str, program), *map(str, rest)],
+            [sys.executable, "-c", code, *map(str, arguments)],
             cwd=tmp_path,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": PATHS},
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=240,
             check=False,
         )
 

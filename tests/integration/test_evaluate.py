@@ -180,6 +180,7 @@ def test_the_figures_are_those_of_the_pictures(
     assert (tmp_path / "out" / "pictures" / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_was_killed_and_report_the_same_bytes(
     trained: Path, cache: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:

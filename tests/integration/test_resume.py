@@ -136,10 +136,10 @@ def test_training_waits_for_a_checkpoint_that_is_being_written(
 @pytest.mark.parametrize(
     ("function", "count"),
     [
-        pytest.param("dcp.save", 2, id="between parts"),
+        pytest.param("dcp.save", 2, id="between parts", marks=pytest.mark.slow),
         pytest.param("_write_manifest", 1, id="before the manifest"),
         pytest.param("os.replace", 2, id="before the rename"),
-        pytest.param("shutil.rmtree", 1, id="while pruning"),
+        pytest.param("shutil.rmtree", 1, id="while pruning", marks=pytest.mark.slow),
     ],
 )
 def test_killed_while_saving(
