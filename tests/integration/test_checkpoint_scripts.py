@@ -115,10 +115,10 @@ def test_average(trained: Path, run: Run, tmp_path: Path) -> None:
     for name in mean:
         expected = (0.25 * four[name].double() + 0.75 * ten[name].double()).float()
         torch.testing.assert_close(mean[name], expected, rtol=1e-6, atol=1e-9)
-    drawn = run(
-        "launch/sample.py", "--checkpoint", out, "--steps", "2", "--count", "1", "--out", "drawn"
+    sampled = run(
+        "launch/sample.py", "--checkpoint", out, "--steps", "2", "--count", "1", "--out", "samples"
     )
-    assert drawn.returncode == 0, drawn.stderr
+    assert sampled.returncode == 0, sampled.stderr
     again = run("launch/checkpoints.py", "average", trained, *arguments)
     assert (again.returncode, "exists" in again.stderr) == (2, True)
     with pytest.raises(UserError, match="holds no part 'model'"):

@@ -1,4 +1,4 @@
-"""Distilling a run from the command line: stages, resuming, drawing, and what is refused."""
+"""Distilling a run from the command line: stages, resuming, sampling, and what is refused."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_moments_killed_and_resumed_to_the_bit(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     script("distill", *words(out))
     assert_same(out, tmp_path / "whole")
-    draw_and_compare(out, script, tmp_path / "drawn")
+    sample_and_compare(out, script, tmp_path / "samples")
 
 
 @pytest.mark.parametrize("at", [4, 6], ids=["in the first stage", "between stages"])
@@ -231,24 +231,24 @@ def test_resumed_to_the_bit(
     assert_same(out, student)
 
 
-def draw_and_compare(student: Path, script: Script, out: Path) -> None:
-    """What sample.py draws, when it is told nothing, is what the library draws in two steps."""
+def sample_and_compare(student: Path, script: Script, out: Path) -> None:
+    """What sample.py makes without options is what the library samples in two steps."""
     pretrained = load_model(student)
     sampler = pretrained.config.sampling.sampler
     script("sample", "--checkpoint", student, "--out", out, "--count", 3)
     manifest = json.loads((out / "manifest.json").read_text())
     assert [manifest[k] for k in ("sampler", "steps", "spacing")] == [sampler, 2, "trailing"]
-    for k, picture in enumerate(to_uint8(pretrained.sample(3).tensor)):
+    for k, image in enumerate(to_uint8(pretrained.sample(3).tensor)):
         file = np.asarray(Image.open(out / f"{k:08d}.png"))
-        assert np.abs(file.astype(int) - picture[..., 0].astype(int)).max() <= 1
+        assert np.abs(file.astype(int) - image[..., 0].astype(int)).max() <= 1
 
 
-def test_pictures_are_those_of_the_library(student: Path, script: Script, tmp_path: Path) -> None:
+def test_samples_are_those_of_the_library(student: Path, script: Script, tmp_path: Path) -> None:
     assert load_model(student).config.sampling.sampler == "ddim"
-    draw_and_compare(student, script, tmp_path / "drawn")
+    sample_and_compare(student, script, tmp_path / "samples")
 
 
-def test_a_checkpoint_is_drawn_from_in_the_steps_that_it_has_learnt(
+def test_a_checkpoint_samples_in_the_steps_that_it_has_learnt(
     teacher: Path, tmp_path: Path, script: Script
 ) -> None:
     script("distill", *command(teacher, tmp_path / "s"), "--log.keep-every", 2)
@@ -272,7 +272,7 @@ def test_a_checkpoint_is_drawn_from_in_the_steps_that_it_has_learnt(
          "scale of 2 built in"),
     ],
 )  # fmt: skip
-def test_other_ways_to_draw_are_refused(
+def test_other_ways_to_sample_are_refused(
     options: tuple[object, ...],
     message: str,
     student: Path,
@@ -281,9 +281,9 @@ def test_other_ways_to_draw_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        script("sample", "--checkpoint", student, "--out", tmp_path / "drawn", *options)
+        script("sample", "--checkpoint", student, "--out", tmp_path / "samples", *options)
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "drawn").exists()
+    assert not (tmp_path / "samples").exists()
 
 
 def test_teacher_and_student_side_by_side(
@@ -307,14 +307,14 @@ def test_teacher_and_student_side_by_side(
     assert shown[:, shown.shape[1] // 2 :].std() > 10
 
 
-def test_an_export_draws_the_same_pictures(
+def test_an_export_makes_the_same_samples(
     student: Path, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By this engine, which also refuses what it refuses of the run."""
     script("export", "--checkpoint", student, "--out", tmp_path / "export")
-    draw = ("--count", 2)
-    script("sample", "--checkpoint", student, "--out", tmp_path / "ours", *draw)
-    script("sample", "--checkpoint", tmp_path / "export", "--out", tmp_path / "theirs", *draw)
+    two = ("--count", 2)
+    script("sample", "--checkpoint", student, "--out", tmp_path / "ours", *two)
+    script("sample", "--checkpoint", tmp_path / "export", "--out", tmp_path / "theirs", *two)
     first, second = (
         np.asarray(Image.open(tmp_path / name / "00000001.png")) for name in ("ours", "theirs")
     )

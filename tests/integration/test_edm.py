@@ -1,4 +1,4 @@
-"""EDM from the command line: trained, stopped, continued, previewed, drawn with, exported."""
+"""EDM from the command line: trained, stopped, continued, previewed, sampled from, exported."""
 
 from __future__ import annotations
 
@@ -90,20 +90,20 @@ def test_a_run_is_trained_and_continued_to_the_bit(
     assert preview.std() > 10  # not of one colour
 
 
-def test_pictures_are_those_of_the_library(trained: Path, script: Script, tmp_path: Path) -> None:
+def test_samples_are_those_of_the_library(trained: Path, script: Script, tmp_path: Path) -> None:
     script(
-        "sample", "--checkpoint", trained, "--out", tmp_path / "drawn", "--count", 3,
+        "sample", "--checkpoint", trained, "--out", tmp_path / "samples", "--count", 3,
         "--class-label", 7, "--guidance-scale", 2,
     )  # fmt: skip
-    manifest = json.loads((tmp_path / "drawn" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "samples" / "manifest.json").read_text())
     assert (manifest["sampler"], manifest["steps"]) == ("heun", 4)
     pretrained = load_model(trained)
     assert not pretrained.sampling.clip_x0
     assert pretrained.schedule.sigma_data == 0.75
     expected = pretrained.sample(3, sampler="heun", steps=4, classes=(7,), guidance=2.0)
-    for k, picture in enumerate(to_uint8(expected.tensor)):
-        file = np.asarray(Image.open(tmp_path / "drawn" / f"{k:08d}.png"))
-        assert np.abs(file.astype(int) - picture[..., 0].astype(int)).max() <= 1
+    for k, image in enumerate(to_uint8(expected.tensor)):
+        file = np.asarray(Image.open(tmp_path / "samples" / f"{k:08d}.png"))
+        assert np.abs(file.astype(int) - image[..., 0].astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_pictures_are_those_of_the_library(trained: Path, script: Script, tmp_pa
 def test_options_of_sampling(
     options: tuple[object, ...], trained: Path, script: Script, tmp_path: Path
 ) -> None:
-    common = ("--checkpoint", trained, "--out", tmp_path / "drawn", "--count", 3)
+    common = ("--checkpoint", trained, "--out", tmp_path / "samples", "--count", 3)
     script("sample", *common, *options)
-    grid = np.asarray(Image.open(tmp_path / "drawn" / "grid.png"))
+    grid = np.asarray(Image.open(tmp_path / "samples" / "grid.png"))
     assert grid.std() > 5
 
 

@@ -1,4 +1,4 @@
-"""Averages of any length after training: kept, continued, combined, drawn with."""
+"""Averages of any length after training: kept, continued, combined, sampled from."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def report(out: Path) -> dict[str, Any]:
 
 
 def same_figures(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of the same pictures in other batches, which rounding can tell."""
+    """Of the same samples in other batches, up to rounding."""
     for name, figures in found["metrics"].items():
         for key, value in figures.items():
             known = expected["metrics"][name][key]
@@ -138,27 +138,27 @@ def processes(trained: Path, out: Path, cache: Path, ranks: int) -> list[Any]:
     ]
 
 
-def test_the_figures_are_those_of_the_pictures(
+def test_the_figures_are_those_of_the_samples(
     trained: Path, shards: Path, cache: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:
     found = evaluate("out", "--checkpoint", trained, *ASKED)
     # The same by hand, from the files that are left.
     files = TarShards(tmp_path / "out" / "pictures" / "shards", "png")
-    drawn: dict[int, np.ndarray] = {}
+    found_by_id: dict[int, np.ndarray] = {}
     for path in sorted(files.folder.iterdir()):
-        drawn.update(files.read(path))
-    assert sorted(drawn) == list(range(60))
-    pictures = np.stack([drawn[k] for k in range(60)])
+        found_by_id.update(files.read(path))
+    assert sorted(found_by_id) == list(range(60))
+    samples = np.stack([found_by_id[k] for k in range(60)])
     real = RealImages(open_shards(shards), (8, 8, 1)).read(range(100))
     classifier = digit_classifier(8, cache)
     metrics = found["metrics"]
     assert list(metrics) == METRICS.split(",")
     distance = frechet_distance(
-        moments([classifier.features(pictures)]), moments([classifier.features(real)])
+        moments([classifier.features(samples)]), moments([classifier.features(real)])
     )
     assert metrics["fid"]["distance"] == pytest.approx(distance, rel=1e-6)
     # Classes come in turn, as they do where nothing is said of a class-conditional network.
-    right = classifier.classify(pictures) == np.arange(60) % 10
+    right = classifier.classify(samples) == np.arange(60) % 10
     assert metrics["accuracy"]["share"] == right.mean()
     assert metrics["kid"]["blocks"] == 10
     assert metrics["precision-recall"]["count"] == 60
@@ -209,25 +209,25 @@ def test_two_processes_go_on_where_one_was_killed_and_report_the_same_bytes(
     assert all(path.stat().st_mtime_ns == before for path, before in earlier.items())
 
 
-def test_a_folder_of_pictures_has_the_figures_of_the_drawn_ones(
+def test_a_folder_of_images_has_the_figures_of_the_samples(
     trained: Path, shards: Path, evaluate: Evaluate, tmp_path: Path
 ) -> None:
-    drawn = evaluate("drawn", "--checkpoint", trained, *ASKED)
+    samples = evaluate("samples", "--checkpoint", trained, *ASKED)
     folder = ("--data", shards, "--metrics", METRICS, "--features", "digits")
     # As launch/sample.py leaves them, and as files of any name.
-    again = evaluate("again", "--samples", tmp_path / "drawn" / "pictures", *folder)
-    same_figures(again, drawn)
+    again = evaluate("again", "--samples", tmp_path / "samples" / "pictures", *folder)
+    same_figures(again, samples)
     assert again["pictures"]["sampler"] == "ddim"
     plain = tmp_path / "plain"
     plain.mkdir()
-    files = TarShards(tmp_path / "drawn" / "pictures" / "shards", "png")
+    files = TarShards(tmp_path / "samples" / "pictures" / "shards", "png")
     for path in files.folder.iterdir():
-        for k, picture in files.read(path).items():
-            (plain / f"picture-{k:03d}.png").write_bytes(encode(picture, "png"))
+        for k, image in files.read(path).items():
+            (plain / f"image-{k:03d}.png").write_bytes(encode(image, "png"))
     folder = ("--data", shards, "--metrics", "fid,kid", "--features", "digits")
     bare = evaluate("bare", "--samples", plain, *folder)
-    same_figures(bare, drawn)
-    # A set of shards is a folder of pictures, too: of itself at no distance.
+    same_figures(bare, samples)
+    # A set of shards is a folder of images, too: of itself at no distance.
     real = evaluate("real", "--samples", shards, *folder)
     assert real["metrics"]["fid"]["distance"] == pytest.approx(0, abs=1e-9)
     assert real["pictures"]["count"] == 100
@@ -296,13 +296,13 @@ def test_real_images_that_another_evaluation_is_at_are_waited_for(
     assert open_real_features(own, real, network).ids() == set(range(100))
 
 
-def test_colour_pictures_by_inceptions_features(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_colour_images_by_inceptions_features(evaluate: Evaluate, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    for folder in ("real", "drawn"):
+    for folder in ("real", "samples"):
         (tmp_path / folder).mkdir()
         for k in range(4):
-            picture = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            (tmp_path / folder / f"{k}.png").write_bytes(encode(picture, "png"))
+            image = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            (tmp_path / folder / f"{k}.png").write_bytes(encode(image, "png"))
     write_shards(open_source(str(tmp_path / "real")), tmp_path / "shards")
     torch.manual_seed(0)
     torch.save(InceptionNetwork().state_dict(), tmp_path / "weights.pth")
@@ -310,7 +310,7 @@ def test_colour_pictures_by_inceptions_features(evaluate: Evaluate, tmp_path: Pa
         "--data", tmp_path / "shards", "--inception-weights", tmp_path / "weights.pth",
         "--metrics", "precision-recall",
     )  # fmt: skip
-    found = evaluate("out", "--samples", tmp_path / "drawn", *asked)
+    found = evaluate("out", "--samples", tmp_path / "samples", *asked)
     assert found["features"]["name"] == "inception"
     assert found["features"]["hash"] == sha256_of(tmp_path / "weights.pth")
     assert found["metrics"]["precision-recall"]["count"] == 4

@@ -1,4 +1,4 @@
-"""Objectives other than the simple one, from the first step to a picture."""
+"""Objectives other than the simple one, from the first step to a sample."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def test_importance_sampling_resumes_to_the_bit(config: RunConfig) -> None:
     assert int(straight["objective.counts"].sum()) == 30 * config.training.batch_size
 
 
-def test_a_learned_variance_from_training_to_a_picture(
+def test_a_learned_variance_from_training_to_a_sample(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained with previews, stopped, continued, drawn from in every way, and its bound taken."""
+    """Trained with previews, stopped, continued, sampled from in every way, and its bound taken."""
     config = replace(
         config,
         model=replace(config.model, out_channels=2),
@@ -79,13 +79,13 @@ def test_a_learned_variance_from_training_to_a_picture(
     changed = (head[0] - head[1]).abs().amax((1, 2, 3))
     assert bool((changed > 0).all()), "mean and variance are both trained"
 
-    drawn = config.out.with_name("drawn")
-    line = [SCRIPT, "--checkpoint", config.out, "--out", drawn, "--count", 3]
+    folder = config.out.with_name("samples")
+    line = [SCRIPT, "--checkpoint", config.out, "--out", folder, "--count", 3]
     with monkeypatch.context() as patched:
         patched.setattr(sys, "argv", [str(word) for word in line])
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert len(list(drawn.glob("0*.png"))) == 3
-    assert '"learned_range"' in (drawn / "manifest.json").read_text()
+    assert len(list(folder.glob("0*.png"))) == 3
+    assert '"learned_range"' in (folder / "manifest.json").read_text()
 
     trained = load_model(config.out)
     ids = torch.arange(3)
@@ -94,9 +94,9 @@ def test_a_learned_variance_from_training_to_a_picture(
         {"variance": "fixed_small"},
         {"sampler": "ddim"},
     ]
-    pictures = [trained.sample(ids, seed=0, steps=4, **options).tensor for options in ways]
-    assert all(bool(drawn.isfinite().all()) for drawn in pictures)
-    assert not torch.equal(pictures[0], pictures[1])
+    samples = [trained.sample(ids, seed=0, steps=4, **options).tensor for options in ways]
+    assert all(bool(batch.isfinite().all()) for batch in samples)
+    assert not torch.equal(samples[0], samples[1])
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     schedule = replace(config.diffusion, timesteps=5, beta_end=0.5).build_schedule()
     terms = bits_per_dim(

@@ -37,10 +37,10 @@ def test_a_run_on_photographs(tmp_path: Path) -> None:
     assert shown.real.shape == (64, 32, 32, 3)
     stored = {few.examples[i].image.tobytes() for i in range(100)}
     assert all(image.tobytes() in stored for image in shown.real)
-    drawn = trained.sample(2, steps=3, sampler="ddpm").tensor
-    assert drawn.shape == (2, 3, 32, 32)
-    assert torch.isfinite(drawn).all()
+    samples = trained.sample(2, steps=3, sampler="ddpm").tensor
+    assert samples.shape == (2, 3, 32, 32)
+    assert torch.isfinite(samples).all()
     # Noise differs between the channels of a pixel.
-    assert not np.allclose(drawn[:, 0], drawn[:, 1], atol=0.01)
+    assert not np.allclose(samples[:, 0], samples[:, 1], atol=0.01)
     (path,) = exhibit.forward(shown)
     assert path.stat().st_size > 1000

@@ -262,7 +262,7 @@ def test_workers_do_not_change_the_run(config: RunConfig, reference: Path) -> No
 
 
 def test_accumulation_changes_only_the_rounding(config: RunConfig) -> None:
-    # Dropout is drawn for each piece, so it is off here.
+    # Dropout is random in each piece, so it is off here.
     config = replace(
         config,
         model=replace(config.model, dropout=0.0),

@@ -1,4 +1,4 @@
-"""Sampling as people call it: every option, many pictures, many processes, and sudden ends."""
+"""Sampling as people call it: every option, many samples, many processes, and sudden ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "sample.py"
-Draw = Callable[..., Path]
+Sample = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def draw(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
-    """Run the script in this process: `draw("name", *arguments)` → its folder."""
+def sample(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sample:
+    """Run the script in this process: `sample("name", *arguments)` → its folder."""
 
     def start(name: str, *arguments: object) -> Path:
         out = tmp_path / name
@@ -70,7 +70,7 @@ DDIM = ("--sampler", "ddim", "--steps", 8, "--count", 4)
 
 
 def pixels(folder: Path) -> np.ndarray:
-    """All pictures of a folder of PNGs in order: int16 `[N, H, W]`."""
+    """All images of a folder of PNGs in order: int16 `[N, H, W]`."""
     files = sorted(folder.glob("0*.png"))
     return np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.int16)
 
@@ -80,13 +80,13 @@ def difference(a: Path, b: Path) -> int:
 
 
 def tar_pixels(folder: Path) -> dict[int, np.ndarray]:
-    """The pictures in a folder of shards by id; each id must be there once."""
+    """The images in a folder of shards by id; each id must be there once."""
     found: dict[int, np.ndarray] = {}
     for path in sorted((folder / "shards").glob("*.tar")):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-            k = int(sample["__key__"])
+        for entry in webdataset.WebDataset(str(path), shardshuffle=False):
+            k = int(entry["__key__"])
             assert k not in found
-            found[k] = np.asarray(Image.open(io.BytesIO(sample["png"]))).astype(np.int16)
+            found[k] = np.asarray(Image.open(io.BytesIO(entry["png"]))).astype(np.int16)
     return found
 
 
@@ -119,86 +119,91 @@ def processes(trained: Path, out: Path, *arguments: object, ranks: int) -> list[
     ["ddpm", "ddim", "dpm++1", "dpm++2m", "dpm++3m", "dpm++2m_sde", "unipc", "unipc3", "euler",
      "heun"],
 )  # fmt: skip
-def test_every_sampler_draws(sampler: str, draw: Draw) -> None:
-    out = draw("out", "--sampler", sampler, "--steps", 4, "--count", 2)
+def test_every_sampler_samples(sampler: str, sample: Sample) -> None:
+    out = sample("out", "--sampler", sampler, "--steps", 4, "--count", 2)
     assert pixels(out).std() > 5
     assert json.loads((out / "manifest.json").read_text())["sampler"] == sampler
 
 
-def test_listed_timesteps_are_those_of_the_spacing(draw: Draw) -> None:
-    spaced = draw("spaced", "--sampler", "ddim", "--steps", 4, "--count", 2)
-    listed = draw("listed", "--sampler", "ddim", "--timesteps", "999,749,499,249", "--count", 2)
-    other = draw("other", "--sampler", "ddim", "--timesteps", "999,600,100,0", "--count", 2)
+def test_listed_timesteps_are_those_of_the_spacing(sample: Sample) -> None:
+    spaced = sample("spaced", "--sampler", "ddim", "--steps", 4, "--count", 2)
+    listed = sample("listed", "--sampler", "ddim", "--timesteps", "999,749,499,249", "--count", 2)
+    other = sample("other", "--sampler", "ddim", "--timesteps", "999,600,100,0", "--count", 2)
     assert difference(spaced, listed) == 0
     assert difference(spaced, other) > 0
-    leading = draw("leading", "--sampler", "ddim", "--steps", 4, "--count", 2, "--spacing",
+    leading = sample("leading", "--sampler", "ddim", "--steps", 4, "--count", 2, "--spacing",
                    "leading")  # fmt: skip
     assert difference(spaced, leading) > 0
 
 
-def test_noise_options(draw: Draw) -> None:
-    plain = draw("plain", *DDIM)
-    assert difference(plain, draw("eta", *DDIM, "--eta", 0.8)) > 0
+def test_noise_options(sample: Sample) -> None:
+    plain = sample("plain", *DDIM)
+    assert difference(plain, sample("eta", *DDIM, "--eta", 0.8)) > 0
     ddpm = ("--steps", 8, "--count", 4, "--sampler", "ddpm", "--variance")
-    assert difference(draw("small", *ddpm, "fixed_small"), draw("large", *ddpm, "fixed_large")) > 0
-    assert difference(plain, draw("seed", *DDIM, "--seed", 1)) > 0
-    assert difference(plain, draw("weights", *DDIM, "--weights", "model")) > 0
+    assert (
+        difference(sample("small", *ddpm, "fixed_small"), sample("large", *ddpm, "fixed_large")) > 0
+    )
+    assert difference(plain, sample("seed", *DDIM, "--seed", 1)) > 0
+    assert difference(plain, sample("weights", *DDIM, "--weights", "model")) > 0
 
 
-def test_classes_one_by_one_and_in_turn(draw: Draw) -> None:
-    every = draw("all", "--sampler", "ddim", "--steps", 8, "--count", 12, "--class-labels", "all")
-    listed = draw("list", *DDIM, "--class-labels", "3,1")
-    three, one = draw("3", *DDIM, "--class-label", 3), draw("1", *DDIM, "--class-label", 1)
-    # Picture 1 is of class 1 in both; so is 3 of class 3 in `all`, and of 1 in the list.
+def test_classes_one_by_one_and_in_turn(sample: Sample) -> None:
+    every = sample("all", "--sampler", "ddim", "--steps", 8, "--count", 12, "--class-labels", "all")
+    listed = sample("list", *DDIM, "--class-labels", "3,1")
+    three, one = sample("3", *DDIM, "--class-label", 3), sample("1", *DDIM, "--class-label", 1)
+    # Sample 1 is of class 1 in both; so is 3 of class 3 in `all`, and of 1 in the list.
     assert np.abs(pixels(every)[[1]] - pixels(one)[[1]]).max() <= 1
     assert np.abs(pixels(every)[[3]] - pixels(three)[[3]]).max() <= 1
     assert np.abs(pixels(listed)[[0, 2]] - pixels(three)[[0, 2]]).max() <= 1
     assert np.abs(pixels(listed)[[1, 3]] - pixels(one)[[1, 3]]).max() <= 1
     assert difference(three, one) > 1
     grid = np.asarray(
-        Image.open(draw("rows", *DDIM, "--count", 8, "--class-labels", "3,1") / "grid.png")
+        Image.open(sample("rows", *DDIM, "--count", 8, "--class-labels", "3,1") / "grid.png")
     )
     assert grid.shape == ((2 * 9 + 1) * 8, (4 * 9 + 1) * 8)  # two rows of four, eightfold
-    # What is drawn if nobody says: every class in turn, from noise; no class, if not from noise.
-    assert difference(draw("unsaid", *DDIM, "--count", 12), every) == 0
+    # The default: every class in turn, from noise; no class, if not from noise.
+    assert difference(sample("unsaid", *DDIM, "--count", 12), every) == 0
     no_class = (*DDIM, "--class-labels", "none")
-    assert difference(draw("none", *no_class), draw("null", *DDIM, "--class-label", 10)) == 0
+    assert difference(sample("none", *no_class), sample("null", *DDIM, "--class-label", 10)) == 0
     images = ("--images", three, "--strength", 1)
-    assert difference(draw("i", *DDIM, *images), draw("in", *no_class, *images)) == 0
-    assert difference(draw("i0", *DDIM, *images, "--class-label", 0), draw("j", *DDIM, *images)) > 0
+    assert difference(sample("i", *DDIM, *images), sample("in", *no_class, *images)) == 0
+    assert (
+        difference(sample("i0", *DDIM, *images, "--class-label", 0), sample("j", *DDIM, *images))
+        > 0
+    )
 
 
-def test_guidance_options(draw: Draw) -> None:
-    plain = draw("plain", *DDIM, "--class-label", 3)
+def test_guidance_options(sample: Sample) -> None:
+    plain = sample("plain", *DDIM, "--class-label", 3)
     guided = ("--class-label", 3, "--guidance-scale", 5, *DDIM)
-    strong = draw("strong", *guided)
+    strong = sample("strong", *guided)
     assert difference(plain, strong) > 1
-    assert difference(strong, draw("two", *guided, "--two-passes")) <= 1
-    assert difference(strong, draw("rescaled", *guided, "--guidance-rescale", 0.9)) > 1
-    assert difference(strong, draw("limited", *guided, "--guidance-interval", 0.5, 5)) > 1
-    none = draw("none", *DDIM, "--class-label", 3, "--guidance-scale", 1)
+    assert difference(strong, sample("two", *guided, "--two-passes")) <= 1
+    assert difference(strong, sample("rescaled", *guided, "--guidance-rescale", 0.9)) > 1
+    assert difference(strong, sample("limited", *guided, "--guidance-interval", 0.5, 5)) > 1
+    none = sample("none", *DDIM, "--class-label", 3, "--guidance-scale", 1)
     assert difference(plain, none) <= 1
 
 
-def test_threshold_and_cache(draw: Draw) -> None:
-    plain = draw("plain", *DDIM)
-    assert difference(plain, draw("every", *DDIM, "--cache-interval", 1)) == 0
-    assert difference(plain, draw("third", *DDIM, "--cache-interval", 3)) > 0
+def test_threshold_and_cache(sample: Sample) -> None:
+    plain = sample("plain", *DDIM)
+    assert difference(plain, sample("every", *DDIM, "--cache-interval", 1)) == 0
+    assert difference(plain, sample("third", *DDIM, "--cache-interval", 3)) > 0
     wild = ("--class-label", 3, "--guidance-scale", 9, *DDIM)
-    assert difference(draw("w", *wild), draw("wt", *wild, "--threshold", 0.8)) > 0
+    assert difference(sample("w", *wild), sample("wt", *wild, "--threshold", 0.8)) > 0
 
 
-def test_kept_features_are_never_of_the_batch_before(draw: Draw) -> None:
+def test_kept_features_are_never_of_the_batch_before(sample: Sample) -> None:
     changing = (
         "--sampler", "ddim", "--steps", 10, "--class-label", 3, "--guidance-scale", 3,
         "--guidance-interval", 2, 1000, "--cache-interval", 4, "--batch-size", 1,
     )  # fmt: skip
-    both = draw("both", *changing, "--ids", "0,1")
-    alone = draw("alone", *changing, "--ids", "1")
+    both = sample("both", *changing, "--ids", "0,1")
+    alone = sample("alone", *changing, "--ids", "1")
     assert np.array_equal(pixels(both)[1], pixels(alone)[0])
 
 
-def test_image_to_image_keeps_what_little_noise_leaves(draw: Draw, tmp_path: Path) -> None:
+def test_image_to_image_keeps_what_little_noise_leaves(sample: Sample, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     # Larger than the network, in colour, and of two kinds: cut, resized, made grey.
@@ -206,10 +211,10 @@ def test_image_to_image_keeps_what_little_noise_leaves(draw: Draw, tmp_path: Pat
     coarse[0, :16], coarse[1, :, 24:] = 255, 255
     for number, image in enumerate(coarse):
         Image.fromarray(image).save(images / f"{number}.png")
-    slight = draw("slight", *DDIM, "--images", images, "--strength", 0.125)
-    strong = draw("strong", *DDIM, "--images", images, "--strength", 1)
-    half = draw("half", *DDIM, "--images", images)
-    # Picture k begins with image k modulo 2.
+    slight = sample("slight", *DDIM, "--images", images, "--strength", 0.125)
+    strong = sample("strong", *DDIM, "--images", images, "--strength", 1)
+    half = sample("half", *DDIM, "--images", images)
+    # Sample k begins with image k modulo 2.
     begun = np.zeros((4, 8, 8))
     begun[0::2, :4], begun[1::2, :, 4:] = 255, 255
 
@@ -218,21 +223,21 @@ def test_image_to_image_keeps_what_little_noise_leaves(draw: Draw, tmp_path: Pat
 
     assert correlation(slight) > 0.9
     assert correlation(slight) > correlation(half) > correlation(strong)
-    alone = draw("alone", *DDIM, "--images", images / "0.png", "--strength", 0.125)
+    alone = sample("alone", *DDIM, "--images", images / "0.png", "--strength", 0.125)
     assert np.abs(pixels(alone)[0] - pixels(slight)[0]).max() <= 1
     assert json.loads((half / "manifest.json").read_text())["strength"] == 0.5
 
 
-def test_inpainting_keeps_known_pixels(draw: Draw, tmp_path: Path) -> None:
+def test_inpainting_keeps_known_pixels(sample: Sample, tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     files = ("--images", tmp_path / "image.png", "--mask", tmp_path / "mask.png")
-    painted = draw("painted", *DDIM, *files)
-    again = draw("again", *DDIM, *files, "--draws", 3)
-    near = draw("near", *DDIM, *files, "--strength", 0.25)
+    painted = sample("painted", *DDIM, *files)
+    again = sample("again", *DDIM, *files, "--draws", 3)
+    near = sample("near", *DDIM, *files, "--strength", 0.25)
     for folder in (painted, again, near):
         assert np.abs(pixels(folder)[:, :, :4] - image[:, :4]).max() <= 1
         assert np.abs(pixels(folder)[:, :, 4:] - image[:, 4:]).max() > 10
@@ -240,19 +245,19 @@ def test_inpainting_keeps_known_pixels(draw: Draw, tmp_path: Path) -> None:
     assert difference(painted, near) > 1
 
 
-def test_interpolation_leads_from_one_picture_to_the_other(draw: Draw) -> None:
+def test_interpolation_leads_from_one_sample_to_the_other(sample: Sample) -> None:
     solver = ("--sampler", "ddim", "--steps", 8, "--class-label", 3)
-    ends = draw("ends", *solver, "--ids", "9,4")
-    path = draw("path", *solver, "--interpolate", "4,9", "--count", 5)
+    ends = sample("ends", *solver, "--ids", "9,4")
+    path = sample("path", *solver, "--interpolate", "4,9", "--count", 5)
     assert np.abs(pixels(path)[[0, -1]] - pixels(ends)).max() <= 1
     assert np.abs(pixels(path)[2] - pixels(ends)).max() > 1
 
 
 @pytest.mark.slow
-def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_is_eager(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch._inductor")
-    eager = draw("eager", *DDIM)
-    compiled = draw("compiled", *DDIM, "--compile")
+    eager = sample("eager", *DDIM)
+    compiled = sample("compiled", *DDIM, "--compile")
     assert difference(eager, compiled) <= 1
     said = capsys.readouterr().out
     assert "compiling the network for batches of 4" in said
@@ -291,22 +296,22 @@ def test_compiled_is_eager(draw: Draw, capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_flags_that_do_not_go_together(
-    arguments: list[object], expected: str, draw: Draw, capsys: pytest.CaptureFixture[str],
+    arguments: list[object], expected: str, sample: Sample, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(SystemExit, match="2"):
-        draw("out", *arguments)
+        sample("out", *arguments)
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_masks_that_say_nothing(
-    draw: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sample: Sample, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     with pytest.raises(SystemExit):
-        draw("out", "--images", tmp_path / "white.png", "--mask", tmp_path / "white.png")
+        sample("out", "--images", tmp_path / "white.png", "--mask", tmp_path / "white.png")
     assert "white all over" in capsys.readouterr().err
 
 
@@ -315,79 +320,79 @@ def test_masks_that_say_nothing(
 SHARDS = ("--sampler", "ddim", "--steps", 2, "--class-labels", "all", "--batch-size", 5)
 
 
-def test_shards_of_every_kind_hold_the_same_pictures(draw: Draw) -> None:
+def test_shards_of_every_kind_hold_the_same_samples(sample: Sample) -> None:
     many = (*SHARDS, "--count", 20, "--per-shard", 8)
-    single = draw("single", *SHARDS, "--count", 20)
-    tar = draw("tar", *many, "--format", "tar")
+    single = sample("single", *SHARDS, "--count", 20)
+    tar = sample("tar", *many, "--format", "tar")
     names = ["00000000-00000007.tar", "00000008-00000015.tar", "00000016-00000019.tar"]
     assert sorted(os.listdir(tar / "shards")) == names
     assert (tar / "grid.png").exists()
     found = tar_pixels(tar)
     assert list(found) == list(range(20))
     assert np.abs(np.stack(list(found.values())) - pixels(single)).max() <= 1
-    npy = draw("npy", *many, "--format", "tar-npy")
+    npy = sample("npy", *many, "--format", "tar-npy")
     for path in sorted((npy / "shards").glob("*.tar")):
-        for sample in webdataset.WebDataset(str(path), shardshuffle=False).decode():
-            k = int(sample["__key__"])
-            assert np.array_equal(sample["npy"][..., 0], found[k])
-            assert sample["cls"] == k % 10
-            assert sample["json"] == {"id": k, "seed": 0, "label": k % 10}
-    npz = draw("npz", *many, "--format", "npz")
+        for entry in webdataset.WebDataset(str(path), shardshuffle=False).decode():
+            k = int(entry["__key__"])
+            assert np.array_equal(entry["npy"][..., 0], found[k])
+            assert entry["cls"] == k % 10
+            assert entry["json"] == {"id": k, "seed": 0, "label": k % 10}
+    npz = sample("npz", *many, "--format", "npz")
     with np.load(npz / "shards" / "00000008-00000015.npz", allow_pickle=False) as archive:
         assert archive["ids"].tolist() == list(range(8, 16))
         assert archive["labels"].tolist() == [8, 9, 0, 1, 2, 3, 4, 5]
         assert np.array_equal(archive["images"][3, ..., 0], found[11])
 
 
-def test_shards_are_training_data(draw: Draw) -> None:
-    out = draw("tar", *SHARDS, "--count", 20, "--per-shard", 8, "--format", "tar")
+def test_shards_are_training_data(sample: Sample) -> None:
+    out = sample("tar", *SHARDS, "--count", 20, "--per-shard", 8, "--format", "tar")
     assert index_shards(out / "shards").samples == 20
     dataset = ShardDataset(out / "shards", 0, 8, 1)
     assert sorted(int(sample.label) for sample in dataset.__getitems__(range(20))) == sorted(
         k % 10 for k in range(20)
     )
-    # Indexed or not, it is still the set of pictures, and more can be added to it.
-    draw("tar", *SHARDS, "--count", 22, "--per-shard", 8, "--format", "tar")
+    # Indexed or not, it is still the set of samples, and more can be added to it.
+    sample("tar", *SHARDS, "--count", 22, "--per-shard", 8, "--format", "tar")
     assert list(tar_pixels(out)) == list(range(22))
 
 
 def test_a_set_grows_and_refuses_other_settings(
-    draw: Draw, capsys: pytest.CaptureFixture[str]
+    sample: Sample, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = (*SHARDS, "--per-shard", 8, "--format", "tar")
-    out = draw("out", *common, "--count", 12)
+    out = sample("out", *common, "--count", 12)
     first = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (out / "shards").iterdir()}
-    draw("out", *common, "--count", 30, "--batch-size", 3, "--per-shard", 6)
+    sample("out", *common, "--count", 30, "--batch-size", 3, "--per-shard", 6)
     for name, (content, mtime) in first.items():
         path = out / "shards" / name
         assert (path.read_bytes(), path.stat().st_mtime_ns) == (content, mtime)
     assert list(tar_pixels(out)) == list(range(30))
     assert "30 samples" in capsys.readouterr().out
-    draw("out", *common, "--count", 30)
+    sample("out", *common, "--count", 30)
     assert "already" in capsys.readouterr().out
     for flag, value in {
         "seed": 1, "threshold": 0.9, "format": "npz", "eta": 0.1, "class-labels": "1,2"
     }.items():  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
-            draw("out", *common, "--count", 31, f"--{flag}", value)
+            sample("out", *common, "--count", 31, f"--{flag}", value)
         name = flag.replace("class-labels", "classes")
         assert f"{name} was" in capsys.readouterr().err
     assert list(tar_pixels(out)) == list(range(30))
 
 
-def test_a_grid_that_is_missing_is_made(draw: Draw) -> None:
-    out = draw("out", *SHARDS, "--count", 6, "--format", "npz")
+def test_a_grid_that_is_missing_is_made(sample: Sample) -> None:
+    out = sample("out", *SHARDS, "--count", 6, "--format", "npz")
     before = (out / "grid.png").read_bytes()
     (out / "grid.png").unlink()
-    draw("out", *SHARDS, "--count", 6, "--format", "npz")
+    sample("out", *SHARDS, "--count", 6, "--format", "npz")
     assert (out / "grid.png").read_bytes() == before
 
 
 # Many processes, and sudden ends
 
 
-def test_ranks_divide_the_pictures_and_agree_with_one(
-    trained: Path, draw: Draw, tmp_path: Path
+def test_ranks_divide_the_samples_and_agree_with_one(
+    trained: Path, sample: Sample, tmp_path: Path
 ) -> None:
     common = (*SHARDS, "--count", 22, "--per-shard", 4, "--format", "tar")
     with socket.socket() as probe:
@@ -410,9 +415,9 @@ def test_ranks_divide_the_pictures_and_agree_with_one(
     assert done.returncode == 0, done.stdout + done.stderr
     # Whoever ends last says so, once.
     assert done.stdout.count("22 samples in") == 1
-    one = draw("one", *common)
+    one = sample("one", *common)
     for path in sorted((one / "shards").iterdir()):
-        # The same batches are drawn, whoever draws them: not even rounding differs.
+        # The batches are the same, whoever samples them: not even rounding differs.
         assert path.read_bytes() == (tmp_path / "two" / "shards" / path.name).read_bytes()
     assert (one / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
     assert sorted(os.listdir(one / "shards")) == sorted(os.listdir(tmp_path / "two" / "shards"))
@@ -420,7 +425,7 @@ def test_ranks_divide_the_pictures_and_agree_with_one(
 
 @pytest.mark.parametrize("format", ["tar", "png"])
 def test_killed_ranks_are_followed_by_another_number(
-    format: str, trained: Path, draw: Draw, tmp_path: Path
+    format: str, trained: Path, sample: Sample, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     common = ("--sampler", "ddim", "--steps", 40, "--count", 64, "--format", format)
@@ -442,11 +447,11 @@ def test_killed_ranks_are_followed_by_another_number(
     # What a process that is killed while it writes leaves behind.
     half = "00000060-00000063.tar.tmp" if format == "tar" else "00000063.png.tmp"
     (folder / half).write_bytes(b"half")
-    draw("out", *common, "--batch-size", 16)
+    sample("out", *common, "--batch-size", 16)
     for path, before in earlier.items():
         assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert not list(out.rglob("*.tmp"))
-    whole = draw("whole", *common, "--batch-size", 4, *per_shard)
+    whole = sample("whole", *common, "--batch-size", 4, *per_shard)
     if format == "tar":
         found, expected = tar_pixels(out), tar_pixels(whole)
         assert sorted(found) == list(range(64))
@@ -455,7 +460,9 @@ def test_killed_ranks_are_followed_by_another_number(
         assert difference(out, whole) <= 1
 
 
-def test_nobody_waits_for_a_process_that_hangs(trained: Path, tmp_path: Path, draw: Draw) -> None:
+def test_nobody_waits_for_a_process_that_hangs(
+    trained: Path, tmp_path: Path, sample: Sample
+) -> None:
     out = tmp_path / "out"
     common = ("--sampler", "ddim", "--steps", 40, "--count", 64, "--format", "tar",
               "--per-shard", 4, "--batch-size", 4)  # fmt: skip
@@ -465,7 +472,7 @@ def test_nobody_waits_for_a_process_that_hangs(trained: Path, tmp_path: Path, dr
         while not list(out.rglob("0*.tar")) and time.monotonic() < deadline:
             time.sleep(0.02)
         hanging.send_signal(signal.SIGSTOP)
-        draw("out", *common)
+        sample("out", *common)
         there = set(tar_pixels(out))
         # All but the shard, at most, that the stopped process has claimed.
         assert 60 <= len(there) <= 64
@@ -500,14 +507,14 @@ def test_without_locks_there_is_one_process(
         return np.zeros((len(ids), 8, 8, 1), np.uint8)
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
-    pictures = SampleDir(tmp_path / "out", {"seed": 0})
+    samples = SampleDir(tmp_path / "out", {"seed": 0})
     with pytest.raises(UserError, match="without file locks"):
-        fill_missing(pictures, range(4), black, share=WorkShare(0, 2))
-    assert fill_missing(pictures, range(4), black)
-    assert pictures.ids() == {0, 1, 2, 3}
+        fill_missing(samples, range(4), black, share=WorkShare(0, 2))
+    assert fill_missing(samples, range(4), black)
+    assert samples.ids() == {0, 1, 2, 3}
 
 
-def test_pictures_without_a_manifest_are_left_alone(tmp_path: Path) -> None:
+def test_samples_without_a_manifest_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "00000000.png").write_bytes(b"somebody's")
     with pytest.raises(UserError, match=r"holds other things \(00000000.png\)"):
         SampleDir(tmp_path, {"seed": 0})

@@ -1,4 +1,4 @@
-"""The scripts as people call them, from shards to pictures."""
+"""The scripts as people call them, from shards to samples."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_default_run_makes_its_shards(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "runs/digits/checkpoints/step-00000001").is_dir()
 
 
-def test_any_picture_can_be_made_again(trained: Path, run: Run, tmp_path: Path) -> None:
+def test_any_sample_can_be_made_again(trained: Path, run: Run, tmp_path: Path) -> None:
     common = ["--checkpoint", trained, "--steps", "10", "--seed", "5"]
     done(run("launch/sample.py", *common, "--count", "6", "--out", tmp_path / "all"))
     manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
@@ -176,14 +176,14 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
     assert len(list((tmp_path / "out").glob("0*.png"))) == 2
 
 
-def test_an_export_draws_the_pictures_of_its_run(trained: Path, run: Run, tmp_path: Path) -> None:
+def test_an_export_makes_the_samples_of_its_run(trained: Path, run: Run, tmp_path: Path) -> None:
     export = ["--checkpoint", trained, "--out", tmp_path / "export"]
     done(run("launch/export.py", *export))
     done(run("launch/export.py", *export))  # replaces itself
     for name, checkpoint in {"run": trained, "export": tmp_path / "export"}.items():
-        common = ["--steps", "3", "--count", "2", "--out", tmp_path / f"{name}-drawn"]
+        common = ["--steps", "3", "--count", "2", "--out", tmp_path / f"{name}-samples"]
         done(run("launch/sample.py", "--checkpoint", checkpoint, *common))
-    first, second = (tmp_path / f"{name}-drawn" / "00000001.png" for name in ("run", "export"))
+    first, second = (tmp_path / f"{name}-samples" / "00000001.png" for name in ("run", "export"))
     assert np.array_equal(pixels(first), pixels(second))
     settings = json.loads((second.parent / "manifest.json").read_text())
     weights = tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors"

@@ -56,9 +56,9 @@ def test_every_figure_of_a_run(
     ]  # fmt: skip
     assert all(str(path) in output for path in figures)
     for path in figures:
-        picture = np.asarray(Image.open(path).convert("RGB"))
-        assert picture.shape[0] > 100
-        assert picture.std() > 5  # something is drawn
+        image = np.asarray(Image.open(path).convert("RGB"))
+        assert image.shape[0] > 100
+        assert image.std() > 5  # it is not blank
 
 
 def test_a_toy(

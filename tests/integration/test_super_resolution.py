@@ -29,7 +29,7 @@ from ddpm_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = ("--sampler", "ddim", "--steps", 4)
-Draw = Callable[..., Path]
+Sample = Callable[..., Path]
 
 
 def enlarging(config: RunConfig) -> RunConfig:
@@ -65,8 +65,8 @@ def run_directory(config: RunConfig, trained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of 4×4 pictures, as launch/sample.py leaves them: ids 0 to 5, of classes 3 and 1."""
-    folder = tmp_path_factory.mktemp("small") / "drawn"
+    """A set of 4×4 samples, as launch/sample.py leaves them: ids 0 to 5, of classes 3 and 1."""
+    folder = tmp_path_factory.mktemp("small") / "samples"
     folder.mkdir()
     settings = {"seed": 0, "classes": [3, 1], "format": "png"}
     (folder / "manifest.json").write_text(json.dumps(settings))
@@ -77,8 +77,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def draw(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
-    """Run launch/sample.py in this process: `draw("name", *arguments)` → its folder."""
+def sample(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sample:
+    """Run launch/sample.py in this process: `sample("name", *arguments)` → its folder."""
 
     def start(name: str, *arguments: object, checkpoint: Path = run_directory) -> Path:
         out, script = tmp_path / name, str(ROOT / "launch" / "sample.py")
@@ -92,8 +92,8 @@ def draw(run_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def pixels(folder: Path) -> np.ndarray:
-    pictures = open_samples(folder)
-    return pictures.read(sorted(pictures.ids())).astype(int)
+    samples = open_samples(folder)
+    return samples.read(sorted(samples.ids())).astype(int)
 
 
 def test_resumed_run_is_the_same_to_the_bit(config: RunConfig, run_directory: Path) -> None:
@@ -108,46 +108,48 @@ def test_resumed_run_is_the_same_to_the_bit(config: RunConfig, run_directory: Pa
 
 
 def test_preview_enlarges_the_first_images_of_the_data(run_directory: Path, shards: Path) -> None:
-    samples = ShardDataset(shards, seed=0).__getitems__(range(6))
-    images = torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2)
+    stored = ShardDataset(shards, seed=0).__getitems__(range(6))
+    images = torch.from_numpy(np.stack([sample.image for sample in stored])).permute(0, 3, 1, 2)
     pretrained = load_model(run_directory)
-    labels = [sample.label for sample in samples]
-    drawn = pretrained.sample(
+    labels = [sample.label for sample in stored]
+    samples = pretrained.sample(
         6, seed=0, steps=5, variance="fixed_small", classes=tuple(labels),
         low_resolution=downsample(images, 4),
     ).tensor  # fmt: skip
     shown = np.asarray(Image.open(run_directory / "samples" / "step-00000040.png")).astype(int)
-    assert np.abs(shown - np.asarray(grid(to_uint8(drawn))).astype(int)).max() <= 1
+    assert np.abs(shown - np.asarray(grid(to_uint8(samples))).astype(int)).max() <= 1
 
 
-def test_a_cascade_makes_picture_k_of_picture_k(draw: Draw, small: Path) -> None:
-    whole = draw("whole", "--count", 6, "--low-resolution", small, "--augmentation", 50)
+def test_a_cascade_makes_sample_k_of_sample_k(sample: Sample, small: Path) -> None:
+    whole = sample("whole", "--count", 6, "--low-resolution", small, "--augmentation", 50)
     settings = json.loads((whole / "manifest.json").read_text())
-    assert settings["classes"] == [3, 1], "classes are those of the small pictures"
+    assert settings["classes"] == [3, 1], "classes are those of the low-resolution samples"
     assert settings["augmentation"] == 50
-    one = draw(
+    one = sample(
         "one", "--ids", "4", "--low-resolution", small, "--augmentation", 50, "--batch-size", 1
     )
     assert np.abs(pixels(one) - pixels(whole)[4:5]).max() <= 1
-    # Made from the fourth small picture, and from nothing else of the set.
+    # Made from the fourth low-resolution sample, and from nothing else of the set.
     files = sorted(small.glob("0*.png"))
-    alone = draw(
+    alone = sample(
         "alone", "--ids", "4", "--low-resolution", files[4], "--augmentation", 50,
         "--class-label", 3,
     )  # fmt: skip
     assert np.abs(pixels(alone) - pixels(one)).max() <= 1
-    other = draw(
+    other = sample(
         "other", "--ids", "4", "--low-resolution", files[3], "--augmentation", 50,
         "--class-label", 3,
     )  # fmt: skip
     assert np.abs(pixels(other) - pixels(one)).max() > 1
-    clean = draw("clean", "--ids", "4", "--low-resolution", small)
+    clean = sample("clean", "--ids", "4", "--low-resolution", small)
     assert np.abs(pixels(clean) - pixels(one)).max() > 1
 
 
-def test_a_set_goes_on_when_the_small_pictures_have_become_more(draw: Draw, small: Path) -> None:
-    draw("out", "--count", 2, "--low-resolution", small)
-    assert len(pixels(draw("out", "--count", 4, "--low-resolution", small))) == 4
+def test_a_set_goes_on_when_the_low_resolution_samples_have_become_more(
+    sample: Sample, small: Path
+) -> None:
+    sample("out", "--count", 2, "--low-resolution", small)
+    assert len(pixels(sample("out", "--count", 4, "--low-resolution", small))) == 4
 
 
 @pytest.mark.parametrize(
@@ -163,22 +165,22 @@ def test_a_set_goes_on_when_the_small_pictures_have_become_more(draw: Draw, smal
 def test_refusals(
     arguments: list[object],
     message: str,
-    draw: Draw,
+    sample: Sample,
     small: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        draw("out", "--count", 2, *(str(a).format(small=small) for a in arguments))
+        sample("out", "--count", 2, *(str(a).format(small=small) for a in arguments))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_pictures_of_another_size_are_refused(
-    draw: Draw, small: Path, capsys: pytest.CaptureFixture[str]
+def test_samples_of_another_size_are_refused(
+    sample: Sample, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    large = draw("large", "--count", 2, "--low-resolution", small)
+    large = sample("large", "--count", 2, "--low-resolution", small)
     with pytest.raises(SystemExit):
-        draw("out", "--count", 2, "--low-resolution", large)
+        sample("out", "--count", 2, "--low-resolution", large)
     assert "are 8×8 with 1 channels; this network upscales 4×4" in capsys.readouterr().err
 
 
@@ -188,7 +190,7 @@ def test_it_cannot_be_exported(run_directory: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("exported*"))
 
 
-def test_figures_of_drawing_from_noise_are_refused(
+def test_figures_of_sampling_from_noise_are_refused(
     run_directory: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
