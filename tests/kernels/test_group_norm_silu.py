@@ -278,6 +278,24 @@ def test_cotangent_of_a_sum_has_no_strides(backend: Backend, layout: str) -> Non
     torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
+class _StopGradient(torch.autograd.Function):
+    """The identity, which passes no gradient on: not zeros, none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_of_the_output(backend: Backend) -> None:
+    given_ = backend.moved(of_group_norm_silu())
+    y = _StopGradient.apply(group_norm_silu(**{**given_, "x": given_["x"].requires_grad_()}))
+    assert torch.autograd.grad(y.sum(), given_["x"], allow_unused=True) == (None,)
+
+
 def test_an_empty_batch(backend: Backend) -> None:
     given_ = backend.moved(of_group_norm_silu((0, 6, 5, 4)))
     assert group_norm_silu(**given_).shape == (0, 6, 5, 4)
