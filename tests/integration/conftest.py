@@ -11,12 +11,17 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from PIL import Image
 from tests.conftest import MakeShards
 from tests.forked import PATHS, run_script
 from tests.tiny import TINY_GREY
 
+from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig, dump_config
 from ddpm_engine.data.config import DataConfig
+from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.generation.generate import generate
+from ddpm_engine.training.trainer import Trainer
 
 Run = Callable[..., "CompletedProcess[str]"]
 
@@ -65,3 +70,28 @@ def config_file(config: RunConfig, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
     path.write_text(dump_config(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def inputs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run, its shards, samples, images, and a configuration, each as small as can be."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "shards").symlink_to(shards)
+    run = RunConfig(
+        out=folder / "run",
+        data=DataConfig(path=shards, workers=0),
+        diffusion=DiffusionConfig(timesteps=16),
+        model=replace(TINY_GREY, num_class_embeds=11),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        training=TrainingConfig(steps=4, batch_size=8, ema_decay=0.5),
+        log=LogConfig(every=2, checkpoint_every=2, sample_every=0, sample_steps=2, tracker="none"),
+    )
+    Trainer(run).fit()
+    once = replace(run, out=Path("out"), training=replace(run.training, steps=1))
+    (folder / "config.json").write_text(dump_config(once))
+    model = load_model(run.out)
+    generate(model, model.request(steps=2), range(12), folder / "samples")
+    (folder / "images").mkdir()
+    for k in range(4):
+        Image.open(folder / "samples" / f"{k:08d}.png").save(folder / "images" / f"{k}.png")
+    return folder
