@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.dispatch import as_function, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.philox import Stream
 from ddpm_kernels.q_sample import clean_elements, clean_images, noise_elements, training_noise
 from ddpm_kernels.tiles import Tile, tile_for
@@ -106,7 +106,8 @@ def denoising_loss(
         sample_ids, weights, flip, bound_table, bound_weights,
     )  # fmt: skip
     if takes_op(prediction):
-        loss: Tensor = torch.ops.ddpm.denoising_loss.default(*arguments)[0]
+        call = _function if skips_dispatcher(prediction) else torch.ops.ddpm.denoising_loss.default
+        loss: Tensor = call(*arguments)[0]
         return loss
     return denoising_loss_reference(*arguments)
 
@@ -432,3 +433,4 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | N
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
+_function = as_function(_loss_and_slope, _save, _differentiate)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
@@ -28,6 +31,47 @@ def runs_triton(tensor: Tensor) -> bool:
     On GPUs, and on any device under Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
     """
     return HAS_TRITON and (tensor.is_cuda or bool(_gpu_assumed) or triton.knobs.runtime.interpret)
+
+
+def skips_dispatcher(tensor: Tensor) -> bool:
+    """Whether a registered operation on this tensor, of any shape, may be called as a function.
+
+    Torch's dispatcher costs a call more host time than the launches themselves. It is needed only
+    where something traces, transforms or watches operations, or stands in for a tensor.
+    """
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def as_function(
+    run: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Make an operation differentiable, once, without the dispatcher.
+
+    Args:
+        run: the operation.
+        save: `setup_context` of its `register_autograd`.
+        differentiate: its backward pass.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            return differentiate(ctx, *gradients)
+
+    return Function.apply
 
 
 @contextmanager

@@ -28,9 +28,11 @@ from tests.kernels.inputs import (
     of_reverse_step,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
-from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.dispatch import force_ops, skips_dispatcher
 from ddpm_kernels.philox import Stream, gaussian_noise
 
 Call = Callable[..., tuple[Tensor, ...]]
@@ -150,6 +152,51 @@ def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, lay
         torch.ops.ddpm.group_norm_silu_backward.default,
         (dy, x, groups, weight, bias, scale, shift, statistics, activation),
     )
+
+
+@ON_OPERATIONS
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_the_dispatcher_is_taken_where_something_watches(backend: Backend, case: str) -> None:
+    """Under a mode every operation is seen; without one the bits and strides are the same."""
+    function, run, plain = CASES[case]
+    given_ = backend.moved(in_layout(plain, "nhwc"))
+    expected = run(function, copied_with_strides(given_))
+    with Watched() as watched:
+        found = run(function, given_)
+    assert any(name.startswith("ddpm.") for name in watched.names)
+    for got, right in zip(found, expected, strict=True):
+        assert_equal(got, right)
+        assert got.stride() == right.stride()
+
+
+class Watched(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_takes_the_dispatcher() -> None:
+    plain = torch.ones(2)
+    seen: list[bool] = []
+
+    def look(row: Tensor) -> Tensor:
+        seen.append(skips_dispatcher(row))
+        return row
+
+    torch.func.vmap(look)(torch.ones(3, 2))
+    with Watched():
+        seen.append(skips_dispatcher(plain))
+    seen.append(skips_dispatcher(plain.to("meta")))
+    seen.append(skips_dispatcher(FakeTensorMode().from_tensor(plain)))
+    assert seen == [False] * 4
+    assert skips_dispatcher(plain)
+    assert skips_dispatcher(torch.nn.Parameter(plain))
 
 
 @ON_COMPILERS

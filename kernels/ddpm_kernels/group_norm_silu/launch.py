@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,18 +22,18 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward pass; arguments and results as in `group_norm_silu_reference`."""
     scale, shift, eps, activation = rest
-    division, shapes = _division("group_norm_silu", x, groups)
+    batch = x.shape[0]
+    division, shapes = _division("group_norm_silu", tile_for("group_norm_silu", x), x.shape, groups)
     dense = x.contiguous(memory_format=NHWC)
     y = torch.empty_like(dense, memory_format=NHWC)
-    statistics = torch.empty((len(x), 3, groups), dtype=torch.float32, device=x.device)
+    statistics = torch.empty((batch, 3, groups), dtype=torch.float32, device=x.device)
     moments = statistics
-    grid = (len(x) * division.slabs * division.chunks,)
+    grid = (batch * division.slabs * division.chunks,)
     weight, bias = weight.contiguous(), bias.contiguous()
-    shapes["GROUPS"] = division.padded_groups
     with torch.cuda.device_of(x):
         if division.slabs > 1:
-            moments = statistics.new_empty((len(x), division.slabs, 3, groups))
-            moments_kernel[grid](dense, moments, **shapes)
+            moments = statistics.new_empty((batch, division.slabs, 3, groups))
+            moments_kernel[grid](dense, moments, GROUPS=division.padded_groups, **shapes)
         forward_kernel[grid](
             x=dense,
             moments=moments,
@@ -41,6 +42,7 @@ def launch_forward(
             y=y,
             statistics=statistics,
             eps=eps,
+            GROUPS=division.padded_groups,
             SLABS=power_of_two(division.slabs),
             SILU=activation == "silu",
             **_film(weight, scale, shift),
@@ -51,11 +53,15 @@ def launch_forward(
 
 def launch_backward(
     dy: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward pass; see `group_norm_silu_backward_reference`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Launch the backward pass; see `group_norm_silu_backward_reference`.
+
+    Without scale and shift, their gradients are None. Those of weight and bias may share memory.
+    """
     scale, shift, statistics, activation = rest
     batch, channels, height, width = x.shape
-    division, shapes = _division("group_norm_silu_backward", x, groups)
+    operation = "group_norm_silu_backward"
+    division, shapes = _division(operation, tile_for(operation, x), x.shape, groups)
     film = _film(weight, scale, shift)
     dense = x.contiguous(memory_format=NHWC)
     dx = torch.empty_like(dense, memory_format=NHWC)
@@ -73,8 +79,9 @@ def launch_backward(
     sums = statistics.new_empty((batch, division.slabs, 2, channels))
     affine = statistics.new_empty((batch, 2, channels))
     c = statistics.new_empty((batch, 2, groups))
-    d_scale = x.new_empty(0) if scale is None else torch.empty_like(scale)
-    d_shift = torch.empty_like(d_scale)
+    d_scale = d_shift = None
+    if scale is not None:
+        d_scale, d_shift = torch.empty_like(scale), torch.empty_like(scale)
     grid = (batch * division.slabs * division.chunks,)
     with torch.cuda.device_of(x):
         sums_kernel[grid](sums=sums, **tiles)
@@ -86,13 +93,13 @@ def launch_backward(
             statistics,
             affine,
             c,
-            d_scale,
-            d_shift,
+            affine if d_scale is None else d_scale,  # not written
+            affine if d_shift is None else d_shift,
             height * width,
             division.slabs,
             film["scale_row"],
             film["scale_column"],
-            *(d_scale.stride() if scale is not None else (0, 0)),
+            *((0, 0) if d_scale is None else d_scale.stride()),
             CHANNELS=channels,
             PER_GROUP=channels // groups,
             CHUNK_GROUPS=division.chunk_groups,
@@ -104,20 +111,16 @@ def launch_backward(
             enable_fp_fusion=shapes["enable_fp_fusion"],
         )
         dx_kernel[grid](c=c, dx=dx, **tiles)
-    d_weight, d_bias = affine.sum(0).unbind()
-    return (
-        _laid_out_as(x, dx),
-        d_weight.to(weight.dtype, copy=True),
-        d_bias.to(bias.dtype, copy=True),
-        d_scale,
-        d_shift,
-    )
+    d_weight, d_bias = affine.sum(0).to(weight.dtype).unbind()
+    return _laid_out_as(x, dx), d_weight, d_bias.to(bias.dtype), d_scale, d_shift
 
 
-def _division(operation: str, x: Tensor, groups: int) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a call, and what all kernels over tiles of x take."""
-    tile: Tile = tile_for(operation, x)
-    batch, channels, height, width = x.shape
+@lru_cache(maxsize=1024)
+def _division(
+    operation: str, tile: Tile, shape: torch.Size, groups: int
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a call on an x of a shape, and what all kernels over tiles of it take."""
+    batch, channels, height, width = shape
     pixels = height * width
     division = plan(batch, channels, pixels, groups, tile.elements)
     return division, {
@@ -135,11 +138,13 @@ def _division(operation: str, x: Tensor, groups: int) -> tuple[Plan, dict[str, A
     }
 
 
+_NO_FILM = dict.fromkeys(("scale_row", "scale_column", "shift_row", "shift_column"), 0)
+
+
 def _film(like: Tensor, scale: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
     """Pointers and strides of scale and shift; `like` stands in for pointers that are not read."""
     if scale is None or shift is None:
-        names = ("scale_row", "scale_column", "shift_row", "shift_column")
-        return {"FILM": False, "scale": like, "shift": like, **dict.fromkeys(names, 0)}
+        return {"FILM": False, "scale": like, "shift": like, **_NO_FILM}
     return {
         "FILM": True,
         "scale": scale,

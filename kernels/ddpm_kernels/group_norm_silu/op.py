@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.dispatch import as_function, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.group_norm_silu.launch import launch_backward, launch_forward
 
 NEAR = 8.0
@@ -72,7 +72,8 @@ def group_norm_silu(
         raise ValueError("scale and shift must be given together")
     arguments = x, groups, weight, bias, scale, shift, eps, activation
     if takes_op(x):
-        y, _ = torch.ops.ddpm.group_norm_silu.default(*arguments)
+        call = _function if skips_dispatcher(x) else torch.ops.ddpm.group_norm_silu.default
+        y, _ = call(*arguments)
         return y
     y = _by_torch(*arguments)
     if y is None:
@@ -190,8 +191,7 @@ def group_norm_silu_backward_reference(
         d_shift = b.to(scale.dtype)
         d_weight, d_bias = (factor * a).sum(0), (factor * b).sum(0)
     dx = dx.to(x.dtype).contiguous(memory_format=_channels_last_if(x))
-    # An operation's outputs may not be one tensor, and without scale d_shift would be d_scale.
-    return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_scale, d_shift.clone()
+    return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_scale, d_shift
 
 
 def _by_torch(x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor | None:
@@ -234,9 +234,19 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(memory_format=_channels_last_if(x)), statistics
 
 
-def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     run = launch_backward if _takes_kernel(x) else group_norm_silu_backward_reference
     return run(dy, x, *rest)
+
+
+def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_gradients`, as an operation may return them: none is None, and no two share memory."""
+    dx, *of_affine = _gradients(dy, x, *rest)
+    d_weight, d_bias, d_scale, d_shift = (
+        x.new_empty(0) if gradient is None else gradient.clone() for gradient in of_affine
+    )
+    assert dx is not None
+    return dx, d_weight, d_bias, d_scale, d_shift
 
 
 _op = torch.library.custom_op(
@@ -285,12 +295,14 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 8
     x, weight, bias, scale, shift, statistics = ctx.saved_tensors
-    dx, d_weight, d_bias, d_scale, d_shift = torch.ops.ddpm.group_norm_silu_backward.default(
-        dy, x, ctx.groups, weight, bias, scale, shift, statistics, ctx.activation
-    )
+    differentiated = torch.ops.ddpm.group_norm_silu_backward.default
+    dx, d_weight, d_bias, d_scale, d_shift = (
+        _gradients if skips_dispatcher(dy) else differentiated
+    )(dy, x, ctx.groups, weight, bias, scale, shift, statistics, ctx.activation)
     if scale is None:
         d_scale = d_shift = None
     return dx, None, d_weight, d_bias, d_scale, d_shift, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
+_function = as_function(_forward, _save, _differentiate)
