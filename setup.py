@@ -27,7 +27,6 @@ setup(
         "torch>=2.10",
         "triton>=3.6; sys_platform == 'linux'",
         "accelerate>=1.10",
-        "cattrs>=24.1",
         "docstring-parser>=0.15",
         "fsspec>=2023.5",
         "matplotlib>=3.8",
