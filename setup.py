@@ -13,14 +13,14 @@ setup(
     package_data={"ddpm_engine": ["py.typed"], "ddpm_kernels": ["py.typed"]},
     entry_points={
         "console_scripts": [
-            "ddpm-train = ddpm_engine.cli.train:main",
-            "ddpm-sample = ddpm_engine.cli.sample:main",
-            "ddpm-evaluate = ddpm_engine.cli.evaluate:main",
-            "ddpm-distill = ddpm_engine.cli.distill:main",
-            "ddpm-export = ddpm_engine.cli.export:main",
-            "ddpm-make-shards = ddpm_engine.cli.make_shards:main",
-            "ddpm-checkpoints = ddpm_engine.cli.checkpoints:main",
-            "ddpm-visualize = ddpm_engine.cli.visualize:main",
+            "ddpm-train = ddpm_engine.cli.start:train",
+            "ddpm-sample = ddpm_engine.cli.start:sample",
+            "ddpm-evaluate = ddpm_engine.cli.start:evaluate",
+            "ddpm-distill = ddpm_engine.cli.start:distill",
+            "ddpm-export = ddpm_engine.cli.start:export",
+            "ddpm-make-shards = ddpm_engine.cli.start:make_shards",
+            "ddpm-checkpoints = ddpm_engine.cli.start:checkpoints",
+            "ddpm-visualize = ddpm_engine.cli.start:visualize",
         ]
     },
     install_requires=[

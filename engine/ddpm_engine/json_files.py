@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,23 +126,29 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check(values: Any, origin: str) -> None:
     """Refuse numbers that are not finite, and more levels than any file has."""
-    level = [("", values)]
+    # By the nearest key: longer names of many entries could take more memory than the file.
+    level: list[tuple[str, Any]] = [("it", values)]
     for _ in range(_MAX_DEPTH + 1):
-        below = []
-        for where, value in level:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(
-                    f"{where or 'it'} is {json.dumps(value)} in {origin}, which is no JSON number; "
-                    "write a finite one"
-                )
-            if isinstance(value, dict):
-                below += [(f"{where}.{key}" if where else key, value[key]) for key in value]
-            elif isinstance(value, list):
-                below += [(f"{where}[{index}]", entry) for index, entry in enumerate(value)]
+        below: list[tuple[str, Any]] = []
+        for name, value in level:
+            for key, entry in _entries(name, value):
+                if isinstance(entry, dict | list):
+                    below.append((key, entry))
+                elif isinstance(entry, float) and not math.isfinite(entry):
+                    raise UserError(
+                        f"{key} is {json.dumps(entry)} in {origin}, which is no JSON number; "
+                        "write a finite one"
+                    )
         if not below:
             return
         level = below
     raise _too_deep(origin)
+
+
+def _entries(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return ((name, entry) for entry in (value if isinstance(value, list) else [value]))
 
 
 def _too_deep(origin: str) -> UserError:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -202,7 +202,7 @@ def main() -> None:
     """Parse, load, generate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
+    with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         ids = parse_ids(options)
         model = load_model(options.checkpoint, local_device(), options.weights)
