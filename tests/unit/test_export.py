@@ -188,7 +188,7 @@ def test_whatever_moment_it_is_killed_at_no_mixture_is_loaded(
         if (folder / "unet" / "config.json").exists():
             found.add(value_of(folder))
             continue
-        with pytest.raises(UserError, match="interrupted; run it again|no usable checkpoint"):
+        with pytest.raises(UserError, match=r"interrupted; run it again|no usable checkpoint"):
             load_model(folder)
     assert found == ({1, 2} if earlier else {2})
     for folder in moments:

@@ -363,10 +363,8 @@ def _write_part(path: Path, tensors: Part, group: dist.ProcessGroup | None) -> N
         with _quiet():
             dcp.save(contiguous, storage_writer=writer, process_group=group)
     except (CheckpointException, SafetensorError) as error:
-        # torch wraps the error of each rank, with its traceback and the error itself at the end; a
-        # full disk is an OSError to the caller either way.
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"writing {path} failed: {reason}") from error
+        # torch wraps the error of each rank; a full disk is an OSError to the caller either way.
+        raise OSError(f"writing {path} failed: {error}") from error
 
 
 def _write_manifest(path: Path, step: int, state: Mapping[str, Any]) -> None:

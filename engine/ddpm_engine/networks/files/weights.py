@@ -113,6 +113,16 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
     """Copy tensors into a model's parameters, which keep their precision.
 
     Raises:
+        UserError: as `check_tensors`.
+    """
+    check_tensors(model, tensors, origin)
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Check that tensors are those of a model.
+
+    Raises:
         UserError: the tensors have not exactly the model's names and shapes.
     """
     wanted = model.state_dict()
@@ -135,7 +145,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
             f"({len(differences)} tensors differ):\n       {shown}\n"
             "       download or save both again"
         )
-    model.load_state_dict(dict(tensors))
 
 
 def _read_safetensors(file: Path) -> Weights:
