@@ -20,6 +20,7 @@ from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.paths import user_path
 from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
@@ -107,20 +108,24 @@ class LoadedModel(DiffusionModel):
         config = self.config
         check_pipeline(config.model, config.diffusion, config.sampling, config.distillation)
 
-    def save_pretrained(self, path: Path | str) -> None:
+    def save_pretrained(self, path: Path | str, card: str | None = None) -> None:
         """Save as a pipeline of diffusers: `load` and `DDPMPipeline.from_pretrained` read it.
+
+        Files of an earlier save are replaced, all of them or none; others stay.
 
         Args:
             path: of the folder, created if missing.
+            card: text of a README.md.
 
         Raises:
-            UserError: as `check_export`.
+            UserError: as `check_export`, or the folder holds parts of a model of another kind.
             OSError: the folder cannot be written.
         """
         config = self.config
         write_pipeline(
-            Path(path), self.network, config.diffusion, config.sampling, config.distillation
-        )
+            user_path(path), self.network, config.diffusion, config.sampling, config.distillation,
+            card,
+        )  # fmt: skip
 
     def _check_distilled(self, request: SampleRequest) -> None:
         known, asked = self.sampling, request.sampling or self.sampling
@@ -233,8 +238,11 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
 
 def _load_diffusers(path: Path) -> LoadedModel:
     layout = find_layout(path)
+    before = _identity_of(layout)
     config = _diffusers_config(layout)
     stored = read_unet(layout.network)
+    if _identity_of(layout) != before:
+        raise UserError(f"{path} changed while it was read; load it again")
     network = UNet.from_stored(stored, layout.network)
     if network.conditioning.null_class != stored.null_class:
         raise UserError(
@@ -244,6 +252,15 @@ def _load_diffusers(path: Path) -> LoadedModel:
             "UNet.from_pretrained and give labels yourself"
         )
     return LoadedModel.from_config(network, config, stored.hash)
+
+
+def _identity_of(layout: Layout) -> tuple[int, int] | None:
+    """What changes whenever another model is saved in a folder."""
+    try:
+        status = (layout.network / NETWORK_CONFIG).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _diffusers_config(layout: Layout) -> RunConfig:

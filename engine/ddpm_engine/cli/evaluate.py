@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -54,7 +54,7 @@ class SamplingOptions:
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
     default of a class-conditional network; none: unconditional."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Samples generated at a time by each process."""
 
 
@@ -67,7 +67,7 @@ class FeatureOptions:
     classifier."""
     inception_weights: Path | None = None
     """File of Inception's weights; default: downloaded once, into --cache."""
-    reference_count: int | None = None
+    reference_count: PositiveOrNone = None
     """Number of real images to compare with, evenly spaced; default: all."""
     cache: Path | None = None
     """Folder of the features of real images; default: ~/.cache/ddpm-engine/evaluation."""
@@ -86,14 +86,14 @@ class Options:
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
     """Metrics to compute: fid, kid, is, precision-recall, accuracy (of the classes of generated
     digits), nll."""
-    count: int | None = None
+    count: PositiveOrNone = None
     """Number of samples, and for nll of real images; default: 50000, or all of --samples, and for
     nll all."""
     out: Path | None = None
     """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    piece: int = CHUNK_SIZE
+    piece: Positive = CHUNK_SIZE
     """Samples that a process reserves and finishes at a time."""
 
 
@@ -118,7 +118,7 @@ def parse_metrics(options: Options) -> list[str]:
 
 
 def check(options: Options) -> None:
-    """Refuse options that contradict each other, and numbers out of range.
+    """Refuse options that contradict each other.
 
     Raises:
         UserError: the first of them.
@@ -137,14 +137,6 @@ def check(options: Options) -> None:
             "`samples` exist already; leave out the options of how to generate some",
             field="samples",
         )
-    for name, value in [
-        ("count", options.count),
-        ("reference_count", options.features.reference_count),
-        ("piece", options.piece),
-        ("batch_size", options.sampling.batch_size),
-    ]:
-        if value is not None and value < 1:
-            raise UserError(f"`{name}` is {value}; it must be at least 1", field=name)
 
 
 def evaluations_folder(options: Options, loaded: LoadedModel | None) -> Path:
@@ -244,7 +236,7 @@ def main() -> None:
     """Parse, load, evaluate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
+    with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
         metrics = parse_metrics(options)

@@ -14,8 +14,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.cli.options import (
+    Positive,
+    PositiveOrNone,
+    exit_on_error,
+    numbers,
+    parse_options,
+)
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -44,7 +51,7 @@ class SamplerOptions:
 class ClassOptions:
     """What a class-conditional model generates."""
 
-    class_label: int | None = None
+    class_label: Annotated[int, Ge(0)] | None = None
     """Class of every sample; default: see --class-labels."""
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., and again from the first. all: every class in turn, the
@@ -76,14 +83,14 @@ class ImageOptions:
 class MachineOptions:
     """Speed and files; of these, only the precision changes samples beyond rounding."""
 
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Samples generated at a time by each process."""
     compile: bool = False
     """Compile the network block by block with torch.compile: worth it for many samples."""
     format: Format = "png"
     """png: a file per sample; tar: WebDataset shards of PNGs, tar-npy: of arrays; npz: of
     NumPy's."""
-    per_shard: int | None = None
+    per_shard: PositiveOrNone = None
     """Samples of a shard; default: 1024."""
 
 
@@ -160,8 +167,6 @@ def check(options: Options, sampler: str) -> None:
         )
     for name, value in [
         ("count", options.count),
-        ("batch_size", machine.batch_size),
-        ("per_shard", machine.per_shard),
     ]:
         if value is not None and value < 1:
             raise UserError(f"`{name}` is {value}; it must be at least 1", name)
@@ -202,7 +207,7 @@ def main() -> None:
     """Parse, load, generate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
+    with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         ids = parse_ids(options)
         model = load_model(options.checkpoint, local_device(), options.weights)

@@ -15,8 +15,9 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, numbers, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable
 from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
@@ -46,13 +47,13 @@ class Options:
     """Image for denoising; default: the first of the data."""
     seed: int = 0
     """Seed of all noise: another seed, other samples."""
-    ids: tuple[int, int] = (4, 2)
+    ids: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (4, 2)
     """Ids of samples: of reverse the first, of interpolation both ends."""
-    steps: int | None = None
+    steps: PositiveOrNone = None
     """Steps of a sample, one or two network evaluations each; default: the run's."""
     timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
     """Columns of forward, from 1; default: ten, closer together at first."""
-    count: int = 256
+    count: Annotated[int, Ge(2), Le(1000)] = 256
     """Samples for each point of quality, 2 to 1000."""
 
 
@@ -89,8 +90,6 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
     if options.data is not None:
         data = replace(trained.config.data, path=options.data, mix_with=(), weights=())
         trained = replace(trained, config=replace(trained.config, data=data))
-    if not 2 <= options.count <= 1000:
-        raise UserError(f"--count is {options.count}; it must be between 2 and 1000")
     timesteps = options.timesteps
     photo = options.photo
     return Exhibit(
@@ -145,7 +144,7 @@ def show_toy(options: Options, toy: Toy) -> None:
 def main() -> None:
     """Parse the command line and plot."""
     use_local_compile_cache()
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         if options.toy is not None and options.checkpoint is None:
             show_toy(options, options.toy)

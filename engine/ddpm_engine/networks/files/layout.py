@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_json
+from ddpm_engine.networks.files.entries import read_part
 
 INDEX = "model_index.json"
 NETWORK_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
+CARD = "README.md"
+EXPORT_MARK = "<!-- Written by ddpm-engine's export"
+"""What the card of an export of ours begins its text with."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,18 @@ class Layout:
 
 def is_diffusers(path: Path) -> bool:
     """Whether a folder looks like something that diffusers saved."""
-    if (path / INDEX).exists() or (path / "unet" / NETWORK_CONFIG).exists():
+    if (path / INDEX).exists() or (path / "unet" / NETWORK_CONFIG).exists() or is_export(path):
         return True
     config = path / NETWORK_CONFIG
-    return config.exists() and "_class_name" in read_json(config)
+    return config.exists() and "_class_name" in read_part(config)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export of ours, finished or not."""
+    try:
+        return EXPORT_MARK in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def find_layout(path: Path) -> Layout:
@@ -55,6 +66,8 @@ def find_layout(path: Path) -> Layout:
         return Layout(path / "unet", path / "scheduler" / SCHEDULER_CONFIG)
     if (path / NETWORK_CONFIG).exists():
         return Layout(path, path / SCHEDULER_CONFIG)
+    if is_export(path):
+        raise UserError(f"the export to {path} was interrupted; run it again")
     raise UserError(
         f"{path} holds no diffusers model: neither unet/{NETWORK_CONFIG} nor {NETWORK_CONFIG}"
     )
@@ -64,7 +77,7 @@ def _check_parts(index: Path) -> None:
     """Refuse a latent model, whose network generates no images without its decoder."""
     further = [
         name
-        for name, value in read_json(index).items()
+        for name, value in read_part(index).items()
         if name not in ("unet", "scheduler")
         and isinstance(value, list)
         and any(part is not None for part in value)

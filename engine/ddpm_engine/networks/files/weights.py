@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_json
+from ddpm_engine.networks.files.entries import read_part
+from ddpm_engine.networks.files.together import Writer
 
-SAFETENSORS = "diffusion_pytorch_model.safetensors"
+_STEM = "diffusion_pytorch_model"
+SAFETENSORS = f"{_STEM}.safetensors"
 _INDEX = SAFETENSORS + ".index.json"
-_PICKLE = "diffusion_pytorch_model.bin"
+_PICKLE = f"{_STEM}.bin"
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,48 @@ def read_pickle(file: Path) -> Weights:
     return Weights(dict(values), sha256_of(file))
 
 
-def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, and wait until they are on the disk.
+def check_no_other_weights(folder: Path) -> None:
+    """Check that a folder holds no weights that would be read in place of `SAFETENSORS`.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: naming them.
     """
-    # safetensors takes only contiguous tensors; ours are channels-last.
-    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, file, dict(metadata))
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
+    own = (SAFETENSORS, SAFETENSORS + TEMPORARY_SUFFIX)
+    others = sorted(path for path in folder.glob(f"{_STEM}*") if path.name not in own)
+    if others:
+        names = ", ".join(path.name for path in others)
+        raise UserError(
+            f"{folder} holds other weights ({names}), which might be read in place of the new "
+            "ones; move them elsewhere, or choose another folder"
+        )
+
+
+def weights_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
+    """Write tensors as safetensors; an error of that library becomes an `OSError`."""
+
+    def write(path: Path) -> None:
+        # safetensors takes only contiguous tensors; ours are channels-last.
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, path, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    return write
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
     """Copy tensors into a model's parameters, which keep their precision.
+
+    Raises:
+        UserError: as `check_tensors`.
+    """
+    check_tensors(model, tensors, origin)
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Check that tensors are those of a model.
 
     Raises:
         UserError: the tensors have not exactly the model's names and shapes.
@@ -120,7 +145,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
             f"({len(differences)} tensors differ):\n       {shown}\n"
             "       download or save both again"
         )
-    model.load_state_dict(dict(tensors))
 
 
 def _read_safetensors(file: Path) -> Weights:
@@ -136,7 +160,7 @@ def _read_safetensors(file: Path) -> Weights:
 
 
 def _read_shards(index: Path) -> Weights:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_part(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and name == Path(name).name for name in weight_map.values()
     ):

@@ -11,9 +11,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import Entries, write_json
+from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG
-from ddpm_engine.networks.files.weights import SAFETENSORS, read_weights, write_weights
+from ddpm_engine.networks.files.together import Writer, json_writer, write_together
+from ddpm_engine.networks.files.weights import (
+    SAFETENSORS,
+    check_no_other_weights,
+    read_weights,
+    weights_writer,
+)
 from ddpm_engine.networks.unet.config import UNetConfig, check_shape
 
 CLASS = "UNet2DModel"
@@ -67,22 +73,34 @@ def write_unet(
     """Write a network as diffusers' `UNet2DModel` is saved.
 
     Args:
-        folder: created if missing.
+        folder: created if missing; other files in it stay.
         config: of the network.
         tensors: its state dict.
         null_class: label of the null class, which diffusers' files do not record.
 
     Raises:
-        UserError: diffusers has no such network.
+        UserError: diffusers has no such network, or the folder holds weights of another kind.
         OSError: the folder cannot be written.
     """
-    entries = config_entries(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_no_other_weights(folder)
+    write_together(folder, unet_writers(config, tensors, null_class), [NETWORK_CONFIG])
+
+
+def unet_writers(
+    config: UNetConfig, tensors: Mapping[str, Tensor], null_class: int | None
+) -> dict[str, Writer]:
+    """Writers of the files of `write_unet`, by name.
+
+    Raises:
+        UserError: diffusers has no such network.
+    """
     metadata = {"format": "pt"}  # without it diffusers does not read the file
     if null_class is not None:
         metadata["null_class"] = str(null_class)
-    write_weights(folder / SAFETENSORS, tensors, metadata)
-    write_json(folder / NETWORK_CONFIG, entries)
+    return {
+        SAFETENSORS: weights_writer(tensors, metadata),
+        NETWORK_CONFIG: json_writer(config_entries(config)),
+    }
 
 
 def read_config(file: Path) -> UNetConfig:
@@ -172,6 +190,6 @@ def todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _sample_size(entries: Entries) -> int:
     value = entries.take_any("sample_size", None)
     sides = value if isinstance(value, list) else [value]
-    if not sides or type(sides[0]) is not int or any(side != sides[0] for side in sides):
+    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
         entries.refuse("sample_size", value, "write the side of its square images in pixels there")
     return sides[0]
