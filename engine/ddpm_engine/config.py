@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from ddpm_engine.data.config import DataConfig
 from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import redacted
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
@@ -195,7 +196,15 @@ def _network_config(name: Any) -> type[Any]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Convert a configuration to JSON values, with the version of its format."""
-    return {"version": len(_MIGRATIONS), **_converter().unstructure(config)}
+    return {"version": len(_MIGRATIONS), **_converter().unstructure(_without_passwords(config))}
+
+
+def _without_passwords(config: RunConfig) -> RunConfig:
+    """Hide the users and passwords of URLs, which nothing records."""
+    data = config.data
+    path = redacted(data.path) if isinstance(data.path, str) else data.path
+    hidden = replace(data, path=path, mix_with=tuple(map(redacted, data.mix_with)))
+    return replace(config, data=hidden)
 
 
 def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
@@ -276,5 +285,5 @@ def flatten(config: RunConfig) -> dict[str, Any]:
             else:
                 flat[prefix + name] = value
 
-    visit(asdict(config), "")
+    visit(asdict(_without_passwords(config)), "")
     return flat

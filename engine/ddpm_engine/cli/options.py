@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -18,12 +19,14 @@ import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
 )
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import location
 
 T = TypeVar("T")
 
@@ -213,7 +216,25 @@ _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_rule)
+    registry.primitive_rule(_location_rule)
     return registry
+
+
+def _location_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A path or a URL; as a path, a URL would lose one of its slashes."""
+    kinds = set(get_args(info.type))
+    if not {Path, str} <= kinds <= {Path, str, type(None)}:
+        return None
+    optional = type(None) in kinds
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|PATH|URL" if optional else "PATH|URL",
+        instance_from_str=lambda words: (
+            None if optional and words[0] == "None" else location(words[0])
+        ),
+        is_instance=lambda value: isinstance(value, Path | str) or (optional and value is None),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_engine.data.classes import check_same_classes
-from ddpm_engine.data.config import DataConfig, is_location
+from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.dataset import Batch, ShardDataset, collate
 from ddpm_engine.data.mixture import MixedDataset
 from ddpm_engine.data.packing.pack import prepare_shards
@@ -16,6 +16,7 @@ from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.stream import ShardStream, is_stream
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import is_location, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def make_missing_shards(config: DataConfig, size: int) -> None:
         return
     if isinstance(config.path, str):
         raise UserError(
-            f"`data.source` {config.source} cannot be packed into {config.path}: give a folder",
+            f"`data.source` {config.source} cannot be packed into {redacted(config.path)}: give a "
+            "folder",
             field="data.source",
         )
     prepare_shards(config.path, config.source, size)
@@ -68,7 +70,9 @@ def open_dataset(
     locations: list[str | Path] = [config.path, *config.mix_with]
     for location in locations:
         if config.mix_with and is_stream(str(location)):
-            raise UserError(f"{location} is streamed, which cannot be mixed with other sets")
+            raise UserError(
+                f"{redacted(str(location))} is streamed, which cannot be mixed with other sets"
+            )
     if is_stream(str(config.path)):
         return _open_stream(config, size, channels, classes)
     cache = _open_cache(config, locations)

@@ -17,6 +17,7 @@ from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_reader import open_samples
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 from ddpm_engine.images.data_codec import PixelCodec
+from ddpm_engine.locations import check_local
 
 
 class InputImages:
@@ -39,6 +40,7 @@ class InputImages:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], name: str = "images") -> None:
         if not path.exists():
+            check_local(path, name)
             raise UserError(
                 f"there is no `{name}` {path}; give an image file or a folder of them", name
             )

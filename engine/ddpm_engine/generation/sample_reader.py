@@ -19,6 +19,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
+from ddpm_engine.locations import check_local
 
 CLASS_NAMES = "class_names"
 """Entry of a manifest of samples: names of the classes 0, 1, ... of the model."""
@@ -149,6 +150,7 @@ def open_images(directory: Path) -> SampleReader:
         UserError: no such folder, or no images in it.
     """
     if not directory.is_dir():
+        check_local(directory, "samples")
         raise UserError(
             f"there is no folder `samples` {directory}; give one of images", field="samples"
         )

@@ -13,6 +13,7 @@ from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
 from ddpm_engine.data.classes import ClassNames, check_same_classes, class_names_in
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import check_local
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def claim_run_directory(
             written, or another process is training there.
     """
     out = config.out
+    check_local(out, "out")
     try:
         if (out / CONFIG).exists():
             _check_same_run(load_config(out), config)
