@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 
-from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.dispatch import assume_gpu
@@ -121,7 +121,7 @@ _INSIDE = "HOST_OVERHEAD_MEASURES"
 
 def main() -> None:
     """Measure the trees in turn and print medians, and the median of the pairs' ratios."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         if _INSIDE in os.environ:
             print(json.dumps(measure(options.calls)))

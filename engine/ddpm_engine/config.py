@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
-from ddpm_engine.data.config import DataConfig, is_location
+from ddpm_engine.data.config import DataConfig
 from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import described, read_json
+from ddpm_engine.locations import is_location, redacted
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
@@ -180,10 +181,18 @@ def _network_config(name: Any) -> type[Any]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Convert a configuration to JSON values, with the version of its format."""
-    values = plain(config)
+    values = plain(_without_passwords(config))
     if type(config.model) is not UNetConfig:
         values["model"] = {_CLASS: type(config.model).__name__, **values["model"]}
     return {"version": len(_MIGRATIONS), **values}
+
+
+def _without_passwords(config: RunConfig) -> RunConfig:
+    """Hide the users and passwords of URLs, which nothing records."""
+    data = config.data
+    path = redacted(data.path) if isinstance(data.path, str) else data.path
+    hidden = replace(data, path=path, mix_with=tuple(map(redacted, data.mix_with)))
+    return replace(config, data=hidden)
 
 
 def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
@@ -263,5 +272,5 @@ def flatten(config: RunConfig) -> dict[str, Any]:
             else:
                 flat[prefix + name] = value
 
-    visit(asdict(config), "")
+    visit(asdict(_without_passwords(config)), "")
     return flat

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import as_float, as_int, described
-from ddpm_engine.paths import user_path
+from ddpm_engine.locations import user_path
 
 Reader = Callable[[Any, str], Any]
 """Reads a JSON value, given the dotted name of its place; raises `Mismatch`."""

@@ -11,16 +11,17 @@ import torch
 
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.config import RunConfig
+from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.pipeline import check_pipeline, write_pipeline
 from ddpm_engine.interop.scheduler import read_scheduler
+from ddpm_engine.locations import user_path
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
-from ddpm_engine.paths import user_path
 from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
@@ -75,6 +76,13 @@ class LoadedModel(DiffusionModel):
     def step(self) -> int | None:
         """Optimizer steps it was trained for; None if unknown."""
         return None if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the classes 0, 1, ... that it was trained on, as far as they were recorded."""
+        if self.checkpoint is None or self.spec.null_class is None:
+            return None
+        return class_names_in(self.checkpoint.state.get("classes"))
 
     def sample(
         self,

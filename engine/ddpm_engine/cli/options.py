@@ -27,7 +27,7 @@ from tyro.constructors import (
 from ddpm_engine.bounds import Ge, values_out_of_bounds
 from ddpm_engine.cli.errors import exit_in_one_line, refuse
 from ddpm_engine.errors import UserError
-from ddpm_engine.paths import user_path
+from ddpm_engine.locations import location, user_path
 
 T = TypeVar("T")
 
@@ -247,6 +247,7 @@ def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_rule)
     registry.primitive_rule(_path_rule)
+    registry.primitive_rule(_location_rule)
     return registry
 
 
@@ -258,6 +259,23 @@ def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None
         metavar="PATH",
         instance_from_str=lambda words: user_path(words[0]),
         is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _location_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A path or a URL; as a path, a URL would lose one of its slashes."""
+    kinds = set(get_args(info.type))
+    if not {Path, str} <= kinds <= {Path, str, type(None)}:
+        return None
+    optional = type(None) in kinds
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|PATH|URL" if optional else "PATH|URL",
+        instance_from_str=lambda words: (
+            None if optional and words[0] == "None" else location(words[0])
+        ),
+        is_instance=lambda value: isinstance(value, Path | str) or (optional and value is None),
         str_from_instance=lambda value: [str(value)],
     )
 

@@ -36,7 +36,7 @@ class Options:
     """A run directory."""
     toy: Toy | None = None
     """Two-dimensional data set to learn instead of a run, within a minute."""
-    data: Path | None = None
+    data: Path | str | None = None
     """Shards of real images; default: those of the run."""
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
     """Figures to plot, of real-and-drawn, forward, reverse, loss, schedules, quality, bound,

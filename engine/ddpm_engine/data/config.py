@@ -9,6 +9,7 @@ from typing import Annotated
 
 from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import check_local, location
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # A URL is no path: two slashes would become one.
-        if isinstance(self.path, str) and not is_location(self.path):
-            object.__setattr__(self, "path", Path(self.path))
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", location(self.path))
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
         yield from out_of_bounds(self)
+        for field, places in (("path", (self.path,)), ("mix_with", self.mix_with)):
+            for place in places:
+                try:
+                    check_local(place, field, urls=True)
+                except UserError as error:
+                    yield error
         sets = 1 + len(self.mix_with)
         if self.mix_with and len(self.weights) != sets:
             yield UserError(
@@ -60,8 +67,3 @@ class DataConfig:
             )
         if self.weights and not self.mix_with:
             yield UserError("`weights` is given without `mix_with`; name the other sets", "weights")
-
-
-def is_location(path: str) -> bool:
-    """Whether a string is a URL, or a command for a pipe, rather than a path."""
-    return "://" in path or path.startswith("pipe:")

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddpm_engine.data.config import DataConfig, is_location
+from ddpm_engine.data.classes import check_same_classes
+from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.dataset import Batch, ShardDataset, collate
 from ddpm_engine.data.mixture import MixedDataset
 from ddpm_engine.data.packing.pack import prepare_shards
@@ -15,6 +16,7 @@ from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.stream import ShardStream, is_stream
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import is_location, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ def make_missing_shards(config: DataConfig, size: int) -> None:
         return
     if isinstance(config.path, str):
         raise UserError(
-            f"`data.source` {config.source} cannot be packed into {config.path}: give a folder",
+            f"`data.source` {config.source} cannot be packed into {redacted(config.path)}: give a "
+            "folder",
             field="data.source",
         )
     prepare_shards(config.path, config.source, size)
@@ -67,7 +70,9 @@ def open_dataset(
     locations: list[str | Path] = [config.path, *config.mix_with]
     for location in locations:
         if config.mix_with and is_stream(str(location)):
-            raise UserError(f"{location} is streamed, which cannot be mixed with other sets")
+            raise UserError(
+                f"{redacted(str(location))} is streamed, which cannot be mixed with other sets"
+            )
     if is_stream(str(config.path)):
         return _open_stream(config, size, channels, classes)
     cache = _open_cache(config, locations)
@@ -76,7 +81,10 @@ def open_dataset(
         _check_images(shards, size, channels)
         if classes is not None:
             _check_labels(shards, classes)
-            _check_class_names(sets[0], shards)
+            check_same_classes(
+                sets[0].manifest.classes, str(sets[0].storage),
+                shards.manifest.classes, str(shards.storage),
+            )  # fmt: skip
     datasets = [
         ShardDataset(shards, seed, size=size, channels=channels, window_shards=config.window_shards)
         for shards in sets
@@ -148,15 +156,3 @@ def _check_labels(shards: ShardSet, classes: int) -> None:
             f"it must be at least {highest + 2}, one more than the classes, for the null class",
             field="model.num_class_embeds",
         )
-
-
-def _check_class_names(first: ShardSet, other: ShardSet) -> None:
-    """Check that a label means the same class in both sets."""
-    names, others = first.manifest.classes or (), other.manifest.classes or ()
-    for number, (one, two) in enumerate(zip(names, others, strict=False)):
-        if one != two:
-            raise UserError(
-                f"class {number} is {one!r} in {first.storage} and {two!r} in {other.storage}; "
-                "sets that are mixed for a class-conditional model must agree: pack them again "
-                "with the same class folders"
-            )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import subprocess
 import tarfile
-import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -24,11 +24,12 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys
 
 from ddpm_engine.data.dataset import Batch, Sample
-from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, is_url, retried
+from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, retried
 from ddpm_engine.data.shards.reader import BadSample
 from ddpm_engine.data.tar import MAX_LABEL, MAX_PAYLOAD, MEMBERS, label_of, members_of, open_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.locations import is_url, redacted
 
 BUFFER = 1000
 """Decoded samples in the shuffle buffer of each worker."""
@@ -42,7 +43,7 @@ class _Readable(Protocol):
 
 def is_stream(location: str) -> bool:
     """Whether a location names shards themselves rather than a folder with a manifest."""
-    return location.startswith("pipe:") or urllib.parse.urlsplit(location).path.endswith(".tar")
+    return location.startswith("pipe:") or re.split("[?#]", location)[0].endswith(".tar")
 
 
 class ShardStream(IterableDataset[Sample]):
@@ -70,7 +71,7 @@ class ShardStream(IterableDataset[Sample]):
         classes: int | None = None,
         allow_pipe: bool = False,
     ) -> None:
-        self.pattern = pattern
+        self.pattern = redacted(pattern)
         self.shape = (channels, size, size)
         self._size = size
         self._channels = channels
@@ -79,18 +80,18 @@ class ShardStream(IterableDataset[Sample]):
             self.urls = list(itertools.islice(braceexpand(pattern), MAX_SHARDS + 1))
         except ValueError as error:
             raise UserError(
-                f"`data.path` {pattern} has braces that do not match", field="data.path"
+                f"`data.path` {self.pattern} has braces that do not match", field="data.path"
             ) from error
         if len(self.urls) > MAX_SHARDS:
             raise UserError(
-                f"`data.path` {pattern} names more than {MAX_SHARDS} shards", field="data.path"
+                f"`data.path` {self.pattern} names more than {MAX_SHARDS} shards", field="data.path"
             )
         for url in self.urls:
             if url.startswith("pipe:"):
                 if not allow_pipe:
                     raise UserError(
-                        f"`data.path` {url} would run a command in a shell: if you trust it, set "
-                        "`data.allow_pipe`",
+                        f"`data.path` {redacted(url)} would run a command in a shell: if you "
+                        "trust it, set `data.allow_pipe`",
                         field="data.path",
                     )
             elif is_url(url):
@@ -100,6 +101,10 @@ class ShardStream(IterableDataset[Sample]):
     def fingerprint(self) -> str:
         """Hash of the pattern without query strings, which names the data as well as possible."""
         return hashlib.sha256(f"stream\0{self.pattern.partition('?')[0]}".encode()).hexdigest()
+
+    @property
+    def classes(self) -> None:
+        """A stream has labels, and no names for them."""
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield samples for ever.
@@ -142,10 +147,10 @@ class ShardStream(IterableDataset[Sample]):
                     count += 1
                     yield self._sample(group)
         except (OSError, tarfile.TarError, ValueError) as error:
-            yield BadSample(url, None, str(error))
+            yield BadSample(redacted(url), None, str(error))
         else:
             if not count:
-                yield BadSample(url, None, "it holds no images")
+                yield BadSample(redacted(url), None, "it holds no images")
 
     def _sample(self, group: dict[str, Any]) -> Sample | BadSample:
         extension = next((known for known in EXTENSIONS if known in group), None)
@@ -183,7 +188,7 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{member.name} has {member.size} bytes, more than {bound}")
             file = tar.extractfile(member)
             assert file is not None, "only regular members are kept"
-            yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": url}
+            yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": redacted(url)}
         # tarfile takes a damaged header for the end of the archive: the real end is zeros.
         while piece := tar.fileobj.read(1 << 20):
             if piece.strip(b"\0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.data.classes import listed
 from ddpm_engine.networks.files.layout import EXPORT_MARK
 
 MARK = f"{EXPORT_MARK}; exporting again replaces this file. -->"
@@ -62,6 +63,8 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
         process["classes"] = (
             f"{shape.num_class_embeds - 1}, and label {shape.num_class_embeds - 1} for no class"
         )
+        if pretrained.classes is not None:
+            process["classes"] += f": {listed(pretrained.classes)}"
     return "\n".join(
         [
             "---", "library_name: diffusers", "tags: [ddpm]",

@@ -21,6 +21,7 @@ from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
+from ddpm_engine.locations import check_local
 
 MANIFEST = "manifest.json"
 _PRESENCE = 1 << 60  # a byte beyond every id, which all processes in the store lock together
@@ -45,6 +46,7 @@ class IdStore(ABC):
         self.directory, self.folder, self.field = directory, folder, field
         # Through JSON and back, so that it compares equal to what the file says.
         self.settings = json.loads(json.dumps(settings))
+        check_local(directory, field)
         manifest = directory / MANIFEST
         if directory.exists() and not directory.is_dir():
             raise self._error(f"`{field}` {directory} is a file; choose a folder")

@@ -14,10 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
+from ddpm_engine.locations import check_local
+
+CLASS_NAMES = "class_names"
+"""Entry of a manifest of samples: names of the classes 0, 1, ... of the model."""
 
 
 class SampleReader:
@@ -88,6 +93,11 @@ class SampleReader:
             return None
         return int(classes[sample_id % len(classes)])
 
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the classes that labels number, if the manifest has them."""
+        return class_names_in(self.settings.get(CLASS_NAMES))
+
     def _list(self) -> dict[int, Path]:
         if self.files is None:
             names = sorted(os.listdir(self.directory))
@@ -140,6 +150,7 @@ def open_images(directory: Path) -> SampleReader:
         UserError: no such folder, or no images in it.
     """
     if not directory.is_dir():
+        check_local(directory, "samples")
         raise UserError(
             f"there is no folder `samples` {directory}; give one of images", field="samples"
         )

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank, world_size
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import redacted
 from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.signals import StopRequest
@@ -109,7 +110,7 @@ def _count_bad_samples(run: Run, replaced: int) -> None:
     data = run.config.data
     if run.bad_samples > data.max_bad_samples:
         raise UserError(
-            f"{run.bad_samples} samples of {data.path} were unreadable (each is "
+            f"{run.bad_samples} samples of {redacted(str(data.path))} were unreadable (each is "
             f"named above), more than `data.max_bad_samples` {data.max_bad_samples}. Verify the "
             "shards, and pack them again",
             "data.max_bad_samples",

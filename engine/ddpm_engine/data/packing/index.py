@@ -22,6 +22,7 @@ from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, probe
+from ddpm_engine.locations import check_local
 
 _CHUNK = 4096
 
@@ -62,6 +63,7 @@ def index_shards(
     """
     folder = Path(directory)
     if not folder.is_dir():
+        check_local(folder)
         raise UserError(f"no folder of shards at {folder}")
     if (folder / MANIFEST_NAME).exists():
         raise UserError(

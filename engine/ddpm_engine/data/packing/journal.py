@@ -21,6 +21,7 @@ from typing import Any
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import check_local
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 MARKER_NAME = ".packing"
@@ -93,6 +94,7 @@ def packing_run(
     Raises:
         UserError: the folder holds something else, is in use, or cannot be written.
     """
+    check_local(folder, "out")
     marker = folder / MARKER_NAME
     with explain_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
 from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.data.remote.fetch import Body, FetchError, retried
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import redacted
 from ddpm_engine.locks import acquire, locked
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,8 @@ class ShardCache:
         """
         if at_most > self.limit:
             raise UserError(
-                f"{url} may have {at_most} bytes, more than the cache holds ({self.limit}): raise "
-                "`data.cache_gb`"
+                f"{redacted(url)} may have {at_most} bytes, more than the cache holds "
+                f"({self.limit}): raise `data.cache_gb`"
             )
         key = f"{hashlib.sha256(url.encode()).hexdigest()}-{sha256}"
         descriptor = self._open_present(key)

@@ -11,7 +11,6 @@ import http.client
 import random
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import HIDDEN, is_http, is_url, redacted, user_of
 
 Result = TypeVar("Result")
 
@@ -34,7 +34,10 @@ class FetchError(OSError):
     """Something could not be fetched; the message names the URL and says why."""
 
     def __init__(self, url: str, reason: str, lasting: bool = False) -> None:
-        super().__init__(f"cannot fetch {url}: {reason}")
+        password = (user_of(url) or "").partition(":")[2]
+        if password:  # some libraries quote it
+            reason = reason.replace(password, HIDDEN)
+        super().__init__(redacted(f"cannot fetch {url}: {reason}"))
         self.strerror = str(self)
         self.lasting = lasting
         """Whether trying again is of no use."""
@@ -76,36 +79,38 @@ class Body:
         self.close()
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is a URL rather than a path."""
-    return "://" in location
-
-
-def is_http(location: str) -> bool:
-    """Whether a location is an http(s) URL."""
-    return urllib.parse.urlsplit(location).scheme.lower() in ("http", "https")
-
-
 def check_scheme(url: str) -> None:
     """Check that URLs of this scheme can be read here.
 
     Raises:
-        UserError: the scheme is unknown, or needs a package that is not installed.
+        UserError: the scheme is unknown, or needs a package that is not installed; or an http(s)
+            URL names a user.
     """
+    shown = redacted(url)
+    if url == shown and user_of(url) is not None:
+        raise UserError(
+            f"{shown} was recorded without its user and password, as all URLs are; give the whole "
+            "URL again"
+        )
     if is_http(url):
+        if user_of(url) is not None:
+            raise UserError(
+                f"{shown} names a user or a password, with which http(s) is not read here; leave "
+                "them out, or mount the server's folder and give its path"
+            )
         return
     if not is_url(url):
-        raise UserError(f"{url} is not a URL")
+        raise UserError(f"{shown} is not a URL")
     # fsspec chains schemes by "::", as in simplecache::s3://bucket/file.
     for scheme in url.partition("://")[0].lower().split("::"):
         try:
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             # The message names the package, as in "Install s3fs to access S3".
-            raise UserError(f"{url} cannot be read here: {error}") from error
+            raise UserError(f"{shown} cannot be read here: {error}") from error
         except ValueError as error:
             raise UserError(
-                f"{url} has an unknown scheme, {scheme}: give an http(s):// URL, or one that "
+                f"{shown} has an unknown scheme, {scheme}: give an http(s):// URL, or one that "
                 "fsspec knows, such as s3://, gs:// or hf://"
             ) from error
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import FetchError, fetch
+from ddpm_engine.locations import redacted
 
 MAX_MANIFEST = 1 << 28
 """Bytes of a manifest under a URL."""
@@ -87,4 +88,4 @@ class Remote:
         return fetch(f"{self.url}/{name}", MAX_MANIFEST)
 
     def __str__(self) -> str:
-        return self.url
+        return redacted(self.url)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
-from ddpm_engine.data.remote.fetch import is_url
 from ddpm_engine.data.remote.storage import Folder, Remote, Storage
 from ddpm_engine.data.shards.index import MAX_HEADER, MAX_KEY, Index, index_dtype, parse_index
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import check_local, is_url
 
 DEFAULT_CACHE_BYTES = 64 << 30
 
@@ -136,6 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, or it is damaged.
     """
     if not folder.is_dir():
+        check_local(folder, urls=True)
         raise UserError(f"no folder of shards at {folder}: pack your images into it first")
     if not (folder / MANIFEST_NAME).exists():
         raise UserError(

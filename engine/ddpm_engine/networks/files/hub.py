@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.locations import check_local
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?")
 _FILES = ["*.json", "*.safetensors", "*.bin"]
 
 
@@ -23,6 +25,12 @@ def local_folder(path: Path | str) -> Path:
         UserError: the model cannot be downloaded; the message says why.
     """
     name, folder = str(path), Path(path)
+    hub = _HUB.fullmatch(name)
+    if hub:
+        raise UserError(
+            f"{name} is a page of the Hugging Face hub; give the model's name, {hub[1]}"
+        )
+    check_local(folder)
     if folder.exists() or not _NAME.fullmatch(name) or folder.parent.exists():
         return folder
     try:
