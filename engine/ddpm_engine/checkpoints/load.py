@@ -21,9 +21,10 @@ from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layou
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.runtime import local_device
+from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
-from ddpm_engine.samplers.sampler import Ids, Samples, sample
+from ddpm_engine.samplers.sampler import Samples, sample
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,0 +1,73 @@
+"""What tells one sample from another: the seed of the noise, and the sample's id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from ddpm_engine.errors import UserError
+from ddpm_kernels.philox import MAX_SAMPLE_ID
+
+Ids = Sequence[int] | Tensor
+"""Ids of samples: which samples of a seed."""
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Refuse what is no seed: noise has a key of 64 bits, read as a signed integer or without sign.
+
+    Args:
+        seed: to check.
+        name: of the field it is from.
+
+    Raises:
+        UserError: another number.
+    """
+    if whole(seed, name) not in range(-(2**63), 2**64):
+        raise UserError(f"`{name}` is {seed}; it must lie in [-2^63, 2^64)", name)
+
+
+def numbers_of(ids: Ids, name: str = "ids") -> list[int]:
+    """Return ids as a list.
+
+    Args:
+        ids: `[N]`.
+        name: of the field they are from.
+
+    Raises:
+        UserError: a number that noise cannot tell from another sample's, or that is not whole.
+    """
+    if isinstance(ids, Tensor):
+        ids = ids.tolist()
+    return [check_id(k, name) for k in ids]
+
+
+def check_id(sample_id: int, name: str = "ids") -> int:
+    """Return the id of a sample.
+
+    Raises:
+        UserError: as `numbers_of`.
+    """
+    number = whole(sample_id, name)
+    if not 0 <= number <= MAX_SAMPLE_ID:
+        bits = (MAX_SAMPLE_ID + 1).bit_length() - 1
+        raise UserError(f"`{name}` has {sample_id}; ids of samples are 0 to 2^{bits} - 1", name)
+    return number
+
+
+def whole(value: SupportsIndex, name: str) -> int:
+    """Return a whole number, as any integer type has it; a float would be cut short.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise UserError(f"`{name}` is {value}; it must be a whole number", name)
+    return value.__index__()
+
+
+def tensor_of(ids: Sequence[int], device: torch.device) -> Tensor:
+    """Return checked ids as int64 `[N]`."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
