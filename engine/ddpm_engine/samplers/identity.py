@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import SupportsIndex
 
 import torch
@@ -55,6 +56,25 @@ def check_id(sample_id: int, name: str = "ids") -> int:
         bits = (MAX_SAMPLE_ID + 1).bit_length() - 1
         raise UserError(f"`{name}` has {sample_id}; ids of samples are 0 to 2^{bits} - 1", name)
     return number
+
+
+def distinct(ids: Sequence[int], name: str = "ids") -> Sequence[int]:
+    """Return ids of a set of samples in ascending order; a range, however long, as a range.
+
+    Raises:
+        UserError: as `numbers_of`; no ids, or one of them twice.
+    """
+    if not len(ids):
+        raise UserError(f"`{name}` is empty; name at least one sample", name)
+    if isinstance(ids, range):
+        ids = ids if ids.step > 0 else ids[::-1]
+        for end in (ids[0], ids[-1]):
+            check_id(end, name)
+        return ids if ids.step == 1 else list(ids)
+    numbers = sorted(numbers_of(ids, name))
+    if twice := [a for a, b in pairwise(numbers) if a == b]:
+        raise UserError(f"`{name}` has {twice[0]} more than once; name each sample once", name)
+    return numbers
 
 
 def whole(value: SupportsIndex, name: str) -> int:

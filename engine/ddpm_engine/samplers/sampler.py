@@ -259,6 +259,18 @@ class Sampler:
             conditions = replace(conditions, low_resolution=augmented, augmentation_level=levels)
         return conditions
 
+    def check_inputs(self, sample_id: int) -> None:
+        """Read the images that a sample is made from, if it is made from any.
+
+        Raises:
+            UserError: an image that cannot be read, or images or a mask of another shape.
+        """
+        ids = numbers_of([sample_id])
+        sample_ids = tensor_of(ids, self.device)
+        self.conditioning(ids)
+        self._initial(ids, sample_ids)
+        self._known_pixels(ids, sample_ids)
+
     @torch.inference_mode()
     def warm_up(self, batch: int) -> None:
         """Take a step of each kind on meaningless data, so that compilers run now.
