@@ -36,7 +36,8 @@ from benchmarks.throughput.timing import Spread, interleaved, rates, speed_ups, 
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddpm_engine.cli.options import Positive, at_least, parse_options
+from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.loader import make_loader
 from ddpm_engine.data.packing.pack import write_shards
@@ -60,7 +61,7 @@ class Options:
     """Number of images in each set."""
     rounds: Positive = 9
     """Number of repetitions of each method."""
-    training_steps: Annotated[int, at_least(0)] = 60
+    training_steps: Annotated[int, Ge(0)] = 60
     """Number of steps of the digits preset whose share of waiting for data is reported; 0: none."""
     json: Path | None = None
     """File for all results."""

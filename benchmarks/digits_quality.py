@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import numpy as np
 from benchmarks.throughput.digits import load
 
-from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits, seen_and_unseen
 from ddpm_engine.runtime import local_device
 
@@ -40,7 +40,7 @@ class Options:
 
 def main() -> None:
     """Train the classifier, sample, classify, report."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         model = load(options.checkpoint, local_device())
         size = model.shape[-1]

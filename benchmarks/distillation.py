@@ -29,7 +29,7 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 
 from ddpm_engine.checkpoints.load import LoadedModel
-from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_engine.plots.style import COLOURS, MARKS, saved
 
@@ -410,7 +410,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     """Train what is missing, sample, compare, write; returns the exit status."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
 
         def progress(line: str) -> None:

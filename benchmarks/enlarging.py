@@ -28,7 +28,7 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 from torch import Tensor
 
-from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.diffusion.super_resolution import downsample, upsample
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import SamplesAsInput
@@ -67,7 +67,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def main() -> None:
     """Upscale at each level, compare, report."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         device = local_device()
         model = load(options.checkpoint, device)

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ddpm_engine.cli.options import at_least, parse_options
+from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.options import parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.kid import squared_mmd
@@ -33,11 +34,11 @@ class Options:
 
     out: Path = Path("docs/pictures/frechet-bias.png")
     """File for the plot."""
-    repeats: Annotated[int, at_least(2)] = 20
+    repeats: Annotated[int, Ge(2)] = 20
     """Repetitions for each number of images."""
     features: tuple[int, ...] = (16, 64, 256)
     """Dimensions D of the normal distributions."""
-    largest: Annotated[int, at_least(100)] = 25_600
+    largest: Annotated[int, Ge(100)] = 25_600
     """Largest number of draws from them; it begins at 100 and doubles."""
 
 

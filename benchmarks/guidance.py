@@ -29,7 +29,7 @@ from benchmarks.throughput.digits import DigitMetrics, in_turn, load
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 
-from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import CLASSES, seen_and_unseen
 from ddpm_engine.evaluation.metrics import classified_as_conditioned, compute
@@ -106,7 +106,7 @@ def plot(points: Sequence[dict[str, Any]], accuracy_of_real: float, path: Path) 
 
 def main() -> None:
     """Sample at each scale, measure, report."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         device = local_device()
         model = load(options.checkpoint, device)

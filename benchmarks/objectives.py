@@ -36,8 +36,9 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_between_marks, write_json
 
 from ddpm_engine.atomic_io import atomic_write
+from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import Positive, at_least, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.packing.pack import prepare_shards
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
@@ -85,7 +86,7 @@ class Budget:
 
     steps: Positive = 700
     """Optimizer steps, batches of 64."""
-    samples: Annotated[int, at_least(2)] = 1000
+    samples: Annotated[int, Ge(2)] = 1000
     """Samples for each distance."""
     sampler: SamplerName = "heun"
     """Name of the sampler."""
@@ -340,7 +341,7 @@ def compare(options: Options) -> int:
 
 def main() -> int:
     """Compare, or measure one."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         if options.entry is None:
             return compare(options)

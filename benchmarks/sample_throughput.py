@@ -35,7 +35,7 @@ from ddpm_engine.cli.options import (
     Device,
     Positive,
     PositiveOrNone,
-    exit_on_user_error,
+    exit_on_error,
     parse_options,
 )
 from ddpm_engine.errors import UserError
@@ -150,7 +150,7 @@ def compare_quality(options: Options) -> None:
 
 def main() -> int:
     """Run one of the two comparisons."""
-    with exit_on_user_error():
+    with exit_on_error():
         options = parse_options(Options)
         if options.equal_quality:
             compare_quality(options)

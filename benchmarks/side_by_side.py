@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.throughput.digits import DigitMetrics, in_turn, load, load_distilled
 from benchmarks.throughput.timing import interleaved, timed
 
-from ddpm_engine.cli.options import Positive, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import CLASSES
 from ddpm_engine.evaluation.metrics import classified_as_conditioned
@@ -54,7 +54,7 @@ class Options:
 
 def main() -> None:
     """Sample, time, plot."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         if options.count < CLASSES or options.count % CLASSES:
             raise UserError(

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from ddpm_engine.cli.options import at_least, parse_options
+from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.options import parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS
@@ -47,7 +48,7 @@ class Options:
 
     out: Path = Path("docs/pictures/solver-convergence.png")
     """Path of the plot."""
-    doublings: Annotated[int, at_least(2)] = 6
+    doublings: Annotated[int, Ge(2)] = 6
     """Number of doublings of the evaluations, starting from 8."""
 
 

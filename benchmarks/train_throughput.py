@@ -35,7 +35,7 @@ from ddpm_engine.cli.options import (
     Device,
     Positive,
     PositiveOrNone,
-    exit_on_user_error,
+    exit_on_error,
     parse_options,
 )
 
@@ -141,7 +141,7 @@ def cells(row: Row) -> list[str]:
 
 def main() -> int:
     """Measure, print, write."""
-    with exit_on_user_error():
+    with exit_on_error():
         options = parse_options(Options)
         device = torch.device(options.device)
         subject = preset_subject(options.preset, device)

@@ -1,6 +1,6 @@
 """Pack images into shards: `python launch/make_shards.py SOURCE --out DIR`."""
 
-from ddpm_engine.cli.make_shards import main
+from ddpm_engine.cli.start import make_shards as main
 
 if __name__ == "__main__":
     main()

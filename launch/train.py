@@ -1,6 +1,6 @@
 """Train a diffusion model: `accelerate launch launch/train.py --preset NAME`."""
 
-from ddpm_engine.cli.train import main
+from ddpm_engine.cli.start import train as main
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -40,35 +41,76 @@ class Lt:
 
 Bound = Ge | Gt | Le | Lt
 
+INT64 = 2**63
+_SHOWN = 8  # entries of a tuple
+
 
 def out_of_bounds(config: Any) -> Iterator[UserError]:
     """Report every field whose value is outside its bounds; None has none.
 
-    The bounds of a tuple's entries hold for each of them.
+    See `values_out_of_bounds`.
 
     Args:
         config: an instance of a dataclass.
     """
-    for name, kind in get_type_hints(type(config), include_extras=True).items():
-        bounds, each = _bounds_of(kind)
-        value = getattr(config, name)
-        values = () if value is None else value if each else (value,)
-        if not all(_holds(bound, entry) for entry in values for bound in bounds):
-            subject = "each" if each else "it"
-            yield UserError(f"`{name}` is {value}; {subject} must {_described(bounds)}", name)
+    kinds = get_type_hints(type(config), include_extras=True)
+    return values_out_of_bounds(kinds, {name: getattr(config, name) for name in kinds})
 
 
-def _bounds_of(kind: Any) -> tuple[list[Bound], bool]:
-    """The bounds in an annotation, and whether they are of each entry of a tuple."""
+def values_out_of_bounds(
+    kinds: Mapping[str, Any], values: Mapping[str, Any]
+) -> Iterator[UserError]:
+    """Report every value outside the bounds of its annotation.
+
+    Numbers without bounds have those of their types: an integer must fit into 64 bits with a sign,
+    and a float be finite unless it is `Le(math.inf)`. The bounds of a tuple's entries hold for each
+    of them.
+
+    Args:
+        kinds: annotations by name.
+        values: by the same names.
+    """
+    for name, kind in kinds.items():
+        value = values[name]
+        for number, bounds, each in _numbers(kind, value):
+            reason = _violated(number, bounds)
+            if reason is not None:
+                whole = value if not each or len(value) <= _SHOWN else f"{value[:_SHOWN]} …"
+                subject = f"each, and {number} among them," if whole is not value else "each"
+                yield UserError(
+                    f"`{name}` is {whole}; {subject if each else 'it'} must {reason}", name
+                )
+                break
+
+
+def _numbers(kind: Any, value: Any) -> Iterator[tuple[float, list[Bound], bool]]:
+    """The numbers in a value, each with its bounds, and whether it is an entry of a tuple."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return [bound for bound in arguments[1:] if isinstance(bound, Bound)], False
-    if origin in (Union, UnionType, tuple):
+        bounds = [bound for bound in arguments[1:] if isinstance(bound, Bound)]
+        for number, inner, each in _numbers(arguments[0], value):
+            yield number, bounds + inner, each
+    elif origin in (Union, UnionType):
         for argument in arguments:
-            bounds, each = _bounds_of(argument)
-            if bounds:
-                return bounds, each or origin is tuple
-    return [], False
+            yield from _numbers(argument, value)
+    elif origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        for one, entry in zip(kinds, value, strict=False):
+            yield from ((number, bounds, True) for number, bounds, _ in _numbers(one, entry))
+    elif kind in (int, float) and isinstance(value, int | float):
+        yield value, [], False
+
+
+def _violated(number: float, bounds: list[Bound]) -> str | None:
+    """What a number must do and does not."""
+    if not all(_holds(bound, number) for bound in bounds):
+        return _described(bounds)
+    unlimited = any(isinstance(bound, Le) and bound.le == math.inf for bound in bounds)
+    if isinstance(number, float) and not math.isfinite(number) and not unlimited:
+        return "be finite"
+    if isinstance(number, int) and not -INT64 <= number < INT64:
+        return f"lie in [{-INT64}, {INT64 - 1}]"
+    return None
 
 
 def _holds(bound: Bound, value: float) -> bool:
@@ -89,9 +131,17 @@ def _described(bounds: list[Bound]) -> str:
             return "be positive"
         case [Ge(ge=0)]:
             return "not be negative"
+        case [Gt(gt=0), Le(le=math.inf)]:
+            return "be positive"
         case [Ge(ge=least)]:
-            return f"be at least {least}"
+            return f"be at least {_written(least)}"
+        case [Gt(gt=least)]:
+            return f"be above {_written(least)}"
     low, high = bounds
     opening, first = ("[", low.ge) if isinstance(low, Ge) else ("(", low.gt)  # type: ignore[union-attr]
     closing, last = ("]", high.le) if isinstance(high, Le) else (")", high.lt)  # type: ignore[union-attr]
-    return f"lie in {opening}{first:g}, {last:g}{closing}"
+    return f"lie in {opening}{_written(first)}, {_written(last)}{closing}"
+
+
+def _written(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"

@@ -9,19 +9,20 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
-from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.config import DataConfig, is_location
 from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import described, read_json
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.typed_json import Mismatch, plain, structure
 
 MAX_SIGMA_REL = 12**-0.5
 """Largest sigma_rel of a power-function EMA: that of the plain mean of all steps."""
@@ -151,40 +152,24 @@ _CLASS = "class"
 """Entry of a stored `model` that names the class of its configuration."""
 
 
-@cache
-def _converter() -> Any:
-    # Imported here, so that networks can be built from a configuration with torch alone.
-    import cattrs
+def _read_model(values: Any, where: str) -> Any:
+    """A network's configuration; one other than the U-Net's has the name of its class."""
+    if not isinstance(values, dict) or _CLASS not in values:
+        return structure(UNetConfig, values, where)
+    values = dict(values)
+    return structure(_network_config(values.pop(_CLASS)), values, where)
 
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    converter.register_structure_hook(Path, lambda value, _: Path(value))
-    converter.register_unstructure_hook(Path, str)
-    converter.register_structure_hook_func(
-        lambda kind: kind == Path | str, lambda value, _: str(value)
-    )
-    # Networks other than the U-Net are stored with the name of their configuration's class.
-    to_unet = cattrs.gen.make_dict_structure_fn(UNetConfig, converter)
-    from_unet = cattrs.gen.make_dict_unstructure_fn(UNetConfig, converter)
 
-    def structure_model(values: Any, kind: Any) -> Any:
-        if not isinstance(values, dict) or _CLASS not in values:
-            return to_unet(values, kind)
-        values = dict(values)
-        return converter.structure(values, _network_config(values.pop(_CLASS)))
-
-    def unstructure_model(model: Any) -> dict[str, Any]:
-        if type(model) is UNetConfig:
-            return dict(from_unet(model))
-        return {_CLASS: type(model).__name__, **converter.unstructure(model)}
-
-    converter.register_structure_hook_func(lambda kind: kind is UNetConfig, structure_model)
-    converter.register_unstructure_hook_func(lambda kind: kind is UNetConfig, unstructure_model)
-    return converter
+def _read_location(value: Any, where: str) -> Path | str:
+    """A path, or a URL, in which two slashes stay two."""
+    is_url = isinstance(value, str) and is_location(value)
+    location: Path | str = structure(str if is_url else Path, value, where)
+    return location
 
 
 def _network_config(name: Any) -> type[Any]:
     known = {kind.__name__: kind for kind in NETWORKS}
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(
             f"`model` is a {name}, which describes no known network; import the module that adds "
             "it to ddpm_engine.networks.registry.NETWORKS first",
@@ -195,7 +180,10 @@ def _network_config(name: Any) -> type[Any]:
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Convert a configuration to JSON values, with the version of its format."""
-    return {"version": len(_MIGRATIONS), **_converter().unstructure(config)}
+    values = plain(config)
+    if type(config.model) is not UNetConfig:
+        values["model"] = {_CLASS: type(config.model).__name__, **values["model"]}
+    return {"version": len(_MIGRATIONS), **values}
 
 
 def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
@@ -204,25 +192,27 @@ def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
     Raises:
         UserError: naming `origin` and the entries at fault.
     """
-    import cattrs
-
+    special = {UNetConfig: _read_model, Path | str: _read_location}
     try:
-        config: RunConfig = _converter().structure(_migrated(values, origin), RunConfig)
+        config: RunConfig = structure(RunConfig, _migrated(values, origin), special=special)
         return config
-    except cattrs.BaseValidationError as error:
-        reasons = "\n       ".join(cattrs.transform_error(error, path="config"))
-        raise UserError(f"{origin} is not a run configuration:\n       {reasons}") from None
+    except Mismatch as mismatch:
+        reasons = "\n       ".join(mismatch.problems)
+        start = " " if len(mismatch.problems) == 1 else "\n       "
+        raise UserError(f"{origin} is not a run configuration:{start}{reasons}") from None
 
 
 def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise UserError(f"{origin} is not a run configuration: it is no JSON object")
+        raise UserError(
+            f"{origin} is not a run configuration: it is {described(values)}, not a JSON object"
+        )
     values = deepcopy(values)
     version, known = values.pop("version", 0), len(_MIGRATIONS)
-    if not isinstance(version, int) or not 0 <= version <= known:
+    if type(version) is not int or not 0 <= version <= known:
         raise UserError(
-            f"{origin} is of version {version!r}; this release reads versions 0 to {known}, so "
-            "use the one that wrote it, or a newer one"
+            f"{origin} is of version {described(version)}; this release reads versions 0 to "
+            f"{known}, so use the one that wrote it, or a newer one"
         )
     for migrate in _MIGRATIONS[version:]:
         migrate(_section(values, "training"))
@@ -252,12 +242,9 @@ def load_config(path: Path) -> RunConfig:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(file.read_text())
+        return from_dict(read_json(file), str(file))
     except FileNotFoundError:
         raise UserError(f"there is no configuration at {file}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    return from_dict(values, str(file))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -31,7 +31,7 @@ from accelerate.state import AcceleratorState
 from tests.ranks import ChangedLoss, Ended, Poisoned, fork_ranks
 from torch import Tensor
 
-from ddpm_engine.cli.options import exit_on_user_error
+from ddpm_engine.cli.options import exit_on_error
 from ddpm_engine.config import load_config
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank
@@ -90,7 +90,7 @@ def train(job: dict[str, Any]) -> None:
     if job["trace"] is not None:
         callbacks.append(Traced(job["trace"]))
     dtype = torch.float64 if job["float64"] else torch.float32
-    with exit_on_user_error():
+    with exit_on_error():
         # Half precision is slow here, but the arithmetic is there.
         config = load_config(Path(job["config"]))
         Trainer(config, callbacks, dtype=dtype, any_precision=True).fit()

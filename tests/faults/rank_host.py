@@ -32,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from tests.ranks import Poisoned, environment_of, fork_ranks
 
 from ddpm_engine.checkpoints.store import CheckpointStore
-from ddpm_engine.cli.options import exit_on_user_error
+from ddpm_engine.cli.options import exit_on_error
 from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.callbacks.callback import Callback
@@ -180,7 +180,7 @@ def run_rank(job: dict[str, Any], rank: int, port: int) -> None:
         for faulty, name, arguments in job["faults"]:
             if faulty == rank:
                 callbacks += globals()[name](config, *arguments)
-        with exit_on_user_error():
+        with exit_on_error():
             Trainer(config, callbacks).fit()
         status = 0
     except SystemExit as leaving:

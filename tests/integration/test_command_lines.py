@@ -184,7 +184,7 @@ def test_mistakes(arguments: list[str], expected: list[str], call: Call) -> None
         assert words in ended.said
 
 
-POSITIVE = "0 is too small: it must be at least 1"
+POSITIVE = "it must be at least 1"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ POSITIVE = "0 is too small: it must be at least 1"
         ("launch/checkpoints.py", "--keep", "1", "at least 2"),
         ("launch/checkpoints.py", "--keep-every", "0", POSITIVE),
         ("benchmarks/cpu_noise.py", "--pairs", "0", POSITIVE),
-        ("benchmarks/data_loading.py", "--training-steps", "-1", "at least 0"),
+        ("benchmarks/data_loading.py", "--training-steps", "-1", "must not be negative"),
         ("benchmarks/digits_quality.py", "--count", "0", POSITIVE),
         ("benchmarks/enlarging.py", "--steps", "0", POSITIVE),
         ("benchmarks/frechet_bias.py", "--repeats", "1", "at least 2"),

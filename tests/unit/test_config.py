@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -55,7 +56,7 @@ def test_unknown_fields_are_reported(version: int, section: str, field: str) -> 
 
 @pytest.mark.parametrize("version", [2, -1, "one", None])
 def test_unknown_versions_are_refused(version: Any) -> None:
-    with pytest.raises(UserError, match=f"mine.json is of version {version!r}; .* 0 to 1"):
+    with pytest.raises(UserError, match=f"is of version {json.dumps(version)}; .* 0 to 1"):
         from_dict(to_dict(RunConfig()) | {"version": version}, "mine.json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ddpm_engine.cli import checkpoints, distill, evaluate, sample, train
-from ddpm_engine.cli.options import exit_on_user_error, option_names, with_flags
+from ddpm_engine.cli.options import exit_on_error, option_names, with_flags
 from ddpm_engine.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_fields_become_the_flags_of_the_command(message: str, expected: str) -> 
 
 
 def test_a_user_error_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left, exit_on_user_error(train.Options):
+    with pytest.raises(SystemExit) as left, exit_on_error(train.Options):
         raise UserError("`training.steps` is 0; it must be at least 1", "training.steps")
     assert left.value.code == 2
     assert capsys.readouterr().err == "error: --training.steps is 0; it must be at least 1\n"

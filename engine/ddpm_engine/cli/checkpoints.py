@@ -18,9 +18,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
 from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes, verify
-from ddpm_engine.cli.options import PositiveOrNone, at_least, exit_on_user_error, parse_command
+from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, parse_command
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.run_directory import lock_run_directory
 
@@ -60,7 +61,7 @@ def verify_checkpoints(run: tyro.conf.Positional[Path]) -> int:
 
 def prune(
     run: tyro.conf.Positional[Path],
-    keep: Annotated[int, at_least(2)] = 2,
+    keep: Annotated[int, Ge(2)] = 2,
     keep_every: PositiveOrNone = None,
     delete: bool = False,
 ) -> int:
@@ -172,7 +173,7 @@ def main() -> None:
         "average": average,
         "ema": ema,
     }
-    with exit_on_user_error(*commands.values()):
+    with exit_on_error(*commands.values()):
         sys.exit(parse_command(commands))
 
 

@@ -19,7 +19,7 @@ import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_engine.checkpoints.load import config_of
-from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
@@ -113,7 +113,7 @@ def _defaults(teacher: RunConfig, path: Path) -> Options:
 def main() -> None:
     """Parse the command line and distil."""
     use_local_compile_cache()
-    with exit_on_user_error(Options, renamed=RENAMED):
+    with exit_on_error(Options, renamed=RENAMED):
         run = parse(sys.argv[1:])
         main_process = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -244,7 +244,7 @@ def main() -> None:
     """Parse, load, evaluate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
+    with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
         metrics = parse_metrics(options)

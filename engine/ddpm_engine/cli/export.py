@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.export.pipeline import export_pipeline
 
 
@@ -31,7 +31,7 @@ class Options:
 
 def main() -> None:
     """Load, write."""
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         pretrained = load_model(options.checkpoint, weights=options.weights)
         export_pipeline(pretrained, options.out, options.weights)

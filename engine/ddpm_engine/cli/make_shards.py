@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_user_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.data.packing.pack import write_shards
 from ddpm_engine.data.packing.process_map import usable_cores
@@ -109,7 +109,7 @@ def main() -> None:
     commands = {"index": index, "verify": verify}
     first = arguments[0] if arguments else ""
     command = commands.get(first)
-    with exit_on_user_error(pack, index, verify):
+    with exit_on_error(pack, index, verify):
         meant = get_close_matches(first, commands, n=1)
         if command is None and meant and not Path(first).exists():
             raise UserError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -18,42 +18,23 @@ import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
     StructTypeInfo,
 )
 
+from ddpm_engine.bounds import Ge, values_out_of_bounds
+from ddpm_engine.cli.errors import exit_in_one_line, refuse
 from ddpm_engine.errors import UserError
+from ddpm_engine.paths import user_path
 
 T = TypeVar("T")
 
 
-def at_least(least: int, or_none: bool = False) -> PrimitiveConstructorSpec[int | None]:
-    """Refuse smaller numbers, with the flag named: `Annotated[int, at_least(2)]`."""
-
-    def number(words: list[str]) -> int | None:
-        if or_none and words == ["None"]:
-            return None
-        try:
-            value = int(words[0])
-        except ValueError:
-            raise ValueError(f"{words[0]!r} is not a whole number") from None
-        if value < least:
-            raise ValueError(f"{value} is too small: it must be at least {least}")
-        return value
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{None}|INT" if or_none else "INT",
-        instance_from_str=number,
-        is_instance=lambda value: isinstance(value, int) or (or_none and value is None),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-Positive = Annotated[int, at_least(1)]
+Positive = Annotated[int, Ge(1)]
 """A whole number from 1."""
-PositiveOrNone = Annotated[int | None, at_least(1, or_none=True)]
+PositiveOrNone = Positive | None
 """As `Positive`, or None."""
 
 
@@ -96,8 +77,9 @@ def parse_options(
     The docstring of an attribute is the help of its flag. If it ends in `; default: X.`, the help
     names X as the default instead of the value, which then stands for X, such as None.
 
-    A mistake ends the process with status 2, naming the flags that may have been meant; `--help`
-    ends it with status 0.
+    A mistake ends the process with status 2, naming the flag, or those that may have been meant;
+    `--help` ends it with status 0. Numbers have the bounds in their annotations. In paths, `~` is
+    expanded.
 
     Args:
         options: a dataclass, or a function with an `Args:` section.
@@ -111,13 +93,59 @@ def parse_options(
     given: dict[str, Any] = {} if default is None else {"default": default}
     config = (tyro.conf.OmitArgPrefixes,) if omit_prefixes else ()
     with _registry():
-        return tyro.cli(options, args=words, prog=prog, config=config, **given)
+        parsed = tyro.cli(_checked(options), args=words, prog=prog, config=config, **given)
+    if dataclasses.is_dataclass(options):
+        _check_bounds(vars(parsed), options, omit_prefixes)
+    return parsed
 
 
 def parse_command(commands: dict[str, Callable[..., T]]) -> T:
     """Call the function named by the first argument, with the rest; help as `parse_options`."""
     with _registry():
-        return tyro.extras.subcommand_cli_from_dict(commands)
+        checked = {name: _checked(command) for name, command in commands.items()}
+        return tyro.extras.subcommand_cli_from_dict(checked)
+
+
+def _checked(command: Callable[..., T]) -> Callable[..., T]:
+    """A function that is called only with values within the bounds of its annotations."""
+    if not inspect.isfunction(command):
+        return command
+
+    @wraps(command)
+    def checked(*arguments: Any, **options: Any) -> T:
+        given = inspect.signature(command).bind(*arguments, **options).arguments
+        _check_bounds(given, command)
+        return command(*arguments, **options)
+
+    return checked
+
+
+def _check_bounds(
+    values: Mapping[str, Any], command: Callable[..., Any], omit_prefixes: bool = False
+) -> None:
+    found = [
+        problem
+        for name, kind, value in _options(values, command, omit_prefixes)
+        for problem in values_out_of_bounds({name: kind}, {name: value})
+    ]
+    if found:
+        names = {name for name, _, _ in _options(values, command, omit_prefixes)}
+        raise refuse(with_flags("\n       ".join(map(str, found)), names, {}))
+
+
+def _options(
+    values: Mapping[str, Any], command: Callable[..., Any], omit_prefixes: bool, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Name, type and value of every option of a command, the names as in `option_names`."""
+    for name, kind, option in _fields(command):
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(values[name]):
+            section = prefix if omit_prefixes or not option else f"{prefix}{option}."
+            inner = type(values[name])
+            yield from _options(vars(values[name]), inner, omit_prefixes, section)
+        else:
+            yield prefix + option, kind, values[name]
 
 
 def numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -131,20 +159,23 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
         UserError: anything else.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--{flag} is {text!r}; it takes whole numbers, as 17,42") from None
+    for problem in values_out_of_bounds({flag: tuple[int, ...]}, {flag: found}):
+        raise UserError(str(problem).replace(f"`{flag}`", f"--{flag}"))
+    return found
 
 
 @contextmanager
-def exit_on_user_error(
+def exit_on_error(
     *commands: Callable[..., Any],
     omit_prefixes: bool = False,
     renamed: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """Turn a `UserError` into one readable message and exit status 2.
+    """As `exit_in_one_line`, with the flags of a command for fields that a message names.
 
-    The message names fields in backticks, and `with_flags` turns them into flags.
+    They stand in backticks; see `with_flags`.
 
     Args:
         commands: as `parse_options` takes them; their flags are those that a message can name.
@@ -152,14 +183,9 @@ def exit_on_user_error(
         renamed: options of the command that are not named as the field they set: field to option,
             or section to section if both end in a dot, such as `{"distillation.": ""}`.
     """
-    try:
+    names = {name for one in commands for name in option_names(one, omit_prefixes)}
+    with exit_in_one_line(lambda message: with_flags(message, names, renamed or {})):
         yield
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            names = {name for one in commands for name in option_names(one, omit_prefixes)}
-            print(f"error: {with_flags(str(error), names, renamed or {})}", file=sys.stderr)
-        # Not `sys.exit`: under a launcher every rank must leave with a non-zero status.
-        raise SystemExit(2) from None
 
 
 def with_flags(message: str, options: Set[str], renamed: Mapping[str, str]) -> str:
@@ -168,7 +194,7 @@ def with_flags(message: str, options: Set[str], renamed: Mapping[str, str]) -> s
     Args:
         message: of a `UserError`.
         options: dotted names of the command's options.
-        renamed: see `exit_on_user_error`.
+        renamed: see `exit_on_error`.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -191,19 +217,26 @@ def option_names(
         omit_prefixes: as in `parse_options`.
         prefix: what all names begin with.
     """
-    for name, annotated in get_type_hints(command, include_extras=True).items():
+    for _, annotated, option in _fields(command):
         kind, *metadata = (
             get_args(annotated) if get_origin(annotated) is Annotated else (annotated,)
         )
-        if name == "return" or _POSITIONAL in metadata:
+        if _POSITIONAL in metadata:
             continue
-        named = [given for entry in metadata if (given := getattr(entry, "name", None)) is not None]
-        name = named[0] if named else name
         if dataclasses.is_dataclass(kind):
-            section = prefix if omit_prefixes or not name else f"{prefix}{name}."
+            section = prefix if omit_prefixes or not option else f"{prefix}{option}."
             yield from option_names(cast(Callable[..., Any], kind), omit_prefixes, section)
         else:
-            yield prefix + name
+            yield prefix + option
+
+
+def _fields(command: Callable[..., Any]) -> Iterator[tuple[str, Any, str]]:
+    """Name, type and option's name of each field of a dataclass or argument of a function."""
+    for name, annotated in get_type_hints(command, include_extras=True).items():
+        metadata = get_args(annotated)[1:] if get_origin(annotated) is Annotated else ()
+        named = [given for entry in metadata if (given := getattr(entry, "name", None)) is not None]
+        if name != "return":
+            yield name, annotated, named[0] if named else name
 
 
 _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
@@ -213,7 +246,20 @@ _POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 def _registry() -> ConstructorRegistry:
     registry = ConstructorRegistry()
     registry.struct_rule(_rule)
+    registry.primitive_rule(_path_rule)
     return registry
+
+
+def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: user_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:

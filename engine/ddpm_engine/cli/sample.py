@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -199,7 +199,7 @@ def main() -> None:
     """Parse, load, generate, print."""
     use_local_compile_cache()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with exit_on_user_error(Options, omit_prefixes=True, renamed=RENAMED):
+    with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
         ids = parse_ids(options)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ddpm_engine.cli.options import exit_on_user_error, parse_options
+from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.config import RunConfig, dump_config, load_config
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> Options:
 def main() -> None:
     """Parse the command line and train."""
     use_local_compile_cache()
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse(sys.argv[1:])
         if options.print_config:
             validate(options.run)

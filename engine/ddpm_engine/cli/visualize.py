@@ -16,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_user_error, numbers, parse_options
+from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
 from ddpm_engine.errors import UserError
 from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable
 from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
@@ -145,7 +145,7 @@ def show_toy(options: Options, toy: Toy) -> None:
 def main() -> None:
     """Parse the command line and plot."""
     use_local_compile_cache()
-    with exit_on_user_error(Options):
+    with exit_on_error(Options):
         options = parse_options(Options)
         if options.toy is not None and options.checkpoint is None:
             show_toy(options, options.toy)

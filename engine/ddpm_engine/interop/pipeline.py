@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop import scheduler
-from ddpm_engine.networks.files.entries import write_json
+from ddpm_engine.json_files import write_json
 from ddpm_engine.networks.files.layout import INDEX, SCHEDULER_CONFIG
 from ddpm_engine.networks.unet import files
 from ddpm_engine.networks.unet.config import UNetConfig

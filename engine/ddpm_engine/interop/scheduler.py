@@ -11,6 +11,7 @@ import torch
 from ddpm_engine.diffusion.config import DiffusionConfig, Variance
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import as_float
 from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.samplers.config import SamplingConfig, Spacing
@@ -203,9 +204,10 @@ def _read_process(entries: Entries) -> DiffusionConfig:
     if timesteps < 1:
         entries.refuse("num_train_timesteps", timesteps, "it must be at least 1")
     if betas is not None:
-        if not all(type(beta) in (int, float) for beta in betas):
+        numbers = [number for beta in betas if (number := as_float(beta)) is not None]
+        if len(numbers) < len(betas):
             entries.refuse("trained_betas", betas, "it must list numbers")
-        betas = [float(beta) for beta in betas]
+        betas = numbers
     elif shape == "scaled_linear":
         if min(start, end) < 0:
             entries.refuse("beta_start and beta_end", [start, end], "their roots are taken")

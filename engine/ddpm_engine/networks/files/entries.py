@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import as_float, as_int, described, read_object
 
 T = TypeVar("T")
 
 _LARGEST = 1_000_000
 """A damaged or hostile file should not make us reserve all memory."""
+
+_NAMES: dict[type, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string in quotes",
+    list: "a list",
+}  # fmt: skip
+_CONVERSIONS: dict[type, Callable[[Any], Any]] = {int: as_int, float: as_float}
 
 
 class Entries:
@@ -28,10 +35,12 @@ class Entries:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._left = read_json(path)
+        self._left = read_part(path)
+        self._known: set[str] = set()
 
     def take_any(self, name: str, default: Any) -> Any:
         """Remove an entry and return it, whatever its type; `default` if it is absent."""
+        self._known.add(name)
         return self._left.pop(name, default)
 
     def take(self, name: str, kind: type[T], default: T) -> T:
@@ -40,20 +49,19 @@ class Entries:
         Raises:
             UserError: the value is not a `kind`.
         """
-        value = self._left.pop(name, default)
-        if kind is float and type(value) is int:
-            value = float(value)
+        given = self.take_any(name, default)
+        value = _CONVERSIONS[kind](given) if kind in _CONVERSIONS else given
         # Exactly the type: a bool is an int to `isinstance`.
         if type(value) is not kind:
-            self.refuse(name, value, f"it must be of type {kind.__name__}")
+            self.refuse(name, given, f"it must be {_NAMES[kind]}")
         if isinstance(value, int | float) and not abs(value) <= _LARGEST:  # nor is NaN
-            self.refuse(name, value, f"no such number is greater than {_LARGEST}")
+            self.refuse(name, given, f"no such number is greater than {_LARGEST}")
         return value
 
     def take_optional(self, name: str, kind: type[T], default: T | None) -> T | None:
         """As `take`, of an entry that may be null."""
         if self._left.get(name, default) is None:
-            self._left.pop(name, None)
+            self.take_any(name, None)
             return None
         return self.take(name, kind, default)
 
@@ -63,8 +71,11 @@ class Entries:
         Raises:
             UserError: it has, or by default would have, another value.
         """
-        value = self._left.pop(name, default)
-        if value not in supported:
+        value = self.take_any(name, default)
+        # To Python, false is 0 and true is 1.
+        if not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in supported
+        ):
             listed = " or ".join(map(json.dumps, supported))
             self.refuse(name, value, f"this engine has only {listed}")
 
@@ -80,11 +91,16 @@ class Entries:
             if name not in set(ignored) and not name.startswith("_")
         }
         if unknown:
-            listed = ", ".join(f"{name} = {json.dumps(value)}" for name, value in unknown.items())
+            listed = ", ".join(self._unknown(name, value) for name, value in unknown.items())
             raise UserError(
                 f"{self.path} has entries that this version does not know: {listed}; they might "
                 "change samples, so remove them only if you know that they do not"
             )
+
+    def _unknown(self, name: str, value: Any) -> str:
+        meant = get_close_matches(name, self._known, n=1)
+        asked = f" (did you mean {meant[0]}?)" if meant else ""
+        return f"{name} = {described(value)}{asked}"
 
     def refuse(self, name: str, value: Any, reason: str) -> NoReturn:
         """Refuse one entry.
@@ -92,29 +108,16 @@ class Entries:
         Raises:
             UserError: always; it names the file, the entry and the reason.
         """
-        raise UserError(f"{name} is {json.dumps(value)} in {self.path}: {reason}")
+        raise UserError(f"{name} is {described(value)} in {self.path}: {reason}")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_part(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a saved model.
 
     Raises:
         UserError: the file is missing, unreadable, or something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; download or save the whole model again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is a JSON {type(values).__name__}, not an object with entries")
-    return values

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_json
+from ddpm_engine.networks.files.entries import read_part
 
 INDEX = "model_index.json"
 NETWORK_CONFIG = "config.json"
@@ -35,7 +35,7 @@ def is_diffusers(path: Path) -> bool:
     if (path / INDEX).exists() or (path / "unet" / NETWORK_CONFIG).exists():
         return True
     config = path / NETWORK_CONFIG
-    return config.exists() and "_class_name" in read_json(config)
+    return config.exists() and "_class_name" in read_part(config)
 
 
 def find_layout(path: Path) -> Layout:
@@ -64,7 +64,7 @@ def _check_parts(index: Path) -> None:
     """Refuse a latent model, whose network generates no images without its decoder."""
     further = [
         name
-        for name, value in read_json(index).items()
+        for name, value in read_part(index).items()
         if name not in ("unet", "scheduler")
         and isinstance(value, list)
         and any(part is not None for part in value)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_json
+from ddpm_engine.networks.files.entries import read_part
 
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 _INDEX = SAFETENSORS + ".index.json"
@@ -136,7 +136,7 @@ def _read_safetensors(file: Path) -> Weights:
 
 
 def _read_shards(index: Path) -> Weights:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_part(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and name == Path(name).name for name in weight_map.values()
     ):

@@ -11,7 +11,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import Entries, write_json
+from ddpm_engine.json_files import write_json
+from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG
 from ddpm_engine.networks.files.weights import SAFETENSORS, read_weights, write_weights
 from ddpm_engine.networks.unet.config import UNetConfig, check_shape
@@ -172,6 +173,6 @@ def todays_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _sample_size(entries: Entries) -> int:
     value = entries.take_any("sample_size", None)
     sides = value if isinstance(value, list) else [value]
-    if not sides or type(sides[0]) is not int or any(side != sides[0] for side in sides):
+    if not sides or any(type(side) is not int or side != sides[0] for side in sides):
         entries.refuse("sample_size", value, "write the side of its square images in pixels there")
     return sides[0]
