@@ -11,6 +11,7 @@ import torch
 
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
 from ddpm_engine.config import RunConfig
+from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop.pipeline import check_pipeline, write_pipeline
 from ddpm_engine.interop.scheduler import read_scheduler
@@ -75,6 +76,13 @@ class LoadedModel(DiffusionModel):
     def step(self) -> int | None:
         """Optimizer steps it was trained for; None if unknown."""
         return None if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the classes 0, 1, ... that it was trained on, as far as they were recorded."""
+        if self.checkpoint is None or self.spec.null_class is None:
+            return None
+        return class_names_in(self.checkpoint.state.get("classes"))
 
     def sample(
         self,

@@ -146,7 +146,11 @@ def _weighted_sum(parts: Sequence[tuple[Checkpoint, str, float]]) -> dict[str, T
 def _write(out: Path, newest: Checkpoint, mean: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write a run directory with one checkpoint, whose `ema` is the mean."""
     store = CheckpointStore(out / "checkpoints")
-    state = {"config": newest.state["config"], "average": facts}
+    state = {
+        "config": newest.state["config"],
+        "classes": newest.state.get("classes"),
+        "average": facts,
+    }
     try:
         store.save(newest.step, {"ema": mean}, state)
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddpm_engine.data.classes import ClassNames
 from ddpm_engine.data.shards.reader import BadSample, DamagedSample, ShardReader
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.shuffle import Order
@@ -120,6 +121,11 @@ class ShardDataset(Dataset[Sample]):
     def fingerprint(self) -> str:
         """Fingerprint of the manifest, which names the data."""
         return self.shards.manifest.fingerprint
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the labels 0, 1, ...; None for a set without labels."""
+        return self.shards.manifest.classes
 
     def __len__(self) -> int:
         """Return the number of samples in one epoch; positions continue beyond it."""

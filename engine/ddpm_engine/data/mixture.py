@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
+from ddpm_engine.data.classes import ClassNames
 from ddpm_engine.data.dataset import Sample, ShardDataset
 from ddpm_engine.data.shuffle import Indices
 from ddpm_engine.errors import UserError
@@ -100,6 +101,12 @@ class MixedDataset(Dataset[Sample]):
         """Hash of the sets' fingerprints and weights, in order, which names the data."""
         parts = [one.fingerprint for one in self.sets], self._mixture.weights
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the labels 0, 1, ...: those of the set that has most."""
+        known = [one.classes for one in self.sets if one.classes is not None]
+        return max(known, key=len, default=None)
 
     def __len__(self) -> int:
         """Return the number of samples in all sets; positions continue beyond it."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddpm_engine.data.classes import check_same_classes
 from ddpm_engine.data.config import DataConfig, is_location
 from ddpm_engine.data.dataset import Batch, ShardDataset, collate
 from ddpm_engine.data.mixture import MixedDataset
@@ -76,7 +77,10 @@ def open_dataset(
         _check_images(shards, size, channels)
         if classes is not None:
             _check_labels(shards, classes)
-            _check_class_names(sets[0], shards)
+            check_same_classes(
+                sets[0].manifest.classes, str(sets[0].storage),
+                shards.manifest.classes, str(shards.storage),
+            )  # fmt: skip
     datasets = [
         ShardDataset(shards, seed, size=size, channels=channels, window_shards=config.window_shards)
         for shards in sets
@@ -148,15 +152,3 @@ def _check_labels(shards: ShardSet, classes: int) -> None:
             f"it must be at least {highest + 2}, one more than the classes, for the null class",
             field="model.num_class_embeds",
         )
-
-
-def _check_class_names(first: ShardSet, other: ShardSet) -> None:
-    """Check that a label means the same class in both sets."""
-    names, others = first.manifest.classes or (), other.manifest.classes or ()
-    for number, (one, two) in enumerate(zip(names, others, strict=False)):
-        if one != two:
-            raise UserError(
-                f"class {number} is {one!r} in {first.storage} and {two!r} in {other.storage}; "
-                "sets that are mixed for a class-conditional model must agree: pack them again "
-                "with the same class folders"
-            )

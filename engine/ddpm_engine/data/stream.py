@@ -101,6 +101,10 @@ class ShardStream(IterableDataset[Sample]):
         """Hash of the pattern without query strings, which names the data as well as possible."""
         return hashlib.sha256(f"stream\0{self.pattern.partition('?')[0]}".encode()).hexdigest()
 
+    @property
+    def classes(self) -> None:
+        """A stream has labels, and no names for them."""
+
     def __iter__(self) -> Iterator[Sample]:
         """Yield samples for ever.
 

@@ -32,7 +32,7 @@ class Guidance:
     rescale: Annotated[float, Ge(0), Le(1)] = 0.0
     """Rescale of the guided prediction to the conditional one's deviation, 0 (not) to 1 (wholly);
     default: 0."""
-    interval: tuple[float, float] = (0.0, float("inf"))
+    interval: tuple[float, Annotated[float, Le(float("inf"))]] = (0.0, float("inf"))
     """Interval of noise levels sigma in which steps are guided, above the first and at most the
     second; default: all."""
     two_passes: bool | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.data.classes import match_classes
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
@@ -67,12 +68,13 @@ def bound_of_real_images(
 
     Raises:
         UserError: a learned variance of a network that has none, a parameterization that
-            `bits_per_dim` does not take, a distilled network, images that cannot be read, or a
-            full disk.
+            `bits_per_dim` does not take, a distilled network, classes that it does not have,
+            images that cannot be read, or a full disk.
     """
     variance = variance or model.config.sampling.variance
     _check(model, variance)
-    inputs = _inputs(model, variance, real, seed)
+    classes = _classes(model, real)
+    inputs = _inputs(model, variance, real, seed, classes)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = out / f"nll-{digest[:8]}"
     store = FeatureStore(folder, inputs)
@@ -94,7 +96,7 @@ def bound_of_real_images(
             seed=seed,
             prediction=model.config.diffusion.prediction,
             variance=variance,
-            conditioning=Conditioning(_labels(model, real, batch, device)),
+            conditioning=Conditioning(_labels(model, real, classes, batch, device)),
             clip=bool(model.sampling.clip_x0),
         )
         return np.asarray(found.cpu().numpy())
@@ -150,8 +152,12 @@ def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _inputs(model: LoadedModel, variance: Variance, real: RealImages, seed: int) -> dict[str, Any]:
+def _inputs(
+    model: LoadedModel, variance: Variance, real: RealImages, seed: int, classes: list[int]
+) -> dict[str, Any]:
     config = model.config
+    # Left out where they change nothing: earlier versions knew no others.
+    renumbered = {} if classes == list(range(len(classes))) else {"classes": classes}
     return {
         "model": {
             "checkpoint": model.hash,
@@ -170,19 +176,34 @@ def _inputs(model: LoadedModel, variance: Variance, real: RealImages, seed: int)
             "of": real.total,
             "shape": list(real.shape),
             "rule": RULE,
+            **renumbered,
         },
     }
 
 
+def _classes(model: LoadedModel, real: RealImages) -> list[int]:
+    """Return the model's class for each label of the images; empty if one of them has none."""
+    null, names = model.network.conditioning.null_class, real.shards.manifest.classes
+    if null is None or names is None:
+        return []
+    return match_classes(model.classes, null, names, str(real.shards.storage))
+
+
 def _labels(
-    model: LoadedModel, real: RealImages, ids: Sequence[int], device: torch.device
+    model: LoadedModel,
+    real: RealImages,
+    classes: list[int],
+    ids: Sequence[int],
+    device: torch.device,
 ) -> Tensor | None:
     """Return the classes of images, or the null class, for a class-conditional network."""
     null = model.network.conditioning.null_class
     if null is None:
         return None
     labels = [real.label_of(k) for k in ids]
-    return torch.tensor([null if label is None else label for label in labels], device=device)
+    return torch.tensor(
+        [null if label is None else classes[label] for label in labels], device=device
+    )
 
 
 def _table(terms: NDArray[np.float64]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm_engine.data.classes import match_classes
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.features_store import (
@@ -71,6 +72,7 @@ def evaluate(
         UserError: too few samples or real images, a full disk, or images that cannot be read.
     """
     real_ids, sample_ids = range(len(real)), sorted(source.ids)
+    digits = _digits(source, network) if "accuracy" in metrics else None
     real_features = open_real_features(cache, real, network)
     sample_features = open_sample_features(out, source, network)
 
@@ -118,7 +120,7 @@ def evaluate(
     measured = compute(
         Features(
             lambda: sample_features.blocks(sample_ids), network.features,
-            labels=[source.images.label_of(k) for k in sample_ids],
+            labels=[_renumbered(source.images.label_of(k), digits) for k in sample_ids],
         ),
         Features(
             lambda: real_features.blocks(real_ids), network.features, known_moments=moments
@@ -130,6 +132,25 @@ def evaluate(
         measured["fid"]["reference_sha256"] = digest
     locations = {"samples": source.location, "data": str(real.shards.storage)}
     return write_report(out, _inputs(source, real, network), measured, locations)
+
+
+def _digits(source: SampleSource, network: FeatureNetwork) -> list[int] | None:
+    """Return the feature network's class for each class of the samples; None: the same numbers.
+
+    Raises:
+        UserError: a class that the feature network does not have.
+    """
+    if source.classes is None:
+        return None
+    known = tuple(map(str, range(network.outputs)))
+    place = source.location or "the samples"
+    return match_classes(known, network.outputs, source.classes, place, "the feature network")
+
+
+def _renumbered(label: int | None, numbers: list[int] | None) -> int | None:
+    if label is None or numbers is None:
+        return label
+    return numbers[label] if label < len(numbers) else None  # beyond the names: of no class
 
 
 def _warn_of_few(samples: int, real: int, features: int) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.data.classes import ClassNames
 from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
@@ -129,6 +130,8 @@ class SampleSource:
     other processes, whether to show progress. None: all exist."""
     location: str | None = None
     """Where they were found; None if they are generated."""
+    classes: ClassNames | None = None
+    """Names of the classes that their labels number, if they are known."""
 
     @property
     def hash(self) -> str:
@@ -196,7 +199,13 @@ def generated_source(
     channels, height, width = model.shape
     decay = model.config.training.ema_decay if model.weights == "ema" else None
     source = SampleSource(
-        store, (height, width, channels), ids, {**settings, "ema_decay": decay}, store.ids, generate
+        store,
+        (height, width, channels),
+        ids,
+        {**settings, "ema_decay": decay},
+        store.ids,
+        generate,
+        classes=model.classes,
     )
     return source, out
 
@@ -219,7 +228,14 @@ def folder_source(folder: Path, count: int | None = None) -> SampleSource:
     height, width, channels = reader.shape
     provenance = {"sha256": reader.fingerprint, **reader.settings}
     return SampleSource(
-        reader, (height, width, channels), ids[:count], provenance, reader.ids, None, str(folder)
+        reader,
+        (height, width, channels),
+        ids[:count],
+        provenance,
+        reader.ids,
+        None,
+        str(folder),
+        reader.classes,
     )
 
 
@@ -236,7 +252,9 @@ def _shards_source(folder: Path, count: int | None) -> SampleSource:
     _check_count(folder, len(images), count)
     provenance = {"fingerprint": stored.fingerprint}
     ids = range(len(images))
-    return SampleSource(images, shape, ids[:count], provenance, lambda: set(ids), None, str(folder))
+    return SampleSource(
+        images, shape, ids[:count], provenance, lambda: set(ids), None, str(folder), stored.classes
+    )
 
 
 def _check_count(folder: Path, found: int, count: int | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm_engine.checkpoints.load import LoadedModel
+from ddpm_engine.data.classes import listed
 
 MARK = "<!-- Written by ddpm-engine's export; exporting again replaces this folder. -->"
 
@@ -62,6 +63,8 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
         process["classes"] = (
             f"{shape.num_class_embeds - 1}, and label {shape.num_class_embeds - 1} for no class"
         )
+        if pretrained.classes is not None:
+            process["classes"] += f": {listed(pretrained.classes)}"
     return "\n".join(
         [
             "---", "library_name: diffusers", "tags: [ddpm]",

@@ -9,10 +9,16 @@ from typing import Any
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
-from ddpm_engine.generation.input_images import InputImages, open_low_resolution, read_mask
+from ddpm_engine.generation.input_images import (
+    InputImages,
+    SamplesAsInput,
+    open_low_resolution,
+    read_mask,
+)
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
+from ddpm_engine.generation.sample_reader import CLASS_NAMES
 from ddpm_engine.generation.work_sharing import WorkShare, count_of, fill_missing
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
@@ -48,17 +54,22 @@ def request_from_files(
         options["mask"] = read_mask(mask, height)
     if low_resolution is not None:
         side = model.spec.low_resolution or height
-        options["low_resolution"] = open_low_resolution(low_resolution, (channels, side, side))
+        images_in = open_low_resolution(low_resolution, (channels, side, side))
+        if isinstance(images_in, SamplesAsInput) and "classes" not in options:
+            images_in.renumber_classes(model.classes, model.spec.null_class)
+        options["low_resolution"] = images_in
     return model.request(**options)
 
 
 def settings_of(model: LoadedModel, sampler: Sampler) -> dict[str, Any]:
     """Return everything that determines samples besides their ids, for a manifest: JSON values."""
+    names = {} if model.classes is None else {CLASS_NAMES: model.classes}
     return {
         **sampler.settings(),
         "checkpoint": model.hash,
         "checkpoint_step": model.step,
         "weights": model.weights,
+        **names,
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_engine.data.classes import ClassNames, match_classes
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_reader import open_samples
@@ -83,6 +84,25 @@ class SamplesAsInput:
         self.shape = shape
         classes = self.samples.settings.get("classes")
         self.classes: tuple[int, ...] | None = None if classes is None else tuple(classes)
+
+    def renumber_classes(self, known: ClassNames | None, null_class: int | None) -> None:
+        """Number their classes as the model that upscales them does, which has names of its own.
+
+        Args:
+            known: names of that model's classes; None: it has only numbers.
+            null_class: of that model, one beyond its classes; None: it has no classes.
+
+        Raises:
+            UserError: it does not have their classes.
+        """
+        names = self.samples.classes
+        if names is None or null_class is None or self.classes is None:
+            return
+        numbers = match_classes(known, null_class, names, str(self.samples.directory))
+        # A number beyond the names means no class.
+        self.classes = tuple(
+            numbers[label] if label < len(numbers) else null_class for label in self.classes
+        )
 
     def of(self, ids: Sequence[int]) -> Tensor:
         """Return the samples of these ids: float32 `[N, C, H, W]` in [-1, 1].

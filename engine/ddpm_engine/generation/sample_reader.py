@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
+
+CLASS_NAMES = "class_names"
+"""Entry of a manifest of samples: names of the classes 0, 1, ... of the model."""
 
 
 class SampleReader:
@@ -87,6 +91,11 @@ class SampleReader:
         if not isinstance(classes, list) or not classes:
             return None
         return int(classes[sample_id % len(classes)])
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the classes that labels number, if the manifest has them."""
+        return class_names_in(self.settings.get(CLASS_NAMES))
 
     def _list(self) -> dict[int, Path]:
         if self.files is None:

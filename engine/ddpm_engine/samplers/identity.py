@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import SupportsIndex
+from typing import Annotated, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from ddpm_engine.bounds import Ge, Lt
 from ddpm_engine.errors import UserError
 from ddpm_kernels.philox import MAX_SAMPLE_ID
 
 Ids = Sequence[int] | Tensor
 """Ids of samples: which samples of a seed."""
 
-
-def check_seed(seed: int, name: str = "seed") -> None:
-    """Refuse what is no seed: noise has a key of 64 bits, read as a signed integer or without sign.
-
-    Args:
-        seed: to check.
-        name: of the field it is from.
-
-    Raises:
-        UserError: another number.
-    """
-    if whole(seed, name) not in range(-(2**63), 2**64):
-        raise UserError(f"`{name}` is {seed}; it must lie in [-2^63, 2^64)", name)
+Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
+"""Seed of noise: the 64 bits of its key, read as a signed integer or without a sign."""
 
 
 def numbers_of(ids: Ids, name: str = "ids") -> list[int]:

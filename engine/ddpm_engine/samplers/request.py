@@ -16,7 +16,7 @@ from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.identity import check_id, check_seed, whole
+from ddpm_engine.samplers.identity import Seed, check_id, whole
 
 Precision = Literal["no", "bf16", "fp16"]
 """Precision of the network's arithmetic."""
@@ -80,7 +80,7 @@ class SampleRequest:
         UserError: values out of range, or options that need another.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all noise, 64 bits: another seed gives other samples."""
     sampling: SamplingConfig | None = None
     """Sampler, its steps, variance and clipping; None: the model's."""
@@ -119,8 +119,7 @@ class SampleRequest:
     """Precision of the network's arithmetic; no: float32."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        for name in ("repeats", "augmentation_level", "cache_interval"):
+        for name in ("seed", "repeats", "augmentation_level", "cache_interval"):
             whole(getattr(self, name), name)
         for end in self.interpolate or ():
             check_id(end, "interpolate")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.data.classes import check_same_classes, match_classes
 from ddpm_engine.data.open import TrainingData, make_missing_shards, open_dataset
 from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
@@ -57,11 +58,14 @@ def build_run(
     model = build_network(config.model).to(dtype)
     teacher = _start_from_teacher(model, config, device)
     dataset = _open_data(config)
+    classes = None if config.model.num_class_embeds is None else dataset.classes
+    if teacher is not None:
+        _check_classes(teacher, dataset, model.conditioning.null_class)
     lock = None
     with raise_together(UserError):
         # By one process: of two that write one file at a time, one would lose it.
         if is_main():
-            lock = claim_run_directory(config, dataset.fingerprint)
+            lock = claim_run_directory(config, dataset.fingerprint, classes)
 
     model.to(device)
     if config.training.activation_checkpointing:
@@ -98,6 +102,17 @@ def _open_data(config: RunConfig) -> TrainingData:
             seed=config.training.seed,
             check=is_main(),
         )
+
+
+def _check_classes(teacher: Teacher, dataset: TrainingData, count: int | None) -> None:
+    """Check that a number means the same class to the teacher and in the data."""
+    if count is None or dataset.classes is None:
+        return
+    if match_classes(teacher.classes, count, dataset.classes, "the data", "the teacher") != list(
+        range(len(dataset.classes))
+    ):
+        teachers = "`distillation.teacher`"
+        check_same_classes(teacher.classes, teachers, dataset.classes, "the data")
 
 
 def build_callbacks(config: RunConfig) -> list[Callback]:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.data.classes import ClassNames
 from ddpm_engine.data.open import TrainingData
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
@@ -53,6 +54,11 @@ class Run:
     def device(self) -> torch.device:
         """Device of this rank."""
         return self.accelerator.device
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Names of the classes that the network is trained on, if it is and they have names."""
+        return None if self.config.model.num_class_embeds is None else self.dataset.classes
 
     @property
     def finished(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
+from ddpm_engine.data.classes import ClassNames, check_same_classes, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
@@ -31,7 +32,9 @@ _IDENTITY = (
 _NOT_IDENTITY = ("model.attention",)
 
 
-def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
+def claim_run_directory(
+    config: RunConfig, fingerprint: str, classes: ClassNames | None = None
+) -> BinaryIO:
     """Create the run directory and record the configuration, or check that it holds this run.
 
     Call it in one process of the run.
@@ -39,6 +42,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
     Args:
         config: the run.
         fingerprint: fingerprint of its data.
+        classes: names of its classes; None: it has none.
 
     Returns:
         The lock of the directory; see `lock_run_directory`.
@@ -51,7 +55,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
     try:
         if (out / CONFIG).exists():
             _check_same_run(load_config(out), config)
-            _check_same_data(out / _DATA, fingerprint)
+            _check_same_data(out / _DATA, fingerprint, classes)
         elif out.exists() and (not out.is_dir() or _holds_something(out)):
             raise UserError(
                 f"`out` {out} exists and is not a run directory; choose another, or empty it", "out"
@@ -62,7 +66,8 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
             file.write(dump_config(config).encode())
         if not (out / _DATA).exists():
             with atomic_write(out / _DATA) as file:
-                file.write(json.dumps({"fingerprint": fingerprint}).encode())
+                record = {"fingerprint": fingerprint, "classes": classes}
+                file.write(json.dumps(record).encode())
     except OSError as error:
         raise UserError(f"`out` {out} cannot be written: {error}", "out") from None
     return lock
@@ -133,14 +138,24 @@ def _differences(changed: dict[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"`{name}` was {old} and is now {new}" for name, (old, new) in changed.items())
 
 
-def _check_same_data(path: Path, fingerprint: str) -> None:
+def _check_same_data(path: Path, fingerprint: str, classes: ClassNames | None) -> None:
     try:
-        recorded = json.loads(path.read_text())["fingerprint"]
-    except (FileNotFoundError, ValueError, KeyError):
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return  # killed before it recorded its data: it has no steps to protect
+    except (ValueError, RecursionError):
+        record = None
+    recorded = record.get("fingerprint") if isinstance(record, dict) else None
+    if not isinstance(recorded, str):
+        raise UserError(
+            f"{path} does not say which data its run was trained on; delete this file if you are "
+            "sure that the data are the same, or choose another `out`"
+        )
     if recorded != fingerprint:
         raise UserError(
             f"the run in {path.parent} was trained on data with fingerprint {recorded[:12]}…, but "
             f"these shards have {fingerprint[:12]}…; give it the same shards, or choose another "
             "`out`"
         )
+    before = class_names_in(record.get("classes"))
+    check_same_classes(before, f"the run in {path.parent}", classes, "its data")

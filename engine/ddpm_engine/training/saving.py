@@ -42,6 +42,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "samples_seen": run.step * run.config.training.batch_size,
         "seed": run.config.training.seed,
         "data": run.dataset.fingerprint,
+        "classes": run.classes,
         "window": run.meters.state(),
         "bad_steps": run.bad_steps,
         "bad_samples": run.bad_samples,

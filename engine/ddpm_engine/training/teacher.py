@@ -116,9 +116,10 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             "distillation.teacher",
         )
     if config.distillation.method != "moments":
-        return Teacher(teacher.network, known)
+        return Teacher(teacher.network, known, classes=teacher.classes)
     critic = deepcopy(teacher.network).requires_grad_(True)
-    return Teacher(teacher.network, known, _load_student(config, device), critic)
+    student = _load_student(config, device)
+    return Teacher(teacher.network, known, student, critic, teacher.classes)
 
 
 def _load_student(config: RunConfig, device: torch.device | str) -> Network:

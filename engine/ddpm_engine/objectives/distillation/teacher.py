@@ -25,6 +25,8 @@ class Teacher:
     """Initial student, where that is not the teacher; moment matching needs it."""
     critic: Network | None = None
     """Copy of the teacher to be trained; moment matching needs it."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes that it was trained on, if it knows them."""
 
 
 def predict(

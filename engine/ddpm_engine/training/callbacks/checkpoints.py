@@ -105,7 +105,9 @@ class Snapshots(_Saving):
         """See `Callback`."""
         if run.finished or run.step % run.config.log.snapshot_every == 0:
             averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
-            self._start(run, "averages", averages, {"config": to_dict(run.config)})
+            self._start(
+                run, "averages", averages, {"config": to_dict(run.config), "classes": run.classes}
+            )
 
 
 def _group_for_saving() -> dist.ProcessGroup | None:
