@@ -63,8 +63,8 @@ def values_out_of_bounds(
     """Report every value outside the bounds of its annotation.
 
     Numbers without bounds have those of their types: an integer must fit into 64 bits with a sign
-    unless it has its own upper bound, and a float be finite unless it is `Le(math.inf)`. The bounds of a tuple's entries hold for each
-    of them.
+    unless it has its own upper bound, and a float be finite unless it is `Le(math.inf)`. The bounds
+    of a tuple's entries hold for each of them.
 
     Args:
         kinds: annotations by name.

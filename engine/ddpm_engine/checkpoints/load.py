@@ -25,7 +25,7 @@ from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
-from ddpm_engine.samplers.sampler import Samples, sample
+from ddpm_engine.samplers.samples import Samples, sample
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +92,7 @@ class LoadedModel(DiffusionModel):
         progress: bool | None = None,
         **options: Any,
     ) -> Samples:
-        """Sample; arguments as in `samplers.sampler.sample`."""
+        """Sample; arguments as in `samplers.samples.sample`."""
         return sample(self, ids, batch_size=batch_size, progress=progress, **options)
 
     def resolve(self, request: SampleRequest) -> SampleRequest:

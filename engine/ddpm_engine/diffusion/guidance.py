@@ -9,13 +9,14 @@ Kynkäänniemi et al. 2024.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ddpm_engine.bounds import Ge, Le, out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.errors import UserError
 
 
@@ -32,7 +33,10 @@ class Guidance:
     rescale: Annotated[float, Ge(0), Le(1)] = 0.0
     """Rescale of the guided prediction to the conditional one's deviation, 0 (not) to 1 (wholly);
     default: 0."""
-    interval: tuple[float, Annotated[float, Le(float("inf"))]] = (0.0, float("inf"))
+    interval: tuple[Annotated[float, Ge(0)], Annotated[float, Gt(0), Le(math.inf)]] = (
+        0.0,
+        float("inf"),
+    )
     """Interval of noise levels sigma in which steps are guided, above the first and at most the
     second; default: all."""
     two_passes: bool | None = None
@@ -44,7 +48,7 @@ class Guidance:
             field = f"guidance.{problem.field}"
             raise UserError(str(problem).replace(f"`{problem.field}`", f"`{field}`"), field)
         low, high = self.interval
-        if not 0 <= low < high:
+        if not low < high:
             raise UserError(
                 f"`guidance.interval` is {low} to {high}; give two noise levels, the lower first"
             )

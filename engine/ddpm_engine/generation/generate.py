@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.sample_reader import CLASS_NAMES
 from ddpm_engine.generation.work_sharing import WorkShare, count_of, fill_missing
+from ddpm_engine.memory import check_fits
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
@@ -111,7 +113,7 @@ def generate(
     """
     sampler = Sampler(model, request)
     ids = distinct(ids)
-    check_amounts(sampler, ids, batch_size, 1 if format == "png" else per_shard)
+    check_amounts(sampler, ids, batch_size, ("per_shard", 1 if format == "png" else per_shard))
     store = SampleDir(out, settings_of(model, sampler), format, sampler.label_of)
     say = report or (lambda _: None)
     say_first = say if share.rank == 0 else (lambda _: None)
@@ -140,22 +142,27 @@ def generate(
     return finished
 
 
-def check_amounts(sampler: Sampler, ids: Sequence[int], batch_size: int, per_chunk: int) -> None:
+def check_amounts(
+    sampler: Sampler, ids: Sequence[int], batch_size: int, chunk: tuple[str, int]
+) -> None:
     """Refuse what would fail at the first batch, before a folder is claimed for it.
 
     Args:
         sampler: generates the samples.
         ids: of the samples, not empty.
         batch_size: samples at a time.
-        per_chunk: samples that are kept in memory until they are written.
+        chunk: samples that are kept in memory until they are written, behind the name of the field.
 
     Raises:
         UserError: numbers out of range, or beyond the memory there is; images to begin with, or
             low-resolution images, that cannot be read or have another shape.
     """
-    for name, value in [("batch_size", batch_size), ("per_shard", per_chunk)]:
-        if whole(value, name) < 1:
-            raise UserError(f"`{name}` is {value}; it must be at least 1", name)
+    field, size = chunk
+    if whole(size, field) < 1:
+        raise UserError(f"`{field}` is {size}; it must be at least 1", field)
+    sampler.check_fits(min(batch_size, len(ids)), batch_size)
+    kept = math.prod(sampler.model.shape) * min(size, len(ids))
+    check_fits(kept, field, "choose a smaller one")
     sampler.check_inputs(ids[0])
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
+from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.runtime import autocast, check_precision
+from ddpm_engine.runtime import autocast, check_precision, device_memory
 from ddpm_engine.samplers.finite import refuse_not_finite
-from ddpm_engine.samplers.identity import Ids, check_id, numbers_of, tensor_of
+from ddpm_engine.samplers.identity import Ids, numbers_of, tensor_of, whole
 from ddpm_engine.samplers.initial_noise import (
     check_interpolation,
     initial_noise,
@@ -200,8 +200,7 @@ class Sampler:
             UserError: as `trajectory`; a batch size below 1; `NotFiniteError`, which names the
                 samples.
         """
-        if batch_size < 1:
-            raise UserError(f"`batch_size` is {batch_size}; it must be at least 1", "batch_size")
+        self.check_fits(len(ids), batch_size)
         samples = torch.empty(len(ids), *self.model.shape, device=self.device)
         for start in range(0, len(ids), batch_size):
             part = slice(start, start + batch_size)
@@ -258,6 +257,24 @@ class Sampler:
             )
             conditions = replace(conditions, low_resolution=augmented, augmentation_level=levels)
         return conditions
+
+    def check_fits(self, count: int, batch_size: int) -> None:
+        """Refuse what takes more memory than there is.
+
+        Args:
+            count: samples that are kept at a time.
+            batch_size: samples that are generated at a time.
+
+        Raises:
+            UserError: too many, or a batch size below 1.
+        """
+        if whole(batch_size, "batch_size") < 1:
+            raise UserError(f"`batch_size` is {batch_size}; it must be at least 1", "batch_size")
+        one, limit = 4 * math.prod(self.model.shape), device_memory(self.device)
+        check_fits(count * one, "ids", "ask for fewer at a time", limit)
+        # The state, and what the network makes of it.
+        batch = 2 * one * min(count, batch_size)
+        check_fits(batch, "batch_size", "choose a smaller one", limit)
 
     def check_inputs(self, sample_id: int) -> None:
         """Read the images that a sample is made from, if it is made from any.
@@ -354,53 +371,3 @@ class Sampler:
                 "or leave out guidance",
                 "guidance.interval",
             )
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples and the images they decode to."""
-
-    tensor: Tensor
-    """float32 `[N, C, H, W]` around [-1, 1]."""
-    model: DiffusionModel
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The samples as images of 8 bits per channel."""
-        decoded = self.model.codec.decode(self.tensor)
-        return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in decoded]
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-
-def sample(
-    model: DiffusionModel,
-    ids: int | Ids,
-    *,
-    batch_size: int = 64,
-    progress: bool | None = None,
-    **options: Any,
-) -> Samples:
-    """Sample from a model (Ho et al. 2020, algorithm 2, and the samplers that followed it).
-
-    Args:
-        model: the network and its process.
-        ids: ids of the samples, `[N]`, or N for 0 … N − 1.
-        batch_size: number of samples at a time.
-        progress: whether to print a progress bar; None: on a terminal.
-        options: fields of `SampleRequest` and of `SamplingConfig`, such as `seed`, `steps`,
-            `sampler`, `classes` and `guidance`; the model's own hold otherwise.
-
-    Raises:
-        UserError: a request that the model cannot serve, or samples that are not finite.
-    """
-    if isinstance(ids, int):
-        check_id(ids, "ids")
-    chosen = range(ids) if isinstance(ids, int) else ids
-    sampler = Sampler(model, model.request(**options))
-    total = len(chosen) * sampler.evaluations
-    disable = None if progress is None else not progress
-    with tqdm(total=total, disable=disable, unit="evaluation", leave=False) as bar:
-        tensor = sampler.sample(chosen, batch_size=batch_size, on_step=bar.update)
-    return Samples(tensor, model)
