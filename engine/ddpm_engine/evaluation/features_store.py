@@ -139,7 +139,7 @@ def open_sample_features(out: Path, source: SampleSource, network: FeatureNetwor
     """Open the features of the evaluated samples.
 
     Raises:
-        UserError: the folder holds features of other samples, or cannot be written.
+        UserError: the folder cannot be written.
     """
     settings = {
         "pictures": source.hash,
@@ -147,7 +147,9 @@ def open_sample_features(out: Path, source: SampleSource, network: FeatureNetwor
         "hash": network.hash,
         "resize": network.resize,
     }
-    return FeatureStore(out / "features" / f"{network.name}-{network.hash[:12]}", settings)
+    # Of samples too: a folder may get more of them, or others, and be evaluated again.
+    name = f"{network.name}-{network.hash[:12]}-{source.hash[:12]}"
+    return FeatureStore(out / "features" / name, settings)
 
 
 def _any_within(ascending: NDArray[np.int64], held: range) -> bool:
