@@ -9,7 +9,7 @@ from typing import Annotated, SupportsIndex
 import torch
 from torch import Tensor
 
-from ddpm_engine.bounds import Ge, Lt
+from ddpm_engine.bounds import Ge, Le, Lt, values_out_of_bounds
 from ddpm_engine.errors import UserError
 from ddpm_kernels.philox import MAX_SAMPLE_ID
 
@@ -18,6 +18,20 @@ Ids = Sequence[int] | Tensor
 
 Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
 """Seed of noise: the 64 bits of its key, read as a signed integer or without a sign."""
+
+SampleId = Annotated[int, Ge(0), Le(MAX_SAMPLE_ID)]
+"""Id of a sample: the bits that noise has for it."""
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no `Seed`.
+
+    Raises:
+        UserError: another number, or none.
+    """
+    whole(seed, "seed")
+    for problem in values_out_of_bounds({"seed": Seed}, {"seed": seed}):
+        raise problem
 
 
 def numbers_of(ids: Ids, name: str = "ids") -> list[int]:
