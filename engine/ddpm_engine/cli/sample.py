@@ -126,7 +126,6 @@ _EXCLUDES = [
     ("timesteps", "steps"),
     ("timesteps", "spacing"),
     ("class_label", "class_labels"),
-    ("ids", "count"),
     ("interpolate", "ids"),
     ("interpolate", "images"),
     ("interpolate", "class_labels"),
@@ -144,7 +143,7 @@ def check(options: Options) -> None:
         UserError: the first of them.
     """
     machine = options.machine
-    asked = {**options.of_request(), "ids": options.ids, "count": options.count}
+    asked = {**options.of_request(), "ids": options.ids}
     given = {name for name, value in asked.items() if value is not None}
     for one, other in _EXCLUDES:
         if one in given and other in given:
@@ -177,7 +176,12 @@ def parse_ids(options: Options) -> Sequence[int]:
     """
     if options.ids is None:
         return range(count_of(options))
-    return distinct(numbers("ids", options.ids))
+    ids = distinct(numbers("ids", options.ids))
+    if options.count not in (None, len(ids)):
+        raise UserError(
+            f"`count` is {options.count}, but `ids` names {len(ids)}; leave one out", "count"
+        )
+    return ids
 
 
 def parse_interpolation(options: Options) -> tuple[int, int, int] | None:

@@ -18,7 +18,7 @@ from ddpm_engine.generation.input_images import (
 )
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
-from ddpm_engine.generation.sample_formats import Format
+from ddpm_engine.generation.sample_formats import MOST_IN_A_FILE, Format
 from ddpm_engine.generation.sample_reader import CLASS_NAMES
 from ddpm_engine.generation.work_sharing import WorkShare, count_of, fill_missing
 from ddpm_engine.memory import check_fits
@@ -161,6 +161,8 @@ def check_amounts(
     if whole(size, field) < 1:
         raise UserError(f"`{field}` is {size}; it must be at least 1", field)
     sampler.check_fits(min(batch_size, len(ids)), batch_size)
+    if size > MOST_IN_A_FILE:
+        raise UserError(f"`{field}` is {size}; it can be {MOST_IN_A_FILE} at most", field)
     kept = math.prod(sampler.model.shape) * min(size, len(ids))
     check_fits(kept, field, "choose a smaller one")
     sampler.check_inputs(ids[0])
