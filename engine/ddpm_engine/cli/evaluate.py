@@ -10,6 +10,7 @@ is resumed by running the same command again. docs/evaluation.md explains the me
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.cli.request_options import (
@@ -36,8 +38,10 @@ from ddpm_engine.evaluation.nll import bound_of_real_images, check_bound
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
 from ddpm_engine.generation.work_sharing import WorkShare
+from ddpm_engine.memory import check_fits
 from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.identity import Count
 
 METRICS = (*comparing.METRICS, "nll")
 
@@ -56,7 +60,7 @@ class SamplingOptions:
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
     default of a class-conditional network; none: unconditional."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """Samples generated at a time by each process."""
 
 
@@ -69,7 +73,7 @@ class FeatureOptions:
     classifier."""
     inception_weights: Path | None = None
     """File of Inception's weights; default: downloaded once, into --cache."""
-    reference_count: int | None = None
+    reference_count: Annotated[int, Ge(1)] | None = None
     """Number of real images to compare with, evenly spaced; default: all."""
     cache: Path | None = None
     """Folder of the features of real images; default: ~/.cache/ddpm-engine/evaluation."""
@@ -88,14 +92,14 @@ class Options:
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
     """Metrics to compute: fid, kid, is, precision-recall, accuracy (of the classes of generated
     digits), nll."""
-    count: int | None = None
+    count: Count | None = None
     """Number of samples, and for nll of real images; default: 50000, or all of --samples, and for
     nll all."""
     out: Path | None = None
     """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    piece: int = CHUNK_SIZE
+    piece: Annotated[int, Ge(1)] = CHUNK_SIZE
     """Samples that a process reserves and finishes at a time."""
 
 
@@ -145,7 +149,7 @@ def parse_metrics(options: Options) -> list[str]:
 
 
 def check(options: Options) -> None:
-    """Refuse options that contradict each other or do nothing, and numbers out of range.
+    """Refuse options that contradict each other or do nothing.
 
     Raises:
         UserError: the first of them.
@@ -167,14 +171,6 @@ def check(options: Options) -> None:
     if options.samples is not None:
         described = f"`samples`, which exist already, and {described}"
     refuse_unused(options, _USED_BY, done, described)
-    for name, value in [
-        ("count", options.count),
-        ("reference_count", options.features.reference_count),
-        ("piece", options.piece),
-        ("batch_size", options.sampling.batch_size),
-    ]:
-        if value is not None and value < 1:
-            raise UserError(f"`{name}` is {value}; it must be at least 1", field=name)
 
 
 def evaluations_folder(options: Options, loaded: LoadedModel | None) -> Path:
@@ -269,9 +265,12 @@ def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | Non
     """Compute nll, and plot its terms."""
     channels, height, width = loaded.shape
     shape = (height, width, channels)
+    real = open_real_images(real_location(options, loaded), shape, options.count)
+    batch = min(options.sampling.batch_size, len(real))
+    check_fits(8 * batch * math.prod(shape), "batch_size", "choose a smaller one")
     found = bound_of_real_images(
         loaded,
-        open_real_images(real_location(options, loaded), shape, options.count),
+        real,
         evaluations_folder(options, loaded),
         variance=options.sampling.variance,
         seed=vars(options.sampling)["seed"],

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
 from ddpm_engine.cli.request_options import (
@@ -29,7 +30,7 @@ from ddpm_engine.generation.generate import generate
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.runtime import local_device, use_local_compile_cache
-from ddpm_engine.samplers.identity import check_id, distinct
+from ddpm_engine.samplers.identity import Count, Seed, distinct
 
 
 @options_of_request(
@@ -78,14 +79,14 @@ class ImageOptions:
 class MachineOptions:
     """Speed and files; of these, only the precision changes samples beyond rounding."""
 
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """Samples generated at a time by each process."""
     compile: bool = False
     """Compile the network block by block with torch.compile: worth it for many samples."""
     format: Format = "png"
     """png: a file per sample; tar: WebDataset shards of PNGs, tar-npy: of arrays; npz: of
     NumPy's."""
-    per_shard: int | None = None
+    per_shard: Annotated[int, Ge(1)] | None = None
     """Samples of a shard; default: 1024."""
 
 
@@ -98,11 +99,11 @@ class Options:
     name of a model on the Hugging Face hub."""
     out: Path
     """Folder of the samples, grid.png and manifest.json."""
-    count: int | None = None
+    count: Count | None = None
     """Number of samples: ids 0 to COUNT − 1 of the seed; default: 64."""
     ids: Numbers = None
     """Ids of samples to generate instead of COUNT, such as 17,42."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all noise: another seed gives other samples."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the EMA, or those of the last step."""
@@ -122,6 +123,7 @@ class Options:
         }
 
 
+_COUNT = 64
 _EXCLUDES = [
     ("timesteps", "steps"),
     ("timesteps", "spacing"),
@@ -134,7 +136,7 @@ _EXCLUDES = [
 
 
 def check(options: Options) -> None:
-    """Refuse options that contradict each other, and numbers out of range.
+    """Refuse options that contradict each other.
 
     Args:
         options: of the command.
@@ -154,20 +156,6 @@ def check(options: Options) -> None:
         )
 
 
-def count_of(options: Options) -> int:
-    """Return the number of samples.
-
-    Raises:
-        UserError: none, or more than there are ids.
-    """
-    if options.count is None:
-        return 64
-    if options.count < 1:
-        raise UserError(f"`count` is {options.count}; it must be at least 1", "count")
-    check_id(options.count - 1, "count")
-    return options.count
-
-
 def parse_ids(options: Options) -> Sequence[int]:
     """Return the ids of the samples.
 
@@ -175,7 +163,7 @@ def parse_ids(options: Options) -> Sequence[int]:
         UserError: a list that is none.
     """
     if options.ids is None:
-        return range(count_of(options))
+        return range(_COUNT if options.count is None else options.count)
     ids = distinct(numbers("ids", options.ids))
     if options.count not in (None, len(ids)):
         raise UserError(
@@ -196,7 +184,7 @@ def parse_interpolation(options: Options) -> tuple[int, int, int] | None:
     ends = numbers("interpolate", text)
     if len(ends) != 2 or min(ends) < 0:
         raise UserError(f"`interpolate` is {text!r}; it takes two ids, as 17,42", "interpolate")
-    return ends[0], ends[1], count_of(options)
+    return ends[0], ends[1], len(parse_ids(options))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
 from ddpm_engine.cli.unused_options import refuse_unused
@@ -25,7 +26,7 @@ from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_
 from ddpm_engine.figures.toy_2d import Plane
 from ddpm_engine.generation.input_images import InputImages
 from ddpm_engine.runtime import local_device, use_local_compile_cache
-from ddpm_engine.samplers.identity import check_seed
+from ddpm_engine.samplers.identity import SampleId, Seed
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Options:
     """Folder of PNGs from sample.py, for real-and-drawn; default: samples generated now."""
     photo: Path | None = None
     """Image for denoising; default: the first of the data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all noise: another seed, other samples."""
-    ids: tuple[int, int] = (4, 2)
+    ids: tuple[SampleId, SampleId] = (4, 2)
     """Ids of samples: of reverse the first, of interpolation both ends."""
-    steps: int | None = None
+    steps: Annotated[int, Ge(1)] | None = None
     """Steps of a sample, one or two network evaluations each; default: the run's."""
     timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
     """Columns of forward, from 1; default: ten, closer together at first."""
-    count: int = 256
+    count: Annotated[int, Ge(2), Le(1000)] = 256
     """Samples for each point of quality, 2 to 1000."""
 
 
@@ -184,7 +185,6 @@ def make_folder(out: Path) -> None:
 def show_toy(options: Options, toy: Toy) -> None:
     """Train on a two-dimensional data set and plot the reverse process."""
     refuse_unused(options, _USED_BY, {"toy"}, f"`toy` {toy}")
-    check_seed(options.seed)
     local_device()  # all cores
     make_folder(options.out)
     points, place = toy_points(toy)

@@ -26,6 +26,8 @@ from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
 
+_BYTES_OF_AN_ID = 64  # in the set of those that are there
+
 
 def request_from_files(
     model: LoadedModel,
@@ -157,6 +159,7 @@ def check_amounts(
         UserError: numbers out of range, or beyond the memory there is; images to begin with, or
             low-resolution images, that cannot be read or have another shape.
     """
+    check_fits(_BYTES_OF_AN_ID * len(ids), "count", "ask for fewer samples")
     field, size = chunk
     if whole(size, field) < 1:
         raise UserError(f"`{field}` is {size}; it must be at least 1", field)

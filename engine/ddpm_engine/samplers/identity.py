@@ -22,6 +22,9 @@ Seed = Annotated[int, Ge(-(2**63)), Lt(2**64)]
 SampleId = Annotated[int, Ge(0), Le(MAX_SAMPLE_ID)]
 """Id of a sample: the bits that noise has for it."""
 
+Count = Annotated[int, Ge(1), Le(MAX_SAMPLE_ID + 1)]
+"""Number of samples: ids 0 to count - 1."""
+
 
 def check_seed(seed: int) -> None:
     """Refuse what is no `Seed`.

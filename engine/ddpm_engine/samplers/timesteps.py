@@ -117,7 +117,7 @@ def check_begins_in_noise(schedule: NoiseSchedule, visited: Tensor, listed: bool
         chosen = f"leading `spacing` of {len(visited)} `steps` begins at timestep {first}"
         remedy = f"take trailing `spacing`, which begins at {last}, or more `steps`"
     raise UserError(
-        f"{chosen}, where the network expects an image {ratio[first]:.2g} times as strong as the "
+        f"{chosen}, where the network expects an image {ratio[first]:.3g} times as strong as the "
         f"noise, but sampling begins with noise alone; {remedy}",
         "timesteps" if listed else "spacing",
     )
