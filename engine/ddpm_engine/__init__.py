@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ddpm_engine.networks.unet.unet import UNet
     from ddpm_engine.samplers.model import DiffusionModel
     from ddpm_engine.samplers.request import SampleRequest
-    from ddpm_engine.samplers.sampler import Sampler, Samples, sample
+    from ddpm_engine.samplers.sampler import Sampler
+    from ddpm_engine.samplers.samples import Samples, sample
     from ddpm_engine.training.trainer import Trainer
 
 _MODULES = {
@@ -37,13 +38,13 @@ _MODULES = {
     "RunConfig": "config",
     "SampleRequest": "samplers.request",
     "Sampler": "samplers.sampler",
-    "Samples": "samplers.sampler",
+    "Samples": "samplers.samples",
     "Trainer": "training.trainer",
     "UNet": "networks.unet.unet",
     "UNetConfig": "networks.unet.config",
     "UserError": "errors",
     "load": "checkpoints.load",
-    "sample": "samplers.sampler",
+    "sample": "samplers.samples",
 }
 
 __all__ = [

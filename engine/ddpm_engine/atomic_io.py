@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from ddpm_engine.locks import LocksUnsupportedError, locked
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -24,7 +27,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: as the operating system reports it (no space left, permission denied, ...).
     """
-    target = Path(path)
+    target = _file_at(path)
     temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
     # Closed by hand: closing flushes, so on a full disk it can fail a second time.
     file = open(temporary, "wb")  # noqa: SIM115
@@ -46,10 +49,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def write_once(path: str | os.PathLike[str], content: bytes) -> None:
     """Make a file, complete, unless there is one of that name: of several processes, one succeeds.
 
+    On a file system without hard links (exFAT, SMB, object stores), processes exclude each other by
+    the lock of `.<path>.lock` beside it, which stays. Where there are no locks either, only one
+    process may write one path at a time.
+
     Raises:
         OSError: as the operating system reports it.
     """
-    target = Path(path)
+    target = _file_at(path)
     # Of another name in each process, and linked, not renamed: that never replaces a file.
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
     try:
@@ -57,16 +64,35 @@ def write_once(path: str | os.PathLike[str], content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):
+        try:
             os.link(temporary, target)
+        except FileExistsError:
+            pass
+        except OSError:
+            # Each file system has its own way to say that it has no links. If something else is
+            # wrong, renaming says so too.
+            _rename_once(temporary, target)
     finally:
         with suppress(OSError):
             temporary.unlink()
     fsync_directory(target.parent)
 
 
+def _rename_once(temporary: Path, target: Path) -> None:
+    """Rename a file unless the target exists; processes that do so at once wait for each other."""
+    try:
+        with locked(target.with_name(f".{target.name}.lock")):
+            if not target.exists():
+                os.rename(temporary, target)
+    except LocksUnsupportedError:
+        if not target.exists():
+            os.rename(temporary, target)
+
+
 def fsync_directory(path: str | os.PathLike[str]) -> None:
     """Make the names in a folder durable: files created, renamed or removed in it.
+
+    Without effect on file systems that sync files only, as some network file systems do.
 
     Raises:
         OSError: the folder cannot be opened or synced.
@@ -74,6 +100,9 @@ def fsync_directory(path: str | os.PathLike[str]) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 
@@ -89,3 +118,11 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _file_at(path: str | os.PathLike[str]) -> Path:
+    """The path, which must not be a folder: `.`, `..` and `/` have no name to write beside."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return target

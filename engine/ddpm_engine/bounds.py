@@ -62,9 +62,9 @@ def values_out_of_bounds(
 ) -> Iterator[UserError]:
     """Report every value outside the bounds of its annotation.
 
-    Numbers without bounds have those of their types: an integer must fit into 64 bits with a sign,
-    and a float be finite unless it is `Le(math.inf)`. The bounds of a tuple's entries hold for each
-    of them.
+    Numbers without bounds have those of their types: an integer must fit into 64 bits with a sign
+    unless it has its own upper bound, and a float be finite unless it is `Le(math.inf)`. The bounds
+    of a tuple's entries hold for each of them.
 
     Args:
         kinds: annotations by name.
@@ -108,7 +108,8 @@ def _violated(number: float, bounds: list[Bound]) -> str | None:
     unlimited = any(isinstance(bound, Le) and bound.le == math.inf for bound in bounds)
     if isinstance(number, float) and not math.isfinite(number) and not unlimited:
         return "be finite"
-    if isinstance(number, int) and not -INT64 <= number < INT64:
+    capped = any(isinstance(bound, Le | Lt) for bound in bounds)
+    if isinstance(number, int) and not capped and not -INT64 <= number < INT64:
         return f"lie in [{-INT64}, {INT64 - 1}]"
     return None
 

@@ -15,6 +15,7 @@ from ddpm_engine.data.mixture import Mixture
 from ddpm_engine.errors import UserError
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.timesteps import check_begins_in_noise
 
 _IDS = 2**56  # that noise can tell apart
 
@@ -143,7 +144,8 @@ def coefficient_tables(config: RunConfig) -> Iterator[UserError]:
     ]:
         options = sampling.table_options() | {"steps": steps}
         try:
-            build_table(schedule, prediction=diffusion.prediction, **options)
+            table = build_table(schedule, prediction=diffusion.prediction, **options)
+            check_begins_in_noise(schedule, table.timesteps, listed=False)
         except UserError as error:
             names = {name: f"sampling.{name}" for name in options}
             diffusions = {name: f"diffusion.{name}" for name in ("prediction", "timesteps")}

@@ -61,6 +61,13 @@ def local_device() -> torch.device:
     return device
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory of a GPU; None for any other device."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 logger = logging.getLogger(__name__)
 
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}

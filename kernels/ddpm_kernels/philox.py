@@ -102,7 +102,7 @@ def random_words(
     """Draw `count` uniform 32-bit words for each sample.
 
     Args:
-        seed: any signed 64-bit integer, or a 0-dim int64 tensor of it.
+        seed: any 64-bit integer, signed or not, or a 0-dim int64 tensor of its bits.
         sample_ids: int64 `[B]` in [0, 2⁵⁶).
         count: words a sample.
         step: in [0, 2³²), an integer or a 0-dim int64 tensor; the same for all samples.
@@ -153,7 +153,7 @@ def gaussian_noise(
     """Draw standard normal noise for a batch of images.
 
     Args:
-        seed: any signed 64-bit integer, or a 0-dim int64 tensor of it.
+        seed: any 64-bit integer, signed or not, or a 0-dim int64 tensor of its bits.
         sample_ids: int64 `[B]` in [0, 2⁵⁶).
         shape: `(channels, height, width)` of one sample.
         step: the sampler's step, an integer or a 0-dim int64 tensor; or 0 in training, where the id

@@ -26,11 +26,13 @@ def as_scalar(value: int | Tensor, device: torch.device) -> Tensor:
     and is illegal during graph capture.
 
     Args:
-        value: signed 64-bit integer, or a 0-dim tensor of it.
+        value: in [-2⁶³, 2⁶⁴), of which the tensor has the 64 bits; or a 0-dim tensor of it.
         device: of the result.
     """
     if isinstance(value, Tensor):
         return value.to(device, torch.int64)
+    if value >= 2**63:
+        value -= 2**64  # the same bits
     return torch.full((), value, dtype=torch.int64, device=device)
 
 

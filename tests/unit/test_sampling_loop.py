@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.sampling import sample
+from tests.sampling import bind, sample
 from tests.tiny import TINY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +22,9 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers import sampler as loop_module
+from ddpm_engine.samplers.initial_noise import initial_noise, interpolated_noise
 from ddpm_engine.samplers.inpainting import levels_of, resampled
 from ddpm_engine.samplers.registry import build_table
-from ddpm_engine.samplers.sampler import initial_noise, interpolated_noise
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels import Stream, gaussian_noise
 from ddpm_kernels.dispatch import force_ops
@@ -174,11 +174,14 @@ def test_a_diverged_batch_does_not_affect_the_next(sampler: str) -> None:
         return scale[:, None, None, None] * x
 
     labels = torch.tensor([9, 9, 0, 1])
-    options: Any = {"sampler": sampler, "shape": SHAPE, "clip": False}
-    images = generate(diverges, labels=labels, batch_size=2, **options)
-    alone = generate(diverges, sample_ids=IDS[2:], labels=labels[2:], **options)
-    assert not bool(images[:2].isfinite().any())
-    assert torch.equal(images[2:], alone)
+    options: Any = {"sampler": sampler, "shape": SHAPE, "clip": False, "seed": 3, "steps": STEPS}
+    sampler_of_all, conditions = bind(diverges, SCHEDULE, IDS, labels=labels, **options)
+    first, rest = slice(0, 2), slice(2, 4)
+    with pytest.raises(UserError, match=r"not finite: samples 5, 0 of seed 3"):
+        sampler_of_all.sample(IDS[first], conditioning=conditions.select(first))
+    images = sampler_of_all.sample(IDS[rest], conditioning=conditions.select(rest))
+    alone = generate(diverges, sample_ids=IDS[rest], labels=labels[rest], **options)
+    assert torch.equal(images, alone)
 
 
 # --- Image to image

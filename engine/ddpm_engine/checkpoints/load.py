@@ -23,9 +23,10 @@ from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layou
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.runtime import local_device
+from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
-from ddpm_engine.samplers.sampler import Ids, Samples, sample
+from ddpm_engine.samplers.samples import Samples, sample
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,7 +93,7 @@ class LoadedModel(DiffusionModel):
         progress: bool | None = None,
         **options: Any,
     ) -> Samples:
-        """Sample; arguments as in `samplers.sampler.sample`."""
+        """Sample; arguments as in `samplers.samples.sample`."""
         return sample(self, ids, batch_size=batch_size, progress=progress, **options)
 
     def resolve(self, request: SampleRequest) -> SampleRequest:

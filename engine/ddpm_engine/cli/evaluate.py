@@ -10,6 +10,8 @@ is resumed by running the same command again. docs/evaluation.md explains the me
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,17 +27,20 @@ from ddpm_engine.cli.request_options import (
     options_of_request,
     request_of,
 )
+from ddpm_engine.cli.unused_options import refuse_unused
 from ddpm_engine.data.stream import is_stream
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation import metrics as comparing
 from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
-from ddpm_engine.evaluation.nll import bound_of_real_images
+from ddpm_engine.evaluation.nll import bound_of_real_images, check_bound
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
 from ddpm_engine.generation.work_sharing import WorkShare
+from ddpm_engine.memory import check_fits
 from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.identity import Count
 
 METRICS = (*comparing.METRICS, "nll")
 
@@ -86,7 +91,7 @@ class Options:
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
     """Metrics to compute: fid, kid, is, precision-recall, accuracy (of the classes of generated
     digits), nll."""
-    count: PositiveOrNone = None
+    count: Count | None = None
     """Number of samples, and for nll of real images; default: 50000, or all of --samples, and for
     nll all."""
     out: Path | None = None
@@ -95,6 +100,31 @@ class Options:
     features: FeatureOptions = field(default_factory=FeatureOptions)
     piece: Positive = CHUNK_SIZE
     """Samples that a process reserves and finishes at a time."""
+
+
+_GENERATING = frozenset({"generating"})
+_COMPARING = frozenset({"comparing"})
+_USED_BY = {
+    **dict.fromkeys(
+        ("sampler", "steps", "spacing", "eta", "class_labels", "guidance_scale",
+         "guidance_interval", "precision"),
+        _GENERATING,
+    ),
+    **dict.fromkeys(("seed", "weights", "variance", "batch_size"), _GENERATING | {"nll"}),
+    **dict.fromkeys(("features", "reference_count", "piece"), _COMPARING),
+    "inception_weights": frozenset({"inception"}),
+}  # fmt: skip
+"""Option to what uses it; see `purposes`. Folders (`out`, `cache`) are never refused."""
+
+
+def purposes(options: Options, metrics: Collection[str]) -> set[str]:
+    """Return what is done: generating, comparing (by inception or digits), nll."""
+    found = {"nll"} if "nll" in metrics else set()
+    if any(metric in comparing.METRICS for metric in metrics):
+        found |= {"comparing", options.features.features}
+        if options.samples is None:
+            found.add("generating")
+    return found
 
 
 def parse_metrics(options: Options) -> list[str]:
@@ -118,7 +148,7 @@ def parse_metrics(options: Options) -> list[str]:
 
 
 def check(options: Options) -> None:
-    """Refuse options that contradict each other.
+    """Refuse options that contradict each other or do nothing.
 
     Raises:
         UserError: the first of them.
@@ -127,28 +157,40 @@ def check(options: Options) -> None:
         raise UserError(
             "give either `checkpoint`, to generate samples, or `samples`, which exist already"
         )
-    if options.samples is not None and "nll" in parse_metrics(options):
+    metrics = parse_metrics(options)
+    if options.samples is not None and "nll" in metrics:
         raise UserError(
             "nll is a metric of a network: give `checkpoint`, or leave it out of `metrics`",
             field="metrics",
         )
-    if options.samples is not None and options.sampling != SamplingOptions():
-        raise UserError(
-            "`samples` exist already; leave out the options of how to generate some",
-            field="samples",
-        )
+    done = purposes(options, metrics)
+    described = f"`metrics` {options.metrics}"
+    if "comparing" in done:
+        described += f" of `features` {options.features.features}"
+    if options.samples is not None:
+        described = f"`samples`, which exist already, and {described}"
+    refuse_unused(options, _USED_BY, done, described)
 
 
 def evaluations_folder(options: Options, loaded: LoadedModel | None) -> Path:
-    """Return --out, or a folder beside what is evaluated, never within a checkpoint."""
+    """Return --out, or a folder beside what is evaluated, never within a checkpoint.
+
+    Raises:
+        UserError: there is nothing beside it.
+    """
     if options.out is not None:
         return options.out
     if options.samples is not None:
-        return options.samples.with_name(f"{options.samples.name}-evaluation")
+        samples = options.samples
+        if samples.name in ("", ".."):  # written without a name of its own, as `.` is
+            samples = samples.resolve()
+        if not samples.name:
+            raise UserError(f"there is no place beside `samples` {samples}; give `out`", "out")
+        return samples.with_name(f"{samples.name}-evaluation")
     assert options.checkpoint is not None, "checked"
     checkpoint = None if loaded is None else loaded.checkpoint
-    if checkpoint is not None and options.checkpoint == checkpoint.path:
-        return options.checkpoint.parent.parent / "evaluation"
+    if checkpoint is not None and options.checkpoint.resolve() == checkpoint.path.resolve():
+        return options.checkpoint.resolve().parent.parent / "evaluation"
     return options.checkpoint / "evaluation"
 
 
@@ -191,10 +233,14 @@ def compare(
             for name, value in vars(options.sampling).items()
             if name not in ("weights", "batch_size")
         }
+        if "nll" in parse_metrics(options):
+            # The variance may be that of nll alone.
+            sampler = asked["sampler"] or loaded.sampling.sampler
+            asked["variance"] = asked["variance"] if sampler == "ddpm" else None
         source, out = generated_source(
             loaded,
             request_of(loaded, asked),
-            options.count or 50_000,
+            50_000 if options.count is None else options.count,
             out=options.out,
             parent=out,
             batch_size=options.sampling.batch_size,
@@ -202,12 +248,14 @@ def compare(
         )
     chosen = options.features
     real = open_real_images(real_location(options, loaded), source.shape, chosen.reference_count)
+    metrics = [metric for metric in parse_metrics(options) if metric != "nll"]
+    comparing.check_counts(metrics, len(source.ids), len(real))
     cache = chosen.cache or default_cache()
     network = feature_network(
         chosen.features, source.shape[0], device, weights=chosen.inception_weights, cache=cache
     )
     return evaluate(
-        source, real, network, parse_metrics(options), out, cache, chunk_size=options.piece,
+        source, real, network, metrics, out, cache, chunk_size=options.piece,
         share=share, device=device, show_progress=show,
     )  # fmt: skip
 
@@ -216,9 +264,12 @@ def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | Non
     """Compute nll, and plot its terms."""
     channels, height, width = loaded.shape
     shape = (height, width, channels)
+    real = open_real_images(real_location(options, loaded), shape, options.count)
+    batch = min(options.sampling.batch_size, len(real))
+    check_fits(8 * batch * math.prod(shape), "batch_size", "choose a smaller one")
     found = bound_of_real_images(
         loaded,
-        open_real_images(real_location(options, loaded), shape, options.count),
+        real,
         evaluations_folder(options, loaded),
         variance=options.sampling.variance,
         seed=vars(options.sampling)["seed"],
@@ -250,18 +301,29 @@ def main() -> None:
                     "samples from low-resolution images first, and give them as `samples`",
                     field="checkpoint",
                 )
-        reports = []
+            if "nll" in metrics:
+                check_bound(loaded, options.sampling.variance)
+        parts: list[Callable[[], Path | None]] = []
         if any(metric in comparing.METRICS for metric in metrics):
-            reports.append(compare(options, loaded, device, share))
+            parts.append(lambda: compare(options, loaded, device, share))
         if "nll" in metrics:
-            assert loaded is not None, "checked"
-            reports.append(bound(options, loaded, share))
-        for report in reports:
+            model = loaded
+            assert model is not None, "checked"
+            parts.append(lambda: bound(options, model, share))
+        failed = []
+        for part in parts:
+            try:
+                report = part()
+            except UserError as error:  # the other part may succeed
+                failed.append(error)
+                continue
             if report is not None:
                 print(report.with_suffix(".md").read_text(encoding="utf-8"))
-                print(report)
+                print(report, flush=True)
             elif share.world_size == 1:
                 print("another process is still working and will report; or run this again")
+        if failed:
+            raise UserError("; ".join(map(str, failed)), failed[0].field)
 
 
 if __name__ == "__main__":

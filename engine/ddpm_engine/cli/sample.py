@@ -8,6 +8,7 @@ torchrun, the processes share the work; an interrupted run is resumed by the sam
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ from ddpm_engine.generation.generate import generate
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.identity import Count, Seed, distinct
 
 
 @options_of_request(
@@ -103,11 +105,11 @@ class Options:
     name of a model on the Hugging Face hub."""
     out: Path
     """Folder of the samples, grid.png and manifest.json."""
-    count: int = 64
-    """Number of samples: ids 0 to COUNT − 1 of the seed."""
+    count: Count | None = None
+    """Number of samples: ids 0 to COUNT − 1 of the seed; default: 64."""
     ids: Numbers = None
     """Ids of samples to generate instead of COUNT, such as 17,42."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all noise: another seed gives other samples."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the EMA, or those of the last step."""
@@ -127,6 +129,7 @@ class Options:
         }
 
 
+_COUNT = 64
 _EXCLUDES = [
     ("timesteps", "steps"),
     ("timesteps", "spacing"),
@@ -137,55 +140,42 @@ _EXCLUDES = [
 ]
 """Options that contradict each other."""
 
-_ONLY_WITH = {"variance": ("ddpm",), "eta": ("ddim",)}
-_NOT_WITH = {"spacing": ("euler", "heun")}
-"""Options of some samplers, and of all but some."""
 
-
-def check(options: Options, sampler: str) -> None:
-    """Refuse options that contradict each other, and numbers out of range.
+def check(options: Options) -> None:
+    """Refuse options that contradict each other.
 
     Args:
         options: of the command.
-        sampler: that is used.
 
     Raises:
         UserError: the first of them.
     """
     machine = options.machine
-    given = {**options.of_request(), "ids": options.ids}
-    given = {name: value for name, value in given.items() if value is not None}
+    asked = {**options.of_request(), "ids": options.ids}
+    given = {name for name, value in asked.items() if value is not None}
     for one, other in _EXCLUDES:
         if one in given and other in given:
             raise UserError(f"`{one}` and `{other}` do not go together; leave one out", one)
-    for name in given:
-        if sampler not in _ONLY_WITH.get(name, (sampler,)) or sampler in _NOT_WITH.get(name, ()):
-            raise UserError(f"`{name}` does nothing with the sampler {sampler}; leave it out", name)
     if machine.per_shard is not None and machine.format == "png":
         raise UserError(
             "`per_shard` needs `format` tar, tar-npy or npz; give one of them", "per_shard"
         )
-    for name, value in [
-        ("count", options.count),
-    ]:
-        if value is not None and value < 1:
-            raise UserError(f"`{name}` is {value}; it must be at least 1", name)
 
 
-def parse_ids(options: Options) -> list[int]:
+def parse_ids(options: Options) -> Sequence[int]:
     """Return the ids of the samples.
 
     Raises:
         UserError: a list that is none.
     """
     if options.ids is None:
-        return list(range(options.count))
-    ids = numbers("ids", options.ids)
-    if min(ids) < 0 or len(set(ids)) < len(ids):
+        return range(_COUNT if options.count is None else options.count)
+    ids = distinct(numbers("ids", options.ids))
+    if options.count not in (None, len(ids)):
         raise UserError(
-            f"`ids` is {options.ids!r}; ids are not negative and named once each", "ids"
+            f"`count` is {options.count}, but `ids` names {len(ids)}; leave one out", "count"
         )
-    return sorted(ids)
+    return ids
 
 
 def parse_interpolation(options: Options) -> tuple[int, int, int] | None:
@@ -200,7 +190,7 @@ def parse_interpolation(options: Options) -> tuple[int, int, int] | None:
     ends = numbers("interpolate", text)
     if len(ends) != 2 or min(ends) < 0:
         raise UserError(f"`interpolate` is {text!r}; it takes two ids, as 17,42", "interpolate")
-    return ends[0], ends[1], options.count
+    return ends[0], ends[1], len(parse_ids(options))
 
 
 def main() -> None:
@@ -209,10 +199,10 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
+        check(options)
         ids = parse_ids(options)
         model = load_model(options.checkpoint, local_device(), options.weights)
         asked = {**options.of_request(), "interpolate": parse_interpolation(options)}
-        check(options, asked["sampler"] or model.sampling.sampler)
         machine = options.machine
         generate(
             model,
@@ -221,7 +211,7 @@ def main() -> None:
             options.out,
             format=machine.format,
             batch_size=machine.batch_size,
-            per_shard=machine.per_shard or 1024,
+            per_shard=1024 if machine.per_shard is None else machine.per_shard,
             compile=machine.compile,
             share=WorkShare.from_environment(),
             report=lambda line: print(line, flush=True),

@@ -8,6 +8,7 @@ docs/ddpm.md explains the figures.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +19,14 @@ from tqdm import tqdm
 from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, numbers, parse_options
+from ddpm_engine.cli.unused_options import refuse_unused
 from ddpm_engine.errors import UserError
-from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable
+from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable, check
 from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
 from ddpm_engine.figures.toy_2d import Plane
 from ddpm_engine.generation.input_images import InputImages
 from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.samplers.identity import SampleId, Seed
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class Options:
     """Folder of PNGs from sample.py, for real-and-drawn; default: samples generated now."""
     photo: Path | None = None
     """Image for denoising; default: the first of the data."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all noise: another seed, other samples."""
-    ids: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (4, 2)
+    ids: tuple[SampleId, SampleId] = (4, 2)
     """Ids of samples: of reverse the first, of interpolation both ends."""
     steps: PositiveOrNone = None
     """Steps of a sample, one or two network evaluations each; default: the run's."""
@@ -55,6 +58,32 @@ class Options:
     """Columns of forward, from 1; default: ten, closer together at first."""
     count: Annotated[int, Ge(2), Le(1000)] = 256
     """Samples for each point of quality, 2 to 1000."""
+
+
+_FIGURES = frozenset(FIGURES)
+_OF_DATA = frozenset({"real-and-drawn", "forward", "bound"})
+_USED_BY = {
+    "data": _OF_DATA | {"data's photo"},
+    "only": _FIGURES,
+    "samples": frozenset({"real-and-drawn"}),
+    "photo": frozenset({"denoising"}),
+    "seed": _FIGURES - {"real-and-drawn", "loss", "schedules"} | {"generated", "toy"},
+    "ids": frozenset({"reverse", "interpolation"}),
+    "steps": frozenset({"reverse", "generated"}),
+    "timesteps": frozenset({"forward"}),
+    "count": frozenset({"quality"}),
+}
+"""Option to what uses it; see `purposes`."""
+
+
+def purposes(options: Options, names: Collection[str]) -> set[str]:
+    """Return the figures, and what some of them need if it is not given: samples, or a photo."""
+    found = set(names)
+    if "real-and-drawn" in names and options.samples is None:
+        found.add("generated")
+    if "denoising" in names and options.photo is None:
+        found.add("data's photo")
+    return found
 
 
 def chosen_figures(only: str | None) -> list[str]:
@@ -111,26 +140,55 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
 
 
 def show_run(options: Options, checkpoint: Path) -> None:
-    """Plot a run's figures; report those that do not apply, or fail if they were requested."""
+    """Plot a run's figures; report those that do not apply.
+
+    Raises:
+        UserError: after all others are plotted, for figures that failed, or that were requested and
+            do not apply.
+    """
     names = chosen_figures(options.only)
+    described = "these figures" if options.only is None else f"`only` {options.only}"
+    if options.samples is not None:
+        described += " and `samples`"
+    refuse_unused(options, _USED_BY, purposes(options, names), described)
     exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
-    options.out.mkdir(parents=True, exist_ok=True)
+    check(exhibit, names)
+    make_folder(options.out)
+    failed = []
     for name in names:
         try:
             for path in FIGURES[name](exhibit):
                 print(path, flush=True)
-        except Inapplicable as error:
-            if options.only is not None:
-                raise
-            print(f"no {name}: {error}", flush=True)
+        except UserError as error:  # the others may succeed
+            if isinstance(error, Inapplicable) and options.only is None:
+                print(f"no {name}: {error}", flush=True)
+            else:
+                failed.append(error)
+    if failed:
+        raise UserError("; ".join(map(str, failed)), failed[0].field)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the figures.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"`out` {out} cannot be made a folder ({error.strerror}); choose another", "out"
+        ) from None
 
 
 def show_toy(options: Options, toy: Toy) -> None:
     """Train on a two-dimensional data set and plot the reverse process."""
+    refuse_unused(options, _USED_BY, {"toy"}, f"`toy` {toy}")
     local_device()  # all cores
+    make_folder(options.out)
     points, place = toy_points(toy)
     schedule = toy_schedule()
-    options.out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=STEPS, unit=" steps", disable=None) as bar:
         model = train_toy(points, schedule, STEPS, options.seed, bar.update)
     still, moving = (options.out / f"{toy}.{kind}" for kind in ("png", "gif"))

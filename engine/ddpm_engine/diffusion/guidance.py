@@ -9,11 +9,14 @@ Kynkäänniemi et al. 2024.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.errors import UserError
 
 
@@ -22,15 +25,18 @@ class Guidance:
     """Classifier-free guidance of a conditional network.
 
     Raises:
-        UserError: a rescale outside [0, 1], or an empty interval.
+        UserError: a scale or rescale out of bounds, or an empty interval.
     """
 
-    scale: float
+    scale: Annotated[float, Ge(-1000), Le(1000)]
     """Guidance scale w, 1 being no guidance, which saves the second evaluation; default: 1."""
-    rescale: float = 0.0
+    rescale: Annotated[float, Ge(0), Le(1)] = 0.0
     """Rescale of the guided prediction to the conditional one's deviation, 0 (not) to 1 (wholly);
     default: 0."""
-    interval: tuple[float, float] = (0.0, float("inf"))
+    interval: tuple[Annotated[float, Ge(0)], Annotated[float, Gt(0), Le(math.inf)]] = (
+        0.0,
+        float("inf"),
+    )
     """Interval of noise levels sigma in which steps are guided, above the first and at most the
     second; default: all."""
     two_passes: bool | None = None
@@ -38,10 +44,11 @@ class Guidance:
     one after the other once memory has run out."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rescale <= 1:
-            raise UserError(f"`guidance.rescale` is {self.rescale}; it must lie in [0, 1]")
+        for problem in out_of_bounds(self):
+            field = f"guidance.{problem.field}"
+            raise UserError(str(problem).replace(f"`{problem.field}`", f"`{field}`"), field)
         low, high = self.interval
-        if not 0 <= low < high:
+        if not low < high:
             raise UserError(
                 f"`guidance.interval` is {low} to {high}; give two noise levels, the lower first"
             )

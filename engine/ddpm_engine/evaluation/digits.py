@@ -22,6 +22,8 @@ from sklearn.neural_network import MLPClassifier
 
 from ddpm_engine.atomic_io import write_once
 from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.errors import UserError
+from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.images.codec import fit
 
 HIDDEN = 128
@@ -119,7 +121,7 @@ def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
             weights may differ in the last bits from machine to machine. None: train it.
 
     Raises:
-        OSError: the cache cannot be written.
+        UserError: the cache cannot be written, or what it holds is damaged.
     """
     digits = real_digits(size)
     if cache is None:
@@ -127,10 +129,16 @@ def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
     provenance = [sklearn.__version__, np.__version__, HIDDEN, _SEED, _TEST_SHARE]
     key = hashlib.sha256(json.dumps(provenance).encode() + digits.images.tobytes()).hexdigest()
     path = cache / f"digits-{size}-{key[:16]}.npz"
-    if not path.exists():
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **train_digit_classifier(digits).arrays)
-        cache.mkdir(parents=True, exist_ok=True)
-        write_once(path, content.getvalue())
-    with np.load(path, allow_pickle=False) as archive:
-        return DigitClassifier({name: archive[name] for name in _ARRAYS})
+    try:
+        if not path.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            content = io.BytesIO()
+            np.savez(content, allow_pickle=False, **train_digit_classifier(digits).arrays)
+            write_once(path, content.getvalue())
+        return DigitClassifier(dict(zip(_ARRAYS, read_arrays(path, *_ARRAYS), strict=True)))
+    except DamagedArchiveError as error:
+        raise UserError(f"cannot read {path}: {error}; remove it, and it is made again") from None
+    except OSError as error:
+        raise UserError(
+            f"`cache` {cache} cannot be used ({error.strerror}); choose another", "cache"
+        ) from None

@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import atomic_write, sha256_of
+from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.fid import Moments, moments
 from ddpm_engine.evaluation.sources import RULE, RealImages, SampleSource
+from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.generation.id_store import IdStore
 from ddpm_engine.generation.sample_formats import consecutive, ids_in
 
@@ -67,6 +69,7 @@ class FeatureStore(IdStore):
 
         Raises:
             KeyError: one is not there.
+            UserError: a file is damaged.
         """
         wanted = np.unique(np.asarray(ids, dtype=np.int64))
         found = 0
@@ -74,8 +77,14 @@ class FeatureStore(IdStore):
         for held, name in sorted(files, key=lambda file: file[0].start):
             if not _any_within(wanted, held):
                 continue
-            with np.load(self.folder / name, allow_pickle=False) as archive:
-                rows = archive["rows"][np.isin(archive["ids"], wanted)]
+            path = self.folder / name
+            try:
+                numbers, all_rows = read_arrays(path, "ids", "rows")
+                rows = all_rows[np.isin(numbers, wanted)]
+            except (DamagedArchiveError, OSError, IndexError) as error:
+                raise UserError(
+                    f"cannot read {path}: {error}; remove it, and run the evaluation again"
+                ) from error
             found += len(rows)
             yield rows
         if found < len(wanted):
@@ -139,7 +148,7 @@ def open_sample_features(out: Path, source: SampleSource, network: FeatureNetwor
     """Open the features of the evaluated samples.
 
     Raises:
-        UserError: the folder holds features of other samples, or cannot be written.
+        UserError: the folder cannot be written.
     """
     settings = {
         "pictures": source.hash,
@@ -147,7 +156,9 @@ def open_sample_features(out: Path, source: SampleSource, network: FeatureNetwor
         "hash": network.hash,
         "resize": network.resize,
     }
-    return FeatureStore(out / "features" / f"{network.name}-{network.hash[:12]}", settings)
+    # Of samples too: a folder may get more of them, or others, and be evaluated again.
+    name = f"{network.name}-{network.hash[:12]}-{source.hash[:12]}"
+    return FeatureStore(out / "features" / name, settings)
 
 
 def _any_within(ascending: NDArray[np.int64], held: range) -> bool:
@@ -157,11 +168,10 @@ def _any_within(ascending: NDArray[np.int64], held: range) -> bool:
 
 def _read_moments(path: Path) -> Moments | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            mean, covariance = archive["mean"], archive["covariance"]
-            if covariance.shape == (len(mean), len(mean)):
-                return Moments(int(archive["count"]), mean, covariance)
-    # A damaged archive fails in many ways; its content can be computed again.
-    except Exception:
-        pass
+        count, mean, covariance = read_arrays(path, "count", "mean", "covariance")
+        sound = covariance.shape == (len(mean), len(mean))
+        if sound and np.isfinite(mean).all() and np.isfinite(covariance).all():
+            return Moments(int(count), mean, covariance)
+    except (DamagedArchiveError, OSError, TypeError):
+        pass  # they can be computed again
     return None

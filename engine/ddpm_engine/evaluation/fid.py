@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
 
+FEWEST = 2
+"""Images that are needed on either side."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -43,11 +46,7 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
         if not len(block):
             continue
         features = np.asarray(block, dtype=np.float64)
-        if not np.isfinite(features).all():
-            raise UserError(
-                "a feature is not a finite number; look at the images and at the weights of the "
-                "feature network"
-            )
+        refuse_not_finite(features)
         block_mean = features.mean(0)
         centred = features - block_mean
         block_scatter = centred.T @ centred
@@ -60,9 +59,25 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
         else:
             mean, scatter = block_mean, block_scatter
         count = total
-    if count < 2:
-        raise UserError(f"a covariance needs at least 2 images, and there are {count}")
+    if count < FEWEST:
+        raise UserError(f"a covariance needs at least {FEWEST} images, and there are {count}")
     return Moments(count, mean, scatter / (count - 1))
+
+
+def refuse_not_finite(features: NDArray[np.floating]) -> None:
+    """Refuse features that no distance can be computed of.
+
+    Args:
+        features: `[N, D]`.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    if not np.isfinite(features).all():
+        raise UserError(
+            "a feature is not a finite number; look at the images and at the weights of the "
+            "feature network"
+        )
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

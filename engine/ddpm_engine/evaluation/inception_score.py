@@ -16,6 +16,8 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import GENERATED, shuffled
 
 SPLITS = 10
+FEWEST = 2 * SPLITS
+"""Samples that are needed."""
 
 
 class InceptionScore(NamedTuple):
@@ -35,7 +37,7 @@ def inception_score(logits: NDArray[np.floating]) -> InceptionScore:
     Raises:
         UserError: fewer than 20 images.
     """
-    if len(logits) < 2 * SPLITS:
+    if len(logits) < FEWEST:
         raise UserError(f"is takes {SPLITS} splits of {len(logits)} samples; generate more")
     logs = torch.from_numpy(logits).double().log_softmax(1).numpy()
     scores = []

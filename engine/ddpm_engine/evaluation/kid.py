@@ -17,6 +17,8 @@ from ddpm_engine.evaluation.subsets import GENERATED, REAL, shuffled
 _LARGEST_BLOCK = 1000
 _FEWEST_BLOCKS = 10
 _SMALLEST_BLOCK = 2
+FEWEST = _SMALLEST_BLOCK * _FEWEST_BLOCKS
+"""Images that are needed on either side."""
 
 
 class KernelDistance(NamedTuple):
@@ -73,7 +75,7 @@ def kernel_distance(generated: NDArray[np.floating], real: NDArray[np.floating])
     if size < _SMALLEST_BLOCK:
         raise UserError(
             f"kid compares {len(generated)} samples with {len(real)} real images; it needs at "
-            f"least {_SMALLEST_BLOCK * _FEWEST_BLOCKS} of each"
+            f"least {FEWEST} of each"
         )
     blocks = smaller // size
     generated_rows = shuffled(len(generated), GENERATED)[: blocks * size].reshape(blocks, size)

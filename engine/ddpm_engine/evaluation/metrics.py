@@ -17,13 +17,26 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
+from ddpm_engine.evaluation.fid import FEWEST as FEWEST_FOR_FID
+from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments, refuse_not_finite
+from ddpm_engine.evaluation.inception_score import FEWEST as FEWEST_FOR_IS
 from ddpm_engine.evaluation.inception_score import inception_score
+from ddpm_engine.evaluation.kid import FEWEST as FEWEST_FOR_KID
 from ddpm_engine.evaluation.kid import kernel_distance
+from ddpm_engine.evaluation.precision_recall import FEWEST as FEWEST_FOR_RECALL
 from ddpm_engine.evaluation.precision_recall import blocks, precision_recall
 from ddpm_engine.evaluation.subsets import evenly_spaced
 
 METRICS = ("fid", "kid", "is", "precision-recall", "accuracy")
+
+_FEWEST: dict[str, tuple[int, int]] = {
+    "fid": (FEWEST_FOR_FID, FEWEST_FOR_FID),
+    "kid": (FEWEST_FOR_KID, FEWEST_FOR_KID),
+    "is": (FEWEST_FOR_IS, 0),
+    "precision-recall": (FEWEST_FOR_RECALL, FEWEST_FOR_RECALL),
+    "accuracy": (1, 0),
+}
+"""Samples and real images that each metric needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +71,57 @@ class Features:
 
     def logits(self) -> NDArray[np.floating]:
         """All logits: `[N, K]`."""
-        return np.concatenate([rows[:, self.width :] for rows in self.blocks()])
+        return np.concatenate([rows[:, self.width :] for rows in self._finite()])
 
     def _features(self) -> Iterator[NDArray[np.floating]]:
-        return (rows[:, : self.width] for rows in self.blocks())
+        return (rows[:, : self.width] for rows in self._finite())
+
+    def _finite(self) -> Iterator[NDArray[np.floating]]:
+        for rows in self.blocks():
+            refuse_not_finite(rows)
+            yield rows
+
+
+def check_counts(metrics: Collection[str], samples: int, real: int) -> None:
+    """Refuse metrics that there are too few images for.
+
+    Args:
+        metrics: of `METRICS`.
+        samples: number of samples.
+        real: number of real images.
+
+    Raises:
+        UserError: names every such metric.
+    """
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise UserError(f"`metrics` has {unknown[0]!r}; there are {', '.join(METRICS)}", "metrics")
+    few = [
+        f"{name} needs at least {least} {what}, and there are {count}"
+        for name in METRICS
+        if name in metrics
+        for least, count, what in zip(
+            _FEWEST[name], (samples, real), ("samples", "real images"), strict=True
+        )
+        if count < least
+    ]
+    if few:
+        raise UserError(
+            f"{'; '.join(few)}: give more, or leave the metric out of `metrics`", "metrics"
+        )
+
+
+def check_labels(labels: Sequence[int | None]) -> None:
+    """Refuse accuracy of samples that are of no class.
+
+    Raises:
+        UserError: one has none.
+    """
+    if unlabelled := sum(label is None for label in labels):
+        raise UserError(
+            f"`metrics` has accuracy, which needs the class of each sample, and {unlabelled} have "
+            "none",
+            field="metrics",
+        )
 
 
 def compute(
@@ -79,20 +139,31 @@ def compute(
         device: where distances between features are computed.
 
     Raises:
-        UserError: too few images for a metric, or no labels where one needs them.
+        UserError: as `compute_one`.
     """
-    found: dict[str, dict[str, Any]] = {}
-    if "fid" in metrics:
-        found["fid"] = {"distance": frechet_distance(generated.moments, real.moments)}
-    if "kid" in metrics:
-        found["kid"] = kernel_distance(generated.features(), real.features())._asdict()
-    if "is" in metrics:
-        found["is"] = inception_score(generated.logits())._asdict()
-    if "precision-recall" in metrics:
-        found["precision-recall"] = _precision_recall(generated, real, device)
-    if "accuracy" in metrics:
-        found["accuracy"] = {"share": float(classified_as_conditioned(generated).mean())}
-    return found
+    return {name: compute_one(name, generated, real, device) for name in METRICS if name in metrics}
+
+
+def compute_one(
+    metric: str, generated: Features, real: Features, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Compute one metric: JSON values; arguments as in `compute`.
+
+    Raises:
+        UserError: too few images for the metric, no labels where it needs them, or features that
+            are not finite.
+    """
+    if metric == "fid":
+        return {"distance": frechet_distance(generated.moments, real.moments)}
+    if metric == "kid":
+        return kernel_distance(generated.features(), real.features())._asdict()
+    if metric == "is":
+        return inception_score(generated.logits())._asdict()
+    if metric == "precision-recall":
+        return _precision_recall(generated, real, device)
+    if metric == "accuracy":
+        return {"share": float(classified_as_conditioned(generated).mean())}
+    raise UserError(f"`metrics` has {metric!r}; there are {', '.join(METRICS)}", "metrics")
 
 
 def classified_as_conditioned(generated: Features) -> NDArray[np.bool_]:
@@ -103,12 +174,7 @@ def classified_as_conditioned(generated: Features) -> NDArray[np.bool_]:
     """
     logits = generated.logits()
     labels = generated.labels or [None] * len(logits)
-    if unlabelled := sum(label is None for label in labels):
-        raise UserError(
-            f"`metrics` has accuracy, which needs the class of each sample, and {unlabelled} have "
-            "none; generate samples of all classes, or leave accuracy out",
-            field="metrics",
-        )
+    check_labels(labels)
     return np.asarray(logits.argmax(1) == np.asarray(labels))
 
 
@@ -123,5 +189,5 @@ def _precision_recall(
         total=blocks(count, count), desc="precision-recall", unit="block",
         disable=not sys.stderr.isatty(),
     ) as bar:  # fmt: skip
-        shares = precision_recall(a, b, on_block=bar.update)
-    return {**shares._asdict(), "count": count}
+        found = precision_recall(a, b, on_block=bar.update)
+    return {**found._asdict(), "count": count}

@@ -72,7 +72,7 @@ def bound_of_real_images(
             images that cannot be read, or a full disk.
     """
     variance = variance or model.config.sampling.variance
-    _check(model, variance)
+    check_bound(model, variance)
     classes = _classes(model, real)
     inputs = _inputs(model, variance, real, seed, classes)
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -117,7 +117,13 @@ def bound_of_real_images(
     return Bound(write_report(folder, inputs, {"nll": summary(rows)}, locations), rows)
 
 
-def _check(model: LoadedModel, variance: Variance) -> None:
+def check_bound(model: LoadedModel, variance: Variance | None = None) -> None:
+    """Check that a model's bound can be computed; arguments as in `bound_of_real_images`.
+
+    Raises:
+        UserError: a learned variance of a network that has none, or a distilled network.
+    """
+    variance = variance or model.config.sampling.variance
     shape = model.config.model
     if variance == "learned_range" and shape.out_channels < 2 * shape.in_channels:
         raise UserError(

@@ -17,6 +17,8 @@ from ddpm_engine.errors import UserError
 
 NEIGHBOUR = 3
 """k, the paper's choice."""
+FEWEST = NEIGHBOUR + 1
+"""Images that are needed on either side."""
 BLOCK = 4096
 """Rows and columns of distances in memory at a time: 128 MiB."""
 

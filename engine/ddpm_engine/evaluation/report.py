@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -44,8 +45,12 @@ def write_report(
         The JSON's path.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: the disk is full, the folder cannot be written, or a metric is not finite.
     """
+    if wrong := [name for name, value in measured.items() if not _finite(value)]:
+        raise UserError(
+            f"{wrong[0]} is not a finite number; look at the images and at the weights", "metrics"
+        )
     inputs = json.loads(json.dumps(inputs))
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     path = out / f"result-{digest[:8]}.json"
@@ -62,6 +67,13 @@ def write_report(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; make room and run it again") from error
     return path
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number in a JSON value is finite."""
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _earlier(path: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,19 @@ from ddpm_engine.evaluation.features_store import (
     open_real_features,
     open_sample_features,
 )
-from ddpm_engine.evaluation.metrics import Features, compute
+from ddpm_engine.evaluation.metrics import (
+    METRICS,
+    Features,
+    check_counts,
+    check_labels,
+    compute_one,
+)
 from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, Images, RealImages, SampleSource
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import WorkShare, chunks, fill_missing
+from ddpm_engine.memory import check_fits
+from ddpm_engine.samplers.identity import whole
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +79,19 @@ def evaluate(
     Raises:
         UserError: too few samples or real images, a full disk, or images that cannot be read.
     """
+    check_counts(metrics, len(source.ids), len(real))
+    if whole(chunk_size, "piece") < 1:
+        raise UserError(f"`piece` is {chunk_size}; it must be at least 1", "piece")
+    _check_memory(metrics, len(source.ids), network.features)
     real_ids, sample_ids = range(len(real)), sorted(source.ids)
     digits = _digits(source, network) if "accuracy" in metrics else None
+
+    def labels() -> list[int | None]:
+        return [_renumbered(source.images.label_of(k), digits) for k in sample_ids]
+
+    if "accuracy" in metrics:
+        check_labels(labels())
+    source.present()  # claims the folder of the samples, or finds that it is another's
     real_features = open_real_features(cache, real, network)
     sample_features = open_sample_features(out, source, network)
 
@@ -81,6 +100,13 @@ def evaluate(
     ) -> bool:
         def rows(batch: Sequence[int]) -> NDArray[np.floating]:
             found = network(images.read(batch))[:, :columns]
+            if not np.isfinite(found).all():
+                sound = np.isfinite(found).all(1)
+                wrong = [k for k, finite in zip(batch, sound, strict=True) if not finite]
+                raise UserError(
+                    f"features of image {wrong[0]} in {store.directory} are not finite numbers; "
+                    f"look at the weights of the feature network {network.name}"
+                )
             progress.step(len(batch))
             return found
 
@@ -117,21 +143,35 @@ def evaluate(
 
     _warn_of_few(len(sample_ids), len(real_ids), network.features)
     moments, digest = real_features.moments(real_ids) if "fid" in metrics else (None, None)
-    measured = compute(
-        Features(
-            lambda: sample_features.blocks(sample_ids), network.features,
-            labels=[_renumbered(source.images.label_of(k), digits) for k in sample_ids],
-        ),
-        Features(
-            lambda: real_features.blocks(real_ids), network.features, known_moments=moments
-        ),
-        metrics,
-        device,
-    )  # fmt: skip
+    generated = Features(
+        lambda: sample_features.blocks(sample_ids), network.features, labels=labels()
+    )
+    reference = Features(
+        lambda: real_features.blocks(real_ids), network.features, known_moments=moments
+    )
+    measured, failed = {}, []
+    for name in METRICS:
+        try:
+            if name in metrics:
+                measured[name] = compute_one(name, generated, reference, device)
+        except (UserError, MemoryError, torch.OutOfMemoryError, np.linalg.LinAlgError) as error:
+            failed.append(f"{name}: {error}")
     if "fid" in measured:
         measured["fid"]["reference_sha256"] = digest
     locations = {"samples": source.location, "data": str(real.shards.storage)}
-    return write_report(out, _inputs(source, real, network), measured, locations)
+    report = None
+    if measured:
+        report = write_report(out, _inputs(source, real, network), measured, locations)
+    if failed:
+        others = "" if report is None else f"; the other metrics are in {report}"
+        raise UserError(f"{'; '.join(failed)}{others}", "metrics")
+    return report
+
+
+def _check_memory(metrics: Collection[str], samples: int, features: int) -> None:
+    """Refuse more samples than whose ids, or features where a metric needs all at once, fit."""
+    each = 64 + (4 * features if {"kid", "precision-recall"} & set(metrics) else 0)
+    check_fits(each * samples, "count", "evaluate fewer samples")
 
 
 def _digits(source: SampleSource, network: FeatureNetwork) -> list[int] | None:

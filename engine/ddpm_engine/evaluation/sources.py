@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,13 @@ from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
-from ddpm_engine.generation.generate import settings_of
+from ddpm_engine.generation.generate import check_amounts, settings_of
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_reader import open_images, read_manifest
-from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
+from ddpm_engine.generation.work_sharing import WorkShare, count_of, fill_missing
 from ddpm_engine.images.codec import fit
+from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
 
@@ -62,11 +64,18 @@ class RealImages:
         shards: an open set.
         shape: (H, W, C), H = W.
         count: use this many, evenly spaced, as ids 0 … count − 1; None: all of them.
+
+    Raises:
+        UserError: a count below 1.
     """
 
     def __init__(
         self, shards: ShardSet, shape: tuple[int, int, int], count: int | None = None
     ) -> None:
+        if count is not None and whole(count, "reference_count") < 1:
+            raise UserError(
+                f"`reference_count` is {count}; it must be at least 1", "reference_count"
+            )
         self.shards, self.shape = shards, shape
         self.total = shards.manifest.samples
         """Images in the set."""
@@ -139,6 +148,75 @@ class SampleSource:
         return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
 
 
+class GeneratedSamples:
+    """Samples 0 … count − 1 of a request, kept as WebDataset shards of PNGs, as in the format tar.
+
+    The folder is claimed when it is first looked into; what is already there is kept.
+
+    Args:
+        sampler: generates them.
+        settings: everything that determines a sample besides its id.
+        folder: of the samples.
+        count: number of samples.
+        batch_size: samples at a time.
+        chunk_size: samples in a shard.
+
+    Raises:
+        UserError: numbers out of range, or beyond the memory there is.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        settings: Mapping[str, Any],
+        folder: Path,
+        count: int,
+        batch_size: int,
+        chunk_size: int,
+    ) -> None:
+        self.ids = distinct(range(count), "count")
+        check_amounts(sampler, self.ids, batch_size, ("piece", chunk_size))
+        self._sampler, self._settings, self._folder = sampler, settings, folder
+        self._batch_size, self._chunk_size = batch_size, chunk_size
+
+    @cached_property
+    def store(self) -> SampleDir:
+        """The folder of the samples.
+
+        Raises:
+            UserError: it holds samples of other settings, or cannot be written.
+        """
+        return SampleDir(self._folder, self._settings, "tar", self.label_of)
+
+    def read(self, ids: Sequence[int]) -> NDArray[np.uint8]:
+        """See `Images`."""
+        return self.store.read(ids)
+
+    def label_of(self, sample_id: int) -> int | None:
+        """See `Images`."""
+        return self._sampler.label_of(sample_id)
+
+    def present(self) -> set[int]:
+        """Return the ids of the samples that exist."""
+        return self.store.ids()
+
+    def generate(self, share: WorkShare, wait: bool, show_progress: bool) -> None:
+        """Generate the missing samples; see `SampleSource.generate`."""
+        ids, store = self.ids, self.store
+        with Progress(
+            len(ids), lambda: count_of(ids, store.ids()), self._sampler.evaluations,
+            active=show_progress and count_of(ids, store.ids()) < len(ids),
+        ) as progress:  # fmt: skip
+
+            def images(batch: Sequence[int]) -> NDArray[np.uint8]:
+                return self._sampler.images(batch, batch_size=len(batch), on_step=progress.step)
+
+            fill_missing(
+                store, ids, images, batch_size=self._batch_size, chunk_size=self._chunk_size,
+                share=share, progress=progress, wait=wait,
+            )  # fmt: skip
+
+
 def generated_source(
     model: LoadedModel,
     request: SampleRequest,
@@ -149,9 +227,6 @@ def generated_source(
     chunk_size: int = 1024,
 ) -> tuple[SampleSource, Path]:
     """Evaluate samples 0 … count − 1 of a request, generated into `out / "pictures"`.
-
-    They are kept as WebDataset shards of PNGs, as sampling keeps them in the format `tar`; what is
-    already there is kept.
 
     Args:
         model: generates them.
@@ -164,11 +239,10 @@ def generated_source(
         chunk_size: samples in a shard.
 
     Returns:
-        The samples, and the folder of the evaluation.
+        The samples, and the folder of the evaluation, which nothing has been written to.
 
     Raises:
-        UserError: a request that the model cannot serve, or a folder that holds samples of other
-            settings.
+        UserError: a request that the model cannot serve, or as `GeneratedSamples`.
     """
     sampler = Sampler(model, request)
     settings = settings_of(model, sampler)
@@ -176,35 +250,16 @@ def generated_source(
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         sampling = sampler.sampling
         out = parent / f"{sampling.sampler}-{sampling.steps}-seed{request.seed}-{digest[:8]}"
-    store = SampleDir(out / "pictures", settings, "tar", sampler.label_of)
-    ids = range(count)
-
-    def generate(share: WorkShare, wait: bool, show_progress: bool) -> None:
-        wanted = set(ids)
-        with Progress(
-            count, lambda: len(wanted & store.ids()), sampler.evaluations,
-            active=show_progress and not store.ids().issuperset(wanted),
-        ) as progress:  # fmt: skip
-            fill_missing(
-                store,
-                ids,
-                lambda batch: sampler.images(batch, batch_size=len(batch), on_step=progress.step),
-                batch_size=batch_size,
-                chunk_size=chunk_size,
-                share=share,
-                progress=progress,
-                wait=wait,
-            )
-
+    samples = GeneratedSamples(sampler, settings, out / "pictures", count, batch_size, chunk_size)
     channels, height, width = model.shape
     decay = model.config.training.ema_decay if model.weights == "ema" else None
     source = SampleSource(
-        store,
+        samples,
         (height, width, channels),
-        ids,
+        samples.ids,
         {**settings, "ema_decay": decay},
-        store.ids,
-        generate,
+        samples.present,
+        samples.generate,
         classes=model.classes,
     )
     return source, out

@@ -14,8 +14,9 @@ from ddpm_engine.diffusion.process import add_noise
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import strip
 from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.initial_noise import initial_noise, skipped_steps
 from ddpm_engine.samplers.model import DiffusionModel
-from ddpm_engine.samplers.sampler import initial_noise, sample, skipped_steps
+from ddpm_engine.samplers.samples import sample
 from ddpm_engine.samplers.timesteps import spaced_timesteps
 
 COLUMNS = 9

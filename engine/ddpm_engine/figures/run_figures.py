@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_engine.bounds import Ge, Le, out_of_bounds
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.open import open_dataset, samples_at
@@ -28,6 +31,7 @@ from ddpm_engine.figures.interpolation import (
 )
 from ddpm_engine.figures.trajectory import (
     COLUMNS,
+    check_shown,
     forward_figure,
     reverse_animation,
     reverse_figure,
@@ -39,6 +43,7 @@ from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.plots.curves import bound_figure, loss_figure, quality_figure, schedules_figure
 from ddpm_engine.plots.image_rows import side_by_side
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
+from ddpm_engine.samplers.identity import SampleId, Seed
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
 
@@ -65,22 +70,27 @@ class Exhibit:
     """The run's directory."""
     out: Path
     """Folder for the figures."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all noise."""
-    ids: tuple[int, int] = (4, 2)
+    ids: tuple[SampleId, SampleId] = (4, 2)
     """Ids of two samples: `reverse` plots the first, `interpolation` goes from one to the other."""
-    steps: int | None = None
+    steps: Annotated[int, Ge(1)] | None = None
     """Sampling steps; None: the run's."""
     timesteps: tuple[int, ...] | None = None
-    """Timesteps of the forward process to plot, from 0; None: ten, denser at the start."""
+    """Timesteps of the forward process to plot, from 0, 50 at most; None: ten, denser at the
+    start."""
     samples: Path | None = None
     """Folder of PNGs with the model's samples; None: samples are generated."""
     photo: Tensor | None = None
     """Image to noise and denoise, `[C, H, W]` in [-1, 1]; None: the first of the data."""
-    count: int = 256
+    count: Annotated[int, Ge(2), Le(1000)] = 256
     """Samples per point of the quality figure."""
-    bound_images: int = 16
+    bound_images: Annotated[int, Ge(1), Le(_GRID)] = 16
     """Images to compute the bound of; each costs one network evaluation per timestep."""
+
+    def __post_init__(self) -> None:
+        for problem in out_of_bounds(self):
+            raise problem
 
     @property
     def config(self) -> RunConfig:
@@ -111,6 +121,25 @@ class Exhibit:
         request = SampleRequest(seed=self.seed, sampling=sampling)
         sampler = Sampler(unrestricted(self.trained), request)
         return sampler.images(range(count), batch_size=_BATCH)
+
+
+def check(exhibit: Exhibit, names: Collection[str]) -> None:
+    """Refuse what figures would only find when it is their turn.
+
+    Args:
+        exhibit: that they are of.
+        names: of the figures.
+
+    Raises:
+        UserError: steps or timesteps that the schedule does not have, or no samples in the folder.
+    """
+    if "real-and-drawn" in names and exhibit.samples is not None:
+        open_images(exhibit.samples)
+    if "reverse" in names or ("real-and-drawn" in names and exhibit.samples is None):
+        request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
+        Sampler(unrestricted(exhibit.trained), request)
+    if "forward" in names and exhibit.timesteps is not None:
+        check_shown(exhibit.trained.schedule, exhibit.timesteps)
 
 
 def real_and_drawn(exhibit: Exhibit) -> list[Path]:
@@ -146,7 +175,7 @@ def reverse(exhibit: Exhibit) -> list[Path]:
     """Plot the reverse process, as a PNG and as a GIF.
 
     Raises:
-        UserError: steps that the schedule does not have.
+        UserError: steps that the schedule does not have, or samples that are not finite.
     """
     model = unrestricted(exhibit.trained)
     request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
@@ -166,10 +195,27 @@ def loss(exhibit: Exhibit) -> list[Path]:
     file = exhibit.run / "metrics.jsonl"
     if not file.exists():
         raise Inapplicable(f"there is no {file}, which has the losses; give the run's directory")
-    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    steps, losses = _losses(file)
+    if not steps:
+        raise Inapplicable(f"{file} has no losses yet; train for longer")
     path = exhibit.out / "loss.png"
-    loss_figure([row["step"] for row in rows], [row["loss"] for row in rows], path)
+    loss_figure(steps, losses, path)
     return [path]
+
+
+def _losses(file: Path) -> tuple[list[int], list[float]]:
+    """Read steps and losses, but for lines without one: skipped steps have none."""
+    steps, losses = [], []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            step, loss = row["step"], row["loss"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise Inapplicable(f"line {number} of {file} is damaged; repair or remove it") from None
+        if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
+            steps.append(step)
+            losses.append(float(loss))
+    return steps, losses
 
 
 def schedules(exhibit: Exhibit) -> list[Path]:
@@ -203,6 +249,11 @@ def quality(exhibit: Exhibit) -> list[Path]:
             "trains in seconds; evaluate other runs instead"
         )
     size, count = exhibit.config.model.sample_size, exhibit.count
+    numbers = [steps for steps in QUALITY_STEPS if steps <= exhibit.trained.schedule.timesteps]
+    if not numbers:
+        raise Inapplicable(
+            f"quality is plotted from {QUALITY_STEPS[0]} steps on, and the schedule has fewer"
+        )
     network = feature_network("digits", size)
 
     def of(images: np.ndarray) -> Moments:
@@ -214,7 +265,7 @@ def quality(exhibit: Exhibit) -> list[Path]:
     distances: dict[str, dict[int, float]] = {}
     for sampler in QUALITY_SAMPLERS:
         line = distances.setdefault(sampler, {})
-        for steps in QUALITY_STEPS:
+        for steps in numbers:
             sampling = replace(exhibit.sampling, sampler=sampler, steps=steps)
             line[steps] = frechet_distance(of(exhibit.generated(count, sampling)), reference)
     path = exhibit.out / "quality.png"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.samplers.identity import check_seed
 from ddpm_kernels import Stream, denoising_loss, q_sample, random_integers
 
 Toy = Literal["swiss_roll", "moons"]
@@ -115,7 +116,13 @@ def train_toy(
 
     Returns:
         The network, in eval mode.
+
+    Raises:
+        UserError: a seed or a number of steps out of range.
     """
+    if steps < 1:
+        raise UserError(f"`steps` is {steps}; it must be at least 1", "steps")
+    check_seed(seed)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = PointNetwork(schedule.timesteps)

@@ -15,9 +15,10 @@ from ddpm_engine.figures.toy import PointNetwork, score
 from ddpm_engine.images.grid import save_gif
 from ddpm_engine.plots.style import SCALE, canvas, pixels_of, saved, without_ticks
 from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.initial_noise import initial_noise
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
-from ddpm_engine.samplers.sampler import Sampler, initial_noise
+from ddpm_engine.samplers.sampler import Sampler
 from ddpm_kernels import q_sample
 
 if TYPE_CHECKING:

@@ -14,12 +14,14 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import moving_strip, strip
+from ddpm_engine.samplers.finite import refuse_not_finite
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
 from ddpm_kernels import q_sample
 
 COLUMNS = 11
+_MOST_COLUMNS = 50
 
 
 def shown_timesteps(timesteps: int) -> list[int]:
@@ -29,6 +31,23 @@ def shown_timesteps(timesteps: int) -> list[int]:
     """
     fractions = np.linspace(0, 1, COLUMNS - 1) ** 2
     return sorted(set((fractions * (timesteps - 1)).round().astype(int).tolist()))
+
+
+def check_shown(schedule: NoiseSchedule, timesteps: Sequence[int]) -> None:
+    """Refuse timesteps that cannot be columns of `forward_figure`; arguments as there.
+
+    Raises:
+        UserError: one that the schedule does not have, or too many.
+    """
+    for t in timesteps:
+        if not 0 <= t < schedule.timesteps:
+            raise UserError(
+                f"timestep {t + 1} is to be shown, but the schedule has 1 to {schedule.timesteps}"
+            )
+    if len(timesteps) > _MOST_COLUMNS:
+        raise UserError(
+            f"`timesteps` has {len(timesteps)}; a figure has room for {_MOST_COLUMNS}", "timesteps"
+        )
 
 
 def forward_figure(
@@ -44,13 +63,9 @@ def forward_figure(
         path: of the PNG.
 
     Raises:
-        UserError: a timestep that the schedule does not have.
+        UserError: as `check_shown`.
     """
-    for t in timesteps:
-        if not 0 <= t < schedule.timesteps:
-            raise UserError(
-                f"timestep {t + 1} is to be shown, but the schedule has 1 to {schedule.timesteps}"
-            )
+    check_shown(schedule, timesteps)
     columns = torch.tensor(timesteps)
     rows = []
     for number, image in enumerate(images):
@@ -89,15 +104,20 @@ def watch(
         request: what to sample.
         ids: of the samples.
         moments: number of moments to keep, the first and the last step among them.
+
+    Raises:
+        UserError: a request that the model cannot serve, or samples that are not finite.
     """
     sampler = Sampler(model, request)
     last = sampler.evaluations - 1
     kept = set(np.linspace(0, last, min(moments, last + 1)).round().astype(int).tolist())
-    return [
+    seen = [
         Moment(step.index, step.timestep, step.x.clone(), step.x0.clone())
         for step in sampler.trajectory(ids)
         if step.index in kept
     ]
+    refuse_not_finite(ids, request.seed, seen[-1].x)
+    return seen
 
 
 def reverse_figure(steps: Sequence[Moment], path: Path) -> None:

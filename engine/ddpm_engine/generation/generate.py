@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,15 @@ from ddpm_engine.generation.input_images import (
 )
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
-from ddpm_engine.generation.sample_formats import Format
+from ddpm_engine.generation.sample_formats import MOST_IN_A_FILE, Format
 from ddpm_engine.generation.sample_reader import CLASS_NAMES
-from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
+from ddpm_engine.generation.work_sharing import WorkShare, count_of, fill_missing
+from ddpm_engine.memory import check_fits
+from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
+
+_BYTES_OF_AN_ID = 64  # in the set of those that are there
 
 
 def request_from_files(
@@ -105,22 +110,23 @@ def generate(
         Whether all samples are there; False: other processes are still working.
 
     Raises:
-        UserError: a request that the model cannot serve, or a folder that holds something else or
-            cannot be written.
+        UserError: a request that the model cannot serve, numbers out of range, samples that are not
+            finite, or a folder that holds something else or cannot be written.
     """
     sampler = Sampler(model, request)
+    ids = distinct(ids)
+    check_amounts(sampler, ids, batch_size, ("per_shard", 1 if format == "png" else per_shard))
     store = SampleDir(out, settings_of(model, sampler), format, sampler.label_of)
     say = report or (lambda _: None)
     say_first = say if share.rank == 0 else (lambda _: None)
-    wanted = set(ids)
-    if store.ids().issuperset(wanted) and store.grid.exists():
+    if count_of(ids, store.ids()) == len(ids) and store.grid.exists():
         say_first(f"all {len(ids)} samples are already in {out}")
         return True
     if compile:
         _compile(sampler, min(batch_size, len(ids)), say_first)
     active = report is not None and share.rank == 0
     with Progress(
-        len(ids), lambda: len(wanted & store.ids()), sampler.evaluations, active
+        len(ids), lambda: count_of(ids, store.ids()), sampler.evaluations, active
     ) as progress:
         finished = fill_missing(
             store,
@@ -136,6 +142,33 @@ def generate(
     elif share.world_size == 1:
         say(f"another process is still generating samples in {out}")
     return finished
+
+
+def check_amounts(
+    sampler: Sampler, ids: Sequence[int], batch_size: int, chunk: tuple[str, int]
+) -> None:
+    """Refuse what would fail at the first batch, before a folder is claimed for it.
+
+    Args:
+        sampler: generates the samples.
+        ids: of the samples, not empty.
+        batch_size: samples at a time.
+        chunk: samples that are kept in memory until they are written, behind the name of the field.
+
+    Raises:
+        UserError: numbers out of range, or beyond the memory there is; images to begin with, or
+            low-resolution images, that cannot be read or have another shape.
+    """
+    check_fits(_BYTES_OF_AN_ID * len(ids), "count", "ask for fewer samples")
+    field, size = chunk
+    if whole(size, field) < 1:
+        raise UserError(f"`{field}` is {size}; it must be at least 1", field)
+    sampler.check_fits(min(batch_size, len(ids)), batch_size)
+    if size > MOST_IN_A_FILE:
+        raise UserError(f"`{field}` is {size}; it can be {MOST_IN_A_FILE} at most", field)
+    kept = math.prod(sampler.model.shape) * min(size, len(ids))
+    check_fits(kept, field, "choose a smaller one")
+    sampler.check_inputs(ids[0])
 
 
 def _compile(sampler: Sampler, batch: int, say: Callable[[str], object]) -> None:

@@ -175,7 +175,7 @@ class IdStore(ABC):
         try:
             before = json.loads(content)
             before["format"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise self._error(
                 f"{manifest} is not a manifest of samples; choose another `{self.field}`"
             ) from None

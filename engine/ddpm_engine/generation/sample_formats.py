@@ -19,9 +19,14 @@ from webdataset import TarWriter
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
+from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.images.codec import decode, encode
+from ddpm_kernels.philox import MAX_SAMPLE_ID
 
 Format = Literal["png", "tar", "tar-npy", "npz"]
+
+MOST_IN_A_FILE = 1 << 24
+"""Samples that the name of a file can stand for."""
 
 _NAME = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.(png|tar|npz)")
 
@@ -49,7 +54,11 @@ class SampleFiles(Protocol):
         ...
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
-        """Read one file: samples by id, uint8 `[H, W, C]` each."""
+        """Read one file: samples by id, uint8 `[H, W, C]` each.
+
+        Raises:
+            Exception: of a damaged file, whatever its format's library raises.
+        """
         ...
 
 
@@ -74,7 +83,9 @@ def ids_in(name: str) -> range | None:
     if found is None:
         return None
     first, last, _ = found.groups()
-    return range(int(first), int(last or first) + 1)
+    ids = range(int(first), min(int(last or first), MAX_SAMPLE_ID) + 1)
+    # A name may say anything: none that this engine gives a file stands for more.
+    return ids if len(ids) <= MOST_IN_A_FILE else None
 
 
 def ids_being_written(name: str) -> range | None:
@@ -176,5 +187,9 @@ class NpzShards:
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
         """See `SampleFiles`."""
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(zip(archive["ids"].tolist(), archive["images"], strict=True))
+        ids, images = read_arrays(path, "ids", "images")
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise DamagedArchiveError(
+                f"its images are {images.dtype} of shape {images.shape}, not uint8 [N, H, W, C]"
+            )
+        return dict(zip(ids.tolist(), images, strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,8 +17,11 @@ from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
-from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
+from ddpm_engine.images.codec import EXTENSIONS, decode
+from ddpm_engine.json_files import read_json
 from ddpm_engine.locations import check_local
+
+_MOST_BYTES = 1 << 30  # of a manifest: one of shards may name very many
 
 CLASS_NAMES = "class_names"
 """Entry of a manifest of samples: names of the classes 0, 1, ... of the model."""
@@ -44,6 +46,9 @@ class SampleReader:
         self.directory = directory
         self.settings = settings
         self.files = sample_files(directory, settings["format"]) if settings else None
+        classes = settings.get("classes")
+        if not (classes is None or (isinstance(classes, list) and all(map(_is_class, classes)))):
+            raise UserError(f"`classes` in {directory / MANIFEST} are not numbers of classes")
         self._paths: dict[int, Path] = {}
         self._last: tuple[Path, Mapping[int, NDArray[np.uint8]]] | None = None
         self._first: tuple[int, tuple[int, ...]] | None = None
@@ -89,9 +94,7 @@ class SampleReader:
     def label_of(self, sample_id: int) -> int | None:
         """Return the class a sample was conditioned on, or None."""
         classes = self.settings.get("classes")
-        if not isinstance(classes, list) or not classes:
-            return None
-        return int(classes[sample_id % len(classes)])
+        return int(classes[sample_id % len(classes)]) if classes else None
 
     @property
     def classes(self) -> ClassNames | None:
@@ -117,8 +120,14 @@ class SampleReader:
                     self._last = path, self.files.read(path)
                 else:
                     self._last = path, {sample_id: decode(path.read_bytes(), _extension(path))}
-            except (DecodeError, OSError, ValueError, KeyError) as error:
+            except MemoryError:
+                raise
+            except Exception as error:
                 raise UserError(f"cannot read {path}: {error}; repair or remove it") from error
+        if sample_id not in self._last[1]:
+            raise UserError(
+                f"{path} has no sample {sample_id}, which its name stands for; repair or remove it"
+            )
         return self._last[1][sample_id]
 
 
@@ -128,19 +137,12 @@ def open_samples(directory: Path) -> SampleReader:
     Raises:
         UserError: it has no manifest of samples.
     """
-    try:
-        settings = json.loads((directory / MANIFEST).read_bytes())
-        settings["format"]
-        return SampleReader(directory, settings)
-    except OSError as error:
-        reason = error.strerror
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = "it is not a manifest of samples"
-    raise UserError(
-        f"{directory} is no folder of generated samples: its {MANIFEST} cannot be read ({reason})"
-    )
+    settings = read_manifest(directory)
+    if settings is None or "format" not in settings:
+        raise UserError(
+            f"{directory} is no folder of generated samples: it has no {MANIFEST} of samples"
+        )
+    return SampleReader(directory, settings)
 
 
 def open_images(directory: Path) -> SampleReader:
@@ -164,12 +166,20 @@ def open_images(directory: Path) -> SampleReader:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Read the manifest of a folder, of samples or of shards; None if there is none."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    """Read the manifest of a folder, of samples or of shards; None if there is none.
+
+    Raises:
+        UserError: a file of that name that cannot be read.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
         return None
+    manifest = read_json(path, _MOST_BYTES)
     return manifest if isinstance(manifest, dict) else None
+
+
+def _is_class(label: object) -> bool:
+    return isinstance(label, int) and label >= 0
 
 
 def _extension(path: Path) -> str:

@@ -9,8 +9,10 @@ up, and an interrupted run is resumed by running it again, with any number of pr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +50,7 @@ def fill_missing(
 
     Args:
         store: where the items go.
-        ids: everything wanted.
+        ids: everything wanted; a range of step 1, however long, is never put into a list.
         compute: ids `[N]` to items `[N, ...]`, at most `batch_size` at a time.
         batch_size: items computed at a time.
         chunk_size: items reserved and written at a time. Where each item has a file of its own,
@@ -71,19 +73,20 @@ def fill_missing(
             "several processes share the work; choose another, or start one process",
             field=store.field,
         )
-    ids = sorted(ids)
+    ids = ids if isinstance(ids, range) else sorted(ids)
     if store.sharded:
         pieces = chunks(ids, chunk_size, aligned=True)
     else:
         # Small enough that every process has something to do.
         pieces = chunks(ids, min(batch_size, -(-len(ids) // share.world_size)), aligned=False)
-    own = pieces[share.rank :: share.world_size]
-    others = [piece for i, piece in enumerate(pieces) if i % share.world_size != share.rank]
+    numbers = range(len(pieces))
 
     def pass_over() -> bool:
         """Compute every chunk that can be reserved; return whether there was any."""
         present, computed = store.ids(), False
-        for piece in [*own, *reversed(others)]:
+        others = (i for i in reversed(numbers) if i % share.world_size != share.rank)
+        for number in chain(numbers[share.rank :: share.world_size], others):
+            piece = pieces[number]
             if present.issuperset(piece):
                 continue
             with store.reserve(piece, wait=wait) as reserved:
@@ -105,14 +108,45 @@ def fill_missing(
         computed = pass_over()
         if not store.last_to_leave():
             return False
-        if store.ids().issuperset(ids):
+        if count_of(ids, store.ids()) == len(ids):
             store.finish(ids)
             return True
         # A process that had reserved a chunk died after this one passed it over.
     return False
 
 
-def chunks(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:
+def count_of(ids: Sequence[int], present: Set[int]) -> int:
+    """Count the ids that are present."""
+    if isinstance(ids, range):
+        return sum(k in ids for k in present)
+    return len(present & set(ids))
+
+
+class RangeChunks(Sequence[range]):
+    """A range cut into chunks, none of which is in memory.
+
+    Args:
+        ids: without gaps.
+        size: largest number of ids in a chunk.
+        aligned: cut at multiples of `size`.
+    """
+
+    def __init__(self, ids: range, size: int, aligned: bool) -> None:
+        self._ids, self._size = ids, size
+        self._first = ids.start - ids.start % size if aligned else ids.start
+
+    def __len__(self) -> int:
+        return -(-(self._ids.stop - self._first) // self._size) if self._ids else 0
+
+    def __getitem__(self, number: Any) -> Any:
+        """The chunk of a number, from 0."""
+        if number not in range(len(self)):
+            raise IndexError(number)
+        start = self._first + number * self._size
+        return range(max(start, self._ids.start), min(start + self._size, self._ids.stop))
+
+
+def chunks(ids: Sequence[int], size: int, aligned: bool) -> Sequence[Sequence[int]]:
     """Cut ascending ids into chunks.
 
     Args:
@@ -121,6 +155,8 @@ def chunks(ids: Sequence[int], size: int, aligned: bool) -> list[list[int]]:
         aligned: cut at multiples of `size` and at gaps, as shards are, so that a shard holds the
             same ids whatever else is asked for.
     """
+    if isinstance(ids, range):
+        return RangeChunks(ids, size, aligned)
     if not aligned:
         return [list(ids[i : i + size]) for i in range(0, len(ids), size)]
     pieces: list[list[int]] = []

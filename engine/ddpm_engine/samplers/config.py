@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,26 @@ SamplerName = Literal[
 ]
 
 Spacing = Literal["leading", "trailing", "linspace"]
+
+_ONLY_OF: dict[str, tuple[str, ...]] = {"variance": ("ddpm",), "eta": ("ddim",)}
+_NOT_OF: dict[str, tuple[str, ...]] = {"spacing": ("euler", "heun")}
+"""Fields that only some samplers have a use for, and that some have none for."""
+
+
+def refuse_unused(given: Mapping[str, Any], sampler: str) -> None:
+    """Refuse fields that do nothing with a sampler, unless they have their default value.
+
+    Args:
+        given: fields of `SamplingConfig`, as somebody has chosen them for this sampler.
+        sampler: that they are for.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name, value in given.items():
+        used = sampler in _ONLY_OF.get(name, (sampler,)) and sampler not in _NOT_OF.get(name, ())
+        if not used and value != getattr(SamplingConfig, name):
+            raise UserError(f"`{name}` does nothing with the sampler {sampler}; leave it out", name)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import torch
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.errors import UserError
 from ddpm_engine.images.data_codec import Codec, PixelCodec
 from ddpm_engine.networks.conditioning import ConditioningSpec
-from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.config import SamplingConfig, refuse_unused
 from ddpm_engine.samplers.request import DEFAULT_STRENGTH, SampleRequest
 
 _SAMPLING = {field.name for field in fields(SamplingConfig)}
@@ -68,7 +69,7 @@ class DiffusionModel:
             options: fields of `SampleRequest` and of `SamplingConfig`. `guidance` may be the scale.
 
         Raises:
-            UserError: values out of range.
+            UserError: values out of range, or options that do nothing with the sampler.
         """
         chosen = {name: options.pop(name) for name in list(options) if name in _SAMPLING}
         if isinstance(options.get("guidance"), int | float):
@@ -78,7 +79,12 @@ class DiffusionModel:
             known = (
                 replace(self.sampling, steps=None) if options.get("timesteps") else self.sampling
             )
-            options["sampling"] = replace(options.get("sampling") or known, **chosen)
+            options["sampling"] = sampling = replace(options.get("sampling") or known, **chosen)
+            refuse_unused(chosen, sampling.sampler)
+            if options.get("timesteps") and chosen.get("spacing") is not None:
+                raise UserError(
+                    "`timesteps` and `spacing` do not go together; leave one out", "timesteps"
+                )
         return SampleRequest(**options)
 
     def resolve(self, request: SampleRequest) -> SampleRequest:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.diffusion.config import MAX_LEVEL
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.identity import Seed, check_id, whole
 
 Precision = Literal["no", "bf16", "fp16"]
 """Precision of the network's arithmetic."""
@@ -43,13 +45,18 @@ class Rows:
     """Images in memory: sample k goes with row k, and again from the first after the last.
 
     Args:
-        images: float `[N, C, H, W]` in [-1, 1].
+        images: float `[N, C, H, W]` in [-1, 1], N > 0.
+
+    Raises:
+        UserError: no images.
     """
 
     classes: tuple[int, ...] | None = None
     """See `ImageSource`."""
 
     def __init__(self, images: Tensor) -> None:
+        if not len(images):
+            raise UserError(f"there are no images in a tensor of shape {tuple(images.shape)}")
         self.images = images
 
     @property
@@ -73,8 +80,8 @@ class SampleRequest:
         UserError: values out of range, or options that need another.
     """
 
-    seed: int = 0
-    """Seed of all noise: another seed gives other samples."""
+    seed: Seed = 0
+    """Seed of all noise, 64 bits: another seed gives other samples."""
     sampling: SamplingConfig | None = None
     """Sampler, its steps, variance and clipping; None: the model's."""
     timesteps: tuple[int, ...] | None = None
@@ -88,47 +95,37 @@ class SampleRequest:
     after the last."""
     guidance: Guidance | None = None
     """Classifier-free guidance; None: none."""
-    threshold: float | None = None
+    threshold: Annotated[float, Gt(0), Le(1)] | None = None
     """Quantile of an estimate's absolute values that bounds it (dynamic thresholding), above 0 and
     at most 1, such as 0.995; default: bounds of -1 and 1."""
     images: ImageSource | Tensor | None = None
     """Images to begin with, or with a mask to keep parts of: `[N, C, H, W]` in [-1, 1]."""
-    strength: float | None = None
+    strength: Annotated[float, Gt(0), Le(1)] | None = None
     """Fraction of the steps taken from the noised image, above 0 and at most 1; default: 0.5, and
     noise alone with a mask."""
     mask: Tensor | None = None
     """bool `[1 or N, 1 or C, H, W]`, True where the images are kept (inpainting)."""
-    repeats: int = 1
+    repeats: Annotated[int, Ge(1)] = 1
     """Number of times that inpainting takes each step, so that both parts fit together."""
     low_resolution: ImageSource | Tensor | None = None
     """Low-resolution images for super-resolution, `[N, C, side, side]` in [-1, 1]."""
-    augmentation_level: int = 0
+    augmentation_level: Annotated[int, Ge(0), Le(MAX_LEVEL)] = 0
     """Level of the noise added to low-resolution images, 0 (none) to 1000."""
     interpolate: tuple[int, int, int] | None = None
     """First id, second id and count: samples 0 ... count - 1 lead from the one to the other."""
-    cache_interval: int = 1
+    cache_interval: Annotated[int, Ge(1)] = 1
     """Number of steps for which the network's deep features are reused; 1: none."""
     precision: Precision = "no"
     """Precision of the network's arithmetic; no: float32."""
 
     def __post_init__(self) -> None:
-        if self.cache_interval < 1:
-            raise UserError(
-                f"`cache_interval` is {self.cache_interval}; 1 recomputes everything at each step"
-            )
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise UserError(
-                f"`threshold` is {self.threshold}; it is a quantile, above 0 and at most 1"
-            )
-        if not 0 <= self.augmentation_level <= MAX_LEVEL:
-            raise UserError(
-                f"`augmentation_level` is {self.augmentation_level}; it must lie in "
-                f"[0, {MAX_LEVEL}]"
-            )
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise UserError(f"`strength` is {self.strength}; it must be above 0 and at most 1")
-        if self.repeats < 1:
-            raise UserError(f"`repeats` is {self.repeats}; every step is taken at least once")
+        for name in ("seed", "repeats", "augmentation_level", "cache_interval"):
+            whole(getattr(self, name), name)
+        for end in self.interpolate or ():
+            check_id(end, "interpolate")
+        for section in (self, self.sampling):
+            for problem in () if section is None else out_of_bounds(section):
+                raise problem
         for name, needed in _NEEDS.items():
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and getattr(self, needed) is None:
@@ -155,7 +152,9 @@ class SampleRequest:
             )
         if classes == "all":
             return tuple(range(null))
-        if wrong := [label for label in classes if not 0 <= label <= null]:
+        if not classes:
+            raise UserError("`classes` is empty; name at least one, or leave it out", "classes")
+        if wrong := [label for label in classes if not 0 <= whole(label, "classes") <= null]:
             raise UserError(f"`classes` has {wrong[0]}; classes are 0 to {null - 1}")
         return classes
 

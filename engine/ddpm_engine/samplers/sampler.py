@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
+from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.runtime import autocast, check_precision
+from ddpm_engine.runtime import autocast, check_precision, device_memory
+from ddpm_engine.samplers.finite import refuse_not_finite
+from ddpm_engine.samplers.identity import Ids, numbers_of, tensor_of, whole
+from ddpm_engine.samplers.initial_noise import (
+    check_interpolation,
+    initial_noise,
+    noise_between,
+    skipped_steps,
+)
 from ddpm_engine.samplers.inpainting import KnownPixels, levels_of, resampled
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.request import SampleRequest, as_source, rows_of
 from ddpm_engine.samplers.step_runner import StepRunner, captured
-from ddpm_kernels import Column, Stream, gaussian_noise
-
-Ids = Sequence[int] | Tensor
-"""Ids of samples: which samples of a seed."""
+from ddpm_engine.samplers.timesteps import check_begins_in_noise
+from ddpm_kernels import Column
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,17 +101,20 @@ class Sampler:
             model.schedule, **sampling.table_options(), prediction=model.prediction,
             timesteps=request.timesteps, skip=skip,
         )  # fmt: skip
+        if request.strength is None:
+            check_begins_in_noise(model.schedule, table.timesteps, request.timesteps is not None)
         levels = levels_of(model.schedule, table)
         self.table, self._levels = resampled(table, levels, request.repeats)
         classes = request.classes
         self.classes: tuple[int, ...] | None = classes if isinstance(classes, tuple) else None
         """Class of samples 0, 1, 2, … and again from the first; None: the null class."""
-        self._initial_states = self._interpolated()
+        if request.interpolate is not None:
+            check_interpolation(request.interpolate, sampling.sampler, self.stochastic)
         self._capture = self.device.type == "cuda" if capture is None else capture
         self._key: object = None
         self._runner: StepRunner | None = None
         if request.guidance is not None:
-            self._check_guidance()
+            self._check_guidance(request.guidance)
 
     @property
     def evaluations(self) -> int:
@@ -142,12 +152,12 @@ class Sampler:
             keep_x0: whether to make every step's estimate of x_0 available.
 
         Raises:
-            UserError: images that cannot be read or have another shape, or guidance without
-                conditions.
+            UserError: ids out of range, images that cannot be read or have another shape, or
+                guidance without conditions.
         """
         request, seed = self.request, self.request.seed
-        numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        sample_ids = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        numbers = numbers_of(ids)
+        sample_ids = tensor_of(numbers, self.device)
         conditions = self.conditioning(numbers) if conditioning is None else conditioning
         conditions = conditions.to(self.device)
         null = None
@@ -172,6 +182,7 @@ class Sampler:
         conditioning: Conditioning | None = None,
         batch_size: int = 64,
         on_step: Callable[[int], None] | None = None,
+        only_finite: bool = True,
     ) -> Tensor:
         """Sample, batch after batch.
 
@@ -180,13 +191,16 @@ class Sampler:
             conditioning: conditions of the samples, row by row; None: those of the request.
             batch_size: number of samples at a time.
             on_step: called with the number of samples that each step has advanced.
+            only_finite: whether to refuse samples that are not finite numbers.
 
         Returns:
             float32 `[N, C, H, W]` around [-1, 1], on the model's device.
 
         Raises:
-            UserError: as `trajectory`.
+            UserError: as `trajectory`; a batch size below 1; `NotFiniteError`, which names the
+                samples.
         """
+        self.check_fits(len(ids), batch_size)
         samples = torch.empty(len(ids), *self.model.shape, device=self.device)
         for start in range(0, len(ids), batch_size):
             part = slice(start, start + batch_size)
@@ -198,6 +212,8 @@ class Sampler:
                     on_step(len(batch))
             assert last is not None, "a table has rows"
             samples[part] = last.x
+            if only_finite:
+                refuse_not_finite(numbers_of(batch), self.request.seed, last.x)
         return samples
 
     def images(
@@ -234,13 +250,43 @@ class Sampler:
             channels, height, _ = self.model.shape
             images = as_source(request.low_resolution).of(ids)
             self._check_shape("low_resolution", images, (channels, side, side))
-            sample_ids = torch.tensor(list(ids), dtype=torch.int64, device=self.device)
+            sample_ids = tensor_of(ids, self.device)
             levels = torch.full_like(sample_ids, request.augmentation_level)
             augmented = NoiseConditioningAugmentation(self.device)(
                 images.to(self.device, torch.float32), height, levels, request.seed, sample_ids
             )
             conditions = replace(conditions, low_resolution=augmented, augmentation_level=levels)
         return conditions
+
+    def check_fits(self, count: int, batch_size: int) -> None:
+        """Refuse what takes more memory than there is.
+
+        Args:
+            count: samples that are kept at a time.
+            batch_size: samples that are generated at a time.
+
+        Raises:
+            UserError: too many, or a batch size below 1.
+        """
+        if whole(batch_size, "batch_size") < 1:
+            raise UserError(f"`batch_size` is {batch_size}; it must be at least 1", "batch_size")
+        one, limit = 4 * math.prod(self.model.shape), device_memory(self.device)
+        check_fits(count * one, "ids", "ask for fewer at a time", limit)
+        # The state, and what the network makes of it.
+        batch = 2 * one * min(count, batch_size)
+        check_fits(batch, "batch_size", "choose a smaller one", limit)
+
+    def check_inputs(self, sample_id: int) -> None:
+        """Read the images that a sample is made from, if it is made from any.
+
+        Raises:
+            UserError: an image that cannot be read, or images or a mask of another shape.
+        """
+        ids = numbers_of([sample_id])
+        sample_ids = tensor_of(ids, self.device)
+        self.conditioning(ids)
+        self._initial(ids, sample_ids)
+        self._known_pixels(ids, sample_ids)
 
     @torch.inference_mode()
     def warm_up(self, batch: int) -> None:
@@ -278,10 +324,12 @@ class Sampler:
 
     def _initial(self, ids: list[int], sample_ids: Tensor) -> Tensor:
         """The state before the first step."""
-        if self._initial_states is None:
-            x = initial_noise(self.request.seed, sample_ids, self.model.shape)
+        request = self.request
+        if request.interpolate is None:
+            x = initial_noise(request.seed, sample_ids, self.model.shape)
         else:
-            x = self._initial_states[ids].to(self.device)
+            x = noise_between(request.seed, request.interpolate, ids, self.model.shape)
+            x = x.to(self.device)
         if self.request.strength is not None:
             ends = noise_levels(self.model.schedule, self.table.timesteps)
             a, s = (level[0].item() for level in ends)
@@ -306,114 +354,20 @@ class Sampler:
         if images.shape[1:] != shape:
             raise UserError(f"`{name}` has shape {tuple(images.shape)}; it must be {('N', *shape)}")
 
-    def _check_guidance(self) -> None:
+    def _check_guidance(self, guidance: Guidance) -> None:
         conditions = self.request.conditions
         if self.classes is None and (conditions is None or not conditions.droppable()):
             why = "the samples are of no class; give `classes`"
             if self.model.spec.null_class is None:
                 why = "this network was trained without classes; leave it out"
             raise UserError(f"`guidance.scale` leads towards a class, but {why}")
-
-    def _interpolated(self) -> Tensor | None:
-        if self.request.interpolate is None:
-            return None
-        first, second, count = self.request.interpolate
-        if count < 2 or first == second:
+        levels = self._levels.before
+        if guidance.scale != 1 and not any(guidance.guides(levels)):
+            sigma = ((1 - levels) / levels).sqrt()
+            low, high = guidance.interval
             raise UserError(
-                f"`interpolate` asks for {count} from {first} to {second}; give two different "
-                "ids and at least 2 samples"
+                f"`guidance.interval` is {low:g} to {high:g}, where none of the steps is: they "
+                f"begin at noise levels of {sigma.max():.3g} down to {sigma.min():.3g}; widen it, "
+                "or leave out guidance",
+                "guidance.interval",
             )
-        if self.stochastic:
-            raise UserError(
-                "to interpolate, the sampler must add no noise, and "
-                f"{self.sampling.sampler} does; use ddim, dpm++2m or unipc"
-            )
-        weights = torch.linspace(0, 1, count, dtype=torch.float64)
-        return interpolated_noise(self.request.seed, first, second, weights, self.model.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples and the images they decode to."""
-
-    tensor: Tensor
-    """float32 `[N, C, H, W]` around [-1, 1]."""
-    model: DiffusionModel
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The samples as images of 8 bits per channel."""
-        decoded = self.model.codec.decode(self.tensor)
-        return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in decoded]
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-
-def sample(
-    model: DiffusionModel,
-    ids: int | Ids,
-    *,
-    batch_size: int = 64,
-    progress: bool | None = None,
-    **options: Any,
-) -> Samples:
-    """Sample from a model (Ho et al. 2020, algorithm 2, and the samplers that followed it).
-
-    Args:
-        model: the network and its process.
-        ids: ids of the samples, `[N]`, or N for 0 … N − 1.
-        batch_size: number of samples at a time.
-        progress: whether to print a progress bar; None: on a terminal.
-        options: fields of `SampleRequest` and of `SamplingConfig`, such as `seed`, `steps`,
-            `sampler`, `classes` and `guidance`; the model's own hold otherwise.
-
-    Raises:
-        UserError: a request that the model cannot serve.
-    """
-    chosen = range(ids) if isinstance(ids, int) else ids
-    sampler = Sampler(model, model.request(**options))
-    total = len(chosen) * sampler.evaluations
-    disable = None if progress is None else not progress
-    with tqdm(total=total, disable=disable, unit="evaluation", leave=False) as bar:
-        tensor = sampler.sample(chosen, batch_size=batch_size, on_step=bar.update)
-    return Samples(tensor, model)
-
-
-def initial_noise(seed: int, sample_ids: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return the noise that each sample of a seed starts from: float32 `[B, C, H, W]`."""
-    return gaussian_noise(seed, sample_ids, shape, 0, Stream.INITIAL_NOISE)
-
-
-def interpolated_noise(
-    seed: int, first: int, second: int, weights: Tensor, shape: tuple[int, int, int]
-) -> Tensor:
-    """Interpolate between the noise of two samples, on the great circle through both.
-
-    So each state is as likely as noise is (Shoemake 1985; Song et al. 2020, appendix D.5). With a
-    sampler that adds no noise, the samples lie between the two.
-
-    Args:
-        seed: of both samples.
-        first: a sample id.
-        second: another.
-        weights: `[N]`: 0 is the first sample, 1 the second.
-        shape: (C, H, W).
-
-    Returns:
-        float32 `[N, C, H, W]`.
-    """
-    a, b = initial_noise(seed, torch.tensor([first, second]), shape).double()
-    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-    w = weights.double().cpu()[:, None, None, None]
-    return ((((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()).float()
-
-
-def skipped_steps(steps: int, strength: float) -> int:
-    """Return the number of first steps to leave out for an image; at least one step is taken.
-
-    Args:
-        steps: of the sampler.
-        strength: fraction of the steps to take, above 0 and at most 1.
-    """
-    return steps - max(1, round(strength * steps))

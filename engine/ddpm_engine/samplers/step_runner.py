@@ -20,6 +20,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, cat
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Column, reverse_step
+from ddpm_kernels.tiling import as_scalar
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class StepRunner:
             # Its weight is zero at first, but zero times the infinity of a diverged trajectory is
             # NaN: nothing of the batch before may stay.
             self._history.zero_()
-        self._seed.fill_(seed)
+        self._seed.copy_(as_scalar(seed, self._seed.device))
         self._ids.copy_(sample_ids)
         self._conditions.copy_(conditioning)
         if null is not None:

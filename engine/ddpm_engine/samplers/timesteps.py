@@ -92,8 +92,39 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> T
     return interpolated(rho * sigma.log(), known, torch.arange(len(known)).double())
 
 
+def check_begins_in_noise(schedule: NoiseSchedule, visited: Tensor, listed: bool) -> None:
+    """Refuse to begin with noise alone where the network expects to see an image through it.
+
+    So it is if the image would be more than half as strong as the noise, and the schedule has a
+    timestep where it is less than half of that.
+
+    Args:
+        schedule: the noise schedule.
+        visited: int64 or float64 `[S]`, not increasing.
+        listed: whether the timesteps were listed one by one.
+
+    Raises:
+        UserError: such a first timestep.
+    """
+    first = int(visited[0])
+    ratio = schedule.snr.sqrt()
+    if ratio[first] <= max(0.5, 2 * ratio[-1].item()):
+        return
+    last = schedule.timesteps - 1
+    chosen = f"`timesteps` begins at {first}"
+    remedy = f"begin at {last}, or give `images` to begin with"
+    if not listed:
+        chosen = f"leading `spacing` of {len(visited)} `steps` begins at timestep {first}"
+        remedy = f"take trailing `spacing`, which begins at {last}, or more `steps`"
+    raise UserError(
+        f"{chosen}, where the network expects an image {ratio[first]:.3g} times as strong as the "
+        f"noise, but sampling begins with noise alone; {remedy}",
+        "timesteps" if listed else "spacing",
+    )
+
+
 def _check_steps(timesteps: int, steps: int) -> None:
-    if not 1 <= steps <= timesteps:
+    if not 1 <= steps <= timesteps or steps != int(steps):
         raise UserError(
             f"`steps` is {steps}; a schedule of {timesteps} timesteps takes 1 to {timesteps} steps",
             "steps",

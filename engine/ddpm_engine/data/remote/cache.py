@@ -67,6 +67,8 @@ class ShardCache:
             self._files.mkdir(exist_ok=True)
             self._locks.mkdir(exist_ok=True)
             owner = directory.stat().st_uid
+            with locked(directory / "room.lock"):
+                pass  # the cache is worth nothing without locks: better said now than in a worker
         except OSError as error:
             raise UserError(
                 f"`data.cache` {directory} cannot be used ({error.strerror}): choose another",
@@ -178,7 +180,8 @@ class ShardCache:
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless it is locked."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Open for writing, without which network file systems lock nothing exclusively.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     try:

@@ -41,6 +41,8 @@ class Preview(Callback):
             samples = _generate(run, model)
         if is_main():
             path = run.config.out / "samples" / f"step-{run.step:08d}.png"
+            if not bool(samples.isfinite().all()):
+                logger.warning("samples in %s are not finite: sampling diverged", path)
             try:
                 path.parent.mkdir(exist_ok=True)
                 save_png(grid(PixelCodec().decode(samples)), path)
@@ -69,7 +71,7 @@ def _generate(run: Run, model: Network) -> Tensor:
         labels = samples_at(run.dataset, ids.tolist()).labels
         conditioning = replace(conditioning, labels=None if labels is None else labels.to(ids))
     with autocast(config.training.precision, device):
-        samples = sampler.sample(ids, conditioning=conditioning)
+        samples = sampler.sample(ids, conditioning=conditioning, only_finite=False)
     order = run.ranks.gather(ids).argsort()
     return run.ranks.gather(samples)[order][: log.sample_count]
 
