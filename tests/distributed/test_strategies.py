@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, load_part, verify
+from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, verify
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
