@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
 from ddpm_engine.locks import LocksUnsupportedError, acquire
@@ -105,20 +105,26 @@ def packing_run(
             kept = set[str]().union(*(files_of(entry) for entry in journal.finished))
             # Looked at again: whoever held the lock may have finished meanwhile.
             for name in _leftovers(folder) - kept:
-                (folder / name).unlink()
+                _discard_file(folder / name)
             fsync_directory(folder)
             fsync_directory(folder.resolve().parent)
         try:
             yield journal
         except BaseException:
             for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-                half.unlink(missing_ok=True)
+                _discard_file(half)
             raise
         with explain_os_error(folder):
-            marker.unlink()
+            discard(marker)  # if it stays: what has a manifest is finished
             fsync_directory(folder)
     finally:
         os.close(lock)
+
+
+def _discard_file(path: Path) -> None:
+    """Remove what an interrupted run left; a folder of that name is none of its files."""
+    if not path.is_dir():
+        discard(path)
 
 
 def _leftovers(folder: Path) -> set[str]:
