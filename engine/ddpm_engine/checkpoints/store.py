@@ -34,7 +34,8 @@ import torch.distributed as dist
 
 from ddpm_engine.atomic_io import atomic_write, discard, fsync_directory, sha256_of, unused_name
 from ddpm_engine.checkpoints.parts import Part, check_finite, write_part
-from ddpm_engine.config import RunConfig, from_dict
+from ddpm_engine.checkpoints.recorded_config import of_record
+from ddpm_engine.config import RunConfig
 from ddpm_engine.distributed import is_main, raise_together
 from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.json_text import to_json
@@ -75,7 +76,8 @@ class Checkpoint:
         """
         if "config" not in self.state:
             raise UserError(f"{self.path} does not record the configuration of its run")
-        return from_dict(self.state["config"], f"the configuration in {self.path}")
+        origin = f"the configuration in {self.path}"
+        return of_record(self.state["config"], self.path.parent.parent, origin)
 
 
 class CheckpointStore:

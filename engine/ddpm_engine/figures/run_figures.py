@@ -167,6 +167,7 @@ def loss(exhibit: Exhibit) -> list[Path]:
     if not file.exists():
         raise Inapplicable(f"there is no {file}, which has the losses; give the run's directory")
     rows = [json.loads(row) for row in file.read_text().splitlines()]
+    rows = [row for row in rows if row["loss"] is not None]
     path = exhibit.out / "loss.png"
     loss_figure([row["step"] for row in rows], [row["loss"] for row in rows], path)
     return [path]

@@ -26,7 +26,7 @@ from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.run import Run
-from ddpm_engine.training.run_directory import claim_run_directory
+from ddpm_engine.training.run_directory import check_run_directory, claim_run_directory
 from ddpm_engine.training.strategies.build import start_strategy
 from ddpm_engine.training.strategies.launcher_env import read_request
 from ddpm_engine.training.teacher import load_teacher
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def build_run(
     config: RunConfig, *, dtype: torch.dtype = torch.float32, any_precision: bool = False
 ) -> Run:
-    """Start the processes, open the data, claim the directory, build network and objective.
+    """Start the processes, open the data, build network and objective, claim the directory.
 
     Args:
         config: the run. Its directory is made, or continued if it holds the same run.
@@ -49,6 +49,9 @@ def build_run(
         UserError: the configuration, the data, the directory or the launch is wrong.
     """
     validate(config)
+    with raise_together(UserError):
+        if is_main():
+            check_run_directory(config)
     request = read_request(config.training)
     accelerator = start_accelerator(config, request, any_precision)
     device = accelerator.device
@@ -57,11 +60,9 @@ def build_run(
     model = build_network(config.model).to(dtype)
     teacher = _start_from_teacher(model, config, device)
     dataset = _open_data(config)
-    lock = None
     with raise_together(UserError):
-        # By one process: of two that write one file at a time, one would lose it.
         if is_main():
-            lock = claim_run_directory(config, dataset.fingerprint)
+            check_run_directory(config, dataset.fingerprint)
 
     model.to(device)
     if config.training.activation_checkpointing:
@@ -75,6 +76,11 @@ def build_run(
         with accelerator.local_main_process_first():
             precompile(model, objective, config, device)
     strategy = start_strategy(model.train(), request, config, accelerator)
+    lock = None
+    with raise_together(UserError):
+        # By one process: of two that write one file at a time, one would lose it.
+        if is_main():
+            lock = claim_run_directory(config, dataset.fingerprint)
     logger.info(
         "%s: %d process(es), first on %s, precision %s",
         strategy.name, world_size(), device, config.training.precision,

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
-from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
+from ddpm_engine.checkpoints.recorded_config import CONFIG, load_record, record
+from ddpm_engine.checkpoints.store import SNAPSHOTS, Checkpoint, CheckpointStore
+from ddpm_engine.config import RunConfig, flatten
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_text import to_json
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
 _DATA = "data.json"
 _LOCK = "lock"
 
@@ -31,10 +33,51 @@ _IDENTITY = (
 _NOT_IDENTITY = ("model.attention",)
 
 
+def check_run_directory(config: RunConfig, fingerprint: str | None = None) -> None:
+    """Check that a run can have its directory: it holds nothing, or this run.
+
+    Nothing is written, so that a start that fails later has claimed nothing. A run that has no step
+    to protect yet, because its first start failed, may become another.
+
+    Args:
+        config: the run.
+        fingerprint: fingerprint of its data; None: not known yet.
+
+    Raises:
+        UserError: the directory belongs to another run or is not a run directory.
+    """
+    out = config.out
+    try:
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise UserError(f"`out` {out} is a file; choose a folder", "out")
+        newest = CheckpointStore(out / "checkpoints").newest_complete()
+        if (out / CONFIG).exists():
+            before, _ = load_record(out / CONFIG)
+        elif newest is not None:
+            logger.warning("%s is gone; it is written again from %s", out / CONFIG, newest.path)
+            before = newest.config
+        elif foreign := _foreign(out):
+            raise UserError(
+                f"`out` {out} exists and is not a run directory (it holds {foreign}); choose "
+                "another",
+                "out",
+            )
+        else:
+            return
+        if not (out / _DATA).exists() or _begun(out):
+            _check_same_run(before, config)
+            if fingerprint is not None:
+                _check_same_data(out, newest, fingerprint)
+    except OSError as error:
+        raise UserError(f"`out` {out} cannot be read: {error}", "out") from None
+
+
 def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
     """Create the run directory and record the configuration, or check that it holds this run.
 
-    Call it in one process of the run.
+    Call it in one process of the run, once everything else that can fail has succeeded.
 
     Args:
         config: the run.
@@ -48,24 +91,22 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
             written, or another process is training there.
     """
     out = config.out
+    check_run_directory(config, fingerprint)
     try:
-        if (out / CONFIG).exists():
-            _check_same_run(load_config(out), config)
-            _check_same_data(out / _DATA, fingerprint)
-        elif out.exists() and (not out.is_dir() or _holds_something(out)):
-            raise UserError(
-                f"`out` {out} exists and is not a run directory; choose another, or empty it", "out"
-            )
         out.mkdir(parents=True, exist_ok=True)
         lock = lock_run_directory(out)
         with atomic_write(out / CONFIG) as file:
-            file.write(dump_config(config).encode())
-        if not (out / _DATA).exists():
-            with atomic_write(out / _DATA) as file:
-                file.write(json.dumps({"fingerprint": fingerprint}).encode())
+            file.write((to_json(record(config), indent=2) + "\n").encode())
+        with atomic_write(out / _DATA) as file:
+            file.write(json.dumps({"fingerprint": fingerprint}).encode())
     except OSError as error:
         raise UserError(f"`out` {out} cannot be written: {error}", "out") from None
     return lock
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has claimed a directory."""
+    return (directory / _DATA).exists() or bool(CheckpointStore(directory / "checkpoints").steps())
 
 
 def lock_run_directory(out: Path) -> BinaryIO:
@@ -98,16 +139,25 @@ def lock_run_directory(out: Path) -> BinaryIO:
     return file
 
 
-def _holds_something(out: Path) -> bool:
-    """Whether a folder holds anything but what an interrupted first start leaves."""
-    return any(
-        not entry.name.endswith(TEMPORARY_SUFFIX) and entry.name != _LOCK for entry in out.iterdir()
+def _foreign(out: Path) -> str | None:
+    """An entry of a folder that an interrupted first start does not leave, if there is any."""
+    names = (entry.name for entry in out.iterdir())
+    return min((n for n in names if not n.endswith(TEMPORARY_SUFFIX) and n != _LOCK), default=None)
+
+
+def _begun(out: Path) -> bool:
+    """Whether a run has anything to protect."""
+    metrics = out / "metrics.jsonl"
+    return (
+        any(CheckpointStore(out / folder).steps() for folder in ("checkpoints", SNAPSHOTS))
+        or (metrics.exists() and metrics.stat().st_size > 0)
+        or any(out.glob("samples/*"))
     )
 
 
 def _check_same_run(before: RunConfig, now: RunConfig) -> None:
     old, new = flatten(before), flatten(now)
-    changed = {name: (old[name], new[name]) for name in new if old[name] != new[name]}
+    changed = {name: (old[name], new[name]) for name in new if _is_other(old[name], new[name])}
     identity: tuple[str, ...] = _IDENTITY
     if now.distillation.teacher is not None:
         # Its steps are divided into stages, and its targets are clipped or not.
@@ -115,7 +165,7 @@ def _check_same_run(before: RunConfig, now: RunConfig) -> None:
     essential = {
         name: values
         for name, values in changed.items()
-        if name.startswith(identity) and name not in _NOT_IDENTITY
+        if name.startswith(identity) and name not in _NOT_IDENTITY and not _has_moved(name, *values)
     }
     if essential:
         raise UserError(
@@ -133,14 +183,29 @@ def _differences(changed: dict[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"`{name}` was {old} and is now {new}" for name, (old, new) in changed.items())
 
 
-def _check_same_data(path: Path, fingerprint: str) -> None:
+def _check_same_data(out: Path, newest: Checkpoint | None, fingerprint: str) -> None:
     try:
-        recorded = json.loads(path.read_text())["fingerprint"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return  # killed before it recorded its data: it has no steps to protect
-    if recorded != fingerprint:
+        recorded = json.loads((out / _DATA).read_text())["fingerprint"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        # Gone or damaged: every checkpoint has it, too.
+        recorded = None if newest is None else newest.state.get("data")
+    if recorded not in (None, fingerprint):
         raise UserError(
-            f"the run in {path.parent} was trained on data with fingerprint {recorded[:12]}…, but "
+            f"the run in {out} was trained on data with fingerprint {recorded[:12]}…, but "
             f"these shards have {fingerprint[:12]}…; give it the same shards, or choose another "
             "`out`"
         )
+
+
+def _is_other(old: Any, new: Any) -> bool:
+    """Whether a value has changed, and not only the way that a path is written."""
+    if isinstance(old, Path) and isinstance(new, Path):
+        return os.path.realpath(old) != os.path.realpath(new)
+    return bool(old != new)
+
+
+def _has_moved(name: str, old: Any, new: Any) -> bool:
+    """Whether what a run was distilled from is where it is now said to be, and not where it was."""
+    named = name in ("distillation.teacher", "distillation.student")
+    paths = isinstance(old, Path) and isinstance(new, Path)
+    return named and paths and not old.exists() and new.exists()

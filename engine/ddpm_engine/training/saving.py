@@ -8,8 +8,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.recorded_config import record
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
-from ddpm_engine.config import RunConfig, to_dict
+from ddpm_engine.config import RunConfig
 from ddpm_engine.distributed import is_main, raise_together
 from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.training.meters import Meters
@@ -40,7 +41,7 @@ def state_of(run: Run) -> dict[str, Any]:
     """The rest of a run's state, as JSON values."""
     loss_scale = run.strategy.loss_scale
     return {
-        "config": to_dict(run.config),
+        "config": record(run.config),
         "samples_seen": run.step * run.config.training.batch_size,
         "seed": run.config.training.seed,
         "data": run.dataset.fingerprint,

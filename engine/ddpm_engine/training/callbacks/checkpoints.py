@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddpm_engine.checkpoints.recorded_config import record
 from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes
-from ddpm_engine.config import to_dict
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.async_save import BackgroundSaver, Saved
 from ddpm_engine.training.callbacks.callback import Callback
@@ -135,7 +135,7 @@ class Snapshots(_Saving):
         """See `Callback`."""
         if run.finished or run.step % run.config.log.snapshot_every == 0:
             averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
-            self._start(run, "averages", averages, {"config": to_dict(run.config)})
+            self._start(run, "averages", averages, {"config": record(run.config)})
         if run.finished or run.interrupted:
             self._finish(run)
 
