@@ -108,7 +108,7 @@ def learnt(out: Path) -> dict[str, torch.Tensor]:
         (zero("missing"), "cannot be read"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "`training.precision` to bf16"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "`training.accumulation` to 4"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "train independently"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "train independently"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "does not do"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -24,6 +23,7 @@ from tyro.constructors import (
 )
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.launched import is_first
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ def exit_on_user_error(
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             names = {name for one in commands for name in option_names(one, omit_prefixes)}
             print(f"error: {with_flags(str(error), names, renamed or {})}", file=sys.stderr)
         # Not `sys.exit`: under a launcher every rank must leave with a non-zero status.

@@ -21,6 +21,7 @@ from ddpm_engine.checkpoints.recorded_config import CONFIG, load_record
 from ddpm_engine.cli.options import exit_on_user_error, parse_options
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.errors import UserError
+from ddpm_engine.launched import is_first
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
@@ -107,9 +108,8 @@ def main() -> None:
             validate(options.run)
             print(dump_config(options.run), end="")
             return
-        main_process = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(
-            level=logging.INFO if main_process else logging.WARNING,
+            level=logging.INFO if is_first() else logging.WARNING,
             format="%(message)s",
             stream=sys.stdout,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,9 @@ class DistillationConfig:
     method: DistillationMethod = "progressive"
     """Method: two steps of the last student learned as one; consistency with oneself one step
     later; or, from a student of these, the teacher's conditional moments."""
-    steps: int = 4
+    steps: Annotated[int, Ge(1)] = 4
     """Steps of a sample of the last student: of ddim, or with moments, of ddpm."""
-    start_steps: int = 64
+    start_steps: Annotated[int, Ge(1)] = 64
     """Steps of ddim that the first teacher takes, 2, 4, 8, … times as many; with moments, as
     many."""
     guidance_scale: float | None = None
@@ -77,9 +78,16 @@ class DistillationConfig:
         """Report everything wrong with the values, if anything is distilled."""
         if self.teacher is None:
             return
-        wrong = self.steps < 1
+        wrong = list(out_of_bounds(self))
+        if wrong:
+            yield from wrong
+            return
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            yield UserError(
+                f"`guidance_scale` is {self.guidance_scale}; give a finite number", "guidance_scale"
+            )
         if self.method == "moments":
-            if wrong or self.start_steps != self.steps:
+            if self.start_steps != self.steps:
                 yield UserError(
                     f"`start_steps` is {self.start_steps} and `steps` {self.steps}; moments takes "
                     "no more of its teacher, so both must be the same",
@@ -93,7 +101,7 @@ class DistillationConfig:
                     "student",
                 )
             return
-        if wrong or self.stages < 1 or self.start_steps != self.steps << self.stages:
+        if self.stages < 1 or self.start_steps != self.steps << self.stages:
             yield UserError(
                 f"`start_steps` is {self.start_steps} and `steps` {self.steps}; the first must be "
                 "2, 4, 8, … times the second, as 64 and 4",
