@@ -36,7 +36,7 @@ from ddpm_engine.atomic_io import atomic_write, discard, fsync_directory, sha256
 from ddpm_engine.checkpoints.parts import Part, check_finite, write_part
 from ddpm_engine.checkpoints.recorded_config import of_record
 from ddpm_engine.config import RunConfig
-from ddpm_engine.distributed import is_main, raise_together
+from ddpm_engine.distributed import is_main, of_main, raise_together
 from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.json_text import to_json
 
@@ -144,7 +144,7 @@ class CheckpointStore:
                     temporary = unused_name(temporary)
                     for name in parts:
                         (temporary / name).mkdir(parents=True)
-            temporary = self._of_main(temporary)
+            temporary = of_main(temporary, self._group)
             with raise_together(OSError, self._group):
                 for name, tensors in parts.items():
                     write_part(temporary / name, tensors, self._group)
@@ -177,19 +177,17 @@ class CheckpointStore:
         Returns:
             The checkpoint, or None if none is sound, and what is wrong with each newer one.
         """
-        answer: list[Any] = [None, []]
+        found: Checkpoint | None = None
+        rejected: list[str] = []
         if is_main():
             for step in reversed(self.steps()):
                 if below is not None and step >= below:
                     continue
-                checkpoint, problems = verify(self.path(step), parts)
-                if checkpoint is not None:
-                    answer[0] = checkpoint
+                found, problems = verify(self.path(step), parts)
+                if found is not None:
                     break
-                answer[1].append(f"{self.path(step)}: {'; '.join(problems)}")
-        if dist.is_initialized():
-            dist.broadcast_object_list(answer)
-        return answer[0], answer[1]
+                rejected.append(f"{self.path(step)}: {'; '.join(problems)}")
+        return of_main((found, rejected))
 
     def newest_complete(self) -> Checkpoint | None:
         """Find the newest checkpoint whose files are there, on this rank, without reading them."""
@@ -263,13 +261,6 @@ class CheckpointStore:
             aside = unused_name(final.with_name(final.name + SET_ASIDE))
             os.replace(final, aside)
             logger.warning("%s is no checkpoint, and is called %s from now on", final, aside)
-
-    def _of_main(self, path: Path) -> Path:
-        """Rank 0's path, on every rank."""
-        paths = [path]
-        if dist.is_initialized():
-            dist.broadcast_object_list(paths, src=0, group=self._group)
-        return paths[0]
 
 
 def _remove(checkpoint: Path) -> None:

@@ -30,9 +30,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
     out = out.absolute()
     pretrained.check_export()
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
-        raise UserError(
-            f"`out` {out} exists and is not an export; choose another, or remove it", "out"
-        )
+        raise UserError(f"`out` {out} exists and is not an export; choose another", "out")
     temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
     try:
         shutil.rmtree(temporary, ignore_errors=True)

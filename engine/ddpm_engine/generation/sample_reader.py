@@ -108,7 +108,7 @@ class SampleReader:
                 else:
                     self._last = path, {sample_id: decode(path.read_bytes(), _extension(path))}
             except (DecodeError, OSError, ValueError, KeyError) as error:
-                raise UserError(f"cannot read {path}: {error}; repair or remove it") from error
+                raise UserError(f"cannot read {path}: {error}; repair or move it") from error
         return self._last[1][sample_id]
 
 

@@ -135,7 +135,7 @@ def _leftovers(folder: Path) -> set[str]:
     """
     present = {entry.name for entry in folder.iterdir()}
     if MANIFEST_NAME in present:
-        raise UserError(f"{folder} holds a finished set; choose another folder, or delete it")
+        raise UserError(f"{folder} holds a finished set; choose another folder")
     foreign = sorted(name for name in present if not _OURS.fullmatch(name))
     if present and (foreign or MARKER_NAME not in present):
         raise UserError(

@@ -40,7 +40,7 @@ def default_cache_directory() -> Path:
     try:
         return node_cache("shards")
     except PermissionError as error:
-        raise UserError(f"{error}: remove it, or choose another folder by `data.cache`") from error
+        raise UserError(f"{error}: rename it, or choose another folder by `data.cache`") from error
 
 
 class ShardCache:

@@ -112,7 +112,11 @@ class Checkpoints(_Saving):
         self._saver = BackgroundSaver(store)
 
     def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
         ending = run.finished or run.interrupted
         if ending or run.step % run.config.log.checkpoint_every == 0:
             self._start(run, "state", parts_of(run), state_of(run))
@@ -132,7 +136,11 @@ class Snapshots(_Saving):
         self._saver = BackgroundSaver(store)
 
     def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
         if run.finished or run.step % run.config.log.snapshot_every == 0:
             averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
             self._start(run, "averages", averages, {"config": record(run.config)})
@@ -140,7 +148,11 @@ class Snapshots(_Saving):
             self._finish(run)
 
     def on_finished(self, run: Run) -> None:
-        """See `Callback`: write the last snapshot, unless it is there."""
+        """See `Callback`: write the last snapshot, unless it is there.
+
+        Raises:
+            UserError: that failed twice.
+        """
         there = check_sizes(run.config.out / SNAPSHOTS / f"step-{run.step:08d}")[0] is not None
         if not run.ranks.sum(torch.tensor(float(there), device=run.device)).item():
             self.on_start(run)

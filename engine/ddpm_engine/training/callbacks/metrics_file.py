@@ -69,7 +69,11 @@ class MetricsFile(Callback):
         self._rows: JsonLines | None = None
 
     def on_start(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the file cannot be read or written.
+        """
         path = run.config.out / "metrics.jsonl"
         with raise_together(UserError):
             if is_main():
