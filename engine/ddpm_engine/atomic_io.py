@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ddpm_engine.locks import LocksUnsupportedError, locked
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -22,15 +26,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The bytes go to `<path>.tmp` beside it, which is fsynced and renamed over `path`; then the
     folder is fsynced. On an error the temporary is removed and whatever `path` held before stays.
-    Only one process may write one path at a time.
+    Only one process may write one path at a time. A `<path>.tmp` that an interrupted write left is
+    replaced; if it is a folder, or cannot be replaced, the temporary gets another name.
 
     Raises:
         OSError: as the operating system reports it (no space left, permission denied, ...).
     """
     target = _file_at(path)
     temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+    # Never opened as it is: it might be read-only, or a link to a file elsewhere.
+    with suppress(OSError):
+        temporary.unlink()
+    temporary = unused_name(temporary)
     # Closed by hand: closing flushes, so on a full disk it can fail a second time.
-    file = open(temporary, "wb")  # noqa: SIM115
+    file = open(temporary, "xb")  # noqa: SIM115
     try:
         yield file
         file.flush()
@@ -87,6 +96,30 @@ def _rename_once(temporary: Path, target: Path) -> None:
     except LocksUnsupportedError:
         if not target.exists():
             os.rename(temporary, target)
+
+
+def unused_name(path: Path) -> Path:
+    """Return `path`, or if that exists, a path beside it that does not: `step-5.1f….tmp`."""
+    if not os.path.lexists(path):
+        return path
+    return path.with_name(f"{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link, or a folder and all it holds.
+
+    Cleaning up never fails the work that it is done for: whatever cannot be removed is left, with a
+    warning.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # as far as it goes
+            with suppress(FileNotFoundError):
+                path.rmdir()  # for its error
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s is left over and cannot be removed: %s", path, error)
 
 
 def fsync_directory(path: str | os.PathLike[str]) -> None:

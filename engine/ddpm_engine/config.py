@@ -149,6 +149,8 @@ class RunConfig:
         return clips_x0(self.diffusion.prediction, self.sampling.clip_x0)
 
 
+RECORDED_IN = "recorded_in"
+"""Entry of a recorded configuration: see `checkpoints.recorded_config`."""
 _CLASS = "class"
 """Entry of a stored `model` that names the class of its configuration."""
 
@@ -217,6 +219,7 @@ def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
             f"{origin} is not a run configuration: it is {described(values)}, not a JSON object"
         )
     values = deepcopy(values)
+    values.pop(RECORDED_IN, None)
     version, known = values.pop("version", 0), len(_MIGRATIONS)
     if type(version) is not int or not 0 <= version <= known:
         raise UserError(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 
@@ -48,6 +49,19 @@ def raise_together(kind: type[ErrorT], group: dist.ProcessGroup | None = None) -
             failure = kind("; ".join(message for message in messages if message))
     if failure is not None:
         raise failure
+
+
+def of_main(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Return rank 0's value on every rank; all ranks call this together.
+
+    Args:
+        value: picklable.
+        group: ranks that call it, rank 0 among them; None: all ranks.
+    """
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
 
 
 class Ranks:

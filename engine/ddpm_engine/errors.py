@@ -20,3 +20,7 @@ class UserError(ValueError):
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class NotFiniteError(UserError):
+    """Weights, averages or gradients hold NaN or infinity: the training that led there failed."""

@@ -1,4 +1,7 @@
-"""Reading the JSON that people write, so that whatever is wrong with it is said in one sentence."""
+"""JSON as its standard has it, read and written.
+
+People write some of what is read; whatever is wrong with it is said in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -146,3 +149,26 @@ def _entries(name: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 def _too_deep(origin: str) -> UserError:
     return UserError(f"{origin} has more than {_MAX_DEPTH} levels, which no such file has")
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Convert to JSON; a number that is not finite, for which JSON has no word, becomes null.
+
+    Args:
+        value: as `json.dumps` takes it.
+        options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value

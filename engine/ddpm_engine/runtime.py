@@ -87,8 +87,8 @@ def use_local_compile_cache() -> None:
         folders = {variable: str(node_cache(name)) for variable, name in CACHES.items()}
     except PermissionError as error:
         logger.warning(
-            "%s: compiled code is kept where the compilers keep it by default. Remove the folder, "
-            "or set %s",
+            "%s: compiled code is kept where the compilers keep it by default. Rename the "
+            "folder, or set %s",
             error,
             " and ".join(CACHES),
         )

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
 
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, load_part, verify
+from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, verify
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
@@ -107,7 +108,7 @@ def learnt(out: Path) -> dict[str, torch.Tensor]:
         (zero("missing"), "cannot be read"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "`training.precision` to bf16"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "`training.accumulation` to 4"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, "train independently"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "train independently"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "does not do"),
     ],
 )

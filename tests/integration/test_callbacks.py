@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,7 @@ class Recorder(Callback):
                 raise UserError("enough")
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    def on_log(self, run: Run, values: dict[str, float]) -> None:
+    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
         assert values["samples_seen"] == run.step * run.config.training.batch_size
         self.calls.append(f"log {run.step}")
 

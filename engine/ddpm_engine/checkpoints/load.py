@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, load_part, verify
+from ddpm_engine.checkpoints.parts import check_finite, load_part
+from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
@@ -184,6 +185,7 @@ def load_model(
         weights: of a run: `"ema"`, or `"model"` for the weights without averaging.
 
     Raises:
+        NotFiniteError: the weights hold NaN or infinity.
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
     path = local_folder(path)
@@ -260,6 +262,7 @@ def _load_diffusers(path: Path) -> LoadedModel:
             "stands for no class, as it does in this engine: load the network with "
             "UNet.from_pretrained and give labels yourself"
         )
+    check_finite(str(layout.network), network.state_dict())
     return LoadedModel.from_config(network, config, stored.hash)
 
 

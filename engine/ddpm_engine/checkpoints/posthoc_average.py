@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddpm_engine.checkpoints.parts import load_part
 from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_from_sigma_rel, part_of
-from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore, load_part
+from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.build import build_network
 

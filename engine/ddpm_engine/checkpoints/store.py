@@ -12,6 +12,10 @@ Everything is written into `step-….tmp` beside it, fsynced and renamed. Tensor
 torch.distributed.checkpoint: every rank writes its own shard, and any number of ranks can load
 them. The formats are safetensors and JSON, so loading a stranger's checkpoint runs no code of
 theirs.
+
+No state that is not finite is saved. A finite one may still be that of a training that has failed:
+if the steps before it were skipped because their gradients were not finite (`bad_steps` of its
+state), it is saved, but nothing is pruned for it.
 """
 
 from __future__ import annotations
@@ -21,32 +25,26 @@ import json
 import logging
 import os
 import re
-import shutil
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 
-from ddpm_engine.atomic_io import atomic_write, fsync_directory, sha256_of
-from ddpm_engine.config import RunConfig, from_dict
-from ddpm_engine.distributed import is_main, raise_together
-from ddpm_engine.errors import UserError
+from ddpm_engine.atomic_io import atomic_write, discard, fsync_directory, sha256_of, unused_name
+from ddpm_engine.checkpoints.parts import Part, check_finite, write_part
+from ddpm_engine.checkpoints.recorded_config import of_record
+from ddpm_engine.config import RunConfig
+from ddpm_engine.distributed import is_main, of_main, raise_together
+from ddpm_engine.errors import NotFiniteError, UserError
+from ddpm_engine.json_files import to_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+SET_ASIDE = ".aside"
+"""Ends the names of checkpoints that are no longer used."""
 SNAPSHOTS = "snapshots"
 """Folder of a run, beside `checkpoints`, that holds only the power-function averages, as
 checkpoints of many steps that are never pruned."""
@@ -54,8 +52,7 @@ FORMAT = 1
 MAX_MANIFEST_BYTES = 16 << 20
 """A larger manifest is not read: it cannot be one."""
 _NAME = re.compile(r"step-(\d+)")
-
-Part = Mapping[str, Tensor]
+_LEFTOVER = re.compile(r"step-\d+(\.\w+)*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,8 @@ class Checkpoint:
         """
         if "config" not in self.state:
             raise UserError(f"{self.path} does not record the configuration of its run")
-        return from_dict(self.state["config"], f"the configuration in {self.path}")
+        origin = f"the configuration in {self.path}"
+        return of_record(self.state["config"], self.path.parent.parent, origin)
 
 
 class CheckpointStore:
@@ -102,14 +100,19 @@ class CheckpointStore:
         self.directory = directory
         self.keep = max(keep, 2)
         self.keep_every = keep_every
+        self.protected: set[int] = set()
+        """Steps of further checkpoints that are never pruned."""
         self._group = group
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints that have their final name, oldest first; none is opened."""
         if not self.directory.is_dir():
             return []
-        names = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir())
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(
+            int(name[1])
+            for entry in self.directory.iterdir()
+            if (name := _NAME.fullmatch(entry.name)) and entry.is_dir()
+        )
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step, whether or not it exists."""
@@ -124,30 +127,36 @@ class CheckpointStore:
             state: JSON values, the same on every rank.
 
         Raises:
+            NotFiniteError: a tensor holds NaN or infinity. Raised on every rank.
             OSError: the checkpoint could not be written. Nothing of it is left, and older ones are
                 untouched. Raised on every rank.
         """
+        with raise_together(NotFiniteError, self._group):
+            for name, tensors in parts.items():
+                check_finite(f"part {name} of step {step}", tensors)
         final = self.path(step)
         temporary = final.with_name(final.name + ".tmp")
         try:
             with raise_together(OSError, self._group):
                 if is_main():
-                    self._remove_leftovers()  # first: they may be what fills the disk
+                    for leftover in self.leftovers():  # first: they may be what fills the disk
+                        discard(leftover)
+                    temporary = unused_name(temporary)
                     for name in parts:
                         (temporary / name).mkdir(parents=True)
+            temporary = of_main(temporary, self._group)
             with raise_together(OSError, self._group):
                 for name, tensors in parts.items():
-                    _write_part(temporary / name, tensors, self._group)
+                    write_part(temporary / name, tensors, self._group)
             with raise_together(OSError, self._group):
                 if is_main():
                     _write_manifest(temporary, step, state)
-                    if final.exists():  # a damaged one, rejected when loading
-                        self.remove(step)
+                    self._make_way(final)
                     os.replace(temporary, final)
                     fsync_directory(self.directory)
         except OSError:
             if is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
+                discard(temporary)
             raise
         if is_main():
             try:
@@ -156,56 +165,108 @@ class CheckpointStore:
             except OSError as error:
                 logger.warning("could not remove an old checkpoint: %s", error)
 
-    def newest(self, parts: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
+    def newest(
+        self, parts: Collection[str] | None = None, below: int | None = None
+    ) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest sound checkpoint; all ranks call this together, and rank 0 looks.
 
         Args:
             parts: as in `verify`.
+            below: only of earlier steps than this; None: of all.
 
         Returns:
             The checkpoint, or None if none is sound, and what is wrong with each newer one.
         """
-        answer: list[Any] = [None, []]
+        found: Checkpoint | None = None
+        rejected: list[str] = []
         if is_main():
             for step in reversed(self.steps()):
-                checkpoint, problems = verify(self.path(step), parts)
-                if checkpoint is not None:
-                    answer[0] = checkpoint
+                if below is not None and step >= below:
+                    continue
+                found, problems = verify(self.path(step), parts)
+                if found is not None:
                     break
-                answer[1].append(f"{self.path(step)}: {'; '.join(problems)}")
-        if dist.is_initialized():
-            dist.broadcast_object_list(answer)
-        return answer[0], answer[1]
+                rejected.append(f"{self.path(step)}: {'; '.join(problems)}")
+        return of_main((found, rejected))
+
+    def newest_complete(self) -> Checkpoint | None:
+        """Find the newest checkpoint whose files are there, on this rank, without reading them."""
+        found = (check_sizes(self.path(step))[0] for step in reversed(self.steps()))
+        return next(filter(None, found), None)
 
     def prunable(self, newest: int) -> list[int]:
-        """Steps that are neither among the newest nor at a multiple of `keep_every`.
+        """Steps that are neither among the newest nor protected nor at a multiple of `keep_every`.
+
+        Checkpoints that are not proven do not count among the newest.
 
         Args:
             newest: step to count from; it and all steps beyond it are kept.
         """
         steps = [step for step in self.steps() if step <= newest]
+        kept = [step for step in steps if self._proven(step)][-self.keep :]
         return [
-            step for step in steps[: -self.keep] if not self.keep_every or step % self.keep_every
+            step
+            for step in steps
+            if step not in (newest, *kept, *self.protected)
+            and (not self.keep_every or step % self.keep_every)
         ]
 
     def remove(self, step: int) -> None:
         """Delete a checkpoint; it is renamed first, so that none is ever half deleted.
 
         Raises:
-            OSError: it cannot be deleted.
+            OSError: it cannot be renamed.
         """
-        path = self.path(step)
-        doomed = path.with_name(path.name + ".old.tmp")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        _remove(self.path(step))
+
+    def set_aside(self, since: int) -> list[Path]:
+        """Rename the checkpoints of a step and all later ones, so that none is taken for sound.
+
+        Returns:
+            Their new paths.
+
+        Raises:
+            OSError: one cannot be renamed.
+        """
+        aside = []
+        for step in self.steps():
+            if step >= since:
+                path = self.path(step)
+                aside.append(unused_name(path.with_name(path.name + SET_ASIDE)))
+                os.replace(path, aside[-1])
+        return aside
 
     def leftovers(self) -> list[Path]:
         """Folders of saves and deletions that were interrupted or are in progress."""
-        return sorted(self.directory.glob("step-*.tmp"))
+        if not self.directory.is_dir():
+            return []
+        return sorted(
+            entry
+            for entry in self.directory.iterdir()
+            if _LEFTOVER.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
+        )
 
-    def _remove_leftovers(self) -> None:
-        for leftover in self.leftovers():
-            shutil.rmtree(leftover)
+    def _proven(self, step: int) -> bool:
+        try:
+            manifest = _read_manifest(self.path(step))
+        except (OSError, _BadManifest):
+            return True  # counted like any other, as long as it is not known to be worse
+        return not manifest["state"].get("bad_steps")
+
+    def _make_way(self, final: Path) -> None:
+        """Remove a damaged checkpoint, rejected when loading; rename whatever else has its name."""
+        if final.is_dir() and not final.is_symlink():
+            _remove(final)
+        elif os.path.lexists(final):
+            aside = unused_name(final.with_name(final.name + SET_ASIDE))
+            os.replace(final, aside)
+            logger.warning("%s is no checkpoint, and is called %s from now on", final, aside)
+
+
+def _remove(checkpoint: Path) -> None:
+    doomed = unused_name(checkpoint.with_name(checkpoint.name + ".old.tmp"))
+    os.replace(checkpoint, doomed)
+    discard(doomed)
 
 
 def verify(path: Path, parts: Collection[str] | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -314,59 +375,6 @@ def _hash_mismatches(path: Path, files: dict[str, Any]) -> list[str]:
     ]
 
 
-def load_part(path: Path, name: str, target: Part) -> None:
-    """Fill the tensors of `target`, in place, from one part of a verified checkpoint.
-
-    Raises:
-        UserError: the part is missing, has other names or shapes, or its files are not what this
-            engine writes.
-    """
-    if not (path / name).is_dir():
-        raise UserError(f"{path} holds no part {name!r}")
-    reader = HuggingFaceStorageReader(str(path / name))
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except (SafetensorError, ValueError, LookupError, TypeError, OSError) as error:
-        raise _unreadable(path / name, error) from error
-    differences = [f"{key} is missing" for key in target.keys() - stored.keys()]
-    differences += [f"{key} is unexpected" for key in stored.keys() - target.keys()]
-    differences += [
-        f"{key} has shape {tuple(stored[key].size)}, not {tuple(target[key].shape)}"  # type: ignore[union-attr]
-        for key in target.keys() & stored.keys()
-        if tuple(stored[key].size) != tuple(target[key].shape)  # type: ignore[union-attr]
-    ]
-    if differences:
-        shown = "\n       ".join(sorted(differences)[:5])
-        raise UserError(
-            f"{path / name} holds another architecture ({len(differences)} tensors differ):\n"
-            f"       {shown}\n       use the configuration that it was trained with"
-        )
-    try:
-        with _quiet():
-            dcp.load(dict(target), storage_reader=reader)
-    except (CheckpointException, SafetensorError, ValueError, RuntimeError) as error:
-        raise _unreadable(path / name, error) from error
-
-
-def _unreadable(path: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"{path} cannot be read, though its hashes agree ({type(error).__name__}: {error}); it was "
-        "not written by this engine: choose another checkpoint"
-    )
-
-
-def _write_part(path: Path, tensors: Part, group: dist.ProcessGroup | None) -> None:
-    # safetensors takes only contiguous tensors; channels-last weights are copied.
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-    try:
-        with _quiet():
-            dcp.save(contiguous, storage_writer=writer, process_group=group)
-    except (CheckpointException, SafetensorError) as error:
-        # torch wraps the error of each rank; a full disk is an OSError to the caller either way.
-        raise OSError(f"writing {path} failed: {error}") from error
-
-
 def _write_manifest(path: Path, step: int, state: Mapping[str, Any]) -> None:
     files = {}
     for file in sorted(path.rglob("*.safetensors")):
@@ -377,18 +385,11 @@ def _write_manifest(path: Path, step: int, state: Mapping[str, Any]) -> None:
     for folder in {file.parent for file in path.rglob("*.safetensors")}:
         fsync_directory(folder)
     manifest = {"format": FORMAT, "step": step, "state": dict(state), "files": files}
+    manifest = json.loads(to_json(manifest))  # as it will be read
     manifest["hash"] = _hash(manifest)
     with atomic_write(path / MANIFEST) as file_handle:
-        file_handle.write(json.dumps(manifest, indent=2).encode())
+        file_handle.write(to_json(manifest, indent=2).encode())
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's warning that one process is not a process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

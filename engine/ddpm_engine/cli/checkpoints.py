@@ -20,7 +20,7 @@ import tyro
 
 from ddpm_engine.bounds import Ge, Gt, Le
 from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
-from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes, verify
+from ddpm_engine.checkpoints.store import SET_ASIDE, SNAPSHOTS, CheckpointStore, check_sizes, verify
 from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, parse_command
 from ddpm_engine.config import MAX_SIGMA_REL
 from ddpm_engine.errors import UserError
@@ -43,6 +43,8 @@ def list_checkpoints(run: tyro.conf.Positional[Path]) -> int:
         print(f"{step:>10}  {size / 1e6:>10.1f}  {seen:>14}  {'; '.join(problems) or 'complete'}")
     for leftover in store.leftovers():
         print(f"{leftover.name}: unfinished; the next save of the run removes it")
+    for aside in sorted(store.directory.glob(f"step-*{SET_ASIDE}")):
+        print(f"{aside.name}: set aside when the run diverged; it is not used")
     return 0
 
 

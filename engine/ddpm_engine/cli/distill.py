@@ -9,7 +9,6 @@ The same command resumes; the result is a run as any other, for `sample.py --che
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,8 @@ from ddpm_engine.checkpoints.load import config_of
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.launched import is_first
 from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
 from ddpm_engine.runtime import use_local_compile_cache
 from ddpm_engine.training.teacher import student_config
@@ -78,7 +79,7 @@ def parse(arguments: list[str]) -> RunConfig:
     """Return the run that the command line asks for; what it leaves open follows the teacher.
 
     Raises:
-        UserError: the teacher cannot be loaded.
+        UserError: the teacher cannot be loaded, or not be distilled to such steps.
     """
     # Before anything is loaded, so that help and messages about mistakes do not wait.
     path = parse_options(Options, arguments).teacher
@@ -86,7 +87,10 @@ def parse(arguments: list[str]) -> RunConfig:
     # Twice more: the length of a stage, which other defaults follow from, is itself an option.
     asked = parse_options(Options, arguments, default=_defaults(teacher, path))
     timed = replace(teacher, training=replace(teacher.training, steps=asked.training.steps))
-    run = student_config(timed, plan(asked), asked.out, asked.prediction)
+    chosen = plan(asked)
+    if wrong := list(chosen.problems()):  # what follows counts stages
+        raise UserError("\n       ".join(map(str, wrong)))
+    run = student_config(timed, chosen, asked.out, asked.prediction)
     defaults = replace(
         asked, data=run.data, optimizer=run.optimizer, training=run.training, log=run.log
     )
@@ -116,9 +120,8 @@ def main() -> None:
     use_local_compile_cache()
     with exit_on_error(Options, renamed=RENAMED):
         run = parse(sys.argv[1:])
-        main_process = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(
-            level=logging.INFO if main_process else logging.WARNING,
+            level=logging.INFO if is_first() else logging.WARNING,
             format="%(message)s",
             stream=sys.stdout,
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.launched import is_first
 
 REFUSED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
 """Exit statuses: what the person can correct, Ctrl-C, and a reader of the output that has left."""
@@ -42,7 +43,7 @@ _LESS = "take smaller batches or images, fewer processes, or a machine with more
 
 def refuse(message: str) -> SystemExit:
     """Say what is wrong, once for all processes of a launcher, and return what ends the process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"error: {message}", file=sys.stderr)
     # Not `sys.exit`: under a launcher every rank must leave with a non-zero status.
     return SystemExit(REFUSED)
@@ -75,7 +76,7 @@ def exit_in_one_line(in_flags: Callable[[str], str] = str) -> Iterator[None]:
             raise refuse(in_flags(str(error))) from None
         chain = list(_chain(error))
         if any(isinstance(one, KeyboardInterrupt) for one in chain):
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 print("interrupted", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
         if isinstance(error, BrokenPipeError) and _reader_has_left():

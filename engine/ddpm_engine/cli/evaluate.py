@@ -37,6 +37,7 @@ from ddpm_engine.evaluation.nll import bound_of_real_images, check_bound
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
 from ddpm_engine.generation.work_sharing import WorkShare
+from ddpm_engine.launched import check_launched_precision
 from ddpm_engine.memory import check_fits
 from ddpm_engine.plots.curves import bound_figure
 from ddpm_engine.runtime import local_device, use_local_compile_cache
@@ -290,6 +291,10 @@ def main() -> None:
     with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
+        generates = options.checkpoint is not None
+        check_launched_precision(
+            vars(options.sampling)["precision"], "precision" if generates else None
+        )
         metrics = parse_metrics(options)
         share, device = WorkShare.from_environment(), local_device()
         loaded = None

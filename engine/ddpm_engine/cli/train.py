@@ -16,11 +16,16 @@ from typing import Annotated, Literal
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ddpm_engine.checkpoints.load import config_of
+from ddpm_engine.checkpoints.recorded_config import CONFIG, load_record
 from ddpm_engine.cli.options import exit_on_error, parse_options
-from ddpm_engine.config import RunConfig, dump_config, load_config
+from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.launched import is_first
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
+from ddpm_engine.training.run_directory import is_run
 from ddpm_engine.training.trainer import Trainer
 
 
@@ -49,16 +54,49 @@ def parse(arguments: list[str]) -> Options:
     first.add_argument("--preset", default="digits")
     first.add_argument("--config", type=Path)
     chosen, _ = first.parse_known_args(arguments)
+    flags = {argument.partition("=")[0] for argument in arguments}
     if chosen.config is not None:
-        defaults = load_config(chosen.config)
+        defaults = run_defaults(chosen.config, "--out" in flags)
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
-    flags = {argument.partition("=")[0] for argument in arguments}
     if "--data.path" in flags and "--data.source" not in flags:
         # The preset's source belongs to its own folder: a mistyped path must not be filled with it.
         defaults = replace(defaults, data=replace(defaults.data, source=None))
     return parse_options(Options, arguments, default=Options(run=defaults))
+
+
+def run_defaults(path: Path, out_given: bool) -> RunConfig:
+    """Read the configuration that `--config` names; that of a run means the run there.
+
+    Wherever a copied or moved run was trained before, it is trained where it is named.
+
+    Args:
+        path: a run directory, its config.json, or any other file of a configuration.
+        out_given: whether the command line says where the run goes.
+
+    Raises:
+        UserError: there is none, or it is a copy of a run's, which may mean that run or a new one.
+    """
+    directory = path if path.is_dir() else path.parent
+    file = directory / CONFIG if path.is_dir() else path
+    of_run = file.name == CONFIG and is_run(directory)
+    if of_run and not file.exists():
+        return replace(config_of(directory), out=directory)
+    config, recorded = load_record(file)
+    if of_run:
+        return replace(config, out=directory)
+    if recorded and not out_given and not _same(config.out, directory):
+        raise UserError(
+            f"{file} is a copy of the configuration of the run in {config.out}: give `out`, "
+            f"{config.out} to go on with that run, or another folder to begin a new one",
+            "out",
+        )
+    return config
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def main() -> None:
@@ -70,9 +108,8 @@ def main() -> None:
             validate(options.run)
             print(dump_config(options.run), end="")
             return
-        main_process = os.environ.get("RANK", "0") == "0"
         logging.basicConfig(
-            level=logging.INFO if main_process else logging.WARNING,
+            level=logging.INFO if is_first() else logging.WARNING,
             format="%(message)s",
             stream=sys.stdout,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import subprocess
 import tarfile
@@ -60,7 +61,8 @@ class ShardStream(IterableDataset[Sample]):
         allow_pipe: whether `pipe:` commands may be run.
 
     Raises:
-        UserError: a malformed pattern, a `pipe:` without permission, or an unreadable scheme.
+        UserError: a malformed pattern, one of local files of which none exists, a `pipe:` without
+            permission, or an unreadable scheme.
     """
 
     def __init__(
@@ -96,6 +98,12 @@ class ShardStream(IterableDataset[Sample]):
                     )
             elif is_url(url):
                 check_scheme(url)
+        local = [url for url in self.urls if not url.startswith("pipe:") and not is_url(url)]
+        if local and not any(map(os.path.exists, local)):
+            raise UserError(
+                f"`data.path` {pattern} names no file that exists; the first would be {local[0]}",
+                field="data.path",
+            )
 
     @property
     def fingerprint(self) -> str:

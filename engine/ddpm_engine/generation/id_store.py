@@ -11,14 +11,14 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddpm_engine import locks
-from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, write_once
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
 from ddpm_engine.locations import check_local
@@ -152,10 +152,11 @@ class IdStore(ABC):
     def _remove_leftovers(self) -> None:
         """Delete what killed processes had begun to write; what is being written is reserved."""
         for name in self._names():
-            if (ids := ids_being_written(name)) is not None:
-                with self.reserve(ids) as reserved, suppress(FileNotFoundError):
+            path = self.folder / name
+            if (ids := ids_being_written(name)) is not None and not path.is_dir():
+                with self.reserve(ids) as reserved:
                     if reserved:
-                        (self.folder / name).unlink()
+                        discard(path)
 
     def _refuse_foreign(self) -> None:
         foreign = [

@@ -182,7 +182,7 @@ def _read(file: Path, size: int, channels: int) -> np.ndarray:
     try:
         return fit(decode(file.read_bytes(), _extension(file), channels), size)
     except (DecodeError, OSError) as error:
-        raise UserError(f"cannot read image {file}: {error}; repair or remove it") from error
+        raise UserError(f"cannot read image {file}: {error}; repair or move it") from error
 
 
 def _extension(file: Path) -> str:

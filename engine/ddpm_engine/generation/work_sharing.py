@@ -8,7 +8,6 @@ up, and an interrupted run is resumed by running it again, with any number of pr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +19,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import IdStore
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_formats import consecutive
+from ddpm_engine.launched import launched_as
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ class WorkShare:
 
     @classmethod
     def from_environment(cls) -> WorkShare:
-        """Read `RANK` and `WORLD_SIZE` as launchers set them; without them, a single process."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """Read what a launcher has set; without one, a single process.
+
+        Raises:
+            UserError: it is no rank and number of ranks.
+        """
+        return cls(*launched_as())
 
 
 def fill_missing(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_engine.checkpoints.store import CheckpointStore, Part
+from ddpm_engine.checkpoints.parts import Part
+from ddpm_engine.checkpoints.store import CheckpointStore
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,20 @@ class BackgroundSaver:
             raise flight.error
         return Saved(flight.step, flight.seconds, flight.error)
 
+    def finish(self) -> Saved | None:
+        """Wait for the save in flight; if it failed, try it once more, now, from the same copies.
+
+        Raises:
+            BaseException: any error of the save but an OSError.
+        """
+        flight = self._flight
+        saved = self.finished(wait=True)
+        if flight is None or saved is None or saved.error is None:
+            return saved
+        flight.run()
+        self._flight = flight
+        return self.finished(wait=True)
+
 
 class _Flight(Thread):
     """The thread of one save."""
@@ -92,12 +107,12 @@ class _Flight(Thread):
     def run(self) -> None:
         store, parts, state = self._save
         started = time.perf_counter()
+        self.error = None
         try:
             store.save(self.step, parts, state)
         except BaseException as error:
             self.error = error
-        self.seconds = time.perf_counter() - started
-        del self._save  # the copies
+        self.seconds += time.perf_counter() - started
 
 
 def _to_host(part: Part) -> Part:

@@ -27,7 +27,7 @@ from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.run import Run
-from ddpm_engine.training.run_directory import claim_run_directory
+from ddpm_engine.training.run_directory import check_run_directory, claim_run_directory
 from ddpm_engine.training.strategies.build import start_strategy
 from ddpm_engine.training.strategies.launcher_env import read_request
 from ddpm_engine.training.teacher import load_teacher
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def build_run(
     config: RunConfig, *, dtype: torch.dtype = torch.float32, any_precision: bool = False
 ) -> Run:
-    """Start the processes, open the data, claim the directory, build network and objective.
+    """Start the processes, open the data, build network and objective, claim the directory.
 
     Args:
         config: the run. Its directory is made, or continued if it holds the same run.
@@ -50,6 +50,9 @@ def build_run(
         UserError: the configuration, the data, the directory or the launch is wrong.
     """
     validate(config)
+    with raise_together(UserError):
+        if is_main():
+            check_run_directory(config)
     request = read_request(config.training)
     accelerator = start_accelerator(config, request, any_precision)
     device = accelerator.device
@@ -61,11 +64,9 @@ def build_run(
     classes = None if config.model.num_class_embeds is None else dataset.classes
     if teacher is not None:
         _check_classes(teacher, dataset, model.conditioning.null_class)
-    lock = None
     with raise_together(UserError):
-        # By one process: of two that write one file at a time, one would lose it.
         if is_main():
-            lock = claim_run_directory(config, dataset.fingerprint, classes)
+            check_run_directory(config, dataset.fingerprint, classes)
 
     model.to(device)
     if config.training.activation_checkpointing:
@@ -79,6 +80,11 @@ def build_run(
         with accelerator.local_main_process_first():
             precompile(model, objective, config, device)
     strategy = start_strategy(model.train(), request, config, accelerator)
+    lock = None
+    with raise_together(UserError):
+        # By one process: of two that write one file at a time, one would lose it.
+        if is_main():
+            lock = claim_run_directory(config, dataset.fingerprint, classes)
     logger.info(
         "%s: %d process(es), first on %s, precision %s",
         strategy.name, world_size(), device, config.training.precision,

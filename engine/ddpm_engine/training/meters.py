@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass
@@ -36,14 +38,17 @@ class Meters:
         self.grad_norm += grad_norm
 
     @property
-    def mean_loss(self) -> float:
-        """Per step taken."""
-        return self.loss / max(self.steps, 1)
+    def mean_loss(self) -> float | None:
+        """Per step taken; None if there is none, or if it is not finite."""
+        return self._mean(self.loss)
 
     @property
-    def mean_grad_norm(self) -> float:
-        """Per step taken."""
-        return self.grad_norm / max(self.steps, 1)
+    def mean_grad_norm(self) -> float | None:
+        """Per step taken; None as for the loss."""
+        return self._mean(self.grad_norm)
+
+    def _mean(self, total: float) -> float | None:
+        return total / self.steps if self.steps and math.isfinite(total) else None
 
     @property
     def steps_per_second(self) -> float:
@@ -56,5 +61,15 @@ class Meters:
         return 100 * self.waiting / max(self.seconds, 1e-9)
 
     def state(self) -> dict[str, float]:
-        """As JSON values, for `Meters(**state)`."""
+        """As JSON values, for `of_state`; a checkpoint has null where one is not finite."""
         return asdict(self)
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Meters:
+        """Invert `state`.
+
+        Raises:
+            TypeError: it is not such a state.
+        """
+        known: dict[str, Any] = {n: math.nan if v is None else v for n, v in state.items()}
+        return cls(**known)

@@ -40,9 +40,13 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
     """Optimizer steps done."""
+    start: int = 0
+    """Those done when this process started."""
     meters: Meters = field(default_factory=Meters)
     bad_steps: int = 0
-    """Steps in a row whose gradient was not finite."""
+    """Steps in a row, since this start, whose gradient was not finite."""
+    changed: int = 0
+    """Step that last changed the weights; all steps after it were skipped."""
     bad_samples: int = 0
     """Unreadable samples that were replaced, on all ranks."""
     failed_checkpoints: int = 0
@@ -70,8 +74,11 @@ class Run:
         """Whether the run ends here, before its last step."""
         return self.stop_requested and not self.finished
 
-    def take_report(self) -> dict[str, float]:
-        """Values to log, averaged since the last call; the meters start again."""
+    def take_report(self) -> dict[str, float | None]:
+        """Values to log, averaged since the last call; the meters start again.
+
+        The loss and the gradient norm are None if all steps were skipped, or if one is infinite.
+        """
         meters, self.meters = self.meters, Meters()
         batch_size = self.config.training.batch_size
         return {

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore, load_part
-from ddpm_engine.config import RunConfig, to_dict
-from ddpm_engine.errors import UserError
+from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.recorded_config import record
+from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
+from ddpm_engine.config import RunConfig
+from ddpm_engine.distributed import is_main, raise_together
+from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.training.meters import Meters
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.strategies.strategy import State
@@ -38,13 +41,13 @@ def state_of(run: Run) -> dict[str, Any]:
     """The rest of a run's state, as JSON values."""
     loss_scale = run.strategy.loss_scale
     return {
-        "config": to_dict(run.config),
+        "config": record(run.config),
         "samples_seen": run.step * run.config.training.batch_size,
         "seed": run.config.training.seed,
         "data": run.dataset.fingerprint,
         "classes": run.classes,
         "window": run.meters.state(),
-        "bad_steps": run.bad_steps,
+        "bad_steps": run.step - run.changed,
         "bad_samples": run.bad_samples,
         "loss_scale": None if loss_scale is None else loss_scale.state(),
     }
@@ -57,18 +60,58 @@ def resume(run: Run) -> None:
         UserError: there are checkpoints but none can be used, or it is of another architecture.
     """
     store = checkpoint_store(run.config)
-    checkpoint, rejected = store.newest()
-    for reason in rejected:
-        logger.warning("cannot use %s", reason)
-    if checkpoint is None:
-        if rejected:
-            raise UserError(
-                f"none of the checkpoints in {store.directory} can be used (reasons "
-                "above); restore one, or choose another `out` to start again"
-            )
+    below, some = None, False
+    while True:
+        checkpoint, rejected = store.newest(below=below)
+        for reason in rejected:
+            logger.warning("cannot use %s", reason)
+        some = some or bool(rejected)
+        if checkpoint is None:
+            break
+        try:
+            with raise_together(NotFiniteError):
+                _load(run, checkpoint)
+        except NotFiniteError as error:
+            logger.warning("cannot use %s", error)
+            below, some = checkpoint.step, True
+            continue
+        logger.info("resuming %s from step %d", run.config.out, run.step)
         return
-    _load(run, checkpoint)
-    logger.info("resuming %s from step %d", run.config.out, run.step)
+    if some:
+        raise UserError(
+            f"none of the checkpoints in {store.directory} can be used (reasons "
+            "above); restore one, or choose another `out` to start again"
+        )
+
+
+def explain_end(run: Run, error: UserError) -> UserError:
+    """Add to an error that ends a run which checkpoint there is to go on from.
+
+    What this start saved of a state whose gradients are not finite is renamed first, so that the
+    next start goes on from the newest checkpoint before it. One rank does that. What was there
+    before this start keeps its name, since the cause may be what has changed since.
+    """
+    store = checkpoint_store(run.config)
+    more = ""
+    if isinstance(error, NotFiniteError) and is_main():
+        try:
+            renamed = [path.name for path in store.set_aside(max(run.changed, run.start + 1))]
+        except OSError as failure:
+            logger.error("a checkpoint of the failed state keeps its name: %s", failure)
+        else:
+            more = f" (set aside what came after it: {', '.join(renamed)})" if renamed else ""
+        same = [store.path(step).name for step in store.steps() if step >= run.changed]
+        if same:
+            more += (
+                f". No step since this start was finite: if that does not change, move "
+                f"{' and '.join(same)} to another folder, and the run goes on from the checkpoint "
+                "before"
+            )
+    newest = store.newest_complete()
+    found = "there is no checkpoint"
+    if newest is not None:
+        found = f"the newest checkpoint is {newest.path}"
+    return type(error)(f"{error}; {found}{more}", error.field)
 
 
 def _load(run: Run, checkpoint: Checkpoint) -> None:
@@ -81,12 +124,12 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     try:
         if run.strategy.loss_scale is not None and state["loss_scale"] is not None:
             run.strategy.loss_scale.load(state["loss_scale"])
-        run.meters = Meters(**state["window"])
-        run.bad_steps = int(state["bad_steps"])
+        run.meters = Meters.of_state(state["window"])
+        run.changed = checkpoint.step - int(state["bad_steps"])
         run.bad_samples = int(state["bad_samples"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{checkpoint.path} holds a state that this version did not write "
             f"({type(error).__name__}: {error}); choose another `out` to start again"
         ) from error
-    run.step = checkpoint.step
+    run.step = run.start = checkpoint.step

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank, world_size
-from ddpm_engine.errors import UserError
+from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.locations import redacted
 from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.run import Run
@@ -35,7 +35,8 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
         limited: whether the watchdog's time-out applies.
 
     Raises:
-        UserError: gradients stay non-finite, or too many samples are unreadable.
+        NotFiniteError: gradients stay non-finite.
+        UserError: too many samples are unreadable.
     """
     started = time.perf_counter()
     training = run.config.training
@@ -64,7 +65,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
     if finite:
         run.strategy.update_ema(run.step)
         run.meters.add(loss_sum / world_size(), norm)
-        run.bad_steps = 0
+        run.bad_steps, run.changed = 0, run.step + 1
     else:
         _count_bad_step(run, loss_sum / world_size(), norm)
     run.meters.seconds += time.perf_counter() - started
@@ -95,12 +96,11 @@ def _count_bad_step(run: Run, loss: float, norm: float) -> None:
         run.step + 1, loss, norm, first, last,
     )  # fmt: skip
     if run.bad_steps >= training.max_bad_steps:
-        raise UserError(
+        raise NotFiniteError(
             f"the gradient was not finite for {run.bad_steps} steps in a row, lastly at step "
-            f"{run.step + 1} (loss {loss}, positions {first} to {last}); the last checkpoint "
-            f"is sound. Lower `optimizer.learning_rate` "
-            f"({run.config.optimizer.learning_rate}) or let `training.precision` be no "
-            f"({training.precision})"
+            f"{run.step + 1} (loss {loss}, positions {first} to {last}). Lower "
+            f"`optimizer.learning_rate` ({run.config.optimizer.learning_rate}) or let "
+            f"`training.precision` be no ({training.precision})"
         )
 
 

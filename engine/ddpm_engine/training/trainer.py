@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
-from ddpm_engine.atomic_io import atomic_write
+from ddpm_engine.atomic_io import atomic_write, discard
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.data.loader import BatchPositions, make_batches
 from ddpm_engine.distributed import is_main, rank, world_size
+from ddpm_engine.errors import UserError
 from ddpm_engine.training.build import build_callbacks, build_run
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
-from ddpm_engine.training.saving import resume
+from ddpm_engine.training.saving import explain_end, resume
 from ddpm_engine.training.signals import StopRequest, stop_on_signals
 from ddpm_engine.training.step import train_step
 
@@ -54,35 +57,53 @@ class Trainer:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
 
         Raises:
-            UserError: gradients stay non-finite, or too many samples are unreadable.
+            UserError: gradients stay non-finite, too many samples are unreadable, or the last
+                checkpoint or another last file of the run cannot be written.
         """
         run = self.run
         resume(run)
         marker = run.config.out / REQUEUE_MARKER
         if is_main():
-            marker.unlink(missing_ok=True)
+            discard(marker)
         if run.finished:
             logger.info("%s is already trained to step %d", run.config.out, run.step)
+            for callback in self.callbacks:
+                callback.on_finished(run)
             self._leave()
             return
         for callback in self.callbacks:
             callback.on_start(run)
-        error: BaseException | None = None
         with stop_on_signals() as stop, run.watchdog:
             try:
                 self._loop(stop)
-            except BaseException as raised:
-                error = raised
+            except UserError as error:
+                self._end(error)
+                raise explain_end(run, error) from error
+            except BaseException as error:
+                self._end(error)
                 raise
-            finally:
-                for callback in self.callbacks:
-                    callback.on_end(run, error)
+            self._end(None)
         self._leave()
         if run.interrupted:
             if is_main():
-                with atomic_write(marker) as file:
-                    file.write(f"stopped at step {run.step}\n".encode())
+                self._mark(marker)
             logger.info("stopped at step %d; run the same command to go on", run.step)
+
+    def _end(self, error: BaseException | None) -> None:
+        with ExitStack() as endings:  # all of them, even if one raises
+            for callback in reversed(self.callbacks):
+                endings.callback(callback.on_end, self.run, error)
+
+    def _mark(self, marker: Path) -> None:
+        """Ask whoever started the run to start it again."""
+        try:
+            with atomic_write(marker) as file:
+                file.write(f"stopped at step {self.run.step}\n".encode())
+        except OSError as error:
+            raise UserError(
+                f"the run is saved at step {self.run.step}, but {marker}, which asks for another "
+                f"start, cannot be written: {error}"
+            ) from None
 
     def _loop(self, stop: StopRequest) -> None:
         """Step until the run is finished or interrupted."""

@@ -18,7 +18,7 @@ from ddpm_engine.atomic_io import atomic_write, sha256_of
 from ddpm_engine.data.packing.journal import MARKER_NAME, explain_os_error
 from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.shards.index import MAX_KEY, Index, index_dtype
-from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
+from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, how_to_index_again
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, probe
@@ -67,7 +67,7 @@ def index_shards(
         raise UserError(f"no folder of shards at {folder}")
     if (folder / MANIFEST_NAME).exists():
         raise UserError(
-            f"{folder} is indexed already; to index it again, delete {folder / MANIFEST_NAME}"
+            f"{folder} is indexed already; to index it again, {how_to_index_again(str(folder))}"
         )
     if (folder / MARKER_NAME).exists():
         raise UserError(f"{folder} is an unfinished set: pack its source again")

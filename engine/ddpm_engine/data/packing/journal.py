@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import check_local
@@ -107,20 +107,26 @@ def packing_run(
             kept = set[str]().union(*(files_of(entry) for entry in journal.finished))
             # Looked at again: whoever held the lock may have finished meanwhile.
             for name in _leftovers(folder) - kept:
-                (folder / name).unlink()
+                _discard_file(folder / name)
             fsync_directory(folder)
             fsync_directory(folder.resolve().parent)
         try:
             yield journal
         except BaseException:
             for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-                half.unlink(missing_ok=True)
+                _discard_file(half)
             raise
         with explain_os_error(folder):
-            marker.unlink()
+            discard(marker)  # if it stays: what has a manifest is finished
             fsync_directory(folder)
     finally:
         os.close(lock)
+
+
+def _discard_file(path: Path) -> None:
+    """Remove what an interrupted run left; a folder of that name is none of its files."""
+    if not path.is_dir():
+        discard(path)
 
 
 def _leftovers(folder: Path) -> set[str]:
@@ -131,7 +137,7 @@ def _leftovers(folder: Path) -> set[str]:
     """
     present = {entry.name for entry in folder.iterdir()}
     if MANIFEST_NAME in present:
-        raise UserError(f"{folder} holds a finished set; choose another folder, or delete it")
+        raise UserError(f"{folder} holds a finished set; choose another folder")
     foreign = sorted(name for name in present if not _OURS.fullmatch(name))
     if present and (foreign or MARKER_NAME not in present):
         raise UserError(

@@ -20,7 +20,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, fsync_directory, unused_name
 from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.data.remote.fetch import Body, FetchError, retried
 from ddpm_engine.errors import UserError
@@ -41,7 +41,7 @@ def default_cache_directory() -> Path:
     try:
         return node_cache("shards")
     except PermissionError as error:
-        raise UserError(f"{error}: remove it, or choose another folder by `data.cache`") from error
+        raise UserError(f"{error}: rename it, or choose another folder by `data.cache`") from error
 
 
 class ShardCache:
@@ -130,7 +130,9 @@ class ShardCache:
         with Body(url) as body:
             with locked(self.directory / "room.lock"):
                 self._make_room(body.length if body.length is not None else at_most)
-                file = open(temporary, "wb")  # noqa: SIM115
+                discard(temporary)
+                temporary = unused_name(temporary)
+                file = open(temporary, "xb")  # noqa: SIM115
                 # Locked before others make room, who would take it for what a killed download left.
                 acquire(file, wait=True, inherit=True)
             try:
@@ -162,8 +164,9 @@ class ShardCache:
         entries = []
         for entry in os.scandir(self._files):
             with suppress(FileNotFoundError):
-                status = entry.stat()
-                entries.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
+                if entry.is_file(follow_symlinks=False):
+                    status = entry.stat()
+                    entries.append((status.st_mtime_ns, status.st_size, Path(entry.path)))
         excess = sum(size for _, size, _ in entries) + needed - self.limit
         for _, size, path in sorted(entries):
             if excess <= 0:
@@ -178,16 +181,18 @@ class ShardCache:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless it is locked."""
+    """Remove a file unless it is locked, or cannot be removed; return whether it is gone."""
     try:
         # Open for writing, without which network file systems lock nothing exclusively.
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
+    except OSError:
+        return False
     try:
         if not acquire(descriptor, inherit=True):
             return False
-        path.unlink(missing_ok=True)
-        return True
+        discard(path)
+        return not path.exists()
     finally:
         os.close(descriptor)

@@ -121,8 +121,17 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     return manifest
 
 
+def how_to_index_again(folder: str) -> str:
+    """Say how to make an index anew without losing what only the manifest holds."""
+    return (
+        f"move {MANIFEST_NAME} out of {folder} and index the folder again; keep the file, since "
+        "only it has the names of the classes"
+    )
+
+
 def _damaged(path: str, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}); delete it and index the folder again")
+    folder = path.rpartition("/")[0] or "its folder"
+    return UserError(f"{path} is damaged ({reason}); restore it, or {how_to_index_again(folder)}")
 
 
 def _parse(values: dict[str, Any]) -> Manifest:

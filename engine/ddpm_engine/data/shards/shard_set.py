@@ -12,7 +12,13 @@ from typing import Any, overload
 from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
 from ddpm_engine.data.remote.storage import Folder, Remote, Storage
 from ddpm_engine.data.shards.index import MAX_HEADER, MAX_KEY, Index, index_dtype, parse_index
-from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_manifest
+from ddpm_engine.data.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    how_to_index_again,
+    parse_manifest,
+)
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import check_local, is_url
 
@@ -62,7 +68,7 @@ class Indexes(Sequence[Index]):
     def _read(self, number: int) -> Index:
         shard = self._manifest.shards[number]
         path = f"{self._storage}/{shard.index_name}"
-        remedy = f"delete {MANIFEST_NAME} and index {self._storage} again"
+        remedy = f"restore it, or {how_to_index_again(str(self._storage))}"
         at_most = MAX_HEADER + shard.samples * index_dtype(MAX_KEY).itemsize
         try:
             descriptor = self._storage.open(shard.index_name, shard.index_sha256, at_most)
@@ -167,10 +173,10 @@ def _check_files(folder: Path, shard: Shard) -> None:
     if size != shard.bytes:
         raise UserError(
             f"shard {path} has {size} bytes, its manifest says {shard.bytes}: restore it, or if it "
-            f"was replaced, delete {MANIFEST_NAME} and index {folder} again"
+            f"was replaced, {how_to_index_again(str(folder))}"
         )
     if not index_path.exists():
         raise UserError(
-            f"index {index_path} cannot be read (it is missing); delete {MANIFEST_NAME} and index "
-            f"{folder} again"
+            f"index {index_path} cannot be read (it is missing); restore it, or "
+            f"{how_to_index_again(str(folder))}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ddpm_engine.training.run import Run
 
 
@@ -18,16 +20,23 @@ class Callback:
     def on_step_begin(self, run: Run) -> None:
         """Act before an optimizer step; `run.step` steps are done."""
 
-    def on_log(self, run: Run, values: dict[str, float]) -> None:
+    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
         """Report the values of a log line: means since the line before, and counters.
 
-        Called every `log.every` steps and after the last, before `on_step_end`.
+        A mean is None if there is nothing to take it of, because every step was skipped. Called
+        every `log.every` steps and after the last, before `on_step_end`.
         """
 
     def on_step_end(self, run: Run) -> None:
         """Act after an optimizer step; `run.step` counts it.
 
         `run.finished` and `run.interrupted` are True after the last step of this process.
+        """
+
+    def on_finished(self, run: Run) -> None:
+        """Do what an earlier start could not: the run has resumed and no step is left.
+
+        Called instead of all other methods.
         """
 
     def on_end(self, run: Run, error: BaseException | None) -> None:

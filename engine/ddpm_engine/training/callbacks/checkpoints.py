@@ -6,12 +6,13 @@ import logging
 import time
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore
-from ddpm_engine.config import to_dict
+from ddpm_engine.checkpoints.recorded_config import record
+from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes
 from ddpm_engine.errors import UserError
-from ddpm_engine.training.async_save import BackgroundSaver
+from ddpm_engine.training.async_save import BackgroundSaver, Saved
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.saving import checkpoint_store, parts_of, state_of
@@ -21,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Saving(Callback):
-    """One kind of save: at most one is in flight, and training waits if it gets too far ahead."""
+    """One kind of save: at most one is in flight, and training waits if it gets too far ahead.
+
+    A save that fails is reported, and training goes on, since there will be another. The last of a
+    process is tried once more, and its failure ends the run.
+    """
 
     kind: str
     """`checkpoint` or `snapshot`, for messages."""
-    _saver: BackgroundSaver
+    _saver: BackgroundSaver | None = None
 
     def on_step_begin(self, run: Run) -> None:
         """See `Callback`: wait if the save in flight is `log.checkpoint_overlap` steps old."""
@@ -33,11 +38,15 @@ class _Saving(Callback):
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`: a `UserError` ends the run too, but not half-way through a save."""
-        if error is None or isinstance(error, UserError):
-            self._wait(run)
+        if isinstance(error, UserError):
+            try:
+                self._wait(run)
+            except UserError as another:
+                logger.error("%s", another)
 
     def _start(self, run: Run, what: str, parts: State, state: dict[str, Any]) -> None:
         """Copy the tensors and begin to write them."""
+        assert self._saver is not None, "on_start came first"
         self._wait(run)
         started = time.perf_counter()
         run.watchdog.doing(f"copying the {what} of step {run.step}", limited=False)
@@ -51,25 +60,43 @@ class _Saving(Callback):
             run: the run.
             ahead: wait for the save if training is this many steps ahead of it, or more.
         """
-        step = self._saver.step
-        if step is None:
+        if self._saver is None or self._saver.step is None:
             return
+        step = self._saver.step
         wait = run.step - step >= ahead
         if wait:
             run.watchdog.doing(f"saving the {self.kind} of step {step}", limited=False)
         started = time.perf_counter()
         saved = self._saver.finished(wait)
         run.meters.checkpoint_stall_seconds += time.perf_counter() - started
-        if saved is None:
-            return
-        run.meters.checkpoint_write_seconds += saved.seconds
-        if saved.error is not None:
-            run.failed_checkpoints += 1
+        if saved is not None and not self._count(run, saved):
             logger.error(
                 "%s of step %d failed (failure %d of this run): %s. Training goes on; "
                 "older %ss are untouched",
                 self.kind, saved.step, run.failed_checkpoints, saved.error, self.kind,
             )  # fmt: skip
+
+    def _finish(self, run: Run) -> None:
+        """Wait for the last save of this process, of which there will be no other.
+
+        Raises:
+            UserError: it failed, and failed again.
+        """
+        if self._saver is None or self._saver.step is None:
+            return
+        run.watchdog.doing(f"saving the {self.kind} of step {self._saver.step}", limited=False)
+        saved = self._saver.finish()
+        if saved is not None and not self._count(run, saved):
+            raise UserError(
+                f"the {self.kind} of step {saved.step}, the last of this run so far, could not be "
+                f"written, and neither when it was tried again: {saved.error}"
+            )
+
+    def _count(self, run: Run, saved: Saved) -> bool:
+        """Count a save; return whether it succeeded."""
+        run.meters.checkpoint_write_seconds += saved.seconds
+        run.failed_checkpoints += saved.error is not None
+        return saved.error is None
 
 
 class Checkpoints(_Saving):
@@ -79,15 +106,22 @@ class Checkpoints(_Saving):
 
     def on_start(self, run: Run) -> None:
         """See `Callback`."""
-        self._saver = BackgroundSaver(checkpoint_store(run.config, _group_for_saving()))
+        store = checkpoint_store(run.config, _group_for_saving())
+        # Whatever this start has changed about the run, it can be changed back.
+        store.protected = {run.start}
+        self._saver = BackgroundSaver(store)
 
     def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
         ending = run.finished or run.interrupted
         if ending or run.step % run.config.log.checkpoint_every == 0:
             self._start(run, "state", parts_of(run), state_of(run))
         if ending:
-            self._wait(run)
+            self._finish(run)
 
 
 class Snapshots(_Saving):
@@ -102,12 +136,28 @@ class Snapshots(_Saving):
         self._saver = BackgroundSaver(store)
 
     def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
         if run.finished or run.step % run.config.log.snapshot_every == 0:
             averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
-            self._start(
-                run, "averages", averages, {"config": to_dict(run.config), "classes": run.classes}
-            )
+            state = {"config": record(run.config), "classes": run.classes}
+            self._start(run, "averages", averages, state)
+        if run.finished or run.interrupted:
+            self._finish(run)
+
+    def on_finished(self, run: Run) -> None:
+        """See `Callback`: write the last snapshot, unless it is there.
+
+        Raises:
+            UserError: that failed twice.
+        """
+        there = check_sizes(run.config.out / SNAPSHOTS / f"step-{run.step:08d}")[0] is not None
+        if not run.ranks.sum(torch.tensor(float(there), device=run.device)).item():
+            self.on_start(run)
+            self.on_step_end(run)
 
 
 def _group_for_saving() -> dist.ProcessGroup | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 
 from tqdm import tqdm
@@ -32,13 +33,14 @@ class Console(Callback):
         if self._bar is not None:
             self._bar.update()
 
-    def on_log(self, run: Run, values: dict[str, float]) -> None:
+    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
         """See `Callback`."""
         if not is_main():
             return
+        speed = values["images_per_second"] or 0.0
         line = (
-            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "
-            f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.0f} images/s  "
+            f"loss {_number(values['loss'], '.4f')}  grad {_number(values['grad_norm'], '.3f')}  "
+            f"lr {values['learning_rate']:.2e}  {speed:.0f} images/s  "
             f"data wait {values['data_wait_percent']:.1f}%  seen {values['samples_seen']:,.0f}"
         )
         if self._bar is not None:
@@ -46,10 +48,14 @@ class Console(Callback):
             return
         training = run.config.training
         images_left = (training.steps - run.step) * training.batch_size
-        eta = timedelta(seconds=round(images_left / values["images_per_second"]))
+        eta = timedelta(seconds=round(images_left / speed))
         logger.info("step %d/%d  %s  eta %s", run.step, training.steps, line, eta)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

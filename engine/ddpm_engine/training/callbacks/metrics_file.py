@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm_engine.atomic_io import atomic_write
-from ddpm_engine.distributed import is_main
+from ddpm_engine.distributed import is_main, raise_together
+from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import to_json
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 
@@ -37,14 +40,22 @@ class JsonLines:
         # Unbuffered, so that it is known what has been written when the disk is full.
         self._file = path.open("ab", buffering=0)
 
-    def append(self, step: int, values: dict[str, float]) -> None:
+    def append(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write a row; on a full disk it is kept and written before the next."""
-        self._pending += json.dumps({"step": step, **values, "time": time.time()}).encode() + b"\n"
+        self._pending += to_json({"step": step, **values, "time": time.time()}).encode() + b"\n"
         try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
+            self.flush()
         except OSError as error:
             logger.error("%s cannot be written: %s. Training goes on", self.path, error)
+
+    def flush(self) -> None:
+        """Write the rows that could not be written before.
+
+        Raises:
+            OSError: they still cannot.
+        """
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def close(self) -> None:
         """Close the file."""
@@ -58,18 +69,41 @@ class MetricsFile(Callback):
         self._rows: JsonLines | None = None
 
     def on_start(self, run: Run) -> None:
-        """See `Callback`."""
-        if is_main():
-            self._rows = JsonLines(run.config.out / "metrics.jsonl", run.step)
+        """See `Callback`.
 
-    def on_log(self, run: Run, values: dict[str, float]) -> None:
+        Raises:
+            UserError: the file cannot be read or written.
+        """
+        path = run.config.out / "metrics.jsonl"
+        with raise_together(UserError):
+            if is_main():
+                try:
+                    self._rows = JsonLines(path, run.step)
+                except OSError as error:
+                    raise UserError(f"{path} cannot be written: {error}") from None
+
+    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
         """See `Callback`."""
         if self._rows is not None:
             self._rows.append(run.step, values)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """See `Callback`."""
-        if self._rows is not None:
+        """See `Callback`.
+
+        Raises:
+            UserError: the run is saved, but rows are missing from the file, which no other start
+                would write.
+        """
+        if self._rows is None:
+            return
+        try:
+            self._rows.flush()
+        except OSError as failure:
+            message = f"{self._rows.path} lacks the last rows of this run: {failure}"
+            if error is None:
+                raise UserError(f"{message}. The run itself is saved, at step {run.step}") from None
+            logger.error("%s", message)
+        finally:
             self._rows.close()
 
 

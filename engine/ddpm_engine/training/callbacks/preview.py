@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm_engine.data.open import TrainingData, samples_at
 from ddpm_engine.diffusion.super_resolution import downsample
 from ddpm_engine.distributed import is_main, rank, world_size
+from ddpm_engine.errors import UserError
 from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.grid import grid, save_png
 from ddpm_engine.networks.base import Network
@@ -33,7 +34,11 @@ class Preview(Callback):
     """
 
     def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
+        """See `Callback`.
+
+        Raises:
+            UserError: the run is saved, but its last grid could not be written.
+        """
         if run.step % run.config.log.sample_every or run.interrupted:
             return
         run.watchdog.doing("generating preview samples", limited=False)
@@ -47,6 +52,11 @@ class Preview(Callback):
                 path.parent.mkdir(exist_ok=True)
                 save_png(grid(PixelCodec().decode(samples)), path)
             except OSError as error:
+                if run.finished:
+                    raise UserError(
+                        f"{path}, the last grid of samples, cannot be written: {error}. The run "
+                        "itself is saved"
+                    ) from None
                 logger.error("could not write %s: %s", path, error)
 
 

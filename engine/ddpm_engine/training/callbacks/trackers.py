@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
@@ -20,14 +21,20 @@ class Trackers(Callback):
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}}
         )
 
-    def on_log(self, run: Run, values: dict[str, float]) -> None:
+    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
         """See `Callback`."""
+        known = {name: value for name, value in values.items() if value is not None}
         try:
-            run.accelerator.log(values, step=run.step)
+            run.accelerator.log(known, step=run.step)
         except OSError as error:
             logger.error("the tracker cannot write: %s. Training goes on", error)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`."""
         for tracker in run.accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except OSError as failure:
+                logger.error(
+                    "the tracker's last entries are lost: %s; metrics.jsonl has them", failure
+                )

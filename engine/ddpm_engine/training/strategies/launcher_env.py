@@ -12,11 +12,10 @@ from typing import Any
 
 from ddpm_engine.config import TrainingConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.launched import check_launched_precision, launched_as
 
 _PLUG_INS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 _FILES = "launch/accelerate/"
-# Variables with the number of processes, by precedence; the last two are set without torchrun.
-_WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # DeepSpeed's file must not set what the run's configuration sets, or the engine decides.
 _OURS = {
     "train_batch_size": "`training.batch_size`",
@@ -53,8 +52,7 @@ def read_request(training: TrainingConfig) -> Request:
             run's configuration, where Accelerate would silently do something else.
     """
     environment = os.environ
-    sizes = [environment[name] for name in _WORLD_SIZES if name in environment]
-    processes = int(sizes[0]) if sizes else 1
+    _, processes = launched_as(environment)
     _check_agreement(environment, training)
     for flag in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         if _is_set(environment, flag):
@@ -93,16 +91,14 @@ def without_plug_ins() -> Iterator[None]:
 
 def _check_agreement(environment: Mapping[str, str], training: TrainingConfig) -> None:
     """Check that the launcher's file does not contradict the run's configuration."""
-    for name, default, field, ours in [
-        ("ACCELERATE_MIXED_PRECISION", "no", "precision", training.precision),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "accumulation", training.accumulation),
-    ]:
-        theirs = environment.get(name, default)
-        if theirs not in (default, str(ours)):
-            raise UserError(
-                f"the launcher asks for {name}={theirs} but `training.{field}` is {ours}; set "
-                f"`training.{field}` to {theirs}, or leave it out of the launcher's file"
-            )
+    check_launched_precision(training.precision, "training.precision", environment)
+    name, ours = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", training.accumulation
+    theirs = environment.get(name, "1")
+    if theirs not in ("1", str(ours)):
+        raise UserError(
+            f"the launcher asks for {name}={theirs} but `training.accumulation` is {ours}; set "
+            f"`training.accumulation` to {theirs}, or leave it out of the launcher's file"
+        )
 
 
 def _read_deepspeed_config(environment: Mapping[str, str]) -> dict[str, Any]:

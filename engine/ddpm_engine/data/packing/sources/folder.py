@@ -29,7 +29,9 @@ def image_folder(root: Path) -> Source:
     for label, folder in enumerate(folders):
         found = _visible_files(folder)
         if not found:
-            raise UserError(f"class folder {folder} holds no images: fill it or remove it")
+            raise UserError(
+                f"class folder {folder} holds no images: fill it, or move it out of {root}"
+            )
         labelled += [(file, label) for file in found]
     strays = [file for file, _ in labelled if _extension(file) not in EXTENSIONS]
     if strays:
@@ -44,7 +46,7 @@ def image_folder(root: Path) -> Source:
         try:
             image = decode(file.read_bytes(), _extension(file))
         except (DecodeError, OSError) as error:
-            raise UserError(f"cannot read image {file}: {error}; repair or remove it") from error
+            raise UserError(f"cannot read image {file}: {error}; repair or move it") from error
         return Example(file.relative_to(root).with_suffix("").as_posix(), image, label)
 
     examples = LazyExamples(range(len(labelled)), load)

@@ -1,0 +1,113 @@
+"""A run's configuration as it is recorded: in its directory, and in each of its checkpoints.
+
+A path that was given relative counts from the folder that the run was started in, which is recorded
+too, wherever the record is read. If the run has been moved together with what it names, the paths
+count from where that folder is now; and if there is nothing at either, from the current folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ddpm_engine.config import RECORDED_IN, RunConfig, from_dict, load_config, to_dict
+from ddpm_engine.json_files import read_json
+from ddpm_engine.locations import is_location
+
+CONFIG = "config.json"
+"""Name of the configuration in a run directory."""
+
+
+def record(config: RunConfig) -> dict[str, Any]:
+    """Convert a configuration to JSON values, with the folder that its relative paths count from.
+
+    Raises:
+        OSError: the current folder has been removed.
+    """
+    return {**to_dict(config), RECORDED_IN: os.getcwd()}
+
+
+def of_record(values: Any, run: Path, origin: str) -> RunConfig:
+    """Invert `record`, with its paths as they are from here.
+
+    Args:
+        values: what `record` returned, or `to_dict`.
+        run: where the run is now.
+        origin: where the values come from, for messages.
+
+    Raises:
+        UserError: naming `origin` and the entries at fault.
+    """
+    config = from_dict(values, origin)
+    return _located(config, _bases(config.out, run, values.get(RECORDED_IN)))
+
+
+def load_record(file: Path) -> tuple[RunConfig, bool]:
+    """Read a file of a configuration, with its paths as they are from here.
+
+    Returns:
+        The configuration, and whether a run recorded it: not a person or `--print-config`.
+
+    Raises:
+        UserError: no such file, not JSON, or not a run configuration.
+    """
+    config = load_config(file)
+    values = read_json(file)
+    bases = _bases(config.out, file.parent, values.get(RECORDED_IN))
+    return _located(config, bases), RECORDED_IN in values
+
+
+def _bases(out: Path, run: Path, recorded_in: Any) -> list[Path]:
+    """The folders that relative paths may count from, the likeliest first."""
+    bases = []
+    parts, here = out.parts, run.resolve().parts
+    if parts and not out.is_absolute() and here[-len(parts) :] == parts:
+        bases.append(Path(*here[: -len(parts)]))
+    if isinstance(recorded_in, str):
+        bases.append(Path(recorded_in))
+    return bases
+
+
+def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
+    def locate(path: Path) -> Path:
+        for base in bases:
+            if not path.is_absolute() and os.path.exists(base / _fixed(path)):
+                return path if base == Path.cwd() else base / path
+        return path
+
+    data, plan = config.data, config.distillation
+    return replace(
+        config,
+        data=replace(
+            data,
+            path=_if_path(locate, data.path),
+            source=_if_path(locate, data.source),
+            mix_with=tuple(str(_if_path(locate, other)) for other in data.mix_with),
+            cache=_if_path(locate, data.cache),
+        ),
+        distillation=replace(
+            plan,
+            teacher=_if_path(locate, plan.teacher),
+            student=_if_path(locate, plan.student),
+        ),
+    )
+
+
+def _if_path(locate: Callable[[Path], Path], value: Any) -> Any:
+    """Locate a path, or a string that is one; the type stays."""
+    if isinstance(value, Path):
+        return locate(value)
+    if isinstance(value, str) and not is_location(value) and value not in ("digits", "photos"):
+        return str(locate(Path(value)))
+    return value
+
+
+def _fixed(path: Path) -> Path:
+    """The part of a path before any pattern, as in `shards/{000..009}.tar`."""
+    for n, part in enumerate(path.parts):
+        if "{" in part:
+            return Path(*path.parts[:n])
+    return path
