@@ -21,6 +21,7 @@ from ddpm_engine.json_files import described, read_json
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.paths import user_path
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.typed_json import Mismatch, plain, structure
 
@@ -240,6 +241,7 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         UserError: no such file, not JSON, or not a run configuration.
     """
+    path = user_path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         return from_dict(read_json(file), str(file))

@@ -214,10 +214,11 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
         checkpoint, rejected = CheckpointStore(path / "checkpoints").newest(parts)
     if checkpoint is None:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
+        then = "\n       " if reasons else "; "
         held = ":" if reasons else f", which holds {listing(path)}" if path.is_dir() else ""
         raise UserError(
-            f"there is no usable checkpoint in {path}{held}{reasons}\n"
-            "       give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
+            f"there is no usable checkpoint in {path}{held}{reasons}{then}"
+            "give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
             "model, or the name of one on the Hugging Face hub"
         )
     return checkpoint

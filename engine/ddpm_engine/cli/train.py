@@ -18,6 +18,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.config import RunConfig, dump_config, load_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.paths import user_path
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
@@ -47,10 +49,13 @@ def parse(arguments: list[str]) -> Options:
     """Read the command line; what `--preset` or `--config` says becomes the defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config")
     chosen, _ = first.parse_known_args(arguments)
     if chosen.config is not None:
-        defaults = load_config(chosen.config)
+        try:
+            defaults = load_config(user_path(chosen.config))
+        except UserError as error:
+            raise UserError(f"`config`: {error}", "config") from None
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
