@@ -34,9 +34,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
     folder = Path(os.path.realpath(out))
     begins = not is_export(folder)
     if begins and folder.exists() and not _is_free(folder):
-        raise UserError(
-            f"`out` {out} exists and is not an export; choose another, or remove it", "out"
-        )
+        raise UserError(f"`out` {out} exists and is not an export; choose another", "out")
     made = not folder.exists()
     try:
         if begins:
