@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, philox, q_sample
@@ -62,6 +63,7 @@ def measure(name: str, work: Callable[[], object], options: Options) -> None:
     print(json.dumps(found))
 
 
+@exit_in_one_line()
 def main() -> None:
     """Measure the noise, and a step that generates it twice."""
     options = parse_options(Options)

@@ -37,6 +37,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.data.dataset import ShardDataset
 from ddpm_engine.data.loader import make_loader
@@ -213,6 +214,7 @@ def waiting_share(steps: int, folder: Path) -> float:
     return float(json.loads(last)["data_wait_percent"])
 
 
+@exit_in_one_line()
 def main() -> int:
     """Measure, print, write."""
     options = parse_options(Options)

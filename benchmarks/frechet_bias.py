@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
@@ -79,6 +80,7 @@ def of_digits(
     return frechet, kernel
 
 
+@exit_in_one_line()
 def main() -> None:
     """Measure, print, plot."""
     options = parse_options(Options)

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_kernels import denoising_loss, q_sample
@@ -81,6 +82,7 @@ def measure(options: Options) -> int:
     return peak_bytes() - before
 
 
+@exit_in_one_line()
 def main() -> None:
     """Measure both ways in turn, or one of them here."""
     options = parse_options(Options)

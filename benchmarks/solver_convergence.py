@@ -22,6 +22,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
@@ -87,6 +88,7 @@ def final_state(schedule: NoiseSchedule, table: CoefficientTable, start: np.ndar
     return x.numpy().ravel()
 
 
+@exit_in_one_line()
 def main() -> None:
     """Measure, print and plot."""
     options = parse_options(Options)

@@ -18,7 +18,7 @@ from ddpm_engine.diffusion.config import MAX_LEVEL, DiffusionConfig
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import described, read_json
-from ddpm_engine.locations import is_location, redacted
+from ddpm_engine.locations import is_location, redacted, user_path
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
@@ -252,6 +252,7 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         UserError: no such file, not JSON, or not a run configuration.
     """
+    path = user_path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         return from_dict(read_json(file), str(file))

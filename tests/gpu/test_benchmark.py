@@ -40,7 +40,7 @@ class Finder(PathFinder):
             return super().find_spec(name, path, target)
 
 sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Finder]
-for name in ("cattrs", "tyro", "pytest"):
+for name in ("tyro", "pytest"):
     try:
         __import__(name)
     except ModuleNotFoundError:

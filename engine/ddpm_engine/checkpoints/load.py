@@ -19,6 +19,7 @@ from ddpm_engine.interop.scheduler import read_scheduler
 from ddpm_engine.locations import user_path
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
+from ddpm_engine.networks.files.entries import listing
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
 from ddpm_engine.networks.unet.files import read_config, read_unet
@@ -182,7 +183,8 @@ def load_model(
             diffusers, or the name of one on the Hugging Face hub, such as
             `google/ddpm-cifar10-32`.
         device: where the network goes.
-        weights: of a run: `"ema"`, or `"model"` for the weights without averaging.
+        weights: `"ema"`, or `"model"` for the weights without averaging, of a run or of a training
+            checkpoint of diffusers; its finished models have one network.
 
     Raises:
         NotFiniteError: the weights hold NaN or infinity.
@@ -190,7 +192,7 @@ def load_model(
     """
     path = local_folder(path)
     foreign = not _is_run(path) and is_diffusers(path)
-    loaded = _load_diffusers(path) if foreign else _load_run(path, weights)
+    loaded = _load_diffusers(path, weights) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
     return loaded
 
@@ -223,9 +225,11 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
         checkpoint, rejected = CheckpointStore(path / "checkpoints").newest(parts)
     if checkpoint is None:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
+        then = "\n       " if reasons else "; "
+        held = ":" if reasons else f", which holds {listing(path)}" if path.is_dir() else ""
         raise UserError(
-            f"there is no usable checkpoint in {path}{':' if reasons else ''}{reasons}\n"
-            "       give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
+            f"there is no usable checkpoint in {path}{held}{reasons}{then}"
+            "give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
             "model, or the name of one on the Hugging Face hub"
         )
     return checkpoint
@@ -247,11 +251,12 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
     )
 
 
-def _load_diffusers(path: Path) -> LoadedModel:
-    layout = find_layout(path)
+def _load_diffusers(path: Path, weights: str) -> LoadedModel:
+    averaged = weights == "ema"
+    layout = find_layout(path, averaged)
     before = _identity_of(layout)
     config = _diffusers_config(layout)
-    stored = read_unet(layout.network)
+    stored = read_unet(layout.network, averaged)
     if _identity_of(layout) != before:
         raise UserError(f"{path} changed while it was read; load it again")
     network = UNet.from_stored(stored, layout.network)
@@ -277,6 +282,12 @@ def _identity_of(layout: Layout) -> tuple[int, int] | None:
 
 def _diffusers_config(layout: Layout) -> RunConfig:
     """The configuration of a run that would have trained a model of diffusers."""
+    if not layout.scheduler.exists():
+        raise UserError(
+            f"{layout.scheduler} is missing; download or save the whole model again, or copy it "
+            f"from where its training saved the whole pipeline ({layout.network.parent} holds "
+            f"{listing(layout.network.parent)})"
+        )
     process = read_scheduler(layout.scheduler)
     shape = read_config(layout.network / NETWORK_CONFIG)
     outputs = shape.in_channels * (2 if process.sampling.variance.startswith("learned") else 1)

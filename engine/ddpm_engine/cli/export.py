@@ -24,7 +24,7 @@ class Options:
     checkpoint: Path
     """A run directory, or one checkpoints/step-… in it."""
     out: Path
-    """Folder to make; an earlier export there is replaced."""
+    """Folder to make; the files of an earlier export there are replaced, and no others touched."""
     weights: Literal["ema", "model"] = "ema"
     """EMA weights, or those of the last step."""
 

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.data.packing.pack import write_shards
@@ -27,6 +28,8 @@ from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.shards.manifest import Manifest, Shard
 from ddpm_engine.data.shards.verify import verify as find_damage
 from ddpm_engine.errors import UserError
+
+Processes = Annotated[int, Ge(1), Le(1024)] | None
 
 
 def pack(
@@ -38,7 +41,7 @@ def pack(
     image_format: Annotated[
         Literal["png", "jpg", "webp", "npy"], tyro.conf.arg(name="format")
     ] = "png",
-    processes: PositiveOrNone = None,
+    processes: Processes = None,
 ) -> int:
     """Pack a source into shards (also: make_shards.py index DIR, make_shards.py verify DIR).
 
@@ -62,7 +65,7 @@ def pack(
     return 0
 
 
-def index(directory: tyro.conf.Positional[Path], processes: PositiveOrNone = None) -> int:
+def index(directory: tyro.conf.Positional[Path], processes: Processes = None) -> int:
     """Index WebDataset shards made elsewhere.
 
     Args:

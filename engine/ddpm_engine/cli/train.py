@@ -22,6 +22,7 @@ from ddpm_engine.cli.options import exit_on_error, parse_options
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.launched import is_first
+from ddpm_engine.locations import user_path
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
@@ -52,11 +53,14 @@ def parse(arguments: list[str]) -> Options:
     """Read the command line; what `--preset` or `--config` says becomes the defaults."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits")
-    first.add_argument("--config", type=Path)
+    first.add_argument("--config")
     chosen, _ = first.parse_known_args(arguments)
     flags = {argument.partition("=")[0] for argument in arguments}
     if chosen.config is not None:
-        defaults = run_defaults(chosen.config, "--out" in flags)
+        try:
+            defaults = run_defaults(user_path(chosen.config), "--out" in flags)
+        except UserError as error:
+            raise UserError(f"`config`: {error}", "config") from None
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()

@@ -102,6 +102,11 @@ def _check_parts(folder: Path) -> None:
                 f"{part} is {'a link' if part.is_symlink() else 'a file'}, and a folder of that "
                 "name is to be written; move it elsewhere, or choose another folder"
             )
+    if (folder / "unet_ema").exists():
+        raise UserError(
+            f"{folder / 'unet_ema'} would be read in place of the new network; move it elsewhere, "
+            "or choose another folder"
+        )
     check_no_other_weights(folder / "unet")
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.locations import check_local
+from ddpm_engine.locations import check_local, user_path
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?")
@@ -22,9 +22,9 @@ def local_folder(path: Path | str) -> Path:
         path: of a folder, or a name.
 
     Raises:
-        UserError: the model cannot be downloaded; the message says why.
+        UserError: no path at all, or the model cannot be downloaded; the message says why.
     """
-    name, folder = str(path), Path(path)
+    name, folder = str(path), user_path(path)
     hub = _HUB.fullmatch(name)
     if hub:
         raise UserError(

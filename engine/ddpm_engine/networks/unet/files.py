@@ -50,14 +50,18 @@ class StoredUNet:
     """Label of the null class, if the file says so; ours do."""
 
 
-def read_unet(folder: Path) -> StoredUNet:
+def read_unet(folder: Path, averaged: bool = True) -> StoredUNet:
     """Read the network whose `config.json` and weights are in a folder.
+
+    Args:
+        folder: of the network.
+        averaged: see `read_weights`.
 
     Raises:
         UserError: a part is missing or damaged, or `UNet` cannot be that network.
     """
     config = read_config(folder / NETWORK_CONFIG)
-    weights = read_weights(folder)
+    weights = read_weights(folder, averaged)
     null_class = weights.metadata.get("null_class", "")
     return StoredUNet(
         config,
