@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
 
@@ -28,7 +28,9 @@ from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import write_json
 from torch import Tensor
 
+from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
+from ddpm_engine.diffusion.config import MAX_LEVEL
 from ddpm_engine.diffusion.super_resolution import downsample, upsample
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import SamplesAsInput
@@ -46,7 +48,7 @@ class Options:
     """Run directory of a super-resolution model of digits."""
     small: Path | None = None
     """Folder of samples of launch/sample.py to upscale; default: real digits."""
-    levels: tuple[int, ...] = (0, 50, 100, 200)
+    levels: tuple[Annotated[int, Ge(0), Le(MAX_LEVEL)], ...] = (0, 50, 100, 200)
     """Augmentation levels, in steps of a chain of 1000."""
     count: Positive = 500
     """Samples at each level."""

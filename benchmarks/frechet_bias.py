@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddpm_engine.bounds import Ge
-from ddpm_engine.cli.options import parse_options
+from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.evaluation.digits import digit_classifier, real_digits
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.kid import squared_mmd
@@ -36,7 +36,7 @@ class Options:
     """File for the plot."""
     repeats: Annotated[int, Ge(2)] = 20
     """Repetitions for each number of images."""
-    features: tuple[int, ...] = (16, 64, 256)
+    features: tuple[Positive, ...] = (16, 64, 256)
     """Dimensions D of the normal distributions."""
     largest: Annotated[int, Ge(100)] = 25_600
     """Largest number of draws from them; it begins at 100 and doubles."""

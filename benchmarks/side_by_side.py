@@ -46,7 +46,7 @@ class Options:
     """Steps per sample of the teacher."""
     guidance_scale: float = 2.0
     """Guidance scale of the teacher; 1 is no guidance."""
-    count: int = 100
+    count: Positive = 100
     """Number of digits, a multiple of ten."""
     rounds: Positive = 3
     """Repetitions of the timing."""

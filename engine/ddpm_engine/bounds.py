@@ -104,7 +104,7 @@ def _numbers(kind: Any, value: Any) -> Iterator[tuple[float, list[Bound], bool]]
 def _violated(number: float, bounds: list[Bound]) -> str | None:
     """What a number must do and does not."""
     if not all(_holds(bound, number) for bound in bounds):
-        return _described(bounds)
+        return _described(bounds, number)
     unlimited = any(isinstance(bound, Le) and bound.le == math.inf for bound in bounds)
     if isinstance(number, float) and not math.isfinite(number) and not unlimited:
         return "be finite"
@@ -126,8 +126,10 @@ def _holds(bound: Bound, value: float) -> bool:
             return bool(value < above)
 
 
-def _described(bounds: list[Bound]) -> str:
+def _described(bounds: list[Bound], number: float) -> str:
     match bounds:
+        case [Ge(ge=1), Le(le=most)]:  # a number of something
+            return "be at least 1" if number < 1 else f"be at most {_written(most)}"
         case [Gt(gt=0)]:
             return "be positive"
         case [Ge(ge=0)]:
@@ -138,6 +140,10 @@ def _described(bounds: list[Bound]) -> str:
             return f"be at least {_written(least)}"
         case [Gt(gt=least)]:
             return f"be above {_written(least)}"
+        case [Le(le=most)]:
+            return f"be at most {_written(most)}"
+        case [Lt(lt=most)]:
+            return f"be below {_written(most)}"
     low, high = bounds
     opening, first = ("[", low.ge) if isinstance(low, Ge) else ("(", low.gt)  # type: ignore[union-attr]
     closing, last = ("]", high.le) if isinstance(high, Le) else (")", high.lt)  # type: ignore[union-attr]

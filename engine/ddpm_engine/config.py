@@ -56,9 +56,9 @@ class TrainingConfig:
 
     steps: Annotated[int, Ge(1)] = 800_000
     """Optimizer steps of the whole run."""
-    batch_size: Annotated[int, Ge(1)] = 128
+    batch_size: Annotated[int, Ge(1), Le(2**24)] = 128
     """Global batch: images per optimizer step, over all ranks and accumulation."""
-    accumulation: Annotated[int, Ge(1)] = 1
+    accumulation: Annotated[int, Ge(1), Le(2**24)] = 1
     """Micro-batches that each rank divides its share of the batch into."""
     seed: int = 0
     """Seed of weights, data order and all noise."""
@@ -81,7 +81,7 @@ class TrainingConfig:
     """Recomputation of blocks in the backward pass instead of keeping their activations."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
     """Non-finite gradients in a row, each of them skipped, after which the run stops."""
-    timeout_seconds: Annotated[int, Ge(1)] = 300
+    timeout_seconds: Annotated[int, Ge(1), Le(10**9)] = 300
     """Seconds without progress, after the first step, after which the watchdog ends the run."""
 
     def problems(self) -> Iterator[UserError]:
@@ -114,8 +114,8 @@ class LogConfig:
     """Steps between snapshots of the EMAs of training.ema-sigma-rel; all are kept."""
     sample_every: Annotated[int, Ge(0)] = 10_000
     """Steps between grids of EMA samples; 0: none."""
-    sample_count: Annotated[int, Ge(1)] = 64
-    """Samples in a grid, always the same ids."""
+    sample_count: Annotated[int, Ge(1), Le(10_000)] = 64
+    """Samples in a grid, always the same ids; at most 10000."""
     sample_steps: Annotated[int, Ge(1)] = 100
     """Sampling steps of those grids, at most T."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"

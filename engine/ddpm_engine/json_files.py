@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
 
 MAX_BYTES = 16 * 2**20
@@ -107,12 +106,6 @@ def described(value: Any) -> str:
         return text
     kinds: dict[type, str] = {dict: "a long JSON object", list: "a long JSON list"}
     return kinds.get(type(value), f"{text[:_LONG]}...")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object, atomically."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

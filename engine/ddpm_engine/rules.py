@@ -17,6 +17,8 @@ from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.timesteps import check_begins_in_noise
 
+_IDS = 2**56  # that noise can tell apart
+
 Rule = Callable[[RunConfig], Iterator[UserError]]
 
 
@@ -150,6 +152,17 @@ def coefficient_tables(config: RunConfig) -> Iterator[UserError]:
             yield _qualified(error, names | diffusions | {"steps": field})
 
 
+def sample_ids(config: RunConfig) -> Iterator[UserError]:
+    """Noise tells every sample of the run from every other."""
+    training = config.training
+    if training.steps * training.batch_size > _IDS:
+        yield UserError(
+            f"`training.steps` is {training.steps}: of {training.batch_size} images "
+            f"(`training.batch_size`) there can be at most {_IDS // max(training.batch_size, 1)}",
+            "training.steps",
+        )
+
+
 def mixture(config: RunConfig) -> Iterator[UserError]:
     """The weights of a mixture make blocks of a reasonable length."""
     if config.data.mix_with and not list(config.data.problems()):
@@ -229,6 +242,7 @@ RULES: tuple[Rule, ...] = (
     weighting,
     edm,
     coefficient_tables,
+    sample_ids,
     mixture,
     distillation,
     moment_matching,

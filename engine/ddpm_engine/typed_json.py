@@ -97,7 +97,7 @@ def _one_of(kind: Any, value: Any, where: str, readers: Mapping[Any, Reader]) ->
             return structure(one, value, where, readers)
         except Mismatch:
             # It names the entries of a list, or the reason why a string is no path.
-            if len(others) == 1 and isinstance(value, list | dict | str):
+            if len(others) == 1 and (isinstance(value, list | dict) or one is Path):
                 raise
     raise wrong(value, where, _right(kind))
 

@@ -196,7 +196,7 @@ POSITIVE = "it must be at least 1"
         ("launch/train.py", "--log.keep-every", "0", "at least 1"),
         ("launch/train.py", "--model.layers-per-block", "0", "at least 1"),
         ("launch/train.py", "--model.downsample-padding", "2", "0 or 1"),
-        ("launch/train.py", "--model.norm-eps", "0", "must be positive"),
+        ("launch/train.py", "--model.norm-eps", "0", "(0, 1e+06)"),
         ("launch/train.py", "--optimizer.betas", "2 2", "[0, 1)"),
         ("launch/train.py", "--optimizer.weight-decay", "-1", "must not be negative"),
         ("launch/train.py", "--diffusion.timesteps", "0", "at least 1"),

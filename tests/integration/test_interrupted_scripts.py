@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ddpm_engine.config import RunConfig
-from ddpm_engine.export.card import is_export
+from ddpm_engine.networks.files.layout import is_export
 from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -96,9 +96,9 @@ def test_an_export(trained: Path, tmp_path: Path) -> None:
         assert [path.name for path in out.parent.iterdir()] == ["export"]
         return contents(out)
 
-    # The index, two configurations, the card, the former export and the new one.
+    # The weights, two configurations, the card and the index.
     kills = rerun_after_every_kill("export.py", "--checkpoint", trained, "--out", out, check=check)
-    assert kills == 6
+    assert kills == 5
 
 
 def test_figures(trained: Path, tmp_path: Path) -> None:

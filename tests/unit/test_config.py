@@ -80,7 +80,12 @@ def test_flattened_fields_are_named_as_in_messages() -> None:
          "`training.ema_sigma_rel` is (0.1, 0.3); each must lie in (0, 0.288675]",
          "training.ema_sigma_rel"),
         (RunConfig(diffusion=DiffusionConfig(beta_end=1.5)),
-         "beta at timestep 666 is 1.0000333333333333; it must lie in (0, 1)", None),
+         "`diffusion.beta_end` is 1.5; it must lie in (0, 1)", "diffusion.beta_end"),
+        (RunConfig(diffusion=DiffusionConfig(timesteps=2, betas=(0.5, 1.5))),
+         "beta at timestep 1 is 1.5; it must lie in (0, 1), or be 1", None),
+        (RunConfig(training=TrainingConfig(steps=2**50)),
+         f"`training.steps` is {2**50}: of 128 images (`training.batch_size`) there can be at "
+         f"most {2**49}", "training.steps"),
         (RunConfig(model=UNetConfig(block_out_channels=(128, 250, 256, 256))),
          "entry 1 of `model.block_out_channels` is 250; it must be a multiple of "
          "`model.norm_num_groups` 32; use 224 or 256, or other groups",

@@ -418,7 +418,7 @@ def plan_of(**changes: Any) -> Change:
     ("change", "message"),
     [
         (plan_of(steps=3), r"start_steps` is 64 .* must be 2, 4, 8, … times"),
-        (plan_of(steps=0), r"`distillation.steps` 0"),
+        (plan_of(steps=0), r"`distillation.steps` is 0"),
         (plan_of(steps=64), r"must be 2, 4, 8, … times"),
         (plan_of(start_steps=2048), r"there are only `diffusion.timesteps` 1000"),
         (plan_of(guidance_scale=2.0), r"trained without classes; leave it out"),

@@ -17,10 +17,12 @@ from ddpm_engine.interop.pipeline import check_pipeline, write_pipeline
 from ddpm_engine.interop.scheduler import read_scheduler
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
+from ddpm_engine.networks.files.entries import listing
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.paths import user_path
 from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
@@ -116,20 +118,24 @@ class LoadedModel(DiffusionModel):
         config = self.config
         check_pipeline(config.model, config.diffusion, config.sampling, config.distillation)
 
-    def save_pretrained(self, path: Path | str) -> None:
+    def save_pretrained(self, path: Path | str, card: str | None = None) -> None:
         """Save as a pipeline of diffusers: `load` and `DDPMPipeline.from_pretrained` read it.
+
+        Files of an earlier save are replaced, all of them or none; others stay.
 
         Args:
             path: of the folder, created if missing.
+            card: text of a README.md.
 
         Raises:
-            UserError: as `check_export`.
+            UserError: as `check_export`, or the folder holds parts of a model of another kind.
             OSError: the folder cannot be written.
         """
         config = self.config
         write_pipeline(
-            Path(path), self.network, config.diffusion, config.sampling, config.distillation
-        )
+            user_path(path), self.network, config.diffusion, config.sampling, config.distillation,
+            card,
+        )  # fmt: skip
 
     def _check_distilled(self, request: SampleRequest) -> None:
         known, asked = self.sampling, request.sampling or self.sampling
@@ -176,14 +182,15 @@ def load_model(
             diffusers, or the name of one on the Hugging Face hub, such as
             `google/ddpm-cifar10-32`.
         device: where the network goes.
-        weights: of a run: `"ema"`, or `"model"` for the weights without averaging.
+        weights: `"ema"`, or `"model"` for the weights without averaging, of a run or of a training
+            checkpoint of diffusers; its finished models have one network.
 
     Raises:
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
     path = local_folder(path)
     foreign = not _is_run(path) and is_diffusers(path)
-    loaded = _load_diffusers(path) if foreign else _load_run(path, weights)
+    loaded = _load_diffusers(path, weights) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
     return loaded
 
@@ -216,8 +223,9 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
         checkpoint, rejected = CheckpointStore(path / "checkpoints").newest(parts)
     if checkpoint is None:
         reasons = "".join(f"\n       {reason}" for reason in rejected)
+        held = ":" if reasons else f", which holds {listing(path)}" if path.is_dir() else ""
         raise UserError(
-            f"there is no usable checkpoint in {path}{':' if reasons else ''}{reasons}\n"
+            f"there is no usable checkpoint in {path}{held}{reasons}\n"
             "       give a run directory, one of its checkpoints/step-…, the folder of a diffusers "
             "model, or the name of one on the Hugging Face hub"
         )
@@ -240,10 +248,14 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
     )
 
 
-def _load_diffusers(path: Path) -> LoadedModel:
-    layout = find_layout(path)
+def _load_diffusers(path: Path, weights: str) -> LoadedModel:
+    averaged = weights == "ema"
+    layout = find_layout(path, averaged)
+    before = _identity_of(layout)
     config = _diffusers_config(layout)
-    stored = read_unet(layout.network)
+    stored = read_unet(layout.network, averaged)
+    if _identity_of(layout) != before:
+        raise UserError(f"{path} changed while it was read; load it again")
     network = UNet.from_stored(stored, layout.network)
     if network.conditioning.null_class != stored.null_class:
         raise UserError(
@@ -255,8 +267,23 @@ def _load_diffusers(path: Path) -> LoadedModel:
     return LoadedModel.from_config(network, config, stored.hash)
 
 
+def _identity_of(layout: Layout) -> tuple[int, int] | None:
+    """What changes whenever another model is saved in a folder."""
+    try:
+        status = (layout.network / NETWORK_CONFIG).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def _diffusers_config(layout: Layout) -> RunConfig:
     """The configuration of a run that would have trained a model of diffusers."""
+    if not layout.scheduler.exists():
+        raise UserError(
+            f"{layout.scheduler} is missing; download or save the whole model again, or copy it "
+            f"from where its training saved the whole pipeline ({layout.network.parent} holds "
+            f"{listing(layout.network.parent)})"
+        )
     process = read_scheduler(layout.scheduler)
     shape = read_config(layout.network / NETWORK_CONFIG)
     outputs = shape.in_channels * (2 if process.sampling.variance.startswith("learned") else 1)

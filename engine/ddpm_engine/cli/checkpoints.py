@@ -18,10 +18,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ddpm_engine.bounds import Ge
+from ddpm_engine.bounds import Ge, Gt, Le
 from ddpm_engine.checkpoints.posthoc_average import average_checkpoints, reconstruct_average
 from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, check_sizes, verify
 from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, parse_command
+from ddpm_engine.config import MAX_SIGMA_REL
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.run_directory import lock_run_directory
 
@@ -97,8 +98,8 @@ def prune(
 def average(
     run: tyro.conf.Positional[Path],
     out: Path,
-    steps: tuple[int, ...] | None = None,
-    shares: tuple[float, ...] | None = None,
+    steps: tuple[Annotated[int, Ge(0)], ...] | None = None,
+    shares: tuple[Annotated[float, Gt(0)], ...] | None = None,
     weights: Literal["ema", "model"] = "ema",
 ) -> int:
     """Average the weights of a run's checkpoints into a folder that sample.py takes.
@@ -123,7 +124,12 @@ def average(
     return 0
 
 
-def ema(run: tyro.conf.Positional[Path], length: float, out: Path, step: int | None = None) -> int:
+def ema(
+    run: tyro.conf.Positional[Path],
+    length: Annotated[float, Gt(0), Le(MAX_SIGMA_REL)],
+    out: Path,
+    step: Annotated[int, Ge(0)] | None = None,
+) -> int:
     """Reconstruct a power-function EMA of any length after training, for sample.py.
 
     For runs with --training.ema-sigma-rel, which keep snapshots of a few such EMAs.

@@ -13,13 +13,14 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.checkpoints.load import config_of
-from ddpm_engine.cli.options import exit_on_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
@@ -45,14 +46,14 @@ class Options:
     method: DistillationMethod = "progressive"
     """Method: two steps of the last student learned as one; consistency with oneself one step
     later; or, from a student of these, the teacher's conditional moments."""
-    steps: int = 4
+    steps: Positive = 4
     """Steps of a sample of the result, each one network evaluation."""
-    start_steps: int | None = None
+    start_steps: PositiveOrNone = None
     """Steps that the first teacher takes, 2, 4, 8, … times as many; with moments, as many;
     default: 16 times, or as many."""
     student: Path | None = None
     """Run distilled to as many steps, which moments continues."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float, Ge(-1000), Le(1000)] | None = None
     """Guidance scale of the teacher, which the result has built in."""
     prediction: Literal["eps", "x0", "v", "edm"] | None = None
     """Prediction of the result; default: as the teacher, but v if that predicts eps."""

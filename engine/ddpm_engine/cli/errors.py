@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,12 +78,16 @@ def exit_in_one_line(in_flags: Callable[[str], str] = str) -> Iterator[None]:
             if os.environ.get("RANK", "0") == "0":
                 print("interrupted", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
-        if isinstance(error, BrokenPipeError) and not _can_print():
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            _discard_output()
             raise SystemExit(PIPE_CLOSED) from None
         said = next((found for one in chain if (found := explanation(one))), None)
         if said is None:
             raise
-        _can_print()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _discard_output()  # or Python tries again as it ends
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
 
@@ -90,10 +96,11 @@ def explanation(error: BaseException) -> str | None:
     """What happened and what to do, of an error that is no defect of the engine; else None."""
     text = " ".join(str(error).split())
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return f"memory has run out ({_first_sentence(text) or kind}); {_LESS}"
-    if isinstance(error, RuntimeError) and any(part in text.lower() for part in _MEMORY):
-        return f"memory has run out ({_first_sentence(text)}); {_LESS}"
+    is_memory = isinstance(error, RuntimeError) and any(part in text.lower() for part in _MEMORY)
+    if is_memory or isinstance(error, MemoryError):
+        size = re.search(r"allocate ([\d.]+ ?\w+)", text)
+        asked = "" if size is None else f": {size[1]} could not be allocated"
+        return f"memory has run out{asked}; {_LESS}"
     if kind in _COMPILERS or any(part in text for part in _COMPILERS):
         return (
             "a C and C++ compiler is needed to compile for this machine, and none was found; "
@@ -114,10 +121,6 @@ def explanation(error: BaseException) -> str | None:
     return None
 
 
-def _first_sentence(text: str) -> str:
-    return text.partition(". ")[0].rstrip(".")
-
-
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it was raised from or while handling."""
     seen: set[int] = set()
@@ -130,14 +133,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         )
 
 
-def _can_print() -> bool:
-    """Whether standard output takes what is left to write; if not, it goes nowhere from now on."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-        return False
-    return True
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    with suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
+
+
+def _discard_output() -> None:
+    """Let whatever standard output still holds go nowhere."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -19,9 +19,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_error, parse_options
+from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -60,7 +59,7 @@ class SamplingOptions:
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
     default of a class-conditional network; none: unconditional."""
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Samples generated at a time by each process."""
 
 
@@ -73,7 +72,7 @@ class FeatureOptions:
     classifier."""
     inception_weights: Path | None = None
     """File of Inception's weights; default: downloaded once, into --cache."""
-    reference_count: Annotated[int, Ge(1)] | None = None
+    reference_count: PositiveOrNone = None
     """Number of real images to compare with, evenly spaced; default: all."""
     cache: Path | None = None
     """Folder of the features of real images; default: ~/.cache/ddpm-engine/evaluation."""
@@ -99,7 +98,7 @@ class Options:
     """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
-    piece: Annotated[int, Ge(1)] = CHUNK_SIZE
+    piece: Positive = CHUNK_SIZE
     """Samples that a process reserves and finishes at a time."""
 
 

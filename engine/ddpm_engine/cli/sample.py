@@ -17,7 +17,13 @@ import tyro
 
 from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import load_model
-from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
+from ddpm_engine.cli.options import (
+    Positive,
+    PositiveOrNone,
+    exit_on_error,
+    numbers,
+    parse_options,
+)
 from ddpm_engine.cli.request_options import (
     RENAMED,
     ClassLabels,
@@ -47,7 +53,7 @@ class SamplerOptions:
 class ClassOptions:
     """What a class-conditional model generates."""
 
-    class_label: int | None = None
+    class_label: Annotated[int, Ge(0)] | None = None
     """Class of every sample; default: see --class-labels."""
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., and again from the first. all: every class in turn, the
@@ -79,14 +85,14 @@ class ImageOptions:
 class MachineOptions:
     """Speed and files; of these, only the precision changes samples beyond rounding."""
 
-    batch_size: Annotated[int, Ge(1)] = 64
+    batch_size: Positive = 64
     """Samples generated at a time by each process."""
     compile: bool = False
     """Compile the network block by block with torch.compile: worth it for many samples."""
     format: Format = "png"
     """png: a file per sample; tar: WebDataset shards of PNGs, tar-npy: of arrays; npz: of
     NumPy's."""
-    per_shard: Annotated[int, Ge(1)] | None = None
+    per_shard: PositiveOrNone = None
     """Samples of a shard; default: 1024."""
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.checkpoints.load import LoadedModel, load_model
-from ddpm_engine.cli.options import exit_on_error, numbers, parse_options
+from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, numbers, parse_options
 from ddpm_engine.cli.unused_options import refuse_unused
 from ddpm_engine.errors import UserError
 from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable, check
@@ -52,7 +52,7 @@ class Options:
     """Seed of all noise: another seed, other samples."""
     ids: tuple[SampleId, SampleId] = (4, 2)
     """Ids of samples: of reverse the first, of interpolation both ends."""
-    steps: Annotated[int, Ge(1)] | None = None
+    steps: PositiveOrNone = None
     """Steps of a sample, one or two network evaluations each; default: the run's."""
     timesteps: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
     """Columns of forward, from 1; default: ten, closer together at first."""

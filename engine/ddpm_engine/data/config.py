@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from ddpm_engine.bounds import Ge, Gt, out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.errors import UserError
 
 
@@ -23,21 +23,21 @@ class DataConfig:
     CIFAR's binary version, an IDX file, hf:NAME[:SPLIT], digits, or photos."""
     mix_with: tuple[str, ...] = ()
     """Further sets, folders or URLs, to mix with the first."""
-    weights: tuple[int, ...] = ()
+    weights: tuple[Annotated[int, Ge(1)], ...] = ()
     """Relative numbers of samples from each set, the first set's before those of mix_with; integers
     from 1."""
     cache: Path | None = None
     """Folder on a local disk for shards of a URL; default: one of the user's in the temporary
     directory."""
-    cache_gb: Annotated[float, Gt(0)] = 64.0
+    cache_gb: Annotated[float, Gt(0), Le(1e9)] = 64.0
     """Limit on the size of that folder in 10⁹ bytes; greater than 0."""
     allow_pipe: bool = False
     """Permission for pipe: patterns to run their command in a shell."""
     horizontal_flip: bool = False
     """Random mirroring of each image, with probability one half."""
-    window_shards: Annotated[int, Ge(1)] = 16
+    window_shards: Annotated[int, Ge(1), Le(2**31 - 1)] = 16
     """Number of shuffled shards in each window, within which samples are shuffled; from 1."""
-    workers: Annotated[int, Ge(0)] = 2
+    workers: Annotated[int, Ge(0), Le(1024)] = 2
     """Number of decoding processes of each rank, from 0; the order of samples does not depend on
     it."""
     max_bad_samples: Annotated[int, Ge(0)] = 100

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from ddpm_engine.bounds import Ge, out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
 from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
@@ -26,19 +26,19 @@ class DiffusionConfig:
 
     schedule: Literal["linear", "cosine", "sigmoid", "edm"] = "linear"
     """Shape of the noise schedule; edm: log sigma rises linearly."""
-    timesteps: Annotated[int, Ge(1)] = 1000
-    """Length T of the chain, in timesteps, 2 at least for edm."""
-    beta_start: float = 1e-4
+    timesteps: Annotated[int, Ge(1), Le(1_000_000)] = 1000
+    """Length T of the chain, in timesteps, 2 at least for edm, at most 1000000."""
+    beta_start: Annotated[float, Gt(0), Lt(1)] = 1e-4
     """First beta of the linear schedule, between 0 and 1."""
-    beta_end: float = 0.02
+    beta_end: Annotated[float, Gt(0), Lt(1)] = 0.02
     """Last beta of the linear schedule, between 0 and 1."""
     betas: tuple[float, ...] | None = None
     """Betas themselves, one for each timestep; None: the shape describes them."""
-    sigma_min: float = 0.002
+    sigma_min: Annotated[float, Gt(0), Le(1e9)] = 0.002
     """First noise level sigma of the edm schedule, positive, where sampling ends."""
-    sigma_max: float = 80.0
+    sigma_max: Annotated[float, Gt(0), Le(1e9)] = 80.0
     """Last noise level sigma of the edm schedule, where sampling begins."""
-    sigma_data: float = 0.5
+    sigma_data: Annotated[float, Gt(0), Le(1e9)] = 0.5
     """Standard deviation of the images' values, in [-1, 1], that edm prediction assumes."""
     prediction: Prediction = "eps"
     """Prediction of the network: the noise, the clean image or the velocity; edm: a mixture of

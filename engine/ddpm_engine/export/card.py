@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.classes import listed
+from ddpm_engine.networks.files.layout import EXPORT_MARK
 
-MARK = "<!-- Written by ddpm-engine's export; exporting again replaces this folder. -->"
+MARK = f"{EXPORT_MARK}; exporting again replaces this file. -->"
 
 
 def model_card(pretrained: LoadedModel, weights: str) -> str:
@@ -168,11 +168,3 @@ def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = ""
 def _table(facts: Mapping[str, str]) -> str:
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
     return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def is_export(folder: Path) -> bool:
-    """Whether a folder is an earlier export."""
-    try:
-        return MARK in (folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False

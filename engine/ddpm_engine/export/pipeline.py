@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write, fsync_directory
+from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
-from ddpm_engine.export.card import is_export, model_card
+from ddpm_engine.export.card import MARK, model_card
+from ddpm_engine.networks.files.layout import CARD, is_export
 
 
 def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") -> None:
     """Write a model as a pipeline of diffusers, with a model card; diffusers is not needed.
 
-    The folder, as `LoadedModel.save_pretrained` writes it, is written beside `out` and renamed:
-    `out` is whole or not there. An earlier export at `out` is replaced.
+    The files of an earlier export at `out` are replaced, and nothing else in the folder is touched:
+    not a `.git`, nor notes. If `out` is a link, they are where it leads. An export that is
+    interrupted leaves the earlier one, or a folder that `load` refuses and that the next one
+    completes.
 
     Args:
         pretrained: the model.
@@ -27,46 +30,35 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
         UserError: diffusers has no such network or no sampler that takes the steps it was distilled
             to, `out` holds something else, or it cannot be written.
     """
-    out = out.absolute()
     pretrained.check_export()
-    if out.exists() and not is_export(out) and not _is_empty_folder(out):
+    folder = Path(os.path.realpath(out))
+    begins = not is_export(folder)
+    if begins and folder.exists() and not _is_free(folder):
         raise UserError(
             f"`out` {out} exists and is not an export; choose another, or remove it", "out"
         )
-    temporary = out.with_name(out.name + TEMPORARY_SUFFIX)
+    made = not folder.exists()
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        pretrained.save_pretrained(temporary)
-        with atomic_write(temporary / "README.md") as file:
-            file.write(model_card(pretrained, weights).encode())
-        _put_in_place(temporary, out)
-    except OSError as error:
+        if begins:
+            # Whatever happens from here on, the folder says whose it is.
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / CARD) as file:
+                file.write(f"{MARK}\n\nThis export has not finished.\n".encode())
+        pretrained.save_pretrained(folder, model_card(pretrained, weights))
+    except (OSError, UserError) as error:
+        if begins:
+            with suppress(OSError):
+                (folder / CARD).unlink()
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"writing `out` {out} failed: {error}; make room there, or choose another", "out"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(temporary: Path, out: Path) -> None:
-    for folder in (temporary / "unet", temporary / "scheduler", temporary):
-        fsync_directory(folder)
-    before = out.with_name(out.name + ".old")
-    replaces = is_export(out)
-    if replaces:
-        # A folder cannot be renamed over a full one. Until the next rename there is none at `out`;
-        # the former one is whole in `.old`.
-        shutil.rmtree(before, ignore_errors=True)
-        os.replace(out, before)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        if replaces:
-            os.replace(before, out)
-        raise
-    fsync_directory(out.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but hidden files such as `.git`."""
+    return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())

@@ -22,6 +22,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.networks.files.weights import fill, read_pickle
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.paths import user_path
 
 _GROUPS = 32  # of every norm in these libraries
 
@@ -90,6 +91,7 @@ def load_guided_unet(
             f"num_heads is {num_heads} and num_head_channels is {num_head_channels}: the file does "
             "not say how attention is split, so give one of them, as in training"
         )
+    file = user_path(file)
     tensors = read_pickle(file).tensors
     for name in _LANDMARKS:
         if name not in tensors:

@@ -7,8 +7,9 @@ from pathlib import Path
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.interop import scheduler
-from ddpm_engine.json_files import write_json
-from ddpm_engine.networks.files.layout import INDEX, SCHEDULER_CONFIG
+from ddpm_engine.networks.files.layout import CARD, INDEX, NETWORK_CONFIG, SCHEDULER_CONFIG
+from ddpm_engine.networks.files.together import json_writer, text_writer, write_together
+from ddpm_engine.networks.files.weights import check_no_other_weights
 from ddpm_engine.networks.unet import files
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
@@ -55,8 +56,9 @@ def write_pipeline(
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     distillation: DistillationConfig,
+    card: str | None = None,
 ) -> None:
-    """Write a model as a pipeline of diffusers.
+    """Write a model as a pipeline of diffusers; other files in the folder stay.
 
     A distilled network is a `DDIMPipeline`, any other a `DDPMPipeline`. For an EDM network, which
     no pipeline of diffusers samples from, network and scheduler are written without an index.
@@ -67,20 +69,45 @@ def write_pipeline(
         diffusion: its process.
         sampling: how it is sampled.
         distillation: how it was distilled, if it was.
+        card: text of its README.md.
 
     Raises:
-        UserError: as `check_pipeline`.
+        UserError: as `check_pipeline`, or the folder holds parts of a model of another kind.
         OSError: the folder cannot be written.
     """
     check_pipeline(network.config, diffusion, sampling, distillation)
     process = scheduler.scheduler_entries(diffusion, sampling, distillation)
-    network.save_pretrained(folder / "unet")
-    (folder / "scheduler").mkdir(exist_ok=True)
-    write_json(folder / "scheduler" / SCHEDULER_CONFIG, process)
+    _check_parts(folder)
+    null_class = network.conditioning.null_class
+    unet = files.unet_writers(network.config, network.state_dict(), null_class)
+    writers = {f"unet/{name}": writer for name, writer in unet.items()}
+    writers[f"scheduler/{SCHEDULER_CONFIG}"] = json_writer(process)
+    if card is not None:
+        writers[CARD] = text_writer(card)
+    entries = [f"unet/{NETWORK_CONFIG}"]
     sampler = process["_class_name"]
     if sampler in _PIPELINES:
         parts = {"scheduler": ["diffusers", sampler], "unet": ["diffusers", files.CLASS]}
-        write_json(folder / INDEX, {"_class_name": _PIPELINES[sampler], **parts})
+        writers[INDEX] = json_writer({"_class_name": _PIPELINES[sampler], **parts})
+        entries.append(INDEX)
+    write_together(folder, writers, entries, obsolete=[INDEX])
+
+
+def _check_parts(folder: Path) -> None:
+    """Refuse a folder in which something else would be read, or written, in place of the parts."""
+    for name in ("unet", "scheduler"):
+        part = folder / name
+        if part.is_symlink() or (part.exists() and not part.is_dir()):
+            raise UserError(
+                f"{part} is {'a link' if part.is_symlink() else 'a file'}, and a folder of that "
+                "name is to be written; move it elsewhere, or choose another folder"
+            )
+    if (folder / "unet_ema").exists():
+        raise UserError(
+            f"{folder / 'unet_ema'} would be read in place of the new network; move it elsewhere, "
+            "or choose another folder"
+        )
+    check_no_other_weights(folder / "unet")
 
 
 def _check_distilled(

@@ -192,12 +192,25 @@ def _read_distilled(entries: Entries) -> DistillationConfig:
             )
 
 
+def _read_prediction(entries: Entries) -> str:
+    """What the network predicts, also as diffusers wrote it before version 0.6."""
+    predicts_noise = entries.take_optional("predict_epsilon", bool, None)
+    former = {None: "epsilon", True: "epsilon", False: "sample"}[predicts_noise]
+    prediction = entries.take("prediction_type", str, former)
+    if predicts_noise is not None and prediction != former:
+        entries.refuse(
+            "predict_epsilon", predicts_noise,
+            f"but prediction_type is {prediction}; remove the one that is not so",
+        )  # fmt: skip
+    return prediction
+
+
 def _read_process(entries: Entries) -> DiffusionConfig:
     timesteps = entries.take("num_train_timesteps", int, 1000)
     start = entries.take("beta_start", float, 1e-4)
     end = entries.take("beta_end", float, 0.02)
     shape = entries.take("beta_schedule", str, "linear")
-    prediction = entries.take("prediction_type", str, "epsilon")
+    prediction = _read_prediction(entries)
     if prediction not in _PREDICTIONS:
         entries.refuse("prediction_type", prediction, f"it must be one of {tuple(_PREDICTIONS)}")
     betas = entries.take_optional("trained_betas", list, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
@@ -24,7 +25,8 @@ def build_network(config: Any, initialised: bool = True) -> Network:
             arbitrary, for a checkpoint to overwrite.
 
     Raises:
-        UserError: a configuration of no known network, or a shape that cannot be built.
+        UserError: a configuration of no known network, a shape that cannot be built, or weights
+            that do not fit into memory.
     """
     if type(config) not in NETWORKS:
         known = ", ".join(kind.__name__ for kind in NETWORKS)
@@ -32,10 +34,12 @@ def build_network(config: Any, initialised: bool = True) -> Network:
             f"model is a {type(config).__name__}, which describes no known network; use one of "
             f"{known}, or add yours to ddpm_engine.networks.registry.NETWORKS"
         )
-    if initialised:
-        return NETWORKS[type(config)](config)
     with torch.device("meta"):
         network = NETWORKS[type(config)](config)
+    weights = sum(tensor.numel() * tensor.itemsize for tensor in network.parameters())
+    check_fits(weights, "model", "make the network smaller, as by fewer `model.block_out_channels`")
+    if initialised:
+        return NETWORKS[type(config)](config)
     # Buffers may be computed by the constructor and be in no checkpoint.
     computed = any(True for _ in network.buffers())
     return NETWORKS[type(config)](config) if computed else network.to_empty(device="cpu")

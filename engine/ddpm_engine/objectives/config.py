@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ddpm_engine.bounds import Ge, Gt, out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.config import SamplingConfig
 
@@ -20,7 +20,7 @@ class ObjectiveConfig:
     """Weight of each timestep's squared error; simple: all alike."""
     min_snr_gamma: Annotated[float, Gt(0)] = 5.0
     """Signal-to-noise ratio at which min-snr weights are clamped, positive."""
-    p2_gamma: Annotated[float, Ge(0)] = 1.0
+    p2_gamma: Annotated[float, Ge(0), Le(100)] = 1.0
     """Exponent of p2 weights, 0 (all alike) or more: how much less timesteps of little noise count.
     """
     p2_k: Annotated[float, Gt(0)] = 1.0
@@ -29,15 +29,15 @@ class ObjectiveConfig:
     """Variance of each step learned too, from the bound: the hybrid objective."""
     timestep_sampling: Literal["uniform", "logit-normal", "importance"] = "uniform"
     """Distribution of the timesteps that are trained; importance: by how much the loss varies."""
-    logit_mean: float = 0.0
+    logit_mean: Annotated[float, Ge(-100), Le(100)] = 0.0
     """Mean of log(t / (T − t)) in logit-normal timestep sampling."""
-    logit_std: Annotated[float, Gt(0)] = 1.0
+    logit_std: Annotated[float, Gt(0), Le(100)] = 1.0
     """Standard deviation of log(t / (T − t)) in logit-normal timestep sampling, positive."""
-    offset_noise: Annotated[float, Ge(0)] = 0.0
+    offset_noise: Annotated[float, Ge(0), Le(100)] = 0.0
     """Standard deviation of noise added to each channel as a whole; images span −1 to 1."""
-    p_mean: float = -1.2
+    p_mean: Annotated[float, Ge(-20), Le(20)] = -1.2
     """Mean of ln sigma over the noise levels that are trained, with edm prediction."""
-    p_std: Annotated[float, Gt(0)] = 1.2
+    p_std: Annotated[float, Gt(0), Le(20)] = 1.2
     """Standard deviation of ln sigma over those noise levels, positive."""
 
     def problems(self) -> Iterator[UserError]:
@@ -63,23 +63,24 @@ class DistillationConfig:
     method: DistillationMethod = "progressive"
     """Method: two steps of the last student learned as one; consistency with oneself one step
     later; or, from a student of these, the teacher's conditional moments."""
-    steps: int = 4
+    steps: Annotated[int, Ge(1)] = 4
     """Steps of a sample of the last student: of ddim, or with moments, of ddpm."""
-    start_steps: int = 64
+    start_steps: Annotated[int, Ge(1)] = 64
     """Steps of ddim that the first teacher takes, 2, 4, 8, … times as many; with moments, as
     many."""
-    guidance_scale: float | None = None
+    guidance_scale: Annotated[float, Ge(-1000), Le(1000)] | None = None
     """Guidance scale of the teacher, which its students then have built in; None: no guidance."""
     student: Path | None = None
     """Run that has been distilled to as many steps, which moments continues."""
 
     def problems(self) -> Iterator[UserError]:
-        """Report everything wrong with the values, if anything is distilled."""
-        if self.teacher is None:
+        """Report everything wrong with the values, and with their combination if it distils."""
+        bounds = list(out_of_bounds(self))
+        yield from bounds
+        if bounds or self.teacher is None:
             return
-        wrong = self.steps < 1
         if self.method == "moments":
-            if wrong or self.start_steps != self.steps:
+            if self.start_steps != self.steps:
                 yield UserError(
                     f"`start_steps` is {self.start_steps} and `steps` {self.steps}; moments takes "
                     "no more of its teacher, so both must be the same",
@@ -93,7 +94,7 @@ class DistillationConfig:
                     "student",
                 )
             return
-        if wrong or self.stages < 1 or self.start_steps != self.steps << self.stages:
+        if self.stages < 1 or self.start_steps != self.steps << self.stages:
             yield UserError(
                 f"`start_steps` is {self.start_steps} and `steps` {self.steps}; the first must be "
                 "2, 4, 8, … times the second, as 64 and 4",

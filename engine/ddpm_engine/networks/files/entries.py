@@ -13,6 +13,7 @@ from ddpm_engine.json_files import as_float, as_int, described, read_object
 
 T = TypeVar("T")
 
+_LISTED = 8
 _LARGEST = 1_000_000
 """A damaged or hostile file should not make us reserve all memory."""
 
@@ -109,6 +110,16 @@ class Entries:
             UserError: always; it names the file, the entry and the reason.
         """
         raise UserError(f"{name} is {described(value)} in {self.path}: {reason}")
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, for messages that say what is missing there."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return "nothing that can be read"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}" if names else "nothing"
 
 
 def read_part(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.paths import user_path
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ["*.json", "*.safetensors", "*.bin"]
@@ -20,9 +21,9 @@ def local_folder(path: Path | str) -> Path:
         path: of a folder, or a name.
 
     Raises:
-        UserError: the model cannot be downloaded; the message says why.
+        UserError: no path at all, or the model cannot be downloaded; the message says why.
     """
-    name, folder = str(path), Path(path)
+    name, folder = str(path), user_path(path)
     if folder.exists() or not _NAME.fullmatch(name) or folder.parent.exists():
         return folder
     try:

@@ -5,6 +5,8 @@ DIR/model_index.json                           DIR/config.json
 DIR/unet/config.json                           DIR/scheduler_config.json
 DIR/unet/diffusion_pytorch_model.safetensors   DIR/diffusion_pytorch_model.bin
 DIR/scheduler/scheduler_config.json
+
+and what its training saves meanwhile: DIR/unet and DIR/unet_ema, the average, beside the optimizer.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_part
+from ddpm_engine.networks.files.entries import listing, read_part
 
 INDEX = "model_index.json"
 NETWORK_CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
+_AVERAGE = "unet_ema"
+CARD = "README.md"
+EXPORT_MARK = "<!-- Written by ddpm-engine's export"
+"""What the card of an export of ours begins its text with."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,27 @@ class Layout:
 
 def is_diffusers(path: Path) -> bool:
     """Whether a folder looks like something that diffusers saved."""
-    if (path / INDEX).exists() or (path / "unet" / NETWORK_CONFIG).exists():
+    known = (INDEX, f"unet/{NETWORK_CONFIG}", f"{_AVERAGE}/{NETWORK_CONFIG}")
+    if any((path / name).exists() for name in known) or is_export(path):
         return True
     config = path / NETWORK_CONFIG
     return config.exists() and "_class_name" in read_part(config)
 
 
-def find_layout(path: Path) -> Layout:
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export of ours, finished or not."""
+    try:
+        return EXPORT_MARK in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
+def find_layout(path: Path, averaged: bool = True) -> Layout:
     """Find the parts of a saved model.
+
+    Args:
+        path: of the model's folder.
+        averaged: which network of a training checkpoint; that of any other folder is what it is.
 
     Raises:
         UserError: there is no such folder or no network in it, or the model has further parts.
@@ -51,13 +70,30 @@ def find_layout(path: Path) -> Layout:
         )
     if (path / INDEX).exists():
         _check_parts(path / INDEX)
+    elif (path / _AVERAGE / NETWORK_CONFIG).exists():
+        return _training_layout(path, averaged)
     if (path / "unet" / NETWORK_CONFIG).exists():
         return Layout(path / "unet", path / "scheduler" / SCHEDULER_CONFIG)
     if (path / NETWORK_CONFIG).exists():
         return Layout(path, path / SCHEDULER_CONFIG)
+    if is_export(path):
+        raise UserError(f"the export to {path} was interrupted; run it again")
     raise UserError(
-        f"{path} holds no diffusers model: neither unet/{NETWORK_CONFIG} nor {NETWORK_CONFIG}"
+        f"{path} holds no diffusers model, neither unet/{NETWORK_CONFIG} nor {NETWORK_CONFIG}, but "
+        f"{listing(path)}"
     )
+
+
+def _training_layout(path: Path, averaged: bool) -> Layout:
+    """The parts of a training checkpoint; its pipeline, if there is one, is in the folder above."""
+    network = path / (_AVERAGE if averaged else "unet")
+    if not (network / NETWORK_CONFIG).exists():
+        raise UserError(
+            f"{path} holds the averaged network {_AVERAGE} and not {network.name}; ask for the "
+            "average: `weights` ema"
+        )
+    places = [path / "scheduler" / SCHEDULER_CONFIG, path.parent / "scheduler" / SCHEDULER_CONFIG]
+    return Layout(network, next((place for place in places if place.exists()), places[0]))
 
 
 def _check_parts(index: Path) -> None:

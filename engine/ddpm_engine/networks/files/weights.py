@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, sha256_of
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.files.entries import read_part
+from ddpm_engine.networks.files.entries import listing, read_part
+from ddpm_engine.networks.files.together import Writer
 
-SAFETENSORS = "diffusion_pytorch_model.safetensors"
-_INDEX = SAFETENSORS + ".index.json"
-_PICKLE = "diffusion_pytorch_model.bin"
+_STEM = "diffusion_pytorch_model"
+SAFETENSORS = f"{_STEM}.safetensors"
+_PRECISIONS = ("", ".fp16", ".bf16")
+_NOT_AVERAGED = (".non_ema", ".non_ema.fp16")
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,32 @@ class Weights:
     """What a safetensors file says of itself."""
 
 
-def read_weights(folder: Path) -> Weights:
+def read_weights(folder: Path, averaged: bool = True) -> Weights:
     """Read the weights that diffusers saved in a folder, safetensors if there are any.
+
+    Those of full precision come first, then the variants of half precision.
+
+    Args:
+        folder: of the network.
+        averaged: False: rather the variant `non_ema`, weights without averaging, if there is one.
 
     Raises:
         UserError: no weight file, or a damaged one.
     """
-    if (folder / SAFETENSORS).exists():
-        return _read_safetensors(folder / SAFETENSORS)
-    if (folder / _INDEX).exists():
-        return _read_shards(folder / _INDEX)
-    if (folder / _PICKLE).exists():
-        return read_pickle(folder / _PICKLE)
+    for variant in _PRECISIONS if averaged else (*_NOT_AVERAGED, *_PRECISIONS):
+        for kind, read in _READERS.items():
+            file = folder / f"{_STEM}{kind.format(variant=variant)}"
+            if file.exists():
+                return read(file)
+    if any(".non_ema." in path.name for path in folder.glob(f"{_STEM}*")):
+        raise UserError(
+            f"there are no averaged weights in {folder}, only those without averaging (non_ema); "
+            "ask for these: `weights` model"
+        )
     raise UserError(
-        f"there are no weights in {folder}: it needs {SAFETENSORS}, {_INDEX} with its shards, or "
-        f"{_PICKLE}; download or save the whole model again"
+        f"there are no weights in {folder}, which holds {listing(folder)}: it needs "
+        f"{SAFETENSORS}, that with .index.json and its shards, or {_STEM}.bin, or the same with "
+        ".fp16 before the ending; download or save the whole model again"
     )
 
 
@@ -78,24 +90,48 @@ def read_pickle(file: Path) -> Weights:
     return Weights(dict(values), sha256_of(file))
 
 
-def write_weights(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, and wait until they are on the disk.
+def check_no_other_weights(folder: Path) -> None:
+    """Check that a folder holds no weights that would be read in place of `SAFETENSORS`.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: naming them.
     """
-    # safetensors takes only contiguous tensors; ours are channels-last.
-    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, file, dict(metadata))
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
+    own = (SAFETENSORS, SAFETENSORS + TEMPORARY_SUFFIX)
+    others = sorted(path for path in folder.glob(f"{_STEM}*") if path.name not in own)
+    if others:
+        names = ", ".join(path.name for path in others)
+        raise UserError(
+            f"{folder} holds other weights ({names}), which might be read in place of the new "
+            "ones; move them elsewhere, or choose another folder"
+        )
+
+
+def weights_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
+    """Write tensors as safetensors; an error of that library becomes an `OSError`."""
+
+    def write(path: Path) -> None:
+        # safetensors takes only contiguous tensors; ours are channels-last.
+        contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contiguous, path, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    return write
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
     """Copy tensors into a model's parameters, which keep their precision.
+
+    Raises:
+        UserError: as `check_tensors`.
+    """
+    check_tensors(model, tensors, origin)
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
+    """Check that tensors are those of a model.
 
     Raises:
         UserError: the tensors have not exactly the model's names and shapes.
@@ -120,7 +156,6 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path) -> None:
             f"({len(differences)} tensors differ):\n       {shown}\n"
             "       download or save both again"
         )
-    model.load_state_dict(dict(tensors))
 
 
 def _read_safetensors(file: Path) -> Weights:
@@ -144,8 +179,18 @@ def _read_shards(index: Path) -> Weights:
     tensors: dict[str, Tensor] = {}
     hashes = {}
     for name in sorted(set(weight_map.values())):
-        shard = _read_safetensors(index.parent / name)
+        read = read_pickle if name.endswith(".bin") else _read_safetensors
+        shard = read(index.parent / name)
         tensors |= shard.tensors
         hashes[name] = shard.hash
     digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     return Weights(tensors, digest)
+
+
+_READERS: dict[str, Callable[[Path], Weights]] = {
+    "{variant}.safetensors": _read_safetensors,
+    ".safetensors.index{variant}.json": _read_shards,
+    "{variant}.bin": read_pickle,
+    ".bin.index{variant}.json": _read_shards,
+}
+"""Endings of weight files, which a variant is named in, and their readers."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from ddpm_engine.bounds import Ge, Gt, Lt, out_of_bounds
+from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
 from ddpm_engine.errors import UserError
 
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
@@ -19,13 +19,13 @@ AttentionKernel = Literal["sdpa", "xformers", "auto"]
 class UNetConfig:
     """Shape of the U-Net; names and meaning as in diffusers' `UNet2DModel`."""
 
-    sample_size: Annotated[int, Ge(1)] = 32
+    sample_size: Annotated[int, Ge(1), Le(2**16)] = 32
     """Side of the images, in pixels."""
-    in_channels: Annotated[int, Ge(1)] = 3
+    in_channels: Annotated[int, Ge(1), Le(2**16)] = 3
     """Channels of the noisy image."""
-    out_channels: Annotated[int, Ge(1)] = 3
+    out_channels: Annotated[int, Ge(1), Le(2**17)] = 3
     """Channels of the output; twice those of the image if variance is learned."""
-    block_out_channels: tuple[Annotated[int, Ge(1)], ...] = (128, 256, 256, 256)
+    block_out_channels: tuple[Annotated[int, Ge(1), Le(2**20)], ...] = (128, 256, 256, 256)
     """Channels of each resolution level, highest resolution first."""
     down_block_types: tuple[DownBlock, ...] = (
         "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D",
@@ -35,7 +35,7 @@ class UNetConfig:
         "UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D",
     )  # fmt: skip
     """Blocks on the way up, lowest first."""
-    layers_per_block: Annotated[int, Ge(1)] = 2
+    layers_per_block: Annotated[int, Ge(1), Le(1000)] = 2
     """Residual blocks of each level on the way down (one more on the way up)."""
     attention_head_dim: Annotated[int, Ge(1)] | None = None
     """Channels of an attention head; None: one head."""
@@ -43,7 +43,7 @@ class UNetConfig:
     """Groups of every GroupNorm; they divide the channels of every level."""
     attn_norm_num_groups: Annotated[int, Ge(1)] | None = None
     """Groups of the middle attention; None: the same, or no norm if scale_shift."""
-    norm_eps: Annotated[float, Gt(0)] = 1e-6
+    norm_eps: Annotated[float, Gt(0), Lt(1e6)] = 1e-6
     """Epsilon of every GroupNorm, positive."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Dropout probability inside the residual blocks, from 0 to below 1."""
@@ -51,13 +51,13 @@ class UNetConfig:
     """Time embedding: added, or scale and shift of the second norm."""
     downsample_padding: int = 0
     """Padding: 0: right and bottom by one, as the paper's code; 1: all sides."""
-    mid_block_scale_factor: Annotated[float, Gt(0)] = 1.0
+    mid_block_scale_factor: Annotated[float, Gt(0), Lt(1e6)] = 1.0
     """Divisor of the middle block's residual sums."""
     flip_sin_to_cos: bool = False
     """Time embedding as [cos, sin] instead of the paper's [sin, cos]."""
-    freq_shift: int = 1
+    freq_shift: Annotated[int, Ge(0)] = 1
     """Shift of the frequency count in the time embedding's exponent."""
-    num_class_embeds: Annotated[int, Ge(1)] | None = None
+    num_class_embeds: Annotated[int, Ge(1), Le(2**31 - 1)] | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
     low_resolution: Annotated[int, Ge(1)] | None = None
     """Side in pixels of the low-resolution image, a divisor of the sample size; None: no

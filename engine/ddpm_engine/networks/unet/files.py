@@ -11,10 +11,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from ddpm_engine.errors import UserError
-from ddpm_engine.json_files import write_json
 from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG
-from ddpm_engine.networks.files.weights import SAFETENSORS, read_weights, write_weights
+from ddpm_engine.networks.files.together import Writer, json_writer, write_together
+from ddpm_engine.networks.files.weights import (
+    SAFETENSORS,
+    check_no_other_weights,
+    read_weights,
+    weights_writer,
+)
 from ddpm_engine.networks.unet.config import UNetConfig, check_shape
 
 CLASS = "UNet2DModel"
@@ -45,14 +50,18 @@ class StoredUNet:
     """Label of the null class, if the file says so; ours do."""
 
 
-def read_unet(folder: Path) -> StoredUNet:
+def read_unet(folder: Path, averaged: bool = True) -> StoredUNet:
     """Read the network whose `config.json` and weights are in a folder.
+
+    Args:
+        folder: of the network.
+        averaged: see `read_weights`.
 
     Raises:
         UserError: a part is missing or damaged, or `UNet` cannot be that network.
     """
     config = read_config(folder / NETWORK_CONFIG)
-    weights = read_weights(folder)
+    weights = read_weights(folder, averaged)
     null_class = weights.metadata.get("null_class", "")
     return StoredUNet(
         config,
@@ -68,22 +77,34 @@ def write_unet(
     """Write a network as diffusers' `UNet2DModel` is saved.
 
     Args:
-        folder: created if missing.
+        folder: created if missing; other files in it stay.
         config: of the network.
         tensors: its state dict.
         null_class: label of the null class, which diffusers' files do not record.
 
     Raises:
-        UserError: diffusers has no such network.
+        UserError: diffusers has no such network, or the folder holds weights of another kind.
         OSError: the folder cannot be written.
     """
-    entries = config_entries(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_no_other_weights(folder)
+    write_together(folder, unet_writers(config, tensors, null_class), [NETWORK_CONFIG])
+
+
+def unet_writers(
+    config: UNetConfig, tensors: Mapping[str, Tensor], null_class: int | None
+) -> dict[str, Writer]:
+    """Writers of the files of `write_unet`, by name.
+
+    Raises:
+        UserError: diffusers has no such network.
+    """
     metadata = {"format": "pt"}  # without it diffusers does not read the file
     if null_class is not None:
         metadata["null_class"] = str(null_class)
-    write_weights(folder / SAFETENSORS, tensors, metadata)
-    write_json(folder / NETWORK_CONFIG, entries)
+    return {
+        SAFETENSORS: weights_writer(tensors, metadata),
+        NETWORK_CONFIG: json_writer(config_entries(config)),
+    }
 
 
 def read_config(file: Path) -> UNetConfig:

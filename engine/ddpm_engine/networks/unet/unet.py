@@ -13,7 +13,7 @@ from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import find_layout
-from ddpm_engine.networks.files.weights import fill
+from ddpm_engine.networks.files.weights import check_tensors
 from ddpm_engine.networks.unet.attention import Attention, choose_attention
 from ddpm_engine.networks.unet.blocks import (
     DownLevel,
@@ -200,8 +200,9 @@ class UNet(Network):
         """
         with torch.device("meta"):  # no initial weights, which take seconds
             network = cls(stored.config)
-        network.to_empty(device="cpu")
-        fill(network, stored.tensors, origin)
+        # Before memory is taken for a shape that the weights do not have.
+        check_tensors(network, stored.tensors, origin)
+        network.to_empty(device="cpu").load_state_dict(dict(stored.tensors))
         return network.eval()
 
     def save_pretrained(self, path: Path | str) -> None:

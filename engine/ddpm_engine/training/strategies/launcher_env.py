@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from ddpm_engine.config import TrainingConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import as_int, described, read_object
 
 _PLUG_INS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 _FILES = "launch/accelerate/"
@@ -29,6 +29,7 @@ _OURS = {
     "bf16": "`training.precision`",
     "torch_autocast": "`training.precision`",
 }
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 @dataclass(frozen=True)
@@ -113,26 +114,32 @@ def _read_deepspeed_config(environment: Mapping[str, str]) -> dict[str, Any]:
             f"deepspeed_config_file, as {_FILES}zero2.yaml does"
         )
     try:
-        config = json.loads(Path(path).read_text())
-        zero = config.get("zero_optimization", {})
-        stage = zero.get("stage", 0)
-    except OSError as error:
+        config = read_object(Path(path))
+    except FileNotFoundError as error:
         raise UserError(
             f"DeepSpeed's configuration cannot be read: {error}; paths in a launcher's file count "
             "from the folder that the launcher is started in"
         ) from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a configuration of DeepSpeed: {error}") from None
-    if stage not in (1, 2, 3):
-        raise UserError(f"zero_optimization.stage is {stage} in {path}; it must be 1, 2 or 3")
+    zero = config.get("zero_optimization", {})
+    offloads = {} if not isinstance(zero, dict) else {key: zero.get(key, {}) for key in _OFFLOADS}
+    for name, value in [
+        ("zero_optimization", zero),
+        *((f"zero_optimization.{key}", offload) for key, offload in offloads.items()),
+    ]:
+        if not isinstance(value, dict):
+            raise UserError(f"{name} is {described(value)} in {path}; it must be a JSON object")
+    stage = zero.get("stage", 0)
+    if as_int(stage) not in (1, 2, 3):
+        raise UserError(
+            f"zero_optimization.stage is {described(stage)} in {path}; it must be 1, 2 or 3"
+        )
     for key in sorted(_OURS.keys() & config.keys()):
         raise UserError(f"{path} sets {key}; leave it out, {_OURS[key]} says it")
-    for key in ("offload_optimizer", "offload_param"):
-        where = zero.get(key, {}).get("device", "none")
+    for key, offload in offloads.items():
+        where = offload.get("device", "none")
         if where not in ("none", "cpu"):
             raise UserError(f"zero_optimization.{key}.device is {where} in {path}; use cpu or none")
-    settings: dict[str, Any] = config
-    return settings
+    return config
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:
