@@ -132,7 +132,7 @@ def test_a_damaged_file_is_named(
     files[1].write_bytes(content)
     said = evaluated(samples, status=2)
     assert str(files[1]) in said
-    assert "repair or remove it" in said
+    assert "repair or move it" in said
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def _losses(file: Path) -> tuple[list[int], list[float]]:
             row = json.loads(line)
             step, loss = row["step"], row["loss"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise Inapplicable(f"line {number} of {file} is damaged; repair or remove it") from None
+            raise Inapplicable(f"line {number} of {file} is damaged; repair that line") from None
         if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
             steps.append(step)
             losses.append(float(loss))

@@ -125,10 +125,10 @@ class SampleReader:
             except MemoryError:
                 raise
             except Exception as error:
-                raise UserError(f"cannot read {path}: {error}; repair or remove it") from error
+                raise UserError(f"cannot read {path}: {error}; repair or move it") from error
         if sample_id not in self._last[1]:
             raise UserError(
-                f"{path} has no sample {sample_id}, which its name stands for; repair or remove it"
+                f"{path} has no sample {sample_id}, which its name stands for; repair or move it"
             )
         return self._last[1][sample_id]
 
