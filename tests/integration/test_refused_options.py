@@ -203,3 +203,8 @@ def test_nothing_is_refused_that_is_a_default(refused: Refused) -> None:
     defaults = ("--seed", 0, "--weights", "ema", "--batch-size", 64, "--precision", "no")
     wrong = ("--samples", "nowhere", "--data", "nowhere", *defaults)
     assert "no folder --samples nowhere" in refused("evaluate", *wrong)
+
+
+def test_images_that_cannot_be_read_claim_no_folder(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    assert "bad.png" in refused("sample", *DDIM, "--images", tmp_path / "bad.png")
