@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.training.callbacks import preview
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
@@ -81,3 +83,17 @@ def test_an_error_is_handed_over_and_the_checkpoint_in_flight_is_finished(
         Trainer(shortened(config, 9), [recorder]).fit()
     assert recorder.calls[-2:] == ["begin 2", "over 2 enough"]
     assert CheckpointStore(config.out / "checkpoints").steps() == [2]
+
+
+def test_a_preview_that_is_not_finite_is_reported_and_training_goes_on(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def diverged(run: Run, model: object) -> torch.Tensor:
+        return torch.full((4, 1, 8, 8), torch.nan)
+
+    monkeypatch.setattr(preview, "_generate", diverged)
+    config = shortened(config, 2)
+    Trainer(replace(config, log=replace(config.log, sample_every=2, sample_steps=5))).fit()
+    (warning,) = [record.message for record in caplog.records if "not finite" in record.message]
+    assert str(config.out / "samples" / "step-00000002.png") in warning
+    assert CheckpointStore(config.out / "checkpoints").newest(())[0] is not None

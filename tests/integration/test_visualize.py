@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.figures.run_figures import FIGURES
 from ddpm_engine.training.trainer import Trainer
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "visualize.py"
@@ -97,3 +99,42 @@ def test_what_is_refused(
         assert refused.value.code == 2
         assert expected in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_figures_that_fail_leave_the_others(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(_: object) -> list[Path]:
+        raise UserError("not finite: sample 4 of seed 0")
+
+    monkeypatch.setitem(FIGURES, "reverse", fails)
+    figures = tmp_path / "figures"
+    with pytest.raises(SystemExit, match="2"):
+        visualize(monkeypatch, "--checkpoint", trained, "--only", "reverse,loss", "--out", figures)
+    assert capsys.readouterr().err == "error: not finite: sample 4 of seed 0\n"
+    assert [path.name for path in figures.iterdir()] == ["loss.png"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('{"step": 1, "loss": 1.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 1}\n', ""),
+        ('{"step": 1, "loss": null}\n', "has no losses yet"),
+        ('{"step": 1, "loss": 1.5}\n{"step"', "line 2 of "),
+        ("[]\n", "line 1 of "),
+    ],
+)
+def test_losses_that_are_missing_or_damaged(
+    lines: str, said: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (trained / "metrics.jsonl").write_text(lines)
+    words = ("--checkpoint", trained, "--only", "loss", "--out", tmp_path / "figures")
+    if said:
+        with pytest.raises(SystemExit, match="2"):
+            visualize(monkeypatch, *words)
+        assert said in capsys.readouterr().err
+    else:
+        visualize(monkeypatch, *words)
+        assert (tmp_path / "figures" / "loss.png").exists()

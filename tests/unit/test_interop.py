@@ -96,6 +96,12 @@ def test_a_run_is_known_by_its_checkpoints(run: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "run").step == 1234
 
 
+def test_another_librarys_model_has_one_set_of_weights(run: Path, tmp_path: Path) -> None:
+    load_model(run).save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"`weights` is model, .* a model of diffusers"):
+        load_model(tmp_path / "saved", weights="model")
+
+
 # --- Refusals
 
 

@@ -192,6 +192,12 @@ def load_model(
     """
     path = local_folder(path)
     foreign = not _is_run(path) and is_diffusers(path)
+    if foreign and weights != "ema":
+        raise UserError(
+            f"`weights` is {weights}, which chooses among those of a run, but {path} is a model "
+            "of diffusers, which has one set; leave it out",
+            "weights",
+        )
     loaded = _load_diffusers(path, weights) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
     return loaded

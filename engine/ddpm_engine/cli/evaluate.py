@@ -251,6 +251,8 @@ def compare(
     real = open_real_images(real_location(options, loaded), source.shape, chosen.reference_count)
     metrics = [metric for metric in parse_metrics(options) if metric != "nll"]
     comparing.check_counts(metrics, len(source.ids), len(real))
+    if "accuracy" in metrics:
+        comparing.check_labels([source.images.label_of(k) for k in source.ids])
     cache = chosen.cache or default_cache()
     network = feature_network(
         chosen.features, source.shape[0], device, weights=chosen.inception_weights, cache=cache

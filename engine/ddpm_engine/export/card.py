@@ -54,7 +54,7 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
     distillation = pretrained.config.distillation
     if distillation.teacher is not None:
         process["distilled"] = (
-            f"from `{distillation.teacher.name}`, to {sampling.steps} steps, by "
+            f"from `{distillation.teacher.resolve().name}`, to {sampling.steps} steps, by "
             f"{distillation.method} distillation"
         )
         if distillation.guidance_scale is not None:

@@ -116,6 +116,14 @@ class Exhibit:
         )
         return samples_at(dataset, range(_GRID)).images.permute(0, 2, 3, 1).numpy()
 
+    @cached_property
+    def drawn(self) -> np.ndarray:
+        """Samples of the model: uint8 `[64 or fewer, H, W, C]`."""
+        if self.samples is None:
+            return self.generated(_GRID, self.sampling)
+        reader = open_images(self.samples)
+        return reader.read(sorted(reader.ids())[:_GRID])
+
     def generated(self, count: int, sampling: SamplingConfig) -> np.ndarray:
         """Generate the first samples of the seed: uint8 `[count, H, W, C]`."""
         request = SampleRequest(seed=self.seed, sampling=sampling)
@@ -131,13 +139,16 @@ def check(exhibit: Exhibit, names: Collection[str]) -> None:
         names: of the figures.
 
     Raises:
-        UserError: steps or timesteps that the schedule does not have, or no samples in the folder.
+        UserError: steps or timesteps that the schedule does not have, one id twice, or a folder
+            without samples, or with damaged ones.
     """
     if "real-and-drawn" in names and exhibit.samples is not None:
-        open_images(exhibit.samples)
+        _ = exhibit.drawn
     if "reverse" in names or ("real-and-drawn" in names and exhibit.samples is None):
         request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
         Sampler(unrestricted(exhibit.trained), request)
+    if "interpolation" in names and exhibit.ids[0] == exhibit.ids[1]:
+        raise UserError(f"`ids` is {exhibit.ids}; interpolation needs two different ones", "ids")
     if "forward" in names and exhibit.timesteps is not None:
         check_shown(exhibit.trained.schedule, exhibit.timesteps)
 
@@ -148,11 +159,7 @@ def real_and_drawn(exhibit: Exhibit) -> list[Path]:
     Raises:
         UserError: the folder of samples holds no images.
     """
-    if exhibit.samples is None:
-        samples = exhibit.generated(_GRID, exhibit.sampling)
-    else:
-        reader = open_images(exhibit.samples)
-        samples = reader.read(sorted(reader.ids())[:_GRID])
+    samples = exhibit.drawn
     path = exhibit.out / "real-and-drawn.png"
     side_by_side(exhibit.real[: len(samples)], samples, ("real", "drawn by the model"), path)
     return [path]
@@ -211,7 +218,7 @@ def _losses(file: Path) -> tuple[list[int], list[float]]:
             row = json.loads(line)
             step, loss = row["step"], row["loss"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise Inapplicable(f"line {number} of {file} is damaged; repair or remove it") from None
+            raise Inapplicable(f"line {number} of {file} is damaged; repair that line") from None
         if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
             steps.append(step)
             losses.append(float(loss))

@@ -21,7 +21,7 @@ def read_arrays(path: Path, *names: str) -> tuple[NDArray[Any], ...]:
         names: of the arrays.
 
     Returns:
-        The arrays in that order.
+        The arrays in that order, `[...]` each, of whatever shape and type was stored.
 
     Raises:
         DamagedArchiveError: one cannot be read.

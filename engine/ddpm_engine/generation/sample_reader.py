@@ -45,10 +45,13 @@ class SampleReader:
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.directory = directory
         self.settings = settings
-        self.files = sample_files(directory, settings["format"]) if settings else None
         classes = settings.get("classes")
         if not (classes is None or (isinstance(classes, list) and all(map(_is_class, classes)))):
-            raise UserError(f"`classes` in {directory / MANIFEST} are not numbers of classes")
+            raise UserError(f"{directory / MANIFEST} is damaged: its classes are no numbers")
+        try:
+            self.files = sample_files(directory, settings["format"]) if settings else None
+        except UserError as error:
+            raise UserError(f"{directory / MANIFEST} is not of samples: its {error}") from None
         self._paths: dict[int, Path] = {}
         self._last: tuple[Path, Mapping[int, NDArray[np.uint8]]] | None = None
         self._first: tuple[int, tuple[int, ...]] | None = None

@@ -144,7 +144,7 @@ def scheduler_entries(
     if distillation is None or distillation.teacher is None:
         return {"_class_name": CLASS, **process, "variance_type": sampling.variance}
     distilled = {
-        "teacher": distillation.teacher.name,
+        "teacher": distillation.teacher.resolve().name,
         "method": distillation.method,
         "steps": sampling.steps,
         "guidance_scale": distillation.guidance_scale,
