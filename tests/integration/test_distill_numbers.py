@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,6 @@ import pytest
 
 from ddpm_engine.cli import distill
 from ddpm_engine.config import RunConfig
-from ddpm_engine.errors import UserError
-from ddpm_engine.rules import validate
 from ddpm_engine.training.trainer import Trainer
 
 
@@ -32,25 +31,34 @@ def teacher(config: RunConfig, teachers: dict[str, Path]) -> Path:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--steps 0", "`steps` is 0"),
-        ("--steps -1", "`steps` is -1"),
+        ("--steps 0", "--steps is 0"),
+        ("--steps -1", "--steps is -1"),
         (f"--steps {2**63}", str(2**63)),
-        ("--steps 4 --start-steps 0", "`start_steps` is 0"),
-        ("--steps 4 --start-steps -4", "`start_steps` is -4"),
+        ("--steps 4 --start-steps 0", "--start-steps is 0"),
+        ("--steps 4 --start-steps -4", "--start-steps is -4"),
         (f"--steps 4 --start-steps {2**56}", str(2**56)),
-        ("--steps 4 --guidance-scale nan", "`guidance_scale` is nan"),
-        ("--steps 4 --guidance-scale inf", "`guidance_scale` is inf"),
-        ("--steps 1 --training.steps 0", "`training.steps` is 0"),
-        ("--steps 1 --training.steps -3", "`training.steps` is -3"),
+        ("--steps 4 --guidance-scale nan", "--guidance-scale is nan"),
+        ("--steps 4 --guidance-scale inf", "--guidance-scale is inf"),
+        ("--steps 1 --training.steps 0", "--training.steps is 0"),
+        ("--steps 1 --training.steps -3", "--training.steps is -3"),
     ],
 )
 def test_numbers_that_cannot_be_are_named(
-    words: str, named: str, method: str, teacher: Path, tmp_path: Path
+    words: str,
+    named: str,
+    method: str,
+    teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["--teacher", str(teacher), "--out", str(out)]
+    arguments = ["--teacher", str(teacher), "--out", str(out), "--method", method]
     if method == "moments":
         arguments += ["--student", str(teacher)]
-    with pytest.raises(UserError, match=named):
-        validate(distill.parse([*arguments, "--method", method, *words.split()]))
+    monkeypatch.setattr(sys, "argv", ["distill.py", *arguments, *words.split()])
+    with pytest.raises(SystemExit) as left:
+        distill.main()
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
     assert not out.exists()

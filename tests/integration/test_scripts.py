@@ -116,7 +116,7 @@ def test_sampling_adds_to_a_set_and_never_mixes_two(
         (["--class-label", "3"], "without classes"),
         (["--guidance-scale", "3"], "without classes"),
         (["--ids", "3,x"], "--ids is '3,x'"),
-        (["--ids", "3,3"], "once each"),
+        (["--ids", "3,3"], "name each sample once"),
         (["--count", "0"], "--count is 0"),
         (["--steps", "0"], "--steps is 0"),
         (["--steps", "1001"], "--steps is 1001"),

@@ -230,7 +230,7 @@ MOMENTS = DistillationConfig(Path("teacher"), "moments", 4, 4, student=Path("stu
     [
         ({"student": None}, {}, "goes on from a student"),
         ({"start_steps": 64}, {}, "moments takes no more of its teacher"),
-        ({"steps": 0, "start_steps": 0}, {}, "`distillation.steps` 0"),
+        ({"steps": 0, "start_steps": 0}, {}, "`distillation.steps` is 0"),
         ({}, {"training": TrainingConfig(precision="fp16")}, "critic's gradients would vanish"),
         ({}, {"diffusion": DiffusionConfig(schedule="edm", prediction="edm")}, "predicts edm"),
         ({"method": "progressive", "start_steps": 8}, {}, "begin as their teacher; leave it out"),
