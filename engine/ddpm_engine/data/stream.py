@@ -12,6 +12,7 @@ import itertools
 import re
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -34,6 +35,8 @@ from ddpm_engine.locations import is_url, redacted
 BUFFER = 1000
 """Decoded samples in the shuffle buffer of each worker."""
 MAX_FAULTS_IN_A_ROW = 64
+PATIENCE_SECONDS = 300.0
+"""Time without a sample, after which a second fault is one too many."""
 MAX_SHARDS = 1_000_000
 
 
@@ -123,16 +126,17 @@ class ShardStream(IterableDataset[Sample]):
 
     def _decoded(self, urls: Iterable[str], faults: list[BadSample]) -> Iterator[Sample]:
         """Decode samples before they are mixed, so that the buffer's memory is bounded."""
-        in_a_row = 0
+        in_a_row, last = 0, time.monotonic()
         for url in urls:
             for found in self._samples(url):
                 if isinstance(found, Sample):
-                    in_a_row = 0
                     yield found
+                    in_a_row, last = 0, time.monotonic()
                     continue
                 faults.append(found)
                 in_a_row += 1
-                if in_a_row == MAX_FAULTS_IN_A_ROW:
+                patient = in_a_row == 1 or time.monotonic() - last < PATIENCE_SECONDS
+                if in_a_row == MAX_FAULTS_IN_A_ROW or not patient:
                     raise UserError(
                         f"{in_a_row} samples or shards in a row of {self.pattern} cannot be read; "
                         f"the last: {found}"

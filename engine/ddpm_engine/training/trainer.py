@@ -10,13 +10,13 @@ import torch
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.data.loader import BatchPositions, make_batches
+from ddpm_engine.data.loader import BatchPositions, explained_deaths, make_batches
 from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.training.build import build_callbacks, build_run
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.saving import resume
-from ddpm_engine.training.signals import StopRequest, stop_on_signals
+from ddpm_engine.training.signals import Stopped, StopRequest, stop_on_signals
 from ddpm_engine.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(run)
         error: BaseException | None = None
-        with stop_on_signals() as stop, run.watchdog:
+        with stop_on_signals() as stop, run.watchdog, explained_deaths():
             try:
                 self._loop(stop)
             except BaseException as raised:
@@ -93,7 +93,13 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_step_begin(run)
             # The first step compiles, and reads data that may have to be fetched from afar.
-            train_step(run, batches, stop, limited=run.step > first)
+            try:
+                train_step(run, batches, stop, limited=run.step > first)
+            except Stopped:
+                run.stop_requested = True
+                for callback in self.callbacks:
+                    callback.on_step_end(run)
+                return
             if run.step % log.every == 0 or run.finished:
                 values = run.take_report()
                 for callback in self.callbacks:
