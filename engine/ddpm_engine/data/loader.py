@@ -119,7 +119,8 @@ def explained_deaths() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        found = _KILLED.search(str(error))
+        # By what signal, only the cause may say.
+        found = _KILLED.search(f"{error.__cause__}\n{error}")
         if found is None:
             raise
         how = found[1].strip().rstrip(".")
