@@ -27,7 +27,14 @@ from webdataset.tariterators import group_by_keys
 from ddpm_engine.data.dataset import Batch, Sample
 from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, retried
 from ddpm_engine.data.shards.reader import BadSample
-from ddpm_engine.data.tar import MAX_LABEL, MAX_PAYLOAD, MEMBERS, label_of, members_of, open_tar
+from ddpm_engine.data.tar import (
+    MAX_LABEL,
+    MAX_PAYLOAD,
+    belongs_to_sample,
+    label_of,
+    members_of,
+    open_tar,
+)
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 from ddpm_engine.locations import is_url, redacted
@@ -185,7 +192,7 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
     """Yield members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
     with open_tar(_Buffered(stream), "r|") as tar:
         for key, extension, member in members_of(tar):
-            if extension not in MEMBERS:
+            if not belongs_to_sample(extension):
                 continue
             bound = MAX_LABEL if extension in ("cls", "json") else MAX_PAYLOAD
             if member.size > bound:
