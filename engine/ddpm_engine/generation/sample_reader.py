@@ -134,7 +134,7 @@ def open_samples(directory: Path) -> SampleReader:
         return SampleReader(directory, settings)
     except OSError as error:
         reason = error.strerror
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         reason = "it is not a manifest of samples"
@@ -167,7 +167,7 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Read the manifest of a folder, of samples or of shards; None if there is none."""
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None
 

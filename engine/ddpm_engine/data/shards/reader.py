@@ -79,7 +79,7 @@ class ShardReader:
         if zlib.crc32(payload) != entry["crc32"]:
             raise DamagedSample("checksum differs from the index")
         try:
-            return decode(payload, entry["extension"].decode("ascii"), channels)
+            return decode(payload, entry["extension"].decode("ascii", "replace"), channels)
         except DecodeError as error:
             raise DamagedSample(str(error)) from error
 
