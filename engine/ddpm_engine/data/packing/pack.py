@@ -29,6 +29,7 @@ from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.packing.sources.source import Example, Source
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_shard
+from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.tar import MAX_CLASSES
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, encode, fit, with_channels
@@ -100,7 +101,7 @@ def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | N
     Raises:
         UserError: as `open_source` and `write_shards`.
     """
-    if not (Path(directory) / MANIFEST_NAME).exists():
+    if not (records_of(Path(directory)) / MANIFEST_NAME).exists():
         write_shards(open_source(source), directory, size)
 
 

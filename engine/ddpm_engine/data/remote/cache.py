@@ -40,8 +40,11 @@ def default_cache_directory() -> Path:
     """
     try:
         return node_cache("shards")
-    except PermissionError as error:
-        raise UserError(f"{error}: remove it, or choose another folder by `data.cache`") from error
+    except OSError as error:
+        raise UserError(
+            f"there is no folder for shards of a URL ({error}); give one as `data.cache`",
+            field="data.cache",
+        ) from error
 
 
 class CacheError(UserError):

@@ -26,6 +26,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import MAX_SIDE
 
 MANIFEST_NAME = "manifest.json"
+INDEX_SUFFIX = ".index.npy"
 FORMAT_VERSION = 1
 
 _FILE_NAME = re.compile(r"[^/\\\0]+\.tar")
@@ -50,7 +51,7 @@ class Shard:
     @property
     def index_name(self) -> str:
         """File name of the shard's index."""
-        return str(Path(self.name).with_suffix(".index.npy"))
+        return str(Path(self.name).with_suffix(INDEX_SUFFIX))
 
 
 @dataclass(frozen=True)
