@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from ddpm_engine import waiting
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data import stream
+from ddpm_engine.data.dataset import Batch
 from ddpm_engine.data.remote import fetch
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import FetchError
@@ -85,6 +87,28 @@ def test_a_stream_that_only_breaks_is_given_up_in_time(
         next(iter(ShardStream(f"{server.url}/a-{{0..9}}.tar", 8, 3)))
 
 
+def test_a_run_that_waits_again_saves_what_it_has_learned(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.05)
+    pack(tmp_path / "set")
+    data = replace(config.data, path=tmp_path / "set")
+    config = replace(config, data=data, log=replace(config.log, checkpoint_every=100))
+    trainer = Trainer(config)
+    batches = trainer._batches()
+
+    def three_and_no_more() -> Iterator[Batch]:
+        yield from itertools.islice(batches, 3)
+        signal.raise_signal(signal.SIGTERM)
+        threading.Event().wait(10)
+
+    monkeypatch.setattr(trainer, "_batches", three_and_no_more)
+    trainer.fit()
+    assert (config.out / "requeue").read_text() == "stopped at step 3
+"
+    assert CheckpointStore(config.out / "checkpoints").steps() == [3]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_that_waits_for_data_stops_on_a_signal(
     config: RunConfig, silent: str, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -98,7 +122,7 @@ def test_training_that_waits_for_data_stops_on_a_signal(
     trainer.fit()
     assert time.monotonic() - began < 15
     assert (config.out / "requeue").read_text() == "stopped at step 0\n"
-    assert CheckpointStore(config.out / "checkpoints").steps() == [0]
+    assert CheckpointStore(config.out / "checkpoints").steps() == []
 
 
 def test_what_comes_in_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +135,14 @@ def test_what_comes_in_time_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         # Asked already: the next wait is not longer than the moment of grace.
         with pytest.raises(Stopped), stop.waiting("data", gives_up=True):
             threading.Event().wait(10)
+
+
+def test_nothing_fires_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 60.0)
+    with stop_on_signals() as stop, stop.waiting("data", gives_up=True):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_training_says_that_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:

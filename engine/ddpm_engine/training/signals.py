@@ -94,5 +94,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         over.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
