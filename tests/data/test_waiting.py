@@ -104,8 +104,7 @@ def test_a_run_that_waits_again_saves_what_it_has_learned(
 
     monkeypatch.setattr(trainer, "_batches", three_and_no_more)
     trainer.fit()
-    assert (config.out / "requeue").read_text() == "stopped at step 3
-"
+    assert (config.out / "requeue").read_text() == "stopped at step 3\n"
     assert CheckpointStore(config.out / "checkpoints").steps() == [3]
 
 
