@@ -25,8 +25,12 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from ddpm_engine.cache_directories import provide_for_no_home
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import location
+
+# Here, because commands import this before the libraries that look for a home.
+provide_for_no_home()
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ddpm_engine.data.dataset import Batch, Sample, collate
 from ddpm_engine.data.shuffle import rank_positions
@@ -196,6 +197,9 @@ class _Loader(DataLoader[Sample]):
             # What a worker waits for may never come: it must not be waited for.
             if self._exiting is not None:
                 self._exiting.set()
+                # Otherwise torch would take a worker that had just begun for one that failed.
+                _remove_worker_pids(id(batches))
+                batches._worker_pids_set = False
                 for worker in getattr(batches, "_workers", ()):
                     worker.terminate()
                 self._iterator = None
