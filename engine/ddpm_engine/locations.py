@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpm_engine.errors import UserError
 
 _USER = re.compile(r"(?<=://)[^/\s]*@")
+_USER_OF_A_PATH = re.compile(r"(?<=:/)/?[^/\s]*@")
 HIDDEN = "***@"
 """What stands for the user and the password of a URL wherever it is shown or recorded."""
 
@@ -81,9 +82,9 @@ def check_local(path: Path | str, field: str | None = None, urls: bool = False) 
     Raises:
         UserError: it is; the message says what to give instead.
     """
-    text = redacted(str(path))
-    if urls and is_location(text):
+    if urls and is_location(str(path)):
         return
+    text = _USER_OF_A_PATH.sub(HIDDEN, str(path))
     name = "" if field is None else f"`{field}` "
     if Path(path).exists() or Path(text.partition("/")[0]).exists():
         return

@@ -18,7 +18,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from ddpm_engine.waiting import announced
 
 
 class LocksUnsupportedError(OSError):
@@ -60,6 +62,23 @@ def acquire(
     return True
 
 
+def acquire_announced(file: BinaryIO | int, whom: str, **arguments: Any) -> None:
+    """Wait for a lock that the open file owns, and say so if that takes a while.
+
+    Args:
+        file: as in `acquire`.
+        whom: who may hold it, for "waiting for ...".
+        arguments: further ones of `acquire`.
+
+    Raises:
+        LocksUnsupportedError: the file system has no locks.
+    """
+    arguments = {"inherit": True, **arguments}
+    if not acquire(file, **arguments):
+        with announced(f"waiting for {whom}"):
+            acquire(file, wait=True, **arguments)
+
+
 def release(
     file: BinaryIO | int, *, inherit: bool = False, start: int = 0, length: int = 0
 ) -> None:
@@ -86,7 +105,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        acquire(descriptor, wait=True, inherit=True)
+        acquire_announced(descriptor, f"another process that holds {path}")
         try:
             yield
         finally:

@@ -85,7 +85,7 @@ def use_local_compile_cache() -> None:
         return
     try:
         folders = {variable: str(node_cache(name)) for variable, name in CACHES.items()}
-    except PermissionError as error:
+    except OSError as error:
         logger.warning(
             "%s: compiled code is kept where the compilers keep it by default. Rename the "
             "folder, or set %s",

@@ -25,9 +25,13 @@ from tyro.constructors import (
 )
 
 from ddpm_engine.bounds import Ge, values_out_of_bounds
+from ddpm_engine.cache_directories import provide_for_no_home
 from ddpm_engine.cli.errors import exit_in_one_line, refuse
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import location, user_path
+
+# Here, because commands import this before the libraries that look for a home.
+provide_for_no_home()
 
 T = TypeVar("T")
 

@@ -59,8 +59,8 @@ def match_classes(
         return list(range(len(names)))
     theirs = f"{count} without names" if known is None else listed(known)
     raise UserError(
-        f"classes in {place} are {listed(names)}, those of {whose} {theirs}: classes are found by "
-        "name, so leave out the images of all others, and name the class folders alike"
+        f"classes in {place} are {listed(names)}, those of {whose} {theirs}: they are matched by "
+        "name, so pack a set of these classes only, in class folders of these names"
     )
 
 

@@ -5,19 +5,25 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from ddpm_engine.data.dataset import Batch, Sample, collate
 from ddpm_engine.data.shuffle import rank_positions
 from ddpm_engine.data.stream import ShardStream, number_batches
 from ddpm_engine.errors import UserError
+
+_KILLED = re.compile(r"DataLoader worker \(pid\S* [^)]*\) ([^.(]*)")
+"""What torch says of a worker that has ended."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,39 @@ def make_batches(
         pin_memory: copy batches to page-locked memory.
 
     Raises:
-        UserError: `workers` is negative; while iterating, data that cannot be read.
+        UserError: `workers` is negative; while iterating, data that cannot be read, in the same
+            words with and without workers.
     """
     if isinstance(dataset, ShardStream):
         streamed = _loader(dataset, workers, pin_memory, batch_size=positions.micro_batch)
         return number_batches(streamed, positions)
     return iter(make_loader(dataset, positions, workers, pin_memory=pin_memory))
+
+
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Say in one line that a worker was killed.
+
+    That is noticed anywhere in the process that started it, not only where it waits for data: the
+    block is all that happens meanwhile.
+
+    Raises:
+        UserError: in place of what torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # By what signal, only the cause may say.
+        found = _KILLED.search(f"{error.__cause__}\n{error}")
+        if found is None:
+            raise
+        how = found[1].strip().rstrip(".")
+        short = "shared memory" if "Bus error" in how else "memory"
+        shared = "; or enlarge /dev/shm" if "Bus error" in how else ""
+        raise UserError(
+            f"a process that reads data {how}, perhaps for want of {short}: use fewer "
+            f"`data.workers`{shared}. The same command goes on from the last checkpoint"
+        ) from error
 
 
 def make_loader(
@@ -130,6 +163,111 @@ def make_loader(
     return _loader(dataset, workers, pin_memory, prefetch, batch_sampler=batches)
 
 
+class _Loader(DataLoader[Sample]):
+    """A loader whose errors are the same with workers as without.
+
+    Args:
+        exiting: set while workers obey SIGTERM.
+        arguments: of `DataLoader`.
+    """
+
+    def __init__(self, exiting: Event | None, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._exiting = exiting
+
+    def __iter__(self) -> Any:
+        if self._exiting is not None:
+            self._exiting.clear()
+        # At once, not with the first batch: it draws from torch's generator.
+        return self._checked(super().__iter__())
+
+    def _checked(self, batches: Any) -> Iterator[Batch]:
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except _EXPLAINED as error:
+                    raise _explained(error) from error
+                if isinstance(batch, _Failure):
+                    raise batch.error
+                yield batch
+        except BaseException:
+            # What a worker waits for may never come: it must not be waited for.
+            if self._exiting is not None:
+                self._exiting.set()
+                # Otherwise torch would take a worker that had just begun for one that failed.
+                _remove_worker_pids(id(batches))
+                batches._worker_pids_set = False
+                for worker in getattr(batches, "_workers", ()):
+                    worker.terminate()
+                self._iterator = None
+            raise
+
+
+class _Failure:
+    """An error in a worker, in place of a batch."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+_EXPLAINED = (UserError, OSError, MemoryError)
+
+
+def _explained(error: BaseException) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError):
+        return UserError(
+            "there is not enough memory to read data; use fewer `data.workers` or a smaller "
+            "`training.batch_size`"
+        )
+    return UserError(f"data cannot be read: {error}")
+
+
+class _Set(Dataset[Any]):
+    """A set for a worker, which returns its errors: torch would wrap them in a traceback."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Any]:
+        try:
+            if hasattr(self._samples, "__getitems__"):
+                return list(self._samples.__getitems__(positions))
+            return [self._samples[position] for position in positions]
+        except _EXPLAINED as error:
+            return [_Failure(_explained(error))]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+class _Stream(IterableDataset[Any]):
+    """As `_Set`, for a stream."""
+
+    def __init__(self, samples: ShardStream) -> None:
+        self._samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._samples
+        except _EXPLAINED as error:
+            failure = _Failure(_explained(error))
+            while True:
+                yield failure
+
+
+def _collate(samples: Sequence[Any]) -> Batch | _Failure:
+    """As `collate`, unless something failed."""
+    try:
+        return next((one for one in samples if isinstance(one, _Failure)), None) or collate(samples)
+    except _EXPLAINED as error:
+        return _Failure(_explained(error))
+
+
 def _loader(
     dataset: Dataset[Sample],
     workers: int,
@@ -140,13 +278,15 @@ def _loader(
     if workers < 0:
         raise UserError(f"`workers` is {workers}; it must be 0 or more", field="workers")
     if workers == 0:
-        return DataLoader(dataset, collate_fn=collate, pin_memory=pin_memory, **batching)
+        return _Loader(None, dataset, collate_fn=collate, pin_memory=pin_memory, **batching)
+    guarded = _Stream(dataset) if isinstance(dataset, ShardStream) else _Set(dataset)
     # Python ends daemonic children at exit by SIGTERM and waits for them: obey that one.
     exiting = multiprocessing.Event()
     atexit.register(exiting.set)
-    return DataLoader(
-        dataset,
-        collate_fn=collate,
+    return _Loader(
+        exiting,
+        guarded,
+        collate_fn=_collate,
         num_workers=workers,
         prefetch_factor=prefetch,
         persistent_workers=True,

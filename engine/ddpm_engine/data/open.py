@@ -17,6 +17,7 @@ from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.data.stream import ShardStream, is_stream
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import is_location, redacted
+from ddpm_engine.waiting import announced
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def make_missing_shards(config: DataConfig, size: int) -> None:
             "folder",
             field="data.source",
         )
-    prepare_shards(config.path, config.source, size)
+    with announced(f"packing {config.source} into {config.path}"):
+        prepare_shards(config.path, config.source, size)
 
 
 def open_dataset(

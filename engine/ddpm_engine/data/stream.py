@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -27,7 +28,14 @@ from webdataset.tariterators import group_by_keys
 from ddpm_engine.data.dataset import Batch, Sample
 from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, retried
 from ddpm_engine.data.shards.reader import BadSample
-from ddpm_engine.data.tar import MAX_LABEL, MAX_PAYLOAD, MEMBERS, label_of, members_of, open_tar
+from ddpm_engine.data.tar import (
+    MAX_LABEL,
+    MAX_PAYLOAD,
+    belongs_to_sample,
+    label_of,
+    members_of,
+    open_tar,
+)
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 from ddpm_engine.locations import is_url, redacted
@@ -35,6 +43,8 @@ from ddpm_engine.locations import is_url, redacted
 BUFFER = 1000
 """Decoded samples in the shuffle buffer of each worker."""
 MAX_FAULTS_IN_A_ROW = 64
+PATIENCE_SECONDS = 300.0
+"""Time without a sample, after which a second fault is one too many."""
 MAX_SHARDS = 1_000_000
 
 
@@ -131,16 +141,17 @@ class ShardStream(IterableDataset[Sample]):
 
     def _decoded(self, urls: Iterable[str], faults: list[BadSample]) -> Iterator[Sample]:
         """Decode samples before they are mixed, so that the buffer's memory is bounded."""
-        in_a_row = 0
+        in_a_row, last = 0, time.monotonic()
         for url in urls:
             for found in self._samples(url):
                 if isinstance(found, Sample):
-                    in_a_row = 0
                     yield found
+                    in_a_row, last = 0, time.monotonic()
                     continue
                 faults.append(found)
                 in_a_row += 1
-                if in_a_row == MAX_FAULTS_IN_A_ROW:
+                patient = in_a_row == 1 or time.monotonic() - last < PATIENCE_SECONDS
+                if in_a_row == MAX_FAULTS_IN_A_ROW or not patient:
                     raise UserError(
                         f"{in_a_row} samples or shards in a row of {self.pattern} cannot be read; "
                         f"the last: {found}"
@@ -189,7 +200,7 @@ def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
     """Yield members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
     with open_tar(_Buffered(stream), "r|") as tar:
         for key, extension, member in members_of(tar):
-            if extension not in MEMBERS:
+            if not belongs_to_sample(extension):
                 continue
             bound = MAX_LABEL if extension in ("cls", "json") else MAX_PAYLOAD
             if member.size > bound:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from webdataset.tariterators import base_plus_ext
@@ -30,6 +31,8 @@ MAX_PAYLOAD = 1 << 28
 
 MEMBERS = (*EXTENSIONS, "cls", "json")
 """Extensions that are read; members of all others are skipped."""
+
+logger = logging.getLogger(__name__)
 
 _LABEL_NAMES = ("label", "cls", "class")
 _EXTENDED = (
@@ -89,11 +92,18 @@ def open_tar(source: Any, mode: Literal["r:", "r|"]) -> tarfile.TarFile:
         raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
 
 
-def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Yield key, lower-case extension and header of each regular member, in order.
+def members_of(
+    tar: tarfile.TarFile, left_out: Callable[[str], object] = lambda _: None
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, lower-case extension and header of each member of a sample, in order.
+
+    These are regular members with a key and an extension, except for hidden files, such as what
+    macOS leaves (`.DS_Store`, `._0.png`), and WebDataset's own, which begin with `__`. So every
+    reader of tars finds the same members.
 
     Args:
         tar: from `open_tar`.
+        left_out: called with the name of each link or device.
 
     Raises:
         tarfile.TarError: the tar is damaged.
@@ -105,30 +115,69 @@ def members_of(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo
                 raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it")
             end = tar.offset
             tar.members = []  # type: ignore[attr-defined]
-            if member.isreg() and not member.name.startswith("__"):
-                key, extension = base_plus_ext(member.name)
-                if key and extension:
-                    yield key, extension.lower(), member
+            hidden = PurePosixPath(member.name).name.startswith(".")
+            if hidden or member.isdir() or member.name.startswith("__"):
+                continue
+            key, extension = base_plus_ext(member.name)
+            if not member.isreg():
+                left_out(member.name)
+            elif key and extension:
+                yield key, extension.lower(), member
     except _MALFORMED as error:
         raise tarfile.ReadError(f"a header that cannot be read: {error}") from error
+
+
+def belongs_to_sample(extension: str) -> bool:
+    """Whether a member is what makes a sample: its image, its label, or a misnamed image.
+
+    The key ends at the first dot: of `img.v2.jpg`, the extension is `v2.jpg`, which is none.
+    """
+    return extension in MEMBERS or extension.rpartition(".")[2] in EXTENSIONS
 
 
 def scan_tar(path: Path) -> Iterator[TarSample]:
     """Find the samples of a shard, in order.
 
+    Whatever has neither an image nor a label, such as `README.txt`, is no sample; it is left out,
+    with a warning.
+
     Raises:
         UserError: the tar is damaged, compressed or cut short, which the message names with the
             offset; or a sample has no image, or a member twice.
     """
+    left_out = _LeftOut()
     try:
         with open_tar(path, "r:") as tar:
-            for key, group in itertools.groupby(members_of(tar), key=lambda entry: entry[0]):
-                yield _sample(path, tar, key, group)
+            members = members_of(tar, left_out)
+            for key, group in itertools.groupby(members, key=lambda entry: entry[0]):
+                sample = _sample(path, tar, key, group, left_out)
+                if sample is not None:
+                    yield sample
             _check_end(path, tar.offset)
+        left_out.report(path)
     except tarfile.TarError as error:
         raise UserError(
             f"{path} is not a whole, uncompressed tar file ({error}): restore it, or decompress it"
         ) from error
+
+
+class _LeftOut:
+    """Counts members that are left out."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._first = ""
+
+    def __call__(self, name: str) -> None:
+        self._count += 1
+        self._first = self._first or name[-80:]
+
+    def report(self, path: Path) -> None:
+        if self._count:
+            logger.warning(
+                "left out of %s what is no image nor a label of one: %d members, such as %r",
+                path, self._count, self._first,
+            )  # fmt: skip
 
 
 def label_of(members: dict[str, bytes]) -> int:
@@ -179,10 +228,13 @@ def _sample(
     tar: tarfile.TarFile,
     key: str,
     group: Iterator[tuple[str, str, tarfile.TarInfo]],
-) -> TarSample:
+    left_out: Callable[[str], object],
+) -> TarSample | None:
     known: dict[str, tarfile.TarInfo] = {}
     others: set[str] = set()
+    name, is_sample = key, False
     for _, extension, member in group:
+        name, is_sample = member.name, is_sample or belongs_to_sample(extension)
         if extension in known:
             raise UserError(
                 f"sample {key!r} of {path} has two members {extension!r}, the second at byte "
@@ -192,6 +244,9 @@ def _sample(
             known[extension] = member
         elif len(others) < 5:
             others.add(extension[:20])
+    if not is_sample:
+        left_out(name)
+        return None
     found = next((extension for extension in EXTENSIONS if extension in known), None)
     if found is None:
         raise UserError(

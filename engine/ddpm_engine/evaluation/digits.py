@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,15 @@ from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.images.codec import fit
+from ddpm_engine.waiting import announced
 
 HIDDEN = 128
 CLASSES = 10
 _SEED = 0
 _TEST_SHARE = 0.25
+_DIGITS = 1797
+_BYTES_PER_PIXEL = 17
+"""Of the images and of their shares of 1, whole and divided."""
 _ARRAYS = ("hidden_weights", "hidden_biases", "output_weights", "output_biases")
 
 
@@ -107,9 +112,23 @@ def train_digit_classifier(digits: Digits) -> DigitClassifier:
     """Train on the first part of `seen_and_unseen`, from a fixed seed; takes seconds."""
     seen, _ = seen_and_unseen(digits)
     network = MLPClassifier((HIDDEN,), alpha=1e-2, max_iter=300, random_state=_SEED)
-    network.fit(seen.images.reshape(len(seen.images), -1) / 255, seen.labels)
+    side = digits.images.shape[1]
+    with announced(f"training the classifier of digits of {side}×{side} pixels, once"):
+        network.fit(seen.images.reshape(len(seen.images), -1) / 255, seen.labels)
     parts = (network.coefs_[0], network.intercepts_[0], network.coefs_[1], network.intercepts_[1])
     return DigitClassifier(dict(zip(_ARRAYS, parts, strict=True)))
+
+
+def _check_memory(size: int) -> None:
+    needed = _DIGITS * size**2 * _BYTES_PER_PIXEL
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"`features` is digits, whose classifier is trained at the size of the images: of "
+            f"{size}×{size} pixels it would take {needed / 1e9:.0f} GB of memory, and there are "
+            f"{available / 1e9:.0f}; use features inception",
+            field="features",
+        )
 
 
 def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
@@ -121,8 +140,10 @@ def digit_classifier(size: int, cache: Path | None = None) -> DigitClassifier:
             weights may differ in the last bits from machine to machine. None: train it.
 
     Raises:
-        UserError: the cache cannot be written, or what it holds is damaged.
+        UserError: the cache cannot be written, what it holds is damaged, or the images are too
+            large for the memory of this machine.
     """
+    _check_memory(size)
     digits = real_digits(size)
     if cache is None:
         return train_digit_classifier(digits)

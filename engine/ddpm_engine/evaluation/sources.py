@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.classes import ClassNames
 from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
+from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
@@ -275,7 +276,7 @@ def folder_source(folder: Path, count: int | None = None) -> SampleSource:
     Raises:
         UserError: no images there, fewer, or of different sizes.
     """
-    if "shards" in (read_manifest(folder) or {}):
+    if "shards" in (read_manifest(records_of(folder)) or {}):
         return _shards_source(folder, count)
     reader = open_images(folder)
     ids = sorted(reader.ids())

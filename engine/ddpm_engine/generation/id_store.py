@@ -143,9 +143,13 @@ class IdStore(ABC):
     ) -> bool | None:
         """Lock bytes of the manifest: whether that was granted, or None without locks."""
         try:
-            return locks.acquire(
-                self._manifest, start=start, length=length, shared=shared, wait=wait
-            )
+            if wait:
+                locks.acquire_announced(
+                    self._manifest, f"another process that fills {self.directory}",
+                    inherit=False, start=start, length=length, shared=shared,
+                )  # fmt: skip
+                return True
+            return locks.acquire(self._manifest, start=start, length=length, shared=shared)
         except locks.LocksUnsupportedError:
             return None
 

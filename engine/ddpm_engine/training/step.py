@@ -35,6 +35,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
         limited: whether the watchdog's time-out applies.
 
     Raises:
+        Stopped: a signal has asked to stop while the data were waited for; the step is not taken.
         NotFiniteError: gradients stay non-finite.
         UserError: too many samples are unreadable.
     """
@@ -46,7 +47,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
 
     losses, replaced = [], 0
     for piece in range(1, training.accumulation + 1):
-        batch = _next_batch(run, batches, limited)
+        batch = _next_batch(run, batches, stop, limited)
         replaced += len(batch.faults)
         with run.strategy.accumulate(last=piece == training.accumulation):
             loss = run.objective(run.strategy.network, batch).mean()
@@ -72,11 +73,13 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
     run.step += 1
 
 
-def _next_batch(run: Run, batches: Iterator[Batch], limited: bool) -> Batch:
+def _next_batch(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: bool) -> Batch:
     """Read a micro-batch, measuring how long that takes."""
     started = time.perf_counter()
     run.watchdog.doing(f"reading data for step {run.step + 1}", limited)
-    batch = next(batches)
+    # One rank alone cannot give up: the others would wait for it in the middle of the step.
+    with stop.waiting(f"the data of step {run.step + 1}", gives_up=world_size() == 1):
+        batch = next(batches)
     run.watchdog.doing(f"computing step {run.step + 1}", limited)
     run.meters.waiting += time.perf_counter() - started
     for fault in batch.faults:

@@ -12,14 +12,15 @@ import torch
 from ddpm_engine.atomic_io import atomic_write, discard
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.data.loader import BatchPositions, make_batches
+from ddpm_engine.data.loader import BatchPositions, explained_deaths, make_batches
 from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.build import build_callbacks, build_run
 from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.callbacks.checkpoints import Checkpoints
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.saving import explain_end, resume
-from ddpm_engine.training.signals import StopRequest, stop_on_signals
+from ddpm_engine.training.signals import Stopped, StopRequest, stop_on_signals
 from ddpm_engine.training.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Trainer:
             return
         for callback in self.callbacks:
             callback.on_start(run)
-        with stop_on_signals() as stop, run.watchdog:
+        with stop_on_signals() as stop, run.watchdog, explained_deaths():
             try:
                 self._loop(stop)
             except UserError as error:
@@ -114,7 +115,15 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_step_begin(run)
             # The first step compiles, and reads data that may have to be fetched from afar.
-            train_step(run, batches, stop, limited=run.step > first)
+            try:
+                train_step(run, batches, stop, limited=run.step > first)
+            except Stopped:
+                run.stop_requested = True
+                # All else was done at the end of the last step, when nobody had asked to stop.
+                for callback in self.callbacks:
+                    if isinstance(callback, Checkpoints) and run.step > first:
+                        callback.on_step_end(run)
+                return
             if run.step % log.every == 0 or run.finished:
                 values = run.take_report()
                 for callback in self.callbacks:

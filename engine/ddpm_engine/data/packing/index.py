@@ -5,11 +5,13 @@ A set is finished when its manifest is written, which happens last.
 
 from __future__ import annotations
 
+import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,13 @@ from ddpm_engine.data.packing.journal import MARKER_NAME, explain_os_error
 from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.shards.index import MAX_KEY, Index, index_dtype
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, how_to_index_again
+from ddpm_engine.data.shards.records import place_for_records, records_of
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, probe
 from ddpm_engine.locations import check_local
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 4096
 
@@ -65,17 +70,26 @@ def index_shards(
     if not folder.is_dir():
         check_local(folder)
         raise UserError(f"no folder of shards at {folder}")
-    if (folder / MANIFEST_NAME).exists():
+    records = records_of(folder)
+    if (records / MANIFEST_NAME).exists():
         raise UserError(
-            f"{folder} is indexed already; to index it again, {how_to_index_again(str(folder))}"
+            f"{folder} is indexed already; to index it again, {how_to_index_again(str(records))}"
         )
     if (folder / MARKER_NAME).exists():
         raise UserError(f"{folder} is an unfinished set: pack its source again")
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no .tar files to index")
+    with explain_os_error(folder):
+        place = place_for_records(folder)
+    if place != folder:
+        logger.warning(
+            "%s cannot be written: its manifest and its indexes are kept in %s, where they are "
+            "found as long as the folder stays where it is",
+            folder, place,
+        )  # fmt: skip
     scans = []
-    for scan in map_forked(index_shard, paths, processes):
+    for scan in map_forked(partial(index_shard, place=place), paths, processes):
         scans.append(scan)
         progress(scan.shard.samples)
     scans.sort(key=lambda scan: scan.shard.name)
@@ -93,13 +107,17 @@ def index_shards(
         channels=depth,
         classes=class_names(scans, None, str(folder)),
     )
-    with explain_os_error(folder / MANIFEST_NAME):
-        manifest.write(folder)
+    with explain_os_error(place / MANIFEST_NAME):
+        manifest.write(place)
     return manifest
 
 
-def index_shard(path: Path) -> Scan:
-    """Scan a shard, write its index beside it, and describe both.
+def index_shard(path: Path, place: Path | None = None) -> Scan:
+    """Scan a shard, write its index, and describe both.
+
+    Args:
+        path: of the shard.
+        place: folder of the index; None: beside the shard.
 
     Raises:
         UserError: a damaged tar, or a sample without an image or with an unreadable label.
@@ -107,7 +125,8 @@ def index_shard(path: Path) -> Scan:
     with explain_os_error(path):
         index, shapes = _rows(path)
         shard = Shard(path.name, len(index), path.stat().st_size, sha256_of(path), index_sha256="")
-        index_path = path.with_name(shard.index_name)
+    index_path = (place or path.parent) / shard.index_name
+    with explain_os_error(index_path):
         with atomic_write(index_path) as index_file:
             np.save(index_file, index, allow_pickle=False)
         shard = replace(shard, index_sha256=sha256_of(index_path))

@@ -28,7 +28,8 @@ from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, explain_os_er
 from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.packing.sources.source import Example, Source
-from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
+from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_shard
+from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.tar import MAX_CLASSES
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, encode, fit, with_channels
@@ -100,7 +101,7 @@ def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | N
     Raises:
         UserError: as `open_source` and `write_shards`.
     """
-    if not (Path(directory) / MANIFEST_NAME).exists():
+    if not (records_of(Path(directory)) / MANIFEST_NAME).exists():
         write_shards(open_source(source), directory, size)
 
 
@@ -200,7 +201,7 @@ def _pack_all(
     packing: _Packing, journal: Journal, processes: int, progress: Callable[[int], object]
 ) -> list[Scan]:
     """Return the scans of all shards in order: kept if the journal has them and they are sound."""
-    recorded = {entry["number"]: _recorded(entry) for entry in journal.finished}
+    recorded = dict(filter(None, map(_recorded, journal.finished)))
     scans: dict[int, Scan] = {}
     make = partial(_keep_or_make, packing, recorded)
     with closing(map_forked(make, range(len(packing)), processes)) as made:
@@ -239,13 +240,20 @@ def _entry(number: int, scan: Scan) -> dict[str, Any]:
     }
 
 
-def _recorded(entry: dict[str, Any]) -> Scan:
-    return Scan(Shard(**entry["shard"]), entry["highest_label"], entry["unlabelled"])
+def _recorded(entry: dict[str, Any]) -> tuple[int, Scan] | None:
+    """Invert `_entry`; None for an entry that is damaged, whose shard is packed again."""
+    try:
+        shard = parse_shard(entry["shard"])
+        number, highest, unlabelled = (entry[k] for k in ("number", "highest_label", "unlabelled"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    sound = type(number) is type(highest) is int and isinstance(unlabelled, str | None)
+    return (number, Scan(shard, highest, unlabelled)) if sound else None
 
 
 def _files_of(entry: dict[str, Any]) -> set[str]:
-    shard = Shard(**entry["shard"])
-    return {shard.name, shard.index_name}
+    recorded = _recorded(entry)
+    return set() if recorded is None else {recorded[1].shard.name, recorded[1].shard.index_name}
 
 
 def _member_key(number: int, name: str) -> str:

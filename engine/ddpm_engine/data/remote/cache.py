@@ -25,7 +25,7 @@ from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.data.remote.fetch import Body, FetchError, retried
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import redacted
-from ddpm_engine.locks import acquire, locked
+from ddpm_engine.locks import acquire, acquire_announced, locked
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,15 @@ def default_cache_directory() -> Path:
     """
     try:
         return node_cache("shards")
-    except PermissionError as error:
-        raise UserError(f"{error}: rename it, or choose another folder by `data.cache`") from error
+    except OSError as error:
+        raise UserError(
+            f"there is no folder for shards of a URL ({error}); give one by `data.cache`",
+            field="data.cache",
+        ) from error
+
+
+class CacheError(UserError):
+    """The folder of the cache cannot be written: no fault of the data."""
 
 
 class ShardCache:
@@ -93,8 +100,20 @@ class ShardCache:
         Raises:
             FetchError: it cannot be fetched, or its content has another hash or is longer.
             UserError: it alone is over the limit, or no package here reads such URLs.
-            OSError: the disk cannot be written.
+            CacheError: the cache cannot be written.
         """
+        try:
+            return self._opened(url, sha256, at_most)
+        except FetchError:
+            raise
+        except OSError as error:
+            raise CacheError(
+                f"`data.cache` {self.directory} cannot be written ({error.strerror or error}); "
+                "free space there, lower `data.cache_gb`, or choose another `data.cache`",
+                field="data.cache",
+            ) from error
+
+    def _opened(self, url: str, sha256: str, at_most: int) -> int:
         if at_most > self.limit:
             raise UserError(
                 f"{redacted(url)} may have {at_most} bytes, more than the cache holds "
@@ -117,7 +136,7 @@ class ShardCache:
             descriptor = os.open(self._files / key, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        acquire(descriptor, shared=True, wait=True, inherit=True)
+        acquire_announced(descriptor, f"another process that uses {self._files / key}", shared=True)
         if os.fstat(descriptor).st_nlink == 0:  # removed before it was locked
             os.close(descriptor)
             return None

@@ -8,6 +8,7 @@ here needs, and its timeouts bound a whole download instead of each read.
 from __future__ import annotations
 
 import http.client
+import logging
 import random
 import time
 import urllib.error
@@ -19,6 +20,7 @@ import fsspec
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import HIDDEN, is_http, is_url, redacted, user_of
+from ddpm_engine.waiting import announced
 
 Result = TypeVar("Result")
 
@@ -26,21 +28,37 @@ ATTEMPTS = 6
 TIMEOUT_SECONDS = 30.0
 """Limit on connecting, and on every read, over http(s). Other back ends have their own."""
 
+PATIENCE_SECONDS = 90.0
+"""Time after which nothing is tried again."""
+
 _FIRST_PAUSE_SECONDS = 0.5
+_REMEMBERED_SECONDS = 60.0
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+
+
+_given_up: dict[str, tuple[float, str]] = {}
+"""Servers that did not answer: until when they are not asked again, and why."""
+
+logger = logging.getLogger(__name__)
 
 
 class FetchError(OSError):
     """Something could not be fetched; the message names the URL and says why."""
 
-    def __init__(self, url: str, reason: str, lasting: bool = False) -> None:
+    def __init__(
+        self, url: str, reason: str, lasting: bool = False, unreachable: bool = False
+    ) -> None:
         password = (user_of(url) or "").partition(":")[2]
         if password:  # some libraries quote it
             reason = reason.replace(password, HIDDEN)
+        self.reason = reason
         super().__init__(redacted(f"cannot fetch {url}: {reason}"))
         self.strerror = str(self)
         self.lasting = lasting
         """Whether trying again is of no use."""
+        self.unreachable = unreachable
+        """Whether there was no answer at all."""
+        self.host = _host_of(url)
 
 
 class Body:
@@ -54,7 +72,11 @@ class Body:
     def __init__(self, url: str) -> None:
         self.url = url
         check_scheme(url)
-        self._stream, self.length = _open_http(url) if is_http(url) else _open_fsspec(url)
+        given_up = _given_up.get(_host_of(url))
+        if given_up is not None and time.monotonic() < given_up[0]:
+            raise FetchError(url, given_up[1], lasting=True)
+        with announced(f"waiting for {redacted(url)}"):
+            self._stream, self.length = _open_http(url) if is_http(url) else _open_fsspec(url)
         self._seen = 0
 
     def read(self, size: int) -> bytes:
@@ -116,21 +138,29 @@ def check_scheme(url: str) -> None:
 
 
 def retried(work: Callable[[], Result]) -> Result:
-    """Call `work` until it succeeds, at most `ATTEMPTS` times.
+    """Call `work` until it succeeds, at most `ATTEMPTS` times and for `PATIENCE_SECONDS`.
 
     It is called again after a `FetchError` that may pass. Pauses double, and differ between
-    processes, so that a server that comes back is not stormed.
+    processes, so that a server that comes back is not stormed. A server that did not answer in all
+    that time is not asked again for a while: thousands of files must not all wait for it.
 
     Raises:
         FetchError: the last one.
     """
     pause = _FIRST_PAUSE_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return work()
         except FetchError as error:
-            if error.lasting or attempt == ATTEMPTS:
+            late = time.monotonic() > deadline
+            if not error.lasting and (late or (attempt == ATTEMPTS and error.unreachable)):
+                _given_up[error.host] = time.monotonic() + _REMEMBERED_SECONDS, error.reason
+            if error.lasting or late or attempt == ATTEMPTS:
                 raise
+            if attempt == 1:
+                seconds = deadline - time.monotonic()
+                logger.warning("%s; trying again for up to %.0f s", error, seconds)
         time.sleep(pause * random.uniform(0.5, 1.5))
         pause *= 2
     raise AssertionError("the last attempt returns or raises")
@@ -156,6 +186,10 @@ def fetch(url: str, at_most: int) -> bytes:
     return retried(attempt)
 
 
+def _host_of(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
+
+
 def _open_http(url: str) -> tuple[Any, int | None]:
     """Return the response's stream and the length that its header announces, if it does."""
     try:
@@ -164,8 +198,12 @@ def _open_http(url: str) -> tuple[Any, int | None]:
         error.close()
         reason = f"{error.code} {error.reason}"
         raise FetchError(url, reason, error.code not in _TRANSIENT) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchError(url, str(error)) from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise FetchError(url, str(error), lasting=True) from error
+    except (OSError, http.client.HTTPException) as error:
+        if "no host given" in str(error):
+            raise FetchError(url, "it names no host", lasting=True) from error
+        raise FetchError(url, str(error), unreachable=True) from error
     length = response.headers.get("Content-Length", "")
     return response, int(length) if length.isdecimal() else None
 

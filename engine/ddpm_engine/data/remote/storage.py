@@ -9,6 +9,8 @@ from typing import Protocol
 
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import FetchError, fetch
+from ddpm_engine.data.shards.manifest import INDEX_SUFFIX
+from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.locations import redacted
 
 MAX_MANIFEST = 1 << 28
@@ -45,14 +47,17 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.records = records_of(path)
+        """Where the manifest and the indexes are."""
 
     def open(self, name: str, sha256: str, at_most: int) -> int:
         """As `Storage`."""
-        return os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        folder = self.records if name.endswith(INDEX_SUFFIX) else self.path
+        return os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
 
     def manifest(self, name: str) -> bytes:
         """As `Storage`."""
-        return (self.path / name).read_bytes()
+        return (self.records / name).read_bytes()
 
     def __str__(self) -> str:
         return str(self.path)

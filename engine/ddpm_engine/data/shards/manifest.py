@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import MAX_SIDE
 
 MANIFEST_NAME = "manifest.json"
+INDEX_SUFFIX = ".index.npy"
 FORMAT_VERSION = 1
 
 _FILE_NAME = re.compile(r"[^/\\\0]+\.tar")
@@ -49,7 +51,7 @@ class Shard:
     @property
     def index_name(self) -> str:
         """File name of the shard's index."""
-        return str(Path(self.name).with_suffix(".index.npy"))
+        return str(Path(self.name).with_suffix(INDEX_SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,19 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     """
     try:
         values = json.loads(content)
-        version = values["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"it is not JSON: {error}") from error
+    if not isinstance(values, dict) or "format" not in values:
+        raise _damaged(path, "it is JSON of something else")
+    version = values["format"]
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version!r}; this engine reads {FORMAT_VERSION}")
     try:
         manifest = _parse(values)
         totals = values["fingerprint"], values["samples"]
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise _damaged(path, f"it has no {error}") from error
+    except (TypeError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if totals != (manifest.fingerprint, manifest.samples):
         raise _damaged(path, "its totals do not match its list of shards")
@@ -124,7 +130,7 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
 def how_to_index_again(folder: str) -> str:
     """Say how to make an index anew without losing what only the manifest holds."""
     return (
-        f"move {MANIFEST_NAME} out of {folder} and index the folder again; keep the file, since "
+        f"move {MANIFEST_NAME} out of {folder} and index the shards again; keep the file, since "
         "only it has the names of the classes"
     )
 
@@ -134,18 +140,30 @@ def _damaged(path: str, reason: str) -> UserError:
     return UserError(f"{path} is damaged ({reason}); restore it, or {how_to_index_again(folder)}")
 
 
+def parse_shard(values: Any) -> Shard:
+    """Invert `dataclasses.asdict` of a shard, without trusting the values.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not a shard's.
+    """
+    shard = Shard(**values)
+    # A manifest came with the data: it must not point outside the folder.
+    if not isinstance(shard.name, str) or not _FILE_NAME.fullmatch(shard.name):
+        raise ValueError(f"shard name {shard.name!r} is not the name of a .tar file")
+    os.fsencode(shard.name)  # a ValueError, if there can be no such name
+    for count in (shard.samples, shard.bytes):
+        if type(count) is not int or not 0 <= count < 1 << 48:
+            raise ValueError(f"shard {shard.name} has no counts")
+    for digest in (shard.sha256, shard.index_sha256):
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise ValueError(f"shard {shard.name} has no hashes")
+    return shard
+
+
 def _parse(values: dict[str, Any]) -> Manifest:
-    shards = tuple(Shard(**shard) for shard in values["shards"])
-    for shard in shards:
-        # The manifest came with the data: it must not point outside the folder.
-        if not isinstance(shard.name, str) or not _FILE_NAME.fullmatch(shard.name):
-            raise ValueError(f"shard name {shard.name!r} is not the name of a .tar file")
-        for count in (shard.samples, shard.bytes):
-            if type(count) is not int or not 0 <= count < 1 << 48:
-                raise ValueError(f"shard {shard.name} has no counts")
-        for digest in (shard.sha256, shard.index_sha256):
-            if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-                raise ValueError(f"shard {shard.name} has no hashes")
+    if not isinstance(values["shards"], list):
+        raise ValueError("shards are not a list")
+    shards = tuple(map(parse_shard, values["shards"]))
     if len({shard.name for shard in shards}) < len(shards):
         raise ValueError("a shard is listed twice")
     classes = values["classes"]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm_engine.data.remote.cache import CacheError
 from ddpm_engine.data.shards.shard_set import ShardSet
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, Pixels, decode
@@ -57,11 +58,14 @@ class ShardReader:
         """Decode the image of one index row: uint8 `[H, W, C]`.
 
         Raises:
+            CacheError: the cache of a set under a URL cannot be written.
             DamagedSample: the shard or its index cannot be read, the shard ends early, the checksum
                 differs, or the bytes are not an image that may be decoded.
         """
         try:
             entry = self._shards.indexes[shard][row]
+        except CacheError:
+            raise
         except UserError as error:
             raise DamagedSample(str(error)) from error
         size = int(entry["size"])
@@ -75,7 +79,7 @@ class ShardReader:
         if zlib.crc32(payload) != entry["crc32"]:
             raise DamagedSample("checksum differs from the index")
         try:
-            return decode(payload, entry["extension"].decode("ascii"), channels)
+            return decode(payload, entry["extension"].decode("ascii", "replace"), channels)
         except DecodeError as error:
             raise DamagedSample(str(error)) from error
 

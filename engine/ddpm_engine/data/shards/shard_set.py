@@ -67,8 +67,9 @@ class Indexes(Sequence[Index]):
 
     def _read(self, number: int) -> Index:
         shard = self._manifest.shards[number]
-        path = f"{self._storage}/{shard.index_name}"
-        remedy = f"restore it, or {how_to_index_again(str(self._storage))}"
+        place = _place(self._storage)
+        path = f"{place}/{shard.index_name}"
+        remedy = f"restore it, or {how_to_index_again(str(place))}"
         at_most = MAX_HEADER + shard.samples * index_dtype(MAX_KEY).itemsize
         try:
             descriptor = self._storage.open(shard.index_name, shard.index_sha256, at_most)
@@ -130,9 +131,10 @@ def open_shards(
         return ShardSet(remote, _read_manifest(remote))
     folder = Path(location)
     manifest = read_manifest(folder)
+    storage = Folder(folder)
     for shard in manifest.shards if check else ():
-        _check_files(folder, shard)
-    return ShardSet(Folder(folder), manifest)
+        _check_files(storage, shard)
+    return ShardSet(storage, manifest)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -144,16 +146,17 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         check_local(folder, urls=True)
         raise UserError(f"no folder of shards at {folder}: pack your images into it first")
-    if not (folder / MANIFEST_NAME).exists():
+    storage = Folder(folder)
+    if not (storage.records / MANIFEST_NAME).exists():
         raise UserError(
             f"{folder} has no {MANIFEST_NAME}: index shards made elsewhere, or pack an unfinished "
             "set again"
         )
-    return _read_manifest(Folder(folder))
+    return _read_manifest(storage)
 
 
 def _read_manifest(storage: Storage) -> Manifest:
-    path = f"{storage}/{MANIFEST_NAME}"
+    path = f"{_place(storage)}/{MANIFEST_NAME}"
     try:
         content = storage.manifest(MANIFEST_NAME)
     except OSError as error:
@@ -161,22 +164,28 @@ def _read_manifest(storage: Storage) -> Manifest:
     return parse_manifest(content, path)
 
 
-def _check_files(folder: Path, shard: Shard) -> None:
-    path, index_path = folder / shard.name, folder / shard.index_name
+def _place(storage: Storage) -> Path | Storage:
+    """Where the manifest and the indexes are."""
+    return storage.records if isinstance(storage, Folder) else storage
+
+
+def _check_files(storage: Folder, shard: Shard) -> None:
+    folder, records = storage.path, storage.records
+    path, index_path = folder / shard.name, records / shard.index_name
     try:
         size = path.stat().st_size
     except OSError as error:
         raise UserError(
-            f"shard {path} of {folder / MANIFEST_NAME} cannot be read ({error.strerror}); "
+            f"shard {path} of {records / MANIFEST_NAME} cannot be read ({error.strerror}); "
             "restore it, or pack the set again"
         ) from error
     if size != shard.bytes:
         raise UserError(
             f"shard {path} has {size} bytes, its manifest says {shard.bytes}: restore it, or if it "
-            f"was replaced, {how_to_index_again(str(folder))}"
+            f"was replaced, {how_to_index_again(str(records))}"
         )
     if not index_path.exists():
         raise UserError(
             f"index {index_path} cannot be read (it is missing); restore it, or "
-            f"{how_to_index_again(str(folder))}"
+            f"{how_to_index_again(str(records))}"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.locations import check_local, user_path
+from ddpm_engine.waiting import announced
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?")
@@ -41,7 +42,8 @@ def local_folder(path: Path | str) -> Path:
             "hub, the package huggingface_hub is needed: pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        with announced(f"waiting for the Hugging Face hub, for {name}"):
+            return Path(snapshot_download(name, allow_patterns=_FILES, etag_timeout=10))
     # The hub's client raises what its HTTP library does, which differs between versions.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
