@@ -21,6 +21,7 @@ from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
+from ddpm_engine.json_text import to_json
 
 MANIFEST = "manifest.json"
 _PRESENCE = 1 << 60  # a byte beyond every id, which all processes in the store lock together
@@ -44,7 +45,7 @@ class IdStore(ABC):
     ) -> None:
         self.directory, self.folder, self.field = directory, folder, field
         # Through JSON and back, so that it compares equal to what the file says.
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(to_json(settings))
         manifest = directory / MANIFEST
         if directory.exists() and not directory.is_dir():
             raise self._error(f"`{field}` {directory} is a file; choose a folder")
@@ -52,7 +53,7 @@ class IdStore(ABC):
             self._refuse_foreign()
             with self.writing():
                 directory.mkdir(parents=True, exist_ok=True)
-                write_once(manifest, (json.dumps(self.settings, indent=2) + "\n").encode())
+                write_once(manifest, (to_json(self.settings, indent=2) + "\n").encode())
         with self.writing():
             # Kept open and never opened again: closing a second descriptor of the file would
             # release every lock of this process.

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_text import to_json
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Entries:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(values, indent=2) + "\n").encode())
+        file.write((to_json(values, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
