@@ -28,7 +28,7 @@ def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     once.
 
     Raises:
-        UserError: the variables hold something else than a rank below a world size.
+        UserError: the variables hold something else than a rank and a number of ranks.
     """
     shell = any(name in environment for name in _PTY)
     shell = shell or environment.get("SLURM_STEP_ID") == _INTERACTIVE_STEP
@@ -39,13 +39,14 @@ def launched_as(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
             number, total = int(environment[rank]), int(environment[size])
         except ValueError:
             number, total = -1, 0
-        if not 0 <= number < total:
+        if number < 0 or total < 1:
             raise UserError(
                 f"{rank} is {environment[rank]!r} and {size} {environment[size]!r} in the "
                 "environment; launchers set them to a rank from 0 and to the number of ranks. If "
                 "none was used, unset both"
             )
-        return number, total
+        # The tasks of a job array with gaps have higher numbers than there are tasks.
+        return number % total, total
     return 0, 1
 
 

@@ -55,6 +55,18 @@ def test_a_file_system_without_room(keeping: RunConfig, launch: Launch, small_di
     assert_it_went_on(config.out, launch(config, (0, "full_disk", 5, 8)))
 
 
+def test_a_last_checkpoint_that_one_rank_cannot_write(config: RunConfig, launch: Launch) -> None:
+    ended = launch(config, (1, "no_large_files", 10, 99))
+    assert ended.status == [2, 2], ended.output
+    (line,) = [line for line in ended.output[0].splitlines() if line.startswith("error: ")]
+    newest = config.out / "checkpoints" / "step-00000009"
+    assert "checkpoint of step 12, the last of this run so far" in line
+    assert line.endswith(f"the newest checkpoint is {newest}")
+    assert verify(newest)[1] == []
+    assert CheckpointStore(config.out / "checkpoints").leftovers() == []
+    assert launch(config).status == [0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_files_that_cannot_grow_on_one_rank(rank: int, keeping: RunConfig, launch: Launch) -> None:

@@ -246,6 +246,7 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
     config = checkpoint.config
     network = build_network(config.model, initialised=False)
     load_part(checkpoint.path, weights, network.state_dict())
+    check_finite(str(checkpoint.path / weights), network.state_dict())
     plan = config.distillation
     if plan.teacher is not None:
         # Of an unfinished distillation, the student has not learned such long steps yet.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.parts import check_finite, load_part
 from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_from_sigma_rel, part_of
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
 from ddpm_engine.errors import UserError
@@ -139,6 +139,7 @@ def _weighted_sum(parts: Sequence[tuple[Checkpoint, str, float]]) -> dict[str, T
     }
     for checkpoint, part, share in parts:
         load_part(checkpoint.path, part, model.state_dict())
+        check_finite(str(checkpoint.path / part), model.state_dict())
         for name, weight in model.named_parameters():
             total[name] += weight.detach().double() * share
     return {name: total.get(name, tensor).to(tensor) for name, tensor in model.state_dict().items()}

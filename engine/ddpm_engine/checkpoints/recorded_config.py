@@ -85,7 +85,7 @@ def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
             data,
             path=_if_path(locate, data.path),
             source=_if_path(locate, data.source),
-            mix_with=tuple(str(_if_path(locate, other)) for other in data.mix_with),
+            mix_with=tuple(_if_path(locate, other) for other in data.mix_with),
             cache=_if_path(locate, data.cache),
         ),
         distillation=replace(
@@ -97,11 +97,12 @@ def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
 
 
 def _if_path(locate: Callable[[Path], Path], value: Any) -> Any:
-    """Locate a path, or a string that is one; the type stays."""
+    """Locate a path, or a string that is one; the type stays, and so does what is not moved."""
     if isinstance(value, Path):
         return locate(value)
     if isinstance(value, str) and not is_location(value) and value not in ("digits", "photos"):
-        return str(locate(Path(value)))
+        located = locate(Path(value))
+        return value if located == Path(value) else str(located)
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
+from ddpm_engine.json_files import to_json
 
 _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 
@@ -51,7 +52,7 @@ def write_report(
         raise UserError(
             f"{wrong[0]} is not a finite number; look at the images and at the weights", "metrics"
         )
-    inputs = json.loads(json.dumps(inputs))
+    inputs = json.loads(to_json(inputs))
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     path = out / f"result-{digest[:8]}.json"
     metrics = {**_earlier(path, inputs), **measured}
@@ -59,7 +60,7 @@ def write_report(
     report = {"metrics": metrics, **inputs, "found_at": found, "versions": versions()}
     try:
         for file, text in [
-            (path, json.dumps(report, indent=2, ensure_ascii=False) + "\n"),
+            (path, to_json(report, indent=2, ensure_ascii=False) + "\n"),
             (path.with_suffix(".md"), markdown(report)),
         ]:
             with atomic_write(file) as opened:

@@ -21,6 +21,7 @@ from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
+from ddpm_engine.json_files import to_json
 from ddpm_engine.locations import check_local
 
 MANIFEST = "manifest.json"
@@ -45,8 +46,8 @@ class IdStore(ABC):
     ) -> None:
         self.directory, self.folder, self.field = directory, folder, field
         # Through JSON and back, so that it compares equal to what the file says.
-        self.settings = json.loads(json.dumps(settings))
         check_local(directory, field)
+        self.settings = json.loads(to_json(settings))
         manifest = directory / MANIFEST
         if directory.exists() and not directory.is_dir():
             raise self._error(f"`{field}` {directory} is a file; choose a folder")
@@ -54,7 +55,7 @@ class IdStore(ABC):
             self._refuse_foreign()
             with self.writing():
                 directory.mkdir(parents=True, exist_ok=True)
-                write_once(manifest, (json.dumps(self.settings, indent=2) + "\n").encode())
+                write_once(manifest, (to_json(self.settings, indent=2) + "\n").encode())
         with self.writing():
             # Kept open and never opened again: closing a second descriptor of the file would
             # release every lock of this process.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_engine.checkpoints.parts import Part
 from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.errors import NotFiniteError
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class BackgroundSaver:
         flight = self._flight
         if flight is None or (flight.is_alive() and not wait):
             return None
+        if isinstance(flight.error, NotFiniteError) and not wait:
+            return None  # it ends the run, so all ranks must raise it at the same step
         flight.join()
         self._flight = None
         if flight.error is not None and not isinstance(flight.error, OSError):

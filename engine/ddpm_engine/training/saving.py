@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ddpm_engine.checkpoints.parts import load_part
+from ddpm_engine.checkpoints.parts import check_finite, load_part
 from ddpm_engine.checkpoints.recorded_config import record
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
 from ddpm_engine.config import RunConfig
@@ -69,8 +69,7 @@ def resume(run: Run) -> None:
         if checkpoint is None:
             break
         try:
-            with raise_together(NotFiniteError):
-                _load(run, checkpoint)
+            _load(run, checkpoint)
         except NotFiniteError as error:
             logger.warning("cannot use %s", error)
             below, some = checkpoint.step, True
@@ -111,6 +110,8 @@ def explain_end(run: Run, error: UserError) -> UserError:
     found = "there is no checkpoint"
     if newest is not None:
         found = f"the newest checkpoint is {newest.path}"
+        if newest.step > run.start > 0:
+            found += f", and this start began from {store.path(run.start).name}"
     return type(error)(f"{error}; {found}{more}", error.field)
 
 
@@ -118,6 +119,9 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     parts = parts_of(run)
     for name, part in parts.items():
         load_part(checkpoint.path, name, part)
+    with raise_together(NotFiniteError):
+        for name, part in parts.items():
+            check_finite(str(checkpoint.path / name), part)
     run.strategy.load(parts)
     run.objective.load(parts.get("objective", {}))
     state = checkpoint.state

@@ -84,6 +84,11 @@ class Trainer:
                 self._end(error)
                 raise
             self._end(None)
+        if run.changed < run.step:
+            logger.warning(
+                "the last %d steps were skipped, so the weights are those of step %d; a run that "
+                "goes on like this has diverged", run.step - run.changed, run.changed,
+            )  # fmt: skip
         self._leave()
         if run.interrupted:
             if is_main():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
+from ddpm_engine.json_files import to_json
 
 Writer = Callable[[Path], None]
 """Writes a file's content to a path."""
@@ -68,7 +68,7 @@ def write_together(
 
 def json_writer(values: Mapping[str, Any]) -> Writer:
     """Write a JSON object."""
-    content = (json.dumps(values, indent=2) + "\n").encode()
+    content = (to_json(values, indent=2) + "\n").encode()
     return lambda path: _write(path, content)
 
 
