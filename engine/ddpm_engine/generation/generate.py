@@ -9,7 +9,12 @@ from typing import Any
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
-from ddpm_engine.generation.input_images import InputImages, open_low_resolution, read_mask
+from ddpm_engine.generation.input_images import (
+    InputImages,
+    SamplesAsInput,
+    open_low_resolution,
+    read_mask,
+)
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
 from ddpm_engine.generation.sample_formats import Format
@@ -98,6 +103,9 @@ def generate(
             cannot be written.
     """
     sampler = Sampler(model, request)
+    for given in (request.images, request.low_resolution):
+        if isinstance(given, InputImages | SamplesAsInput):
+            given.check(ids)  # before the folder is claimed for them
     store = SampleDir(out, settings_of(model, sampler), format, sampler.label_of)
     say = report or (lambda _: None)
     say_first = say if share.rank == 0 else (lambda _: None)

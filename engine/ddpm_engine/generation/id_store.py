@@ -21,6 +21,7 @@ from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
+from ddpm_engine.hidden_files import is_hidden
 
 MANIFEST = "manifest.json"
 _PRESENCE = 1 << 60  # a byte beyond every id, which all processes in the store lock together
@@ -159,7 +160,9 @@ class IdStore(ABC):
         foreign = [
             name
             for name in (os.listdir(self.directory) if self.directory.exists() else [])
-            if not name.startswith((".", MANIFEST)) and not name.endswith(TEMPORARY_SUFFIX)
+            if not is_hidden(name)
+            and not name.startswith(MANIFEST)
+            and not name.endswith(TEMPORARY_SUFFIX)
         ]
         # Look again: another process of the same run may have begun meanwhile.
         if foreign and not (self.directory / MANIFEST).exists():
