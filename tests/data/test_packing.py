@@ -13,6 +13,7 @@ from tests.data.sets import PIXELS, contents, flip
 
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.data.packing.pack import prepare_shards, write_shards
+from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.data.shards.verify import verify
@@ -111,6 +112,11 @@ def test_arguments_out_of_range(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
     with pytest.raises(UserError, match="`processes` is 0"):
         write_shards(source(), tmp_path / "set", processes=0)
+
+
+def test_more_processes_than_memory_holds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"`processes` .* choose fewer"):
+        next(map_forked(str, range(1 << 40), 1 << 40))
 
 
 def test_existing_files_are_not_overwritten(tmp_path: Path, packed: Path) -> None:

@@ -21,6 +21,7 @@ from ddpm_engine.data.shards.index import MAX_KEY, Index, index_dtype
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.images.codec import DecodeError, probe
 
 _CHUNK = 4096
@@ -69,7 +70,7 @@ def index_shards(
         )
     if (folder / MARKER_NAME).exists():
         raise UserError(f"{folder} is an unfinished set: pack its source again")
-    paths = sorted(folder.glob("*.tar"))
+    paths = sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
     if not paths:
         raise UserError(f"{folder} holds no .tar files to index")
     scans = []

@@ -21,6 +21,7 @@ from typing import Any
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
 MARKER_NAME = ".packing"
@@ -111,8 +112,9 @@ def packing_run(
         try:
             yield journal
         except BaseException:
-            for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-                half.unlink(missing_ok=True)
+            for name in os.listdir(folder):
+                if _OURS.fullmatch(name) and name.endswith(TEMPORARY_SUFFIX):
+                    (folder / name).unlink(missing_ok=True)
             raise
         with explain_os_error(folder):
             marker.unlink()
@@ -127,7 +129,7 @@ def _leftovers(folder: Path) -> set[str]:
     Raises:
         UserError: it holds anything else.
     """
-    present = {entry.name for entry in folder.iterdir()}
+    present = {n for n in os.listdir(folder) if n == MARKER_NAME or not is_hidden(n)}
     if MANIFEST_NAME in present:
         raise UserError(f"{folder} holds a finished set; choose another folder, or delete it")
     foreign = sorted(name for name in present if not _OURS.fullmatch(name))

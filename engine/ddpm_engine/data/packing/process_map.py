@@ -13,9 +13,12 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.memory import check_fits
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+_PROCESS_BYTES = 4 << 20  # of its own, at least
 
 _function: Callable[[Any], Any] | None = None
 
@@ -37,12 +40,13 @@ def map_forked(
     process. The children end at once when the caller fails, closes the generator or is killed.
 
     Raises:
-        UserError: `processes` below 1, or one of them was killed.
+        UserError: `processes` below 1 or too many, or one of them was killed.
         Exception: whatever the function raises.
     """
     if processes < 1:
         raise UserError(f"`processes` is {processes}; it must be at least 1", field="processes")
     processes = min(processes, len(arguments))
+    check_fits(processes * _PROCESS_BYTES, "processes", "choose fewer")
     if processes <= 1:
         yield from map(function, arguments)
         return
@@ -50,7 +54,13 @@ def map_forked(
     ended, alive = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(processes, context, _start, (function, ended, alive))
     try:
-        futures = [executor.submit(_call, argument) for argument in arguments]
+        try:
+            futures = [executor.submit(_call, argument) for argument in arguments]
+        except OSError as error:
+            raise UserError(
+                f"cannot start {processes} processes ({error.strerror}); choose fewer `processes`",
+                field="processes",
+            ) from error
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
