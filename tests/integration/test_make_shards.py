@@ -41,7 +41,7 @@ class Terminal:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return Result(exit_.value.code, *self._capsys.readouterr())
 
-    def refused(self, *arguments: str | Path) -> str:
+    def refused(self, *arguments: str | Path | int) -> str:
         """Run a command with an error in its input: one line, no traceback, status 2."""
         result = self(*arguments)
         assert result.status == 2

@@ -10,6 +10,7 @@ from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write, fsync_director
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.card import is_export, model_card
+from ddpm_engine.printable import check_utf8
 
 
 def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") -> None:
@@ -28,6 +29,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
             to, `out` holds something else, or it cannot be written.
     """
     out = out.absolute()
+    check_utf8(out, "out")
     pretrained.check_export()
     if out.exists() and not is_export(out) and not _is_empty_folder(out):
         raise UserError(

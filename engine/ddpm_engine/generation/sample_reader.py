@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +20,6 @@ from ddpm_engine.generation.sample_formats import ids_in, sample_files
 from ddpm_engine.images.codec import EXTENSIONS
 from ddpm_engine.images.damaged import read_image, reason_of, unreadable
 from ddpm_engine.images.folder import image_files, name_what_is_left_out
-
-# DecodeError and much else are ValueErrors; NumPy's archives and damaged shards raise the others.
-_UNREADABLE = (
-    OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 class SampleReader:
@@ -110,7 +103,9 @@ class SampleReader:
         if self._last is None or self._last[0] != path:
             try:
                 self._last = path, self._read(path, sample_id)
-            except _UNREADABLE as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # archives and shards that are damaged fail in many ways
                 raise self._unreadable(path, error) from None
         return self._last[1][sample_id]
 
@@ -142,7 +137,7 @@ class SampleReader:
                 read.add(path)
                 try:
                     self._read(path, sample_id)
-                except _UNREADABLE as another:
+                except Exception as another:
                     reasons[str(path)] = reason_of(another)
         return unreadable(reasons)
 

@@ -29,6 +29,6 @@ def unreadable(reasons: Mapping[str, str]) -> UserError:
     """Return the error that names images, at least one, and why each cannot be read."""
     if len(reasons) == 1:
         ((name, reason),) = reasons.items()
-        return UserError(f"cannot read image {name}: {reason}; repair or remove it")
+        return UserError(f"cannot read image {name}: {reason}; repair or move it")
     listed = in_words((f"{name}: {reason}" for name, reason in reasons.items()), "; ")
-    return UserError(f"cannot read {len(reasons)} images: {listed}; repair or remove them")
+    return UserError(f"cannot read {len(reasons)} images: {listed}; repair or move them")

@@ -13,6 +13,7 @@ from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, atomic_write
 from ddpm_engine.config import RunConfig, dump_config, flatten, load_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.locks import LocksUnsupportedError, acquire
+from ddpm_engine.printable import check_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def claim_run_directory(config: RunConfig, fingerprint: str) -> BinaryIO:
             written, or another process is training there.
     """
     out = config.out
+    check_utf8(out, "out")
     try:
         if (out / CONFIG).exists():
             _check_same_run(load_config(out), config)

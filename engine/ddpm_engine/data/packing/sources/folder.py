@@ -57,7 +57,9 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
                 f"({min(files).name}, ...): use class folders for all images, or for none"
             )
         if not found and not tree.others:
-            raise UserError(f"class folder {folder} holds no images: fill it or remove it")
+            raise UserError(
+                f"class folder {folder} holds no images: fill it, or move it out of {root}"
+            )
         labelled += [(file, len(classes)) for file in found]
         classes.append(folder)
     if others := top.others + tree.others:
