@@ -118,6 +118,18 @@ def test_hidden_files_in_and_among_class_folders_change_no_byte(
     assert after == contents(tmp_path / "before")
 
 
+def test_a_folder_of_nothing_but_hidden_files_is_empty(tmp_path: Path) -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        for folder in ("drawn", "set"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).touch()
+    save(tmp_path / "images" / "0.png", PIXELS[0])
+    SampleDir(tmp_path / "drawn", {"seed": 0}, "png").write([0], PIXELS[:1])
+    write_shards(open_source(str(tmp_path / "images")), tmp_path / "set")
+    assert open_shards(tmp_path / "set").manifest.samples == 1
+    assert (tmp_path / "set" / "Thumbs.db").exists()
+
+
 def test_companions_of_shards_are_not_indexed(tmp_path: Path, images: Path) -> None:
     write_shards(open_source(str(images)), tmp_path / "set")
     for name in ("manifest.json", "shard-000000.index.npy"):
@@ -167,6 +179,24 @@ def test_other_files_are_named(images: Path, read: Read, caplog: pytest.LogCaptu
     else:
         assert np.array_equal(read(images, 4), PIXELS[:4])
         assert "notes.txt" in caplog.text
+
+
+def test_what_a_folder_without_images_holds_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "images" / "cat" / "0.png", PIXELS[0])
+    (tmp_path / "images" / "notes.txt").touch()
+    for read in (begun_with, upscaled, evaluated):
+        with pytest.raises(UserError, match=r"holds no images .* only notes\.txt, cat"):
+            read(tmp_path / "images", 1)
+
+
+def test_a_manifest_of_something_else_is_a_file_like_others(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images / "manifest.json").write_text('{"name": "theirs"}')
+    for read in (begun_with, upscaled, evaluated):
+        caplog.clear()
+        assert np.array_equal(read(images, 4), PIXELS[:4])
+        assert "manifest.json" in caplog.text
 
 
 def test_many_foreign_files_are_named_at_once_and_counted(images: Path) -> None:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
-from ddpm_engine.generation.sample_reader import SampleReader, open_images, open_samples
+from ddpm_engine.generation.sample_reader import (
+    SampleReader,
+    open_images,
+    open_samples,
+    read_manifest,
+)
 from ddpm_engine.images.codec import (
     EXTENSIONS,
     DecodeError,
@@ -156,7 +161,8 @@ def open_low_resolution(path: Path, shape: tuple[int, int, int]) -> SamplesAsInp
     Raises:
         UserError: as both.
     """
-    if (path / MANIFEST).is_file():
+    manifest = read_manifest(path)
+    if (path / MANIFEST).is_file() and (manifest is None or "format" in manifest):
         return SamplesAsInput(path, shape)
     return InputImages(path, shape, "low_resolution")
 

@@ -17,9 +17,8 @@ from ddpm_engine.atomic_io import sha256_of
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
-from ddpm_engine.images.codec import EXTENSIONS
 from ddpm_engine.images.damaged import read_image, reason_of, unreadable
-from ddpm_engine.images.folder import image_files, name_what_is_left_out
+from ddpm_engine.images.folder import check_image_files, image_files
 
 
 class SampleReader:
@@ -183,9 +182,9 @@ def open_images(directory: Path, field: str = "samples") -> SampleReader:
         )
     reader = SampleReader(directory, manifest if isinstance(manifest.get("format"), str) else {})
     if reader.files is None:
-        name_what_is_left_out(directory)
-    if not reader.ids():
-        raise UserError(f"`{field}` {directory} holds no images ({', '.join(EXTENSIONS)})", field)
+        check_image_files(directory, field)
+    elif not reader.ids():
+        raise UserError(f"`{field}` {directory} holds no samples yet; generate some", field)
     return reader
 
 

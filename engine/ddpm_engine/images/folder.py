@@ -82,25 +82,40 @@ def image_files(folder: Path) -> list[Path]:
     """Return the images directly inside a folder, in the order of their names.
 
     Raises:
-        UserError: there are images of formats that cannot be read, or the folder cannot.
+        UserError: the folder cannot be read.
     """
-    try:
-        return folder_contents(folder).images
-    except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}; check its permissions") from error
+    return _listed(folder).images
 
 
-def name_what_is_left_out(folder: Path) -> None:
+def check_image_files(folder: Path, field: str) -> None:
     """Warn of everything that `image_files` passes over, so that nothing is missed silently.
 
+    Args:
+        folder: of images.
+        field: that it is from.
+
     Raises:
-        UserError: images of formats that cannot be read: without them, the images would be others.
+        UserError: no images; some of formats that cannot be read, without which the images would be
+            others; or a folder that cannot be read.
     """
-    found = folder_contents(folder)
+    found = _listed(folder)
     if unreadable := [file for file in found.others if extension_in(file.name) in _OTHER_FORMATS]:
-        raise UserError(not_images(unreadable, folder))
-    if left := [*found.others, *found.folders]:
-        logger.warning("%s: left out, %s", folder, in_words(path.name for path in left))
+        raise UserError(not_images(unreadable, folder), field)
+    left_out = in_words(path.name for path in (*found.others, *found.folders))
+    if not found.images:
+        only = f", only {left_out}" if left_out else ""
+        raise UserError(
+            f"`{field}` {folder} holds no images ({', '.join(EXTENSIONS)}){only}", field
+        )
+    if left_out:
+        logger.warning("%s: left out, %s", folder, left_out)
+
+
+def _listed(folder: Path) -> FolderContents:
+    try:
+        return folder_contents(folder)
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror}; check its permissions") from error
 
 
 def not_images(files: Sequence[Path], folder: Path) -> str:

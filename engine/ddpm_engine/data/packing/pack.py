@@ -26,7 +26,7 @@ from webdataset import TarWriter
 from ddpm_engine.atomic_io import atomic_write, sha256_of
 from ddpm_engine.data.packing.index import Scan, class_names, index_shard
 from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, explain_os_error, packing_run
-from ddpm_engine.data.packing.process_map import map_forked
+from ddpm_engine.data.packing.process_map import check_count, map_forked
 from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.packing.sources.source import DamagedImage, Example, Source
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard
@@ -73,12 +73,12 @@ def write_shards(
             message names, images that differ, labels that are missing for some images, a folder in
             use, a full disk.
     """
-    if size is not None and not 1 <= size <= MAX_SIDE:
-        raise UserError(f"`size` is {size}; it must lie in [1, {MAX_SIDE}]", field="size")
+    if size is not None:
+        check_count(size, "size", MAX_SIDE)
     if channels not in (None, 1, 3):
         raise UserError(f"`channels` is {channels}; it must be 1 or 3", field="channels")
-    if not per_shard >= 1:
-        raise UserError(f"`per_shard` is {per_shard}; it must be at least 1", field="per_shard")
+    check_count(per_shard, "per_shard")
+    check_count(processes, "processes")
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
     if not len(source.examples):

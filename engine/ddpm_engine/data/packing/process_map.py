@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from numbers import Integral
 from typing import Any, TypeVar
 
 from ddpm_engine.errors import UserError
@@ -30,6 +31,22 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def check_count(value: int, name: str, most: int | None = None) -> None:
+    """Refuse what is no whole number from 1 to `most`.
+
+    Args:
+        value: to check.
+        name: of the field that it is from.
+        most: None: any number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not (isinstance(value, Integral) and value >= 1 and (most is None or value <= most)):
+        numbers = "at least 1" if most is None else f"within 1 to {most}"
+        raise UserError(f"`{name}` is {value}; it must be a whole number, {numbers}", name)
+
+
 def map_forked(
     function: Callable[[Argument], Result], arguments: Sequence[Argument], processes: int
 ) -> Generator[Result, None, None]:
@@ -43,8 +60,10 @@ def map_forked(
         UserError: `processes` below 1 or too many, or one of them was killed.
         Exception: whatever the function raises.
     """
-    if processes < 1:
-        raise UserError(f"`processes` is {processes}; it must be at least 1", field="processes")
+    if not (isinstance(processes, Integral) and processes >= 1):
+        raise UserError(
+            f"`processes` is {processes}; it must be a whole number from 1", "processes"
+        )
     processes = min(processes, len(arguments))
     check_fits(processes * _PROCESS_BYTES, "processes", "choose fewer")
     if processes <= 1:
