@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.data.sets import PIXELS, contents, flip
 
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.data.packing.pack import prepare_shards, write_shards
+from ddpm_engine.data.packing.process_map import map_forked
 from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.data.shards.verify import verify
@@ -101,16 +103,24 @@ def test_a_label_that_is_missing_or_has_no_class_is_named(
 
 def test_arguments_out_of_range(tmp_path: Path) -> None:
     wrong: list[dict[str, Any]] = [
-        {"size": 0}, {"channels": 2}, {"per_shard": 0}, {"image_format": "pkl"},
+        {"size": 0}, {"size": 8193}, {"size": 1 << 63}, {"size": math.nan}, {"size": math.inf},
+        {"size": 4.0}, {"channels": 2}, {"per_shard": 0}, {"per_shard": -1},
+        {"per_shard": math.nan}, {"per_shard": math.inf}, {"image_format": "pkl"},
     ]  # fmt: skip
     for arguments in wrong:
         with pytest.raises(UserError, match=r"size|channels|per_shard|pkl"):
             write_shards(source(), tmp_path / "set", **arguments)
     with pytest.raises(UserError, match="memory holds no images"):
         write_shards(source(0), tmp_path / "set")
+    for processes in (0, -1, math.nan, math.inf, 1.5):
+        with pytest.raises(UserError, match=f"`processes` is {processes}"):
+            write_shards(source(), tmp_path / "set", processes=processes)  # type: ignore[arg-type]
     assert not (tmp_path / "set").exists()
-    with pytest.raises(UserError, match="`processes` is 0"):
-        write_shards(source(), tmp_path / "set", processes=0)
+
+
+def test_more_processes_than_memory_holds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"`processes` .* choose fewer"):
+        next(map_forked(str, range(1 << 40), 1 << 40))
 
 
 def test_existing_files_are_not_overwritten(tmp_path: Path, packed: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.data.sets import PIXELS, contents, flip
 
@@ -34,13 +35,13 @@ class Terminal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
-    def __call__(self, *arguments: str | Path) -> Result:
+    def __call__(self, *arguments: str | Path | int) -> Result:
         self._monkeypatch.setattr(sys, "argv", ["make_shards.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
             runpy.run_path(str(SCRIPT), run_name="__main__")
         return Result(exit_.value.code, *self._capsys.readouterr())
 
-    def refused(self, *arguments: str | Path) -> str:
+    def refused(self, *arguments: str | Path | int) -> str:
         """Run a command with an error in its input: one line, no traceback, status 2."""
         result = self(*arguments)
         assert result.status == 2
@@ -89,6 +90,7 @@ def test_pack_verify_and_pack_the_same_again(
     assert result.status == 0
     assert result.err == ""
     assert result.out == (
+        "classes: 0 class0, 1 class1\n"
         f"6 samples in 2 shards, {manifest.bytes} bytes, fingerprint {manifest.fingerprint}, "
         f"in {tmp_path / 'one'}\n"
     )
@@ -105,6 +107,50 @@ def test_every_option_is_used(script: Terminal, images: Path, tmp_path: Path) ->
     manifest = open_shards(out).manifest
     assert (manifest.height, manifest.width, manifest.channels) == (4, 4, 1)
     assert set(open_shards(out).indexes[0]["extension"]) == {b"npy"}
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("size", [8193, 100_000, 1 << 63])
+def test_sizes_beyond_what_can_be_read_again_are_refused(
+    script: Terminal, tmp_path: Path, size: int, processes: str
+) -> None:
+    np.savez(tmp_path / "few.npz", images=PIXELS[:2])
+    options = ("--per-shard", "1", "--processes", processes, "--size", size)
+    error = script.refused(tmp_path / "few.npz", "--out", tmp_path / "set", *options)
+    assert f"--size is {size}" in error
+    assert not (tmp_path / "set").exists()
+
+
+def test_more_processes_than_shards_and_more_images_than_a_shard_holds_are_no_harm(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    assert script(images, "--out", out, "--per-shard", 1 << 63, "--processes", 1 << 63).status == 0
+    assert open_shards(out).manifest.samples == 6
+
+
+def test_a_set_inside_the_folder_of_its_images(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    out = images / "shards"
+    first = script(images, "--out", out)
+    assert first.status == 0
+    assert "finished set" in script.refused(images, "--out", out)
+    (out / "manifest.json").unlink()
+    for path in out.iterdir():
+        path.unlink()
+    assert script(images, "--out", out).out == first.out
+
+
+def test_all_damaged_images_are_named_in_one_line(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    for name in ("class0/0.png", "class1/1.png"):
+        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    error = script.refused(images, "--out", tmp_path / "set", "--per-shard", "1")
+    assert "cannot read 2 images" in error
+    assert "class0/0.png" in error
+    assert "class1/1.png" in error
 
 
 def test_errors_name_files_and_flags(script: Terminal, images: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ddpm_engine.images.codec import (
     MAX_SIDE,
     DecodeError,
     decode,
+    decode_opacity,
     encode,
     extension_of,
     fit,
@@ -87,29 +88,110 @@ def test_exif_orientation_is_applied() -> None:
     assert probe(payload, "jpg") == decode(payload, "jpg").shape == (16, 8, 1)
 
 
-def test_the_extension_decides_not_the_content() -> None:
-    with pytest.raises(DecodeError, match="not a jpg image"):
-        decode(encode(random_image(), "png"), "jpg")
+@pytest.mark.parametrize("named", ["png", "jpg", "jpeg", "webp", "npy"])
+def test_the_content_decides_not_the_extension(named: str) -> None:
+    array = random_image()
+    for actual in ("png", "webp", "npy"):
+        payload = encode(array, actual)
+        assert extension_of(payload) == actual
+        assert np.array_equal(decode(payload, named), array)
+        assert probe(payload, named) == array.shape
+    assert decode(encode(array, "jpg"), named).shape == array.shape
+
+
+def test_what_is_no_image_is_named_as_what_it_is() -> None:
     with pytest.raises(DecodeError, match=r"unknown image format 'pyd'"):
         decode(b"cos\nsystem\n", "pyd")
-    assert extension_of(encode(random_image(), "webp")) == "webp"
-    with pytest.raises(DecodeError):
-        extension_of(b"GIF89a" + bytes(20))
+    for payload, named in (
+        (b"GIF89a" + bytes(20), "a GIF"),
+        (b"<!DOCTYPE html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        (b"\0\0\0\x20ftypavif", "AVIF"),
+        (b"hello", r"npy\)$"),
+    ):
+        with pytest.raises(DecodeError, match=f"not an image .*{named}"):
+            extension_of(payload)
+        with pytest.raises(DecodeError, match=f"not an image .*{named}"):
+            decode(payload, "png")
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp", "npy"])
 def test_damaged_bytes_are_an_error_whatever_the_library_raises(extension: str) -> None:
     payload = encode(random_image(40, 40), extension)
     for damaged in (b"", payload[:10], payload[: len(payload) // 2]):
-        with pytest.raises(DecodeError):
+        with pytest.raises(DecodeError) as caught:
             decode(damaged, extension)
+        assert "object at 0x" not in str(caught.value)
+
+
+def chunk(name: bytes, content: bytes, damage: int = 0) -> bytes:
+    checksum = zlib.crc32(name + content) ^ damage
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+BAD_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12"
+BOMB = zlib.compress(bytes(8 << 20))
+
+
+@pytest.mark.parametrize("damage", [0, 1], ids=["sound checksum", "wrong checksum"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (b"eXIf", b"no TIFF"), (b"eXIf", BAD_EXIF), (b"eXIf", b""), (b"iCCP", b"x\0\0garbage"),
+        (b"iCCP", b"x\0\0" + BOMB), (b"tEXt", b""), (b"zTXt", b"x\0\0" + BOMB),
+        (b"iTXt", b"x\0\1\0\0\0" + BOMB), (b"tEXt", b"Raw profile type exif\0zz"), (b"pHYs", b""),
+        (b"cHRM", b"1"), (b"gAMA", b""), (b"acTL", b"1"),
+    ],
+)  # fmt: skip
+def test_metadata_of_a_png_never_stop_its_pixels(name: bytes, content: bytes, damage: int) -> None:
+    array = random_image()
+    payload = encode(array, "png")
+    after_header = 8 + 12 + 13
+    spoilt = payload[:after_header] + chunk(name, content, damage) + payload[after_header:]
+    assert np.array_equal(decode(spoilt, "png"), array)
+    assert probe(spoilt, "png") == array.shape
+
+
+@pytest.mark.parametrize("content", [b"", b"no TIFF", BAD_EXIF, bytes(60000)])
+def test_metadata_of_other_formats_never_stop_their_pixels(content: bytes) -> None:
+    array = random_image(channels=3)
+    payload = encode(array, "jpg")
+    for marker, start in ((0xE1, b""), (0xE2, b"ICC_PROFILE\0"), (0xE0, b"JFIF"), (0xED, b"Photo"),
+                          (0xE2, b"MPF\0"), (0xEE, b"Adobe"), (0xFE, b"")):  # fmt: skip
+        spoilt = payload[:2] + segment(marker, start + content) + payload[2:]
+        assert decode(spoilt, "jpg").shape == probe(spoilt, "jpg") == array.shape
+    spoilt = saved(Image.fromarray(array), "WEBP", lossless=True, exif=content, xmp=content)
+    assert np.array_equal(decode(spoilt, "webp"), array)
+
+
+def test_a_sound_orientation_survives_other_metadata_that_do_not() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = saved(Image.new("L", (16, 8)), "PNG", exif=exif)
+    spoilt = upright[:33] + chunk(b"tEXt", b"x", damage=1) + upright[33:]
+    assert probe(spoilt, "png") == decode(spoilt, "png").shape == (16, 8, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA"])
+def test_opacity_is_told_from_colours(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (255, 255, 255, 0))
+    image.putpixel((1, 0), (255, 255, 255, 255))
+    payload = saved(image.convert("P" if mode == "P" else mode), "PNG" if mode != "PA" else "WEBP")
+    opacity = decode_opacity(payload, "png")
+    assert opacity is not None
+    assert opacity.tolist() == [[[0], [255]]]
+    assert decode_opacity(encode(random_image(), "png"), "png") is None
+    assert decode_opacity(encode(random_image(), "npy"), "npy") is None
+    assert decode_opacity(saved(Image.new("RGBA", (2, 2), (1, 2, 3, 255)), "PNG"), "png") is None
 
 
 def test_huge_images_are_refused_by_their_header() -> None:
     header = struct.pack(">IIBBBBB", MAX_SIDE + 1, 1, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    payload = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk
-    payload += struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IDAT" + bytes(4)
+    payload = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
     with pytest.raises(DecodeError, match=str(MAX_SIDE)):
         decode(payload, "png")
     array = io.BytesIO()

@@ -24,6 +24,7 @@ from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.printable import check_utf8
 from ddpm_engine.runtime import local_device
 from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
@@ -191,6 +192,7 @@ def load_model(
         UserError: no checkpoint there, a damaged one, or one of another architecture.
     """
     path = local_folder(path)
+    check_utf8(path)
     foreign = not _is_run(path) and is_diffusers(path)
     if foreign and weights != "ema":
         raise UserError(

@@ -14,6 +14,7 @@ from ddpm_engine.checkpoints.parts import check_finite, load_part
 from ddpm_engine.checkpoints.power_ema import Profile, combine, gamma_from_sigma_rel, part_of
 from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.networks.build import build_network
 
 
@@ -126,7 +127,9 @@ def _check_free(out: Path) -> None:
     """Refuse a folder that holds anything but what is left of an interrupted average."""
     store = CheckpointStore(out / "checkpoints")
     rest = {store.directory, *store.leftovers()}
-    if out.exists() and (not out.is_dir() or {*out.iterdir(), *store.directory.glob("*")} - rest):
+    present = {*out.iterdir(), *store.directory.glob("*")} if out.is_dir() else set()
+    foreign = [path for path in present - rest if not is_hidden(path.name)]
+    if out.exists() and (not out.is_dir() or foreign):
         raise UserError(f"{out} exists; choose another folder for the average")
 
 

@@ -28,6 +28,8 @@ from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.shards.manifest import Manifest, Shard
 from ddpm_engine.data.shards.verify import verify as find_damage
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.folder import in_words
+from ddpm_engine.printable import printable
 
 Processes = Annotated[int, Ge(1), Le(1024)] | None
 
@@ -55,7 +57,7 @@ def pack(
         image_format: format of each image; png, webp and npy are lossless.
         processes: processes that pack, to the same bytes in any number; default: one per core.
     """
-    opened = open_source(source)
+    opened = open_source(source, out)
     # disable=None: a bar on a terminal, nothing in a log.
     with tqdm(total=len(opened.examples), unit=" images", disable=None) as bar:
         manifest = write_shards(
@@ -100,6 +102,9 @@ def _count(processes: int | None) -> int:
 
 
 def _report(manifest: Manifest, directory: Path) -> None:
+    numbered = list(enumerate(manifest.classes or ()))
+    if any(name != str(number) for number, name in numbered):
+        print("classes:", in_words(f"{number} {printable(name)}" for number, name in numbered))
     print(
         f"{manifest.samples} samples in {len(manifest.shards)} shards, {manifest.bytes} bytes, "
         f"fingerprint {manifest.fingerprint}, in {directory}"

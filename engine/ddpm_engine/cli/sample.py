@@ -74,7 +74,8 @@ class ImageOptions:
     """Image to begin with, or a folder: sample k goes with image k, and again from the first;
     default: begin with noise."""
     mask: Path | None = None
-    """Image that is white where to paint; the rest of --images is kept; default: everywhere."""
+    """Image that is white where to paint, or opaque where it has transparency; the rest of --images
+    is kept; default: everywhere."""
     interpolate: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """Two samples of the seed; COUNT samples lead from the one to the other."""
     low_resolution: Path | None = None

@@ -64,7 +64,8 @@ def write_report(
             (path.with_suffix(".md"), markdown(report)),
         ]:
             with atomic_write(file) as opened:
-                opened.write(text.encode())
+                # A location need not be UTF-8; such bytes become escapes, JSON's own.
+                opened.write(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; make room and run it again") from error
     return path

@@ -11,6 +11,7 @@ from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.card import MARK, model_card
 from ddpm_engine.networks.files.layout import CARD, is_export
+from ddpm_engine.printable import check_utf8
 
 
 def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") -> None:
@@ -30,6 +31,7 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
         UserError: diffusers has no such network or no sampler that takes the steps it was distilled
             to, `out` holds something else, or it cannot be written.
     """
+    check_utf8(out, "out")
     pretrained.check_export()
     folder = Path(os.path.realpath(out))
     begins = not is_export(folder)

@@ -116,6 +116,9 @@ def generate(
     sampler = Sampler(model, request)
     ids = distinct(ids)
     check_amounts(sampler, ids, batch_size, ("per_shard", 1 if format == "png" else per_shard))
+    for given in (request.images, request.low_resolution):
+        if isinstance(given, InputImages | SamplesAsInput):
+            given.check(ids)  # before the folder is claimed for them
     store = SampleDir(out, settings_of(model, sampler), format, sampler.label_of)
     say = report or (lambda _: None)
     say_first = say if share.rank == 0 else (lambda _: None)

@@ -21,6 +21,7 @@ from ddpm_engine import locks
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, write_once
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.sample_formats import ids_being_written, ids_in
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.json_files import to_json
 from ddpm_engine.locations import check_local
 
@@ -167,7 +168,9 @@ class IdStore(ABC):
         foreign = [
             name
             for name in (os.listdir(self.directory) if self.directory.exists() else [])
-            if not name.startswith((".", MANIFEST)) and not name.endswith(TEMPORARY_SUFFIX)
+            if not is_hidden(name)
+            and not name.startswith(MANIFEST)
+            and not name.endswith(TEMPORARY_SUFFIX)
         ]
         # Look again: another process of the same run may have begun meanwhile.
         if foreign and not (self.directory / MANIFEST).exists():

@@ -14,20 +14,34 @@ from torch import Tensor
 from ddpm_engine.data.classes import ClassNames, match_classes
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
-from ddpm_engine.generation.sample_reader import open_samples
-from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
+from ddpm_engine.generation.sample_reader import (
+    SampleReader,
+    open_images,
+    open_samples,
+    read_manifest,
+)
+from ddpm_engine.images.codec import (
+    EXTENSIONS,
+    DecodeError,
+    decode,
+    decode_opacity,
+    fit,
+    with_channels,
+)
+from ddpm_engine.images.damaged import reason_of, unreadable
 from ddpm_engine.images.data_codec import PixelCodec
+from ddpm_engine.images.folder import extension_in
 from ddpm_engine.locations import check_local
 
 
 class InputImages:
-    """An image file, or the image files of a folder in the order of their names.
+    """An image file, the image files of a folder in the order of their names, or samples by id.
 
-    Sample k goes with file k, and again from the first after the last. Each is cut to its central
+    Sample k goes with image k, and again from the first after the last. Each is cut to its central
     square and resized to the network's size, in its channels.
 
     Args:
-        path: of the file or folder; png, jpg, webp or npy.
+        path: of the file (png, jpg, webp or npy), or of the folder, as `open_images` takes it.
         shape: (C, H, W) of the network.
         name: field that the path is from, for messages.
 
@@ -44,30 +58,42 @@ class InputImages:
             raise UserError(
                 f"there is no `{name}` {path}; give an image file or a folder of them", name
             )
-        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
-        self.files = [file for file in candidates if _extension(file) in EXTENSIONS]
-        if not self.files:
-            raise UserError(f"`{name}` {path} holds no images ({', '.join(EXTENSIONS)})", name)
+        if path.is_dir():
+            self._reader = open_images(path, name)
+        else:
+            _check_is_image(path, name)
+            self._reader = SampleReader(path, {})
+        self._ids = sorted(self._reader.ids())
         self.shape = shape
 
     def of(self, ids: Sequence[int]) -> Tensor:
         """Return the images that go with samples: float32 `[N, C, H, W]` in [-1, 1].
 
         Raises:
-            UserError: a file that cannot be read.
+            UserError: a file that cannot be read; the message names all that cannot.
         """
         channels, size, _ = self.shape
-        files = [self.files[k % len(self.files)] for k in ids]
-        read = {file: _read(file, size, channels) for file in sorted(set(files))}
-        return _tensor(np.stack([read[file] for file in files]))
+        read = {
+            k: fit(with_channels(self._reader.image(k), channels), size) for k in self._used(ids)
+        }
+        return _tensor(np.stack([read[self._ids[k % len(self._ids)]] for k in ids]))
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Read the images that go with samples, which may be many, and forget them.
+
+        Raises:
+            UserError: as `of`.
+        """
+        for k in self._used(ids):
+            self._reader.image(k)
 
     @property
     def sha256(self) -> str:
         """Hash of all files' content, in order, which the samples depend on."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        return digest.hexdigest()
+        return self._reader.fingerprint
+
+    def _used(self, ids: Sequence[int]) -> list[int]:
+        return sorted({self._ids[k % len(self._ids)] for k in ids})
 
 
 class SamplesAsInput:
@@ -120,8 +146,6 @@ class SamplesAsInput:
                 f"{folder} has no sample {missing} (yet); generate it, or name those that are "
                 "there by `ids`"
             ) from None
-        except (DecodeError, OSError) as error:
-            raise UserError(f"cannot read samples in {folder}: {error}") from error
         channels, height, width = self.shape
         if images.shape[1:] != (height, width, channels):
             raise UserError(
@@ -130,6 +154,17 @@ class SamplesAsInput:
                 f"{channels}"
             )
         return _tensor(images)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Read those of these samples that are there already, and forget them.
+
+        Raises:
+            UserError: one cannot be read; the message names all that cannot.
+        """
+        there = self.samples.ids()
+        for k in ids:
+            if k in there:
+                self.samples.image(k)
 
     @property
     def sha256(self) -> str:
@@ -148,22 +183,31 @@ def open_low_resolution(path: Path, shape: tuple[int, int, int]) -> SamplesAsInp
     Raises:
         UserError: as both.
     """
-    if (path / MANIFEST).is_file():
+    manifest = read_manifest(path)
+    if (path / MANIFEST).is_file() and (manifest is None or "format" in manifest):
         return SamplesAsInput(path, shape)
     return InputImages(path, shape, "low_resolution")
 
 
 def read_mask(path: Path, size: int) -> Tensor:
-    """Read where an image is kept: bool `[1, 1, size, size]`, True where the mask's file is dark.
+    """Read where an image is kept: bool `[1, 1, size, size]`, False where to paint.
 
-    The file is cut and resized as images are; white is where to paint, as in other software.
+    Where to paint, the mask's file is white; or opaque, if parts of it are transparent, whatever
+    its colours: strokes on a layer of their own. The file is cut and resized as images are.
 
     Raises:
         UserError: a file that cannot be read, or a mask that leaves nothing to paint or to keep.
     """
-    if not path.is_file() or _extension(path) not in EXTENSIONS:
-        raise UserError(f"`mask` {path} is not an image file ({', '.join(EXTENSIONS)})", "mask")
-    known = torch.from_numpy(_read(path, size, channels=1) < 128)
+    if not path.is_file():
+        raise UserError(f"`mask` {path} is no file; give an image", "mask")
+    _check_is_image(path, "mask")
+    try:
+        payload, extension = path.read_bytes(), extension_in(path.name)
+        opacity = decode_opacity(payload, extension)
+        painted = decode(payload, extension, channels=1) if opacity is None else opacity
+    except (DecodeError, OSError) as error:
+        raise unreadable({str(path): reason_of(error)}) from error
+    known = torch.from_numpy(fit(painted, size) < 128)
     if known.all() or not known.any():
         raise UserError(
             f"`mask` {path} is {'black' if known.all() else 'white'} all over; make white what is "
@@ -173,17 +217,11 @@ def read_mask(path: Path, size: int) -> Tensor:
     return known.permute(2, 0, 1)[None]
 
 
+def _check_is_image(path: Path, name: str) -> None:
+    if extension_in(path.name) not in EXTENSIONS:
+        raise UserError(f"`{name}` {path} is not an image file ({', '.join(EXTENSIONS)})", name)
+
+
 def _tensor(images: np.ndarray) -> Tensor:
     """uint8 `[N, H, W, C]` → float32 `[N, C, H, W]` in [-1, 1]."""
     return PixelCodec().encode(torch.from_numpy(images).permute(0, 3, 1, 2))
-
-
-def _read(file: Path, size: int, channels: int) -> np.ndarray:
-    try:
-        return fit(decode(file.read_bytes(), _extension(file), channels), size)
-    except (DecodeError, OSError) as error:
-        raise UserError(f"cannot read image {file}: {error}; repair or move it") from error
-
-
-def _extension(file: Path) -> str:
-    return file.suffix[1:].lower()

@@ -17,7 +17,8 @@ from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.id_store import MANIFEST
 from ddpm_engine.generation.sample_formats import ids_in, sample_files
-from ddpm_engine.images.codec import EXTENSIONS, decode
+from ddpm_engine.images.damaged import read_image, reason_of, unreadable
+from ddpm_engine.images.folder import check_image_files, image_files
 from ddpm_engine.json_files import read_json
 from ddpm_engine.locations import check_local
 
@@ -31,10 +32,10 @@ class SampleReader:
     """The samples in a folder at the time of asking.
 
     In a folder that was generated, the names of the files hold the ids. In any other folder of
-    images, ids are positions in the order of the files' names.
+    images, ids are positions in the order of the files' names; `image_files` says which are images.
 
     Args:
-        directory: the folder.
+        directory: the folder, or one image file, of id 0.
         settings: what the samples were generated with, as the manifest says, `format` among them;
             empty for any other folder.
 
@@ -83,7 +84,7 @@ class SampleReader:
             UserError: a file cannot be read, or samples differ in shape.
         """
         # File by file: a shard holds many.
-        found = {k: self._read(k) for k in sorted(set(ids))}
+        found = {k: self.image(k) for k in sorted(set(ids))}
         for k, image in found.items():
             self._first = self._first or (k, image.shape)
             first, shape = self._first
@@ -104,34 +105,56 @@ class SampleReader:
         """Names of the classes that labels number, if the manifest has them."""
         return class_names_in(self.settings.get(CLASS_NAMES))
 
-    def _list(self) -> dict[int, Path]:
-        if self.files is None:
-            names = sorted(os.listdir(self.directory))
-            images = [name for name in names if _extension(Path(name)) in EXTENSIONS]
-            return {k: self.directory / name for k, name in enumerate(images)}
-        folder = self.files.folder
-        names = os.listdir(folder) if folder.exists() else []
-        return {k: folder / name for name in sorted(names) for k in ids_in(name) or ()}
+    def image(self, sample_id: int) -> NDArray[np.uint8]:
+        """Read one sample that is there: `[H, W, C]`.
 
-    def _read(self, sample_id: int) -> NDArray[np.uint8]:
+        Raises:
+            KeyError: it is not there.
+            UserError: its file cannot be read; the message names all files that cannot.
+        """
         if sample_id not in self._paths:
             self._paths = self._list()
         path = self._paths[sample_id]
         if self._last is None or self._last[0] != path:
             try:
-                if self.files is not None:
-                    self._last = path, self.files.read(path)
-                else:
-                    self._last = path, {sample_id: decode(path.read_bytes(), _extension(path))}
+                self._last = path, self._read(path, sample_id)
             except MemoryError:
                 raise
-            except Exception as error:
-                raise UserError(f"cannot read {path}: {error}; repair or move it") from error
-        if sample_id not in self._last[1]:
-            raise UserError(
-                f"{path} has no sample {sample_id}, which its name stands for; repair or move it"
-            )
+            except Exception as error:  # archives and shards that are damaged fail in many ways
+                raise self._unreadable(path, error) from None
         return self._last[1][sample_id]
+
+    def _list(self) -> dict[int, Path]:
+        if self.directory.is_file():
+            return {0: self.directory}
+        if self.files is None:
+            return dict(enumerate(image_files(self.directory)))
+        folder = self.files.folder
+        names = os.listdir(folder) if folder.exists() else []
+        return {k: folder / name for name in sorted(names) for k in ids_in(name) or ()}
+
+    def _read(self, path: Path, sample_id: int) -> Mapping[int, NDArray[np.uint8]]:
+        if self.files is None:
+            return {sample_id: read_image(path)}
+        held = self.files.read(path)
+        for promised in ids_in(path.name) or ():
+            if promised not in held:
+                raise ValueError(f"it does not hold sample {promised}, as its name says")
+            if held[promised].dtype != np.uint8 or held[promised].ndim != 3:
+                raise ValueError("its arrays are not images of uint8")
+        return held
+
+    def _unreadable(self, found: Path, error: Exception) -> UserError:
+        reasons = {str(found): reason_of(error)}
+        read = {found}
+        for sample_id, path in sorted(self._list().items()):
+            if path not in read:
+                read.add(path)
+                try:
+                    self._read(path, sample_id)
+                except Exception as another:
+                    reasons[str(path)] = reason_of(another)
+        return unreadable(reasons)
 
 
 def open_samples(directory: Path) -> SampleReader:
@@ -148,23 +171,30 @@ def open_samples(directory: Path) -> SampleReader:
     return SampleReader(directory, settings)
 
 
-def open_images(directory: Path) -> SampleReader:
+def open_images(directory: Path, field: str = "samples") -> SampleReader:
     """Open a folder of generated samples, or any folder of images.
 
+    Args:
+        directory: the folder. What is in it besides images is named in a warning.
+        field: that it is from, for messages.
+
     Raises:
-        UserError: no such folder, or no images in it.
+        UserError: no such folder, no images in it, or images of formats that cannot be read.
     """
     if not directory.is_dir():
-        check_local(directory, "samples")
+        check_local(directory, field)
+        raise UserError(f"there is no folder `{field}` {directory}; give one of images", field)
+    manifest = read_manifest(directory) or {}
+    if "shards" in manifest:
         raise UserError(
-            f"there is no folder `samples` {directory}; give one of images", field="samples"
+            f"`{field}` {directory} is a data set of shards; give a folder of images or of samples",
+            field,
         )
-    manifest = read_manifest(directory)
-    reader = SampleReader(directory, manifest if manifest and "format" in manifest else {})
-    if not reader.ids():
-        raise UserError(
-            f"`samples` {directory} holds no images ({', '.join(EXTENSIONS)})", field="samples"
-        )
+    reader = SampleReader(directory, manifest if isinstance(manifest.get("format"), str) else {})
+    if reader.files is None:
+        check_image_files(directory, field)
+    elif not reader.ids():
+        raise UserError(f"`{field}` {directory} holds no samples yet; generate some", field)
     return reader
 
 
@@ -183,7 +213,3 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _is_class(label: object) -> bool:
     return isinstance(label, int) and label >= 0
-
-
-def _extension(path: Path) -> str:
-    return path.suffix[1:].lower()

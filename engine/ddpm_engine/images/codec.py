@@ -1,8 +1,9 @@
 """Decode and encode image files: one table of formats, and the one resize.
 
-Shards may come from anywhere, so an explicit table of extensions decides how to decode. None of the
-formats can execute code, and dimensions are read from the header and bounded before any pixel is
-decoded.
+Images may come from anywhere, so an explicit table of formats decides what is decoded at all. None
+of them can execute code, and dimensions are read from the header and bounded before any pixel is
+decoded. The first bytes decide which of them an image has: extensions are often wrong. Metadata
+never decides whether the pixels can be read.
 
 Every array is uint8 `[height, width, channels]` with 1 (grey) or 3 (RGB) channels.
 """
@@ -10,20 +11,26 @@ Every array is uint8 `[height, width, channels]` with 1 (grey) or 3 (RGB) channe
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
+
+from ddpm_engine.images.metadata import without_metadata
 
 Pixels = NDArray[np.uint8]
+
+T = TypeVar("T")
 
 MAX_SIDE = 8192
 """Larger images are refused unread: a small file can claim any size."""
 
-# Extension → Pillow's name of the format, the only one that is tried, whatever the bytes.
+# Extension → Pillow's name of the format. No other format is tried, whatever the bytes.
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 EXTENSIONS = (*_PILLOW_FORMATS, "npy")
@@ -37,8 +44,22 @@ _ENCODE_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"lossless": True},
 }
 
+_SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff", "npy": b"\x93NUMPY"}
+_FOREIGN = {
+    b"GIF8": "a GIF", b"BM": "a BMP", b"II*\0": "a TIFF", b"MM\0*": "a TIFF",
+    b"version https://git-lfs": "a placeholder of Git LFS", b"<": "a page of HTML or an SVG",
+}  # fmt: skip
+
 _EXIF_ORIENTATION = 0x0112
-_TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DecodeError(ValueError):
@@ -51,15 +72,9 @@ def probe(payload: bytes, extension: str) -> tuple[int, int, int]:
     Raises:
         DecodeError: unknown extension, unreadable header, or a side over `MAX_SIDE`.
     """
-    if extension == "npy":
+    if _format_of(payload, extension) == "npy":
         return _npy_header(payload).shape
-    image = _open(payload, extension)
-    try:
-        transposed = image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSING_ORIENTATIONS
-    except Exception as error:
-        raise DecodeError(f"damaged EXIF data ({error})") from error
-    height, width = (image.width, image.height) if transposed else (image.height, image.width)
-    return height, width, _channels(image)
+    return _read(payload, _shape)
 
 
 def decode(payload: bytes, extension: str, channels: int | None = None) -> Pixels:
@@ -67,26 +82,42 @@ def decode(payload: bytes, extension: str, channels: int | None = None) -> Pixel
 
     Grey images have C = 1, all others C = 3. 16-bit grey keeps its high byte. Transparent images
     are composited over white, since the colour under a transparent pixel is arbitrary. The EXIF
-    orientation is applied, as viewers do.
+    orientation is applied, as viewers do, where it can be read. Of animations, the first frame
+    counts. Colour profiles are not applied.
 
     Args:
         payload: the file's bytes.
-        extension: one of `EXTENSIONS`; npy holds uint8 `[H, W]`, `[H, W, 1]` or `[H, W, 3]`.
+        extension: one of `EXTENSIONS`. The bytes may be of another of these formats, and are
+            decoded as what they are; npy holds uint8 `[H, W]`, `[H, W, 1]` or `[H, W, 3]`.
         channels: convert to this number, as `with_channels` does; None keeps the image's own.
 
     Raises:
-        DecodeError: anything but a whole image of that format within `MAX_SIDE`.
+        DecodeError: anything but a whole image of a known format within `MAX_SIDE`.
     """
-    if extension == "npy":
+    if _format_of(payload, extension) == "npy":
         array = _decode_npy(payload)
     else:
-        image = _open(payload, extension)
-        # Damaged bytes make Pillow raise OSError, SyntaxError, struct.error, zlib.error and more.
-        try:
-            array = _to_array(image)
-        except Exception as error:
-            raise DecodeError(f"damaged {extension} data ({error})") from error
+        array = _read(payload, _to_array)
     return array if channels is None else with_channels(array, channels)
+
+
+def decode_opacity(payload: bytes, extension: str) -> Pixels | None:
+    """Decode how opaque an image is: uint8 `[H, W, 1]`, 0 transparent, 255 opaque.
+
+    Args:
+        payload: the file's bytes.
+        extension: as `decode` takes it.
+
+    Returns:
+        None where it is the same everywhere, or the format has none.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    if _format_of(payload, extension) == "npy":
+        return None
+    opacity = _read(payload, _opacity)
+    return opacity if np.ptp(opacity) else None
 
 
 def encode(array: Pixels, extension: str) -> bytes:
@@ -157,24 +188,46 @@ def extension_of(payload: bytes) -> str:
     Raises:
         DecodeError: it is none that can be decoded.
     """
+    if payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+        return "webp"
+    for extension, signature in _SIGNATURES.items():
+        if payload.startswith(signature):
+            return extension
+    if not payload:
+        raise DecodeError("an image of no bytes")
+    foreign = next((name for start, name in _FOREIGN.items() if payload.startswith(start)), None)
+    if payload[4:8] == b"ftyp":
+        foreign = "an AVIF, HEIC or a video"
+    but = "" if foreign is None else f", but {foreign}"
+    raise DecodeError(f"not an image ({', '.join(EXTENSIONS)}){but}")
+
+
+def _format_of(payload: bytes, extension: str) -> str:
+    if extension not in EXTENSIONS:
+        raise DecodeError(f"unknown image format {extension!r}; known: {', '.join(EXTENSIONS)}")
+    return extension_of(payload)
+
+
+def _read(payload: bytes, read: Callable[[Image.Image], T]) -> T:
+    """Open and read an image; once more without its metadata, if that may be what is damaged."""
+    extension = extension_of(payload)
+    # Damaged bytes make Pillow raise OSError, SyntaxError, struct.error, zlib.error and more.
     try:
-        found = Image.open(
-            io.BytesIO(payload), formats=sorted(set(_PILLOW_FORMATS.values()))
-        ).format
+        return read(_open(payload, extension))
     except Exception as error:
-        raise DecodeError(f"not a {', '.join(_PILLOW_FORMATS)} image") from error
-    return next(name for name, known in _PILLOW_FORMATS.items() if known == found)
+        bare = without_metadata(payload, extension)
+        if bare != payload:
+            with suppress(Exception):
+                return read(_open(bare, extension))
+        if isinstance(error, DecodeError):
+            raise
+        # This error's message has the address of an object for a name.
+        reason = "unreadable header" if isinstance(error, UnidentifiedImageError) else error
+        raise DecodeError(f"damaged {extension} data ({reason})") from error
 
 
 def _open(payload: bytes, extension: str) -> Image.Image:
-    if extension not in _PILLOW_FORMATS:
-        raise DecodeError(f"unknown image format {extension!r}; known: {', '.join(EXTENSIONS)}")
-    if not payload:
-        raise DecodeError("an image of no bytes")
-    try:
-        image = Image.open(io.BytesIO(payload), formats=[_PILLOW_FORMATS[extension]])
-    except Exception as error:
-        raise DecodeError(f"not a {extension} image ({error})") from error
+    image = Image.open(io.BytesIO(payload), formats=[_PILLOW_FORMATS[extension]])
     _check_sides(image.height, image.width)
     return image
 
@@ -188,17 +241,53 @@ def _channels(image: Image.Image) -> int:
     return 1 if image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I") else 3
 
 
+def _shape(image: Image.Image) -> tuple[int, int, int]:
+    transposed = _orientation(image) in (5, 6, 7, 8)
+    height, width = (image.width, image.height) if transposed else (image.height, image.width)
+    return height, width, _channels(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1, which is upright, where it cannot be read."""
+    with suppress(
+        Exception
+    ):  # Pillow raises SyntaxError, struct.error, UnicodeDecodeError and more
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    return (
+        image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+    )
+
+
 def _to_array(image: Image.Image) -> Pixels:
     channels = _channels(image)
-    ImageOps.exif_transpose(image, in_place=True)  # not in place, it copies where nothing turns
+    image.load()
+    transparent = image.info.get("transparency") if image.mode.startswith("I") else None
+    image = _upright(image)
     if image.mode.startswith("I"):
-        return (np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)[:, :, None]
+        deep = np.asarray(image).astype(np.int64)
+        return np.where(deep == transparent, 255, deep >> 8).astype(np.uint8)[:, :, None]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     mode = "L" if channels == 1 else "RGB"
     return _from_pillow(image if image.mode == mode else image.convert(mode))
+
+
+def _opacity(image: Image.Image) -> Pixels:
+    image.load()
+    transparent = image.info.get("transparency") if image.mode.startswith("I") else None
+    image = _upright(image)
+    if image.mode.startswith("I"):
+        return np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8)[:, :, None]
+    if not image.has_transparency_data:
+        return np.full((image.height, image.width, 1), 255, np.uint8)
+    return _from_pillow(image.convert("RGBA").getchannel("A"))
 
 
 def _to_pillow(array: Pixels) -> Image.Image:

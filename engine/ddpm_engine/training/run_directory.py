@@ -18,6 +18,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import parse_json, to_json
 from ddpm_engine.locations import check_local
 from ddpm_engine.locks import LocksUnsupportedError, acquire
+from ddpm_engine.printable import check_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def check_run_directory(
     """
     out = config.out
     check_local(out, "out")
+    check_utf8(out, "out")
     try:
         if not out.exists():
             return

@@ -24,6 +24,7 @@ from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, how
 from ddpm_engine.data.shards.records import place_for_records, records_of
 from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.images.codec import DecodeError, probe
 from ddpm_engine.locations import check_local
 
@@ -77,7 +78,7 @@ def index_shards(
         )
     if (folder / MARKER_NAME).exists():
         raise UserError(f"{folder} is an unfinished set: pack its source again")
-    paths = sorted(folder.glob("*.tar"))
+    paths = sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
     if not paths:
         raise UserError(f"{folder} holds no .tar files to index")
     with explain_os_error(folder):

@@ -21,6 +21,7 @@ from typing import Any
 from ddpm_engine.atomic_io import TEMPORARY_SUFFIX, discard, fsync_directory
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.locations import check_local
 from ddpm_engine.locks import LocksUnsupportedError, acquire
 
@@ -113,8 +114,9 @@ def packing_run(
         try:
             yield journal
         except BaseException:
-            for half in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-                _discard_file(half)
+            for name in os.listdir(folder):
+                if _OURS.fullmatch(name) and name.endswith(TEMPORARY_SUFFIX):
+                    _discard_file(folder / name)
             raise
         with explain_os_error(folder):
             discard(marker)  # if it stays: what has a manifest is finished
@@ -135,7 +137,7 @@ def _leftovers(folder: Path) -> set[str]:
     Raises:
         UserError: it holds anything else.
     """
-    present = {entry.name for entry in folder.iterdir()}
+    present = {n for n in os.listdir(folder) if n == MARKER_NAME or not is_hidden(n)}
     if MANIFEST_NAME in present:
         raise UserError(f"{folder} holds a finished set; choose another folder")
     foreign = sorted(name for name in present if not _OURS.fullmatch(name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -25,14 +26,20 @@ from webdataset import TarWriter
 from ddpm_engine.atomic_io import atomic_write, sha256_of
 from ddpm_engine.data.packing.index import Scan, class_names, index_shard
 from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, explain_os_error, packing_run
-from ddpm_engine.data.packing.process_map import map_forked
+from ddpm_engine.data.packing.process_map import check_count, map_forked
 from ddpm_engine.data.packing.sources.registry import open_source
-from ddpm_engine.data.packing.sources.source import Example, Source
+from ddpm_engine.data.packing.sources.source import DamagedImage, Example, Source
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_shard
 from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.tar import MAX_CLASSES
 from ddpm_engine.errors import UserError
-from ddpm_engine.images.codec import EXTENSIONS, encode, fit, with_channels
+from ddpm_engine.images.codec import EXTENSIONS, MAX_SIDE, encode, fit, with_channels
+from ddpm_engine.images.damaged import unreadable
+from ddpm_engine.memory import check_fits
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 4096  # images that a process looks through at a time
 
 
 def write_shards(
@@ -63,21 +70,37 @@ def write_shards(
         progress: called with the number of images of every finished shard.
 
     Raises:
-        UserError: an argument out of range, an empty source, images that differ, labels that are
-            missing for some images, a folder in use, a full disk.
+        UserError: an argument out of range, an empty source, images that cannot be read, which the
+            message names, images that differ, labels that are missing for some images, a folder in
+            use, a full disk.
     """
-    if size is not None and size < 1:
-        raise UserError(f"`size` is {size}; it must be at least 1", field="size")
+    if size is not None:
+        check_count(size, "size", MAX_SIDE)
     if channels not in (None, 1, 3):
         raise UserError(f"`channels` is {channels}; it must be 1 or 3", field="channels")
-    if per_shard < 1:
-        raise UserError(f"`per_shard` is {per_shard}; it must be at least 1", field="per_shard")
+    check_count(per_shard, "per_shard")
+    check_count(processes, "processes")
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
     if not len(source.examples):
         raise UserError(f"source {source.name} holds no images")
-    folder = Path(out)
-    packing = _Packing(source, folder, size, channels, per_shard, image_format)
+    try:
+        return _write(
+            _Packing(source, Path(out), size, channels, per_shard, image_format),
+            processes,
+            progress,
+        )
+    except DamagedImage as damaged:
+        raise _all_damaged(source, damaged, processes) from damaged
+
+
+def _write(packing: _Packing, processes: int, progress: Callable[[int], object]) -> Manifest:
+    source, folder = packing.source, packing.folder
+    check_fits(
+        packing.first.image.nbytes * max(1, min(processes, len(packing))),
+        "size" if processes <= 1 else "processes",
+        "choose a smaller one" if processes <= 1 else "choose fewer, or a smaller `size`",
+    )
     with packing_run(folder, packing.recipe(), _files_of) as journal:
         scans = _pack_all(packing, journal, processes, progress)
         height, width, depth = packing.first.image.shape
@@ -102,7 +125,7 @@ def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | N
         UserError: as `open_source` and `write_shards`.
     """
     if not (records_of(Path(directory)) / MANIFEST_NAME).exists():
-        write_shards(open_source(source), directory, size)
+        write_shards(open_source(source, directory), directory, size)
 
 
 class _Packing:
@@ -195,6 +218,29 @@ class _Packing:
                 f"label {example.label} of {example.key!r} in {source.name} is not within 0 to "
                 f"{limit - 1}"
             )
+
+
+def _all_damaged(source: Source, found: DamagedImage, processes: int) -> UserError:
+    """Look for all images that cannot be read, so that they can be repaired at once."""
+    count = len(source.examples)
+    pieces = [range(k, min(k + _PIECE, count)) for k in range(0, count, _PIECE)]
+    if len(pieces) > 1:
+        logger.warning("%s; looking for others among %d images", found, count)
+    reasons: dict[int, tuple[str, str]] = {}
+    for damaged in map_forked(partial(_damaged_among, source), pieces, processes):
+        reasons |= damaged
+    named = {name: reason for _, (name, reason) in sorted(reasons.items())}
+    return unreadable(named or {found.name: found.reason})
+
+
+def _damaged_among(source: Source, numbers: range) -> dict[int, tuple[str, str]]:
+    damaged = {}
+    for number in numbers:
+        try:
+            source.examples[number]
+        except DamagedImage as error:
+            damaged[number] = error.name, error.reason
+    return damaged
 
 
 def _pack_all(

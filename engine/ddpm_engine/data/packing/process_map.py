@@ -10,12 +10,16 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from numbers import Integral
 from typing import Any, TypeVar
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.memory import check_fits
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+_PROCESS_BYTES = 4 << 20  # of its own, at least
 
 _function: Callable[[Any], Any] | None = None
 
@@ -25,6 +29,22 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_count(value: int, name: str, most: int | None = None) -> None:
+    """Refuse what is no whole number from 1 to `most`.
+
+    Args:
+        value: to check.
+        name: of the field that it is from.
+        most: None: any number.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not (isinstance(value, Integral) and value >= 1 and (most is None or value <= most)):
+        numbers = "at least 1" if most is None else f"within 1 to {most}"
+        raise UserError(f"`{name}` is {value}; it must be a whole number, {numbers}", name)
 
 
 def map_forked(
@@ -37,12 +57,15 @@ def map_forked(
     process. The children end at once when the caller fails, closes the generator or is killed.
 
     Raises:
-        UserError: `processes` below 1, or one of them was killed.
+        UserError: `processes` below 1 or too many, or one of them was killed.
         Exception: whatever the function raises.
     """
-    if processes < 1:
-        raise UserError(f"`processes` is {processes}; it must be at least 1", field="processes")
+    if not (isinstance(processes, Integral) and processes >= 1):
+        raise UserError(
+            f"`processes` is {processes}; it must be a whole number from 1", "processes"
+        )
     processes = min(processes, len(arguments))
+    check_fits(processes * _PROCESS_BYTES, "processes", "choose fewer")
     if processes <= 1:
         yield from map(function, arguments)
         return
@@ -50,7 +73,13 @@ def map_forked(
     ended, alive = context.Pipe(duplex=False)
     executor = ProcessPoolExecutor(processes, context, _start, (function, ended, alive))
     try:
-        futures = [executor.submit(_call, argument) for argument in arguments]
+        try:
+            futures = [executor.submit(_call, argument) for argument in arguments]
+        except OSError as error:
+            raise UserError(
+                f"cannot start {processes} processes ({error.strerror}); choose fewer `processes`",
+                field="processes",
+            ) from error
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:

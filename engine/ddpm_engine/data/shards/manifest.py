@@ -97,7 +97,8 @@ class Manifest:
         }
         with atomic_write(directory / MANIFEST_NAME) as file:
             text = json.dumps(summary | dataclasses.asdict(self), indent=1, ensure_ascii=False)
-            file.write(text.encode() + b"\n")
+            # Undecoded bytes in names become JSON's own escapes, which are read back as they were.
+            file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def parse_manifest(content: bytes, path: str) -> Manifest:

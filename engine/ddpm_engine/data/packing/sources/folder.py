@@ -2,66 +2,140 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source, revision_of
+from ddpm_engine.data.packing.sources.source import (
+    DamagedImage,
+    Example,
+    LazyExamples,
+    Source,
+    reading,
+    revision_of,
+)
 from ddpm_engine.errors import UserError
-from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode
+from ddpm_engine.images.codec import DecodeError
+from ddpm_engine.images.damaged import read_image, reason_of
+from ddpm_engine.images.folder import folder_contents, in_words, not_images
+from ddpm_engine.printable import printable
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = frozenset({
+    "train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "holdout",
+})  # fmt: skip
 
 
-def image_folder(root: Path) -> Source:
+def image_folder(root: Path, out: Path | None = None) -> Source:
     """Open a folder of images, or of class folders, whose sorted names become the labels 0, 1, ...
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out, and so are folders that this engine wrote and links that
+    lead back; see `folder_contents`.
+
+    Args:
+        root: the folder.
+        out: folder that is about to be written, which is left out too.
 
     Raises:
         UserError: class folders beside files, an empty class folder, or a file that is no image.
     """
-    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if not entry.is_dir()]
-    if folders and files:
-        raise UserError(
-            f"{root} holds both class folders ({folders[0].name}, ...) and files "
-            f"({files[0].name}, ...): use class folders for all images, or for none"
-        )
-    labelled: list[tuple[Path, int | None]] = [(file, None) for file in files]
-    for label, folder in enumerate(folders):
-        found = _visible_files(folder)
-        if not found:
+    tree = _Tree(root, out)
+    with reading(root):
+        top = folder_contents(root, out)
+    tree.outputs += top.outputs
+    files = [*top.images, *top.others]
+    labelled: list[tuple[Path, int | None]] = [(file, None) for file in top.images]
+    classes: list[Path] = []
+    for folder in top.folders:
+        left_out = len(tree.outputs) + len(tree.loops)
+        found = tree.images_below(folder)
+        if not found and left_out < len(tree.outputs) + len(tree.loops):
+            continue
+        if files:
+            raise UserError(
+                f"{root} holds both class folders ({folder.name}, ...) and files "
+                f"({min(files).name}, ...): use class folders for all images, or for none"
+            )
+        if not found and not tree.others:
             raise UserError(
                 f"class folder {folder} holds no images: fill it, or move it out of {root}"
             )
-        labelled += [(file, label) for file in found]
-    strays = [file for file, _ in labelled if _extension(file) not in EXTENSIONS]
-    if strays:
-        others = f", nor are {len(strays) - 1} more" if len(strays) > 1 else ""
-        raise UserError(
-            f"{strays[0]} is not an image ({', '.join(EXTENSIONS)}){others}: move it out of "
-            f"{root}, hide it with a leading dot, or convert it"
-        )
+        labelled += [(file, len(classes)) for file in found]
+        classes.append(folder)
+    if others := top.others + tree.others:
+        raise UserError(not_images(others, root))
+    names = tuple(printable(folder.name) for folder in classes)
+    tree.warn()
+    _question_splits(root, names)
 
     def load(number: int) -> Example:
         file, label = labelled[number]
         try:
-            image = decode(file.read_bytes(), _extension(file))
+            image = read_image(file)
         except (DecodeError, OSError) as error:
-            raise UserError(f"cannot read image {file}: {error}; repair or move it") from error
+            raise DamagedImage(str(file), reason_of(error)) from error
         return Example(file.relative_to(root).with_suffix("").as_posix(), image, label)
 
     examples = LazyExamples(range(len(labelled)), load)
-    classes = tuple(folder.name for folder in folders) or None
-    return Source(str(root), examples, classes, revision_of(file for file, _ in labelled))
+    return Source(str(root), examples, names or None, revision_of(file for file, _ in labelled))
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """List all files below a folder in sorted order, without hidden files and folders."""
-    found: list[Path] = []
-    for entry in sorted(folder.iterdir()):
-        if not entry.name.startswith("."):
-            found += _visible_files(entry) if entry.is_dir() else [entry]
-    return found
+class _Tree:
+    """What a walk through the folders below a root has met besides images."""
+
+    def __init__(self, root: Path, out: Path | None) -> None:
+        self.root, self.out = root, out
+        self.others: list[Path] = []
+        self.outputs: list[Path] = []
+        self.loops: list[Path] = []
+        self._real_root = root.resolve()
+        self._entered: set[Path] = set()
+
+    def images_below(self, folder: Path, above: frozenset[Path] | None = None) -> list[Path]:
+        """List the images in a folder and in those below it, in the order of their paths.
+
+        Args:
+            folder: to list.
+            above: real paths of the folders that hold it; None: of the root.
+        """
+        above = _with_parents(self._real_root) if above is None else above
+        real = folder.resolve()
+        by_link = real != self._real_root / folder.relative_to(self.root)
+        # Among folders that link to each other in circles, there are more ways than can be gone.
+        if real in above or (self.loops and by_link and real in self._entered):
+            self.loops.append(folder)
+            return []
+        self._entered.add(real)
+        with reading(folder):
+            found = folder_contents(folder, self.out)
+        self.outputs += found.outputs
+        self.others += found.others
+        folders = set(found.folders)
+        images: list[Path] = []
+        for entry in sorted([*found.images, *folders]):
+            if entry in folders:
+                images += self.images_below(entry, above | _with_parents(real))
+            else:
+                images.append(entry)
+        return images
+
+    def warn(self) -> None:
+        """Say which folders are left out."""
+        if self.outputs:
+            logger.warning("left out, as folders of output: %s", in_words(map(str, self.outputs)))
+        if self.loops:
+            logger.warning("left out, as links that lead back: %s", in_words(map(str, self.loops)))
 
 
-def _extension(file: Path) -> str:
-    return file.suffix[1:].lower()
+def _with_parents(real: Path) -> frozenset[Path]:
+    return frozenset({real, *real.parents})
+
+
+def _question_splits(root: Path, names: tuple[str, ...]) -> None:
+    if names and all(name.lower() in _SPLITS for name in names):
+        numbered = ", ".join(f"{name} as {number}" for number, name in enumerate(names))
+        logger.warning(
+            "the folders of %s are taken for classes: %s. If they are splits of one data set, pack "
+            "one of them alone, such as %s",
+            root, numbered, root / names[0],
+        )  # fmt: skip

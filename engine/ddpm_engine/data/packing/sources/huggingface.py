@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
+from ddpm_engine.data.packing.sources.source import DamagedImage, Example, LazyExamples, Source
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, decode, extension_of
+from ddpm_engine.images.damaged import reason_of
 
 
 def hugging_face(name: str) -> Source:
@@ -52,7 +53,7 @@ def hugging_face(name: str) -> Source:
             payload = row[image]["bytes"] or Path(row[image]["path"]).read_bytes()
             pixels = decode(payload, extension_of(payload))
         except (DecodeError, OSError, TypeError) as error:
-            raise UserError(f"cannot read image {number} of {name}: {error}") from error
+            raise DamagedImage(f"{number} of {name}", reason_of(error)) from error
         # Hidden labels of a test split are None or -1.
         known = label is not None and row[label] is not None and row[label] >= 0
         return Example(f"{number:08d}", pixels, int(row[label]) if known else None)

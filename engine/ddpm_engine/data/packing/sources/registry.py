@@ -5,6 +5,7 @@ To add a kind, write a module with a function that returns a `Source`, and call 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ddpm_engine.data.packing.sources.cifar import (
@@ -27,12 +28,13 @@ KINDS = (
 )
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, out: str | os.PathLike[str] | None = None) -> Source:
     """Open a source of the kind that its name says.
 
     Args:
         name: one of `KINDS`. CIFAR folders and archives give their training images; name
             `test_batch.bin` or `test.bin` itself for the test images.
+        out: folder that is about to be packed into, which is no part of the source.
 
     Raises:
         UserError: nothing there, or nothing that can be read; on access to an example, a damaged
@@ -52,7 +54,7 @@ def open_source(name: str) -> Source:
             return cifar_folder(path)
         if any((path / known).is_file() for known in ("batches.meta", "meta")):
             raise pickled_cifar(path)
-        return image_folder(path)
+        return image_folder(path, None if out is None else Path(out))
     lower = path.name.lower()
     if lower.endswith(".npz"):
         return npz_archive(path)

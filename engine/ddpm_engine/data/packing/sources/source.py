@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import Pixels
+from ddpm_engine.images.damaged import unreadable
 
 
 class Example(NamedTuple):
@@ -27,6 +28,22 @@ class Example(NamedTuple):
     """uint8 `[H, W, C]`."""
     label: int | None
     """Class from 0, or None."""
+
+
+class DamagedImage(UserError):
+    """One image of a source cannot be read.
+
+    Args:
+        name: of the image.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(str(unreadable({name: reason})))
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type[DamagedImage], tuple[str, str]]:
+        return DamagedImage, (self.name, self.reason)
 
 
 class LazyExamples(Sequence[Example]):
@@ -91,7 +108,8 @@ def revision_of(files: Iterable[Path]) -> str:
     for file in files:
         with reading(file):
             status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        described = f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0"
+        digest.update(described.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
