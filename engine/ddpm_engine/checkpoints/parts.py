@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from ddpm_engine.errors import NotFiniteError, UserError
+from ddpm_engine.hidden_files import is_hidden
 
 Part = Mapping[str, Tensor]
 
@@ -55,7 +58,7 @@ def load_part(path: Path, name: str, target: Part) -> None:
     """
     if not (path / name).is_dir():
         raise UserError(f"{path} holds no part {name!r}")
-    reader = HuggingFaceStorageReader(str(path / name))
+    reader = _Reader(str(path / name))
     try:
         stored = reader.read_metadata().state_dict_metadata
     except (SafetensorError, ValueError, LookupError, TypeError, OSError) as error:
@@ -78,6 +81,19 @@ def load_part(path: Path, name: str, target: Part) -> None:
             dcp.load(dict(target), storage_reader=reader)
     except (CheckpointException, SafetensorError, ValueError, RuntimeError) as error:
         raise _unreadable(path / name, error) from error
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Torch's reader of all safetensors files in a folder, but for hidden ones."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.fs = _Visible()
+
+
+class _Visible(FileSystem):
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [file for file in super().ls(path) if not is_hidden(os.path.basename(file))]
 
 
 def check_finite(name: str, tensors: Part) -> None:

@@ -38,6 +38,7 @@ from ddpm_engine.checkpoints.recorded_config import of_record
 from ddpm_engine.config import RunConfig
 from ddpm_engine.distributed import is_main, of_main, raise_together
 from ddpm_engine.errors import NotFiniteError, UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.json_files import to_json
 
 logger = logging.getLogger(__name__)
@@ -345,10 +346,10 @@ def _layout_mismatches(
     path: Path, files: dict[str, Any], parts: Collection[str] | None
 ) -> list[str]:
     """Where the files of some parts are not those of the manifest, by name and size."""
-    present = (file.relative_to(path).as_posix() for file in sorted(path.glob("*/*.safetensors")))
+    present = [file for file in sorted(path.glob("*/*.safetensors")) if not is_hidden(file.name)]
     problems = [
         f"{name} is not in its manifest"
-        for name in present
+        for name in (file.relative_to(path).as_posix() for file in present)
         if name not in files and (parts is None or _part_of(name) in parts)
     ]
     inside = path.resolve()

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from webdataset.tariterators import base_plus_ext
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.images.codec import EXTENSIONS
 
 MAX_CLASSES = 1 << 16
@@ -115,7 +116,7 @@ def members_of(
                 raise tarfile.ReadError(f"a member at byte {member.offset} that ends before it")
             end = tar.offset
             tar.members = []  # type: ignore[attr-defined]
-            hidden = PurePosixPath(member.name).name.startswith(".")
+            hidden = is_hidden(PurePosixPath(member.name).name)
             if hidden or member.isdir() or member.name.startswith("__"):
                 continue
             key, extension = base_plus_ext(member.name)

@@ -10,6 +10,7 @@ from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
 from ddpm_engine.export.card import MARK, model_card
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.networks.files.layout import CARD, is_export
 from ddpm_engine.printable import check_utf8
 
@@ -61,4 +62,4 @@ def export_pipeline(pretrained: LoadedModel, out: Path, weights: str = "ema") ->
 
 def _is_free(folder: Path) -> bool:
     """Whether a folder holds nothing, or nothing but hidden files such as `.git`."""
-    return folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
+    return folder.is_dir() and all(is_hidden(entry.name) for entry in folder.iterdir())

@@ -15,6 +15,7 @@ from ddpm_engine.checkpoints.store import SNAPSHOTS, Checkpoint, CheckpointStore
 from ddpm_engine.config import RunConfig, flatten
 from ddpm_engine.data.classes import ClassNames, check_same_classes, class_names_in
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.json_files import parse_json, to_json
 from ddpm_engine.locations import check_local
 from ddpm_engine.locks import LocksUnsupportedError, acquire
@@ -152,7 +153,7 @@ def lock_run_directory(out: Path) -> BinaryIO:
 
 def _foreign(out: Path) -> str | None:
     """An entry of a folder that an interrupted first start does not leave, if there is any."""
-    names = (entry.name for entry in out.iterdir())
+    names = (entry.name for entry in out.iterdir() if not is_hidden(entry.name))
     return min((n for n in names if not n.endswith(TEMPORARY_SUFFIX) and n != _LOCK), default=None)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.json_files import as_float, as_int, described, read_object
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ class Entries:
 def listing(folder: Path) -> str:
     """What a folder holds, for messages that say what is missing there."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in folder.iterdir() if not is_hidden(path.name))
     except OSError:
         return "nothing that can be read"
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
