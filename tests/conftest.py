@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+# Before anything imports torch: scripts run in forks, in which OpenMP waits for threads that the
+# fork has not got.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeShards = Callable[..., Path]
 

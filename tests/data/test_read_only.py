@@ -57,7 +57,7 @@ def test_messages_name_the_files_at_fault(shards: Path, tmp_path: Path) -> None:
     index_shards(shards)
     place = records.records_of(shards)
     assert tmp_path / "cache" in place.parents
-    with pytest.raises(UserError, match=f"indexed already.*delete {place}/manifest.json"):
+    with pytest.raises(UserError, match=f"indexed already.*move manifest.json out of {place}"):
         index_shards(shards)
     flip(place / "a.index.npy", 200)
     with pytest.raises(UserError, match=f"index {place}/a.index.npy is not the one"):

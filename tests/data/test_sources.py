@@ -91,9 +91,9 @@ def test_images_directly_inside_have_no_labels(tmp_path: Path) -> None:
 
 def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encode(random_image(4, 4, 3), "png"))
-    (tmp_path / "notes.txt").write_text("hello")
-    assert "notes.txt is not an image" in refused(tmp_path)
-    (tmp_path / "notes.txt").rename(tmp_path / "damaged.png")
+    (tmp_path / "old.gif").write_bytes(b"GIF89a")
+    assert "old.gif is not an image" in refused(tmp_path)
+    (tmp_path / "old.gif").rename(tmp_path / "damaged.png")
     assert "damaged.png" in refused(tmp_path)
     (tmp_path / "damaged.png").unlink()
     (tmp_path / "cats").mkdir()

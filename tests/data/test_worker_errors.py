@@ -75,7 +75,9 @@ def test_a_field_comes_along() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_of_nothing_is_one_line(tmp_path: Path, workers: int) -> None:
-    stream = ShardStream(f"{tmp_path}/nowhere-{{0..3}}.tar", 8, 3)
+    for k in range(4):
+        (tmp_path / f"empty-{k}.tar").touch()
+    stream = ShardStream(f"{tmp_path}/empty-{{0..3}}.tar", 8, 3)
     assert "in a row of" in message(stream, workers)
     assert "\n" not in message(stream, workers)
 

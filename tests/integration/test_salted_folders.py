@@ -48,7 +48,8 @@ CASES = {
         ("shards",),
     ),
     "resume": Case(
-        ("launch/train.py", "--config={}/run", "--out={}/run", "--training.steps=6"),
+        ("launch/train.py", "--config={}/run", "--out={}/run", "--training.steps=6",
+            "--log.keep-checkpoints=9"),
         ("run", "run/checkpoints", "run/checkpoints/step-00000004",
          "run/checkpoints/step-00000004/ema", "run/checkpoints/step-00000002/model"),
     ),

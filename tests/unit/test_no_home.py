@@ -86,5 +86,5 @@ def test_without_any_folder_there_is_one_line(
     assert "compilers keep it by default" in caplog.text
     with pytest.raises(UserError, match="set XDG_CACHE_HOME to a folder"):
         user_cache("evaluation")
-    with pytest.raises(UserError, match=r"give one as `data\.cache`"):
+    with pytest.raises(UserError, match=r"give one by `data\.cache`"):
         default_cache_directory()

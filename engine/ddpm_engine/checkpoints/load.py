@@ -21,7 +21,13 @@ from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.files.entries import listing
 from ddpm_engine.networks.files.hub import local_folder
-from ddpm_engine.networks.files.layout import NETWORK_CONFIG, Layout, find_layout, is_diffusers
+from ddpm_engine.networks.files.layout import (
+    NETWORK_CONFIG,
+    Layout,
+    find_layout,
+    has_average_apart,
+    is_diffusers,
+)
 from ddpm_engine.networks.unet.files import read_config, read_unet
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.printable import check_utf8
@@ -194,10 +200,10 @@ def load_model(
     path = local_folder(path)
     check_utf8(path)
     foreign = not _is_run(path) and is_diffusers(path)
-    if foreign and weights != "ema":
+    if foreign and weights != "ema" and not has_average_apart(path):
         raise UserError(
             f"`weights` is {weights}, which chooses among those of a run, but {path} is a model "
-            "of diffusers, which has one set; leave it out",
+            "of diffusers that has one set; leave it out",
             "weights",
         )
     loaded = _load_diffusers(path, weights) if foreign else _load_run(path, weights)

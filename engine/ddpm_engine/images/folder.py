@@ -99,8 +99,7 @@ def check_image_files(folder: Path, field: str) -> None:
             others; or a folder that cannot be read.
     """
     found = _listed(folder)
-    if unreadable := [file for file in found.others if extension_in(file.name) in _OTHER_FORMATS]:
-        raise UserError(not_images(unreadable, folder), field)
+    check_formats(found.others, folder, field)
     left_out = in_words(path.name for path in (*found.others, *found.folders))
     if not found.images:
         only = f", only {left_out}" if left_out else ""
@@ -118,13 +117,25 @@ def _listed(folder: Path) -> FolderContents:
         raise UserError(f"cannot list {folder}: {error.strerror}; check its permissions") from error
 
 
-def not_images(files: Sequence[Path], folder: Path) -> str:
-    """Return the message that refuses files among images, by name."""
-    are_none, them = ("are not images", "them") if len(files) > 1 else ("is not an image", "it")
-    return (
-        f"{in_words(map(str, files))} {are_none} ({', '.join(EXTENSIONS)}): move {them} out of "
-        f"{folder}, hide {them} with a leading dot, or convert {them}"
-    )
+def check_formats(others: Sequence[Path], folder: Path, field: str | None = None) -> None:
+    """Refuse images of formats that cannot be read: without them, a folder would hold others.
+
+    Args:
+        others: files that are not images of a known format.
+        folder: that holds them.
+        field: that the folder is from.
+
+    Raises:
+        UserError: there are some; the message names them.
+    """
+    files = [file for file in others if extension_in(file.name) in _OTHER_FORMATS]
+    if files:
+        are_none, them = ("are not images", "them") if len(files) > 1 else ("is not an image", "it")
+        raise UserError(
+            f"{in_words(map(str, files))} {are_none} ({', '.join(EXTENSIONS)}): move {them} out of "
+            f"{folder}, hide {them} with a leading dot, or convert {them}",
+            field,
+        )
 
 
 def in_words(names: Iterable[str], separator: str = ", ") -> str:

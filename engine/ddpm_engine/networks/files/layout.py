@@ -84,6 +84,14 @@ def find_layout(path: Path, averaged: bool = True) -> Layout:
     )
 
 
+def has_average_apart(path: Path) -> bool:
+    """Whether a saved model has an average of its weights and those without averaging."""
+    variants = (
+        file.name for folder in (path, path / "unet") for file in folder.glob("*.non_ema.*")
+    )
+    return (path / _AVERAGE / NETWORK_CONFIG).exists() or any(variants)
+
+
 def _training_layout(path: Path, averaged: bool) -> Layout:
     """The parts of a training checkpoint; its pipeline, if there is one, is in the folder above."""
     network = path / (_AVERAGE if averaged else "unet")

@@ -16,7 +16,7 @@ from ddpm_engine.data.packing.sources.source import (
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError
 from ddpm_engine.images.damaged import read_image, reason_of
-from ddpm_engine.images.folder import folder_contents, in_words, not_images
+from ddpm_engine.images.folder import check_formats, folder_contents, in_words
 from ddpm_engine.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,14 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
         out: folder that is about to be written, which is left out too.
 
     Raises:
-        UserError: class folders beside files, an empty class folder, or a file that is no image.
+        UserError: class folders beside images, an empty class folder, or images of formats that
+            cannot be read.
     """
     tree = _Tree(root, out)
     with reading(root):
         top = folder_contents(root, out)
     tree.outputs += top.outputs
-    files = [*top.images, *top.others]
+    tree.others += top.others
     labelled: list[tuple[Path, int | None]] = [(file, None) for file in top.images]
     classes: list[Path] = []
     for folder in top.folders:
@@ -51,19 +52,19 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
         found = tree.images_below(folder)
         if not found and left_out < len(tree.outputs) + len(tree.loops):
             continue
-        if files:
+        if found and top.images:
             raise UserError(
-                f"{root} holds both class folders ({folder.name}, ...) and files "
-                f"({min(files).name}, ...): use class folders for all images, or for none"
+                f"{root} holds both class folders ({folder.name}, ...) and images "
+                f"({top.images[0].name}, ...): use class folders for all images, or for none"
             )
-        if not found and not tree.others:
+        check_formats(tree.others, root)
+        if not found:
             raise UserError(
                 f"class folder {folder} holds no images: fill it, or move it out of {root}"
             )
         labelled += [(file, len(classes)) for file in found]
         classes.append(folder)
-    if others := top.others + tree.others:
-        raise UserError(not_images(others, root))
+    check_formats(tree.others, root)
     names = tuple(printable(folder.name) for folder in classes)
     tree.warn()
     _question_splits(root, names)
@@ -120,7 +121,9 @@ class _Tree:
         return images
 
     def warn(self) -> None:
-        """Say which folders are left out."""
+        """Say what is left out."""
+        if self.others:
+            logger.warning("left out, as no images: %s", in_words(map(str, self.others)))
         if self.outputs:
             logger.warning("left out, as folders of output: %s", in_words(map(str, self.outputs)))
         if self.loops:
