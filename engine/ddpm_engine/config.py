@@ -33,15 +33,15 @@ MAX_SIGMA_REL = 12**-0.5
 class OptimizerConfig:
     """AdamW with linear warm-up."""
 
-    learning_rate: Annotated[float, Gt(0)] = 2e-4
+    learning_rate: Annotated[float, Gt(0), Le(1e6)] = 2e-4
     """Learning rate after the warm-up, positive."""
     warmup_steps: Annotated[int, Ge(0)] = 5000
     """Optimizer steps over which the learning rate rises from zero; 0: no warm-up."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
     """Decay per step of the first and second moments, each from 0 to below 1."""
-    eps: Annotated[float, Ge(0)] = 1e-8
-    """Term added to the root of the second moment, 0 or more."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    eps: Annotated[float, Gt(0), Le(1)] = 1e-8
+    """Term added to the root of the second moment, positive, since that may be 0."""
+    weight_decay: Annotated[float, Ge(0), Le(1e6)] = 0.0
     """Decoupled weight decay, 0 or more; 0 makes it Adam."""
     clip_norm: Annotated[float, Gt(0)] = 1.0
     """Global norm, positive, that larger gradients are scaled down to."""

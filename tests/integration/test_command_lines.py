@@ -198,7 +198,7 @@ POSITIVE = "it must be at least 1"
         ("launch/train.py", "--model.downsample-padding", "2", "0 or 1"),
         ("launch/train.py", "--model.norm-eps", "0", "(0, 1e+06)"),
         ("launch/train.py", "--optimizer.betas", "2 2", "[0, 1)"),
-        ("launch/train.py", "--optimizer.weight-decay", "-1", "must not be negative"),
+        ("launch/train.py", "--optimizer.weight-decay", "-1", "[0, 1e+06]"),
         ("launch/train.py", "--diffusion.timesteps", "0", "at least 1"),
         ("launch/distill.py", "--prediction", "epz", "'eps'"),
         ("launch/sample.py", "--sampler", "dim", "'ddim'"),

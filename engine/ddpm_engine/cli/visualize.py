@@ -9,6 +9,7 @@ docs/ddpm.md explains the figures.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -154,7 +155,7 @@ def show_run(options: Options, checkpoint: Path) -> None:
     refuse_unused(options, _USED_BY, purposes(options, names), described)
     exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
     check(exhibit, names)
-    make_folder(options.out)
+    made = make_folder(options.out)
     failed = []
     for name in names:
         try:
@@ -166,21 +167,26 @@ def show_run(options: Options, checkpoint: Path) -> None:
             else:
                 failed.append(error)
     if failed:
+        if made:
+            with suppress(OSError):
+                options.out.rmdir()  # if there is nothing in it
         raise UserError("; ".join(map(str, failed)), failed[0].field)
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder of the figures.
+def make_folder(out: Path) -> bool:
+    """Make the folder of the figures, and return whether there was none.
 
     Raises:
         UserError: it cannot be made.
     """
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"`out` {out} cannot be made a folder ({error.strerror}); choose another", "out"
         ) from None
+    return made
 
 
 def show_toy(options: Options, toy: Toy) -> None:
