@@ -11,6 +11,7 @@ Every array is uint8 `[height, width, channels]` with 1 (grey) or 3 (RGB) channe
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -249,9 +250,9 @@ def _shape(image: Image.Image) -> tuple[int, int, int]:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1, which is upright, where it cannot be read."""
-    with suppress(
-        Exception
-    ):  # Pillow raises SyntaxError, struct.error, UnicodeDecodeError and more
+    # Pillow raises SyntaxError, struct.error, UnicodeDecodeError and more, and warns of the rest.
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     return 1
 
