@@ -131,7 +131,7 @@ def test_what_cannot_be_had_is_refused(
         ('{"zero_optimization": {"stage": 0}}', "must be 1, 2 or 3"),
         ('{"zero_optimization": {"stage": 2}, "bf16": {}}', "`training.precision` says it"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "is nvme"),
-        ("{", "is not a configuration"),
+        ("{", "is not JSON"),
     ],
 )
 def test_deepspeed_files_that_cannot_be_followed(

@@ -158,7 +158,7 @@ def test_output_that_does_not_fit_is_said(main: Main, arguments: list[str]) -> N
     [
         (
             ["launch/sample.py", "--checkpoint", "caf\udce9", "--out", "o"],
-            r"in caf\udce9",
+            r"caf\xe9 is not UTF-8",
         ),
         (["launch/export.py", "--checkpoint", "c", "--out", "o", "--weights", "\udce9"], "'ema'"),
         (["launch/sample.py", "--checkpoint", "c", "--out", "o", "--count", "\udce9"], "--count"),

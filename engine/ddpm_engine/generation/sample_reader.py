@@ -190,7 +190,7 @@ def open_images(directory: Path, field: str = "samples") -> SampleReader:
             f"`{field}` {directory} is a data set of shards; give a folder of images or of samples",
             field,
         )
-    reader = SampleReader(directory, manifest if isinstance(manifest.get("format"), str) else {})
+    reader = SampleReader(directory, manifest if "format" in manifest else {})
     if reader.files is None:
         check_image_files(directory, field)
     elif not reader.ids():
