@@ -76,8 +76,7 @@ def exit_in_one_line(in_flags: Callable[[str], str] = str) -> Iterator[None]:
             raise refuse(in_flags(str(error))) from None
         chain = list(_chain(error))
         if any(isinstance(one, KeyboardInterrupt) for one in chain):
-            if is_first():
-                print("interrupted", file=sys.stderr)
+            say_interrupted()
             raise SystemExit(INTERRUPTED) from None
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             _discard_output()
@@ -91,6 +90,12 @@ def exit_in_one_line(in_flags: Callable[[str], str] = str) -> Iterator[None]:
             _discard_output()  # or Python tries again as it ends
         print(f"error: {said}", file=sys.stderr)
         raise SystemExit(REFUSED) from None
+
+
+def say_interrupted() -> None:
+    """Answer Ctrl-C, once for all processes of a launcher."""
+    if is_first():
+        print("interrupted", file=sys.stderr, flush=True)
 
 
 def explanation(error: BaseException) -> str | None:
