@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,10 +97,12 @@ def test_what_goes_wrong_while_torch_is_imported_is_one_line(
     torch: str, status: int, said: str, script: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text(torch)
+    # A background job, in which the tests may run, ignores Ctrl-C.
     ended = subprocess.run(
         [sys.executable, script, "--help"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), PATHS])},
         capture_output=True, text=True, timeout=60, check=False,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
 
