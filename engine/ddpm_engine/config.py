@@ -254,8 +254,17 @@ def load_config(path: Path) -> RunConfig:
     """
     path = user_path(path)
     file = path / "config.json" if path.is_dir() else path
+    return from_dict(read_values(file), str(file))
+
+
+def read_values(file: Path) -> Any:
+    """Read the JSON values of a configuration, for `from_dict`.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
     try:
-        return from_dict(read_json(file), str(file))
+        return read_json(file)
     except FileNotFoundError:
         raise UserError(f"there is no configuration at {file}") from None
 

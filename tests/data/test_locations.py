@@ -1,4 +1,4 @@
-"""Where data are: paths and URLs, each named for what it is, and passwords that are told nobody."""
+"""Paths and URLs of data: each is read as what it is, and no password is shown or recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An error in a data worker is told in the words it has without workers, and in one line."""
+"""An error in a data worker reads as it does without workers: the same message, in one line."""
 
 from __future__ import annotations
 

@@ -5,33 +5,18 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.tiny import TINY_GREY
-
-from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
-from ddpm_engine.data.config import DataConfig
-from ddpm_engine.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 Refused = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional network, trained for a moment."""
-    config = RunConfig(
-        out=tmp_path_factory.mktemp("trained") / "run",
-        data=DataConfig(path=shards, workers=0),
-        model=replace(TINY_GREY, num_class_embeds=11),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5),
-        training=TrainingConfig(steps=2, batch_size=8, ema_decay=0.9),
-        log=LogConfig(every=50, checkpoint_every=50, sample_every=0, tracker="none"),
-    )
-    Trainer(config).fit()
-    return config.out
+@pytest.fixture
+def trained(inputs: Path) -> Path:
+    """A class-conditional run."""
+    return inputs / "run"
 
 
 @pytest.fixture

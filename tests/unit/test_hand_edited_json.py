@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny import TINY
 
+from ddpm_engine.checkpoints.recorded_config import load_record
 from ddpm_engine.config import RunConfig, TrainingConfig, load_config, to_dict
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.errors import UserError
@@ -189,12 +190,13 @@ def test_every_encoding_of_json_is_read(kind: str, encoding: str, tmp_path: Path
         assert same(read(tmp_path / name), valid)
 
 
-def test_a_pipe_is_read_as_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [load_config, lambda file: load_record(file)[0]])
+def test_a_pipe_is_read_as_a_file(load: Callable[[Path], RunConfig]) -> None:
     """As in `--config <(jq … config.json)`."""
     reading, writing = os.pipe()
     os.write(writing, json.dumps(to_dict(RUN)).encode())
     os.close(writing)
-    assert load_config(Path(f"/dev/fd/{reading}")) == RUN
+    assert load(Path(f"/dev/fd/{reading}")) == RUN
     os.close(reading)
 
 

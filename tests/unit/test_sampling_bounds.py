@@ -139,7 +139,7 @@ def test_amounts_that_do_not_fit_into_memory(ids: Any, options: dict[str, Any], 
     if field:
         with pytest.raises(UserError, match=f"`{field}` asks for at least .* of memory"):
             sample_model(MODEL, ids, progress=False, **options)
-    else:  # of so many, only those that are asked for take any
+    else:  # too many for a list: memory is taken only for those requested
         assert len(sample_model(MODEL, ids, progress=False, **options)) == 2
 
 

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddpm_engine.config import RECORDED_IN, RunConfig, from_dict, load_config, to_dict
-from ddpm_engine.json_files import read_json
+from ddpm_engine.config import RECORDED_IN, RunConfig, from_dict, read_values, to_dict
 from ddpm_engine.locations import is_location
 
 CONFIG = "config.json"
@@ -54,10 +53,8 @@ def load_record(file: Path) -> tuple[RunConfig, bool]:
     Raises:
         UserError: no such file, not JSON, or not a run configuration.
     """
-    config = load_config(file)
-    values = read_json(file)
-    bases = _bases(config.out, file.parent, values.get(RECORDED_IN))
-    return _located(config, bases), RECORDED_IN in values
+    values = read_values(file)  # once: a pipe has nothing more to read
+    return of_record(values, file.parent, str(file)), RECORDED_IN in values
 
 
 def _bases(out: Path, run: Path, recorded_in: Any) -> list[Path]:

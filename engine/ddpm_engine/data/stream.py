@@ -44,7 +44,7 @@ BUFFER = 1000
 """Decoded samples in the shuffle buffer of each worker."""
 MAX_FAULTS_IN_A_ROW = 64
 PATIENCE_SECONDS = 300.0
-"""Time without a sample, after which a second fault is one too many."""
+"""Time without a sample after which a stream ends at its next fault."""
 MAX_SHARDS = 1_000_000
 
 
