@@ -17,7 +17,6 @@ from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.build import build_callbacks, build_run
 from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.callbacks.checkpoints import Checkpoints
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.saving import explain_end, resume
 from ddpm_engine.training.signals import Stopped, StopRequest, stop_on_signals
@@ -124,10 +123,9 @@ class Trainer:
                 train_step(run, batches, stop, limited=run.step > first)
             except Stopped:
                 run.stop_requested = True
-                # All else was done at the end of the last step, when nobody had asked to stop.
-                for callback in self.callbacks:
-                    if isinstance(callback, Checkpoints) and run.step > first:
-                        callback.on_step_end(run)
+                if run.step > first:
+                    for callback in self.callbacks:
+                        callback.on_stop(run)
                 return
             if run.step % log.every == 0 or run.finished:
                 values = run.take_report()

@@ -33,6 +33,12 @@ class Callback:
         `run.finished` and `run.interrupted` are True after the last step of this process.
         """
 
+    def on_stop(self, run: Run) -> None:
+        """Save what would be lost: the run stops while it waits for the data of its next step.
+
+        `on_step_end` was called when nobody had asked to stop.
+        """
+
     def on_finished(self, run: Run) -> None:
         """Do what an earlier start could not: the run has resumed and no step is left.
 

@@ -123,6 +123,14 @@ class Checkpoints(_Saving):
         if ending:
             self._finish(run)
 
+    def on_stop(self, run: Run) -> None:
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
+        self.on_step_end(run)
+
 
 class Snapshots(_Saving):
     """Save the power-function averages every `log.snapshot_every` steps and after the last."""
@@ -147,6 +155,14 @@ class Snapshots(_Saving):
             self._start(run, "averages", averages, state)
         if run.finished or run.interrupted:
             self._finish(run)
+
+    def on_stop(self, run: Run) -> None:
+        """See `Callback`.
+
+        Raises:
+            UserError: the last save of this process failed twice.
+        """
+        self._finish(run)
 
     def on_finished(self, run: Run) -> None:
         """See `Callback`: write the last snapshot, unless it is there.
