@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
+from ddpm_engine.graphs import captured
 from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.runtime import autocast, check_precision, device_memory
@@ -30,7 +31,7 @@ from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.request import SampleRequest, as_source, rows_of
-from ddpm_engine.samplers.step_runner import StepRunner, captured
+from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.samplers.timesteps import check_begins_in_noise
 from ddpm_kernels import Column
 

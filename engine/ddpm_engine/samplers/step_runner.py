@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance, combine, dynamic_threshold, rescale_factor
 from ddpm_engine.errors import UserError
+from ddpm_engine.graphs import Capture
 from ddpm_engine.networks.conditioning import Conditioning, cat
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Column, reverse_step
@@ -27,22 +28,8 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[..., Tensor]
 """`network(x, noise_level, conditioning)` → output, `[B, C, H, W]`; see `networks.base.Network`."""
 
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""Makes a replayable graph of a step and returns its replay."""
-
 Kind = tuple[bool, bool]
 """Kind of a step: whether it is guided, and whether it recomputes the network's deep features."""
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture work on the current CUDA device as a graph, without running it; return its replay."""
-    graph = torch.cuda.CUDAGraph()
-    # Weights that autocast has converted are kept until it ends, and the graph may live longer.
-    torch.clear_autocast_cache()
-    with torch.cuda.graph(graph):
-        step()
-    torch.clear_autocast_cache()
-    return graph.replay
 
 
 class StepRunner:
