@@ -50,7 +50,7 @@ def test_draws_are_those_of_one_stream_after_the_other(
 ) -> None:
     positions = torch.tensor(ids)
     labels = positions % 10
-    asked = {
+    asked: dict[str, Any] = {
         "integers": count, "flip": True, "label_dropout": dropout, "null_class": 10,
         "augmentation_levels": 1 + count % 1000, "step": step,
     }  # fmt: skip

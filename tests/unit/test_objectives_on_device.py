@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import pytest
@@ -90,7 +90,7 @@ def nothing_of_the_host() -> Iterator[None]:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_loss_and_its_gradient(name: str, precision: str) -> None:
+def test_a_loss_and_its_gradient(name: str, precision: Any) -> None:
     config = CONFIGS[name]
     config = replace(config, training=replace(config.training, precision=precision))
     network = network_of(config)
@@ -103,7 +103,7 @@ def test_a_loss_and_its_gradient(name: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["progressive", "consistency", "moments"])
-def test_a_loss_of_distillation_and_its_gradient(method: str) -> None:
+def test_a_loss_of_distillation_and_its_gradient(method: Any) -> None:
     base = digits_classes()
     plan = DistillationConfig(Path("t"), method, 4, 4 if method == "moments" else 8, 2.0)
     config = replace(base, distillation=plan)
@@ -128,7 +128,8 @@ def test_the_network_is_given_its_own_precision(name: str) -> None:
         seen.append(z)
         return z
 
-    for precision in ("no", "bf16"):
+    precisions: tuple[Literal["no", "bf16"], ...] = ("no", "bf16")
+    for precision in precisions:
         chosen = replace(config, training=replace(config.training, precision=precision))
         build_objective(chosen, config.diffusion.build_schedule())(network, batch)
     exact, rounded = seen
