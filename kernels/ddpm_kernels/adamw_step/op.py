@@ -35,7 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import skips_dispatcher, takes_op
+from ddpm_kernels.adamw_step.checks import check_buffers, check_dense, check_segments
+from ddpm_kernels.adamw_step.launch import launch_adamw_step, launch_gradient_norm, takes_kernel
+from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
@@ -84,8 +86,8 @@ def adamw_step(
     """Update weights, moments, averages and half-precision weights in place.
 
     A gradient belongs to the segment of the flat buffers that begins at its offset. What lies in no
-    segment stays as it is. Offsets that are multiples of 8 let all memory be moved 16 bytes at a
-    time, multiples of 4 all but the half-precision weights.
+    segment stays as it is, so a frozen weight's average does not move. Offsets that are multiples
+    of 4 let float32 be moved 16 bytes at a time, and half precision 8.
 
     Args:
         gradients: of any shapes; dense, their elements in memory in the order of their segments;
@@ -200,81 +202,17 @@ def in_memory_order(gradient: Tensor) -> Tensor:
     return gradient.as_strided((gradient.numel(),), (1,))
 
 
-def check_dense(gradient: Tensor) -> None:
-    """Check that a tensor's elements follow each other in memory, in whatever order.
-
-    Raises:
-        ValueError: there are gaps between them, or some share memory.
-    """
-    distance = 1
-    for stride, size in sorted(zip(gradient.stride(), gradient.shape, strict=True)):
-        if size != 1:
-            if stride != distance and gradient.numel():
-                raise ValueError(
-                    f"a gradient of shape {list(gradient.shape)} has strides "
-                    f"{list(gradient.stride())}; its elements must follow each other in memory"
-                )
-            distance *= size
-
-
-def check_buffers(
-    weights: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    averages: Tensor,
-    shadow: Tensor | None,
-    ema_weights: Tensor,
-) -> None:
-    """Check the flat buffers of `adamw_step` against each other.
-
-    Raises:
-        ValueError: a shape, a dtype or a layout is not what `adamw_step` says.
-    """
-    count, kept = weights.numel(), averages.shape[0]
-    for name, tensor, shape in (
-        ("weights", weights, (count,)),
-        ("exp_avg", exp_avg, (count,)),
-        ("exp_avg_sq", exp_avg_sq, (count,)),
-        ("averages", averages, (kept, count)),
-        ("ema_weights", ema_weights, (kept,)),
-    ):
-        if tensor.shape != shape or tensor.dtype != weights.dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} with strides "
-                f"{list(tensor.stride())}, not {weights.dtype} {list(shape)} and contiguous"
-            )
-    if shadow is not None and (shadow.ndim != 1 or shadow.numel() > count):
-        raise ValueError(f"shadow is {list(shadow.shape)}; it must be [M] with M at most {count}")
-    if shadow is not None and not shadow.is_contiguous():
-        raise ValueError(f"shadow has strides {list(shadow.stride())}; it must be contiguous")
-
-
-def check_segments(sizes: list[int], offsets: list[int], count: int) -> None:
-    """Check that segments of `sizes` elements ascend within `count` and do not overlap.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if len(sizes) != len(offsets):
-        raise ValueError(f"there are {len(sizes)} gradients and {len(offsets)} offsets")
-    end = 0
-    for size, offset in zip(sizes, offsets, strict=True):
-        if offset < end:
-            raise ValueError(f"the segment at {offset} begins before the end of another, {end}")
-        end = offset + size
-    if end > count:
-        raise ValueError(f"a segment ends at {end}, the weights at {count}")
-
-
 # --- Registration
 
 
 def _gradient_norm(gradients: list[Tensor]) -> Tensor:
-    return gradient_norm_reference(gradients)
+    kernel = runs_triton(gradients[0]) and takes_kernel(gradients)
+    return (launch_gradient_norm if kernel else gradient_norm_reference)(gradients)
 
 
 def _adamw_step(gradients: list[Tensor], offsets: list[int], weights: Tensor, *rest: Any) -> None:
-    adamw_step_reference_(gradients, offsets, weights, *rest)
+    kernel = runs_triton(weights) and weights.dtype == torch.float32 and takes_kernel(gradients)
+    (launch_adamw_step if kernel else adamw_step_reference_)(gradients, offsets, weights, *rest)
 
 
 _library = torch.library.Library("ddpm", "FRAGMENT")
