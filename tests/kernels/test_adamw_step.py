@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.adamw_inputs import BUFFERS, NUMBERS, SIZES, STATE, mapped, of_adamw_step
+from tests.kernels.adamw_inputs import (
+    BUFFERS,
+    NUMBERS,
+    REFERENCE_NUMBERS,
+    SIZES,
+    STATE,
+    mapped,
+    of_adamw_step,
+)
 from tests.kernels.comparing import EPS32, assert_equal, assert_no_worse, assert_within, largest
 from tests.kernels.conftest import INTERPRETED, ON_KERNELS, Backend, Guarded
 from tests.kernels.inputs import FLOATS, Arguments
@@ -38,9 +46,7 @@ def check(given_: Arguments, inside: Arguments) -> None:
     """Step `inside`, a copy of `given_`: at most twice the error of the reference in float32."""
     exact, own = in_float64(given_), mapped(Tensor.clone, given_)
     for arguments in (exact, own):
-        adamw_step_reference_(
-            *arguments.values(), *NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"]
-        )
+        adamw_step_reference_(**arguments, **REFERENCE_NUMBERS)
     before = mapped(Tensor.clone, inside)
     adamw_step(**inside, **NUMBERS)
     for name in STATE:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.adamw_inputs import NUMBERS, SIZES, STATE, mapped, of_adamw_step
+from tests.kernels.adamw_inputs import (
+    NUMBERS,
+    REFERENCE_NUMBERS,
+    SIZES,
+    STATE,
+    mapped,
+    of_adamw_step,
+)
 from tests.kernels.comparing import OnTheHost, assert_equal
 from tests.kernels.conftest import (
     INTERPRETED,
@@ -58,9 +65,10 @@ def stepped(function: Callable[..., None], arguments: Arguments) -> Arguments:
 def test_opcheck(backend: Backend, optional: bool) -> None:
     given_ = given_on(backend.device, averages=int(optional))
     given_["shadow"] = given_["shadow"] if optional else None
-    numbers = (*NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"])
     operations = torch.ops.ddpm
-    torch.library.opcheck(operations.adamw_step_.default, (*given_.values(), *numbers))
+    torch.library.opcheck(
+        operations.adamw_step_.default, (*given_.values(), *REFERENCE_NUMBERS.values())
+    )
     torch.library.opcheck(operations.gradient_norm.default, (given_["gradients"],))
 
 

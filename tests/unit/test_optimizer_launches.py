@@ -67,10 +67,11 @@ def test_six_launches_move_38_bytes_a_weight(
         half = end if index < len(halved) else half
     number = torch.zeros(())
     gradient_norm(gradients)
+    weights, exp_avg, exp_avg_sq, average = (torch.empty(end) for _ in range(4))
     adamw_step(
-        gradients, offsets, *(torch.empty(end) for _ in ("weights", "m", "v")),
-        torch.empty(1, end), torch.empty(half, dtype=torch.bfloat16), number, number,
-        torch.zeros(1), number, number, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+        gradients, offsets, weights, exp_avg, exp_avg_sq, average[None],
+        torch.empty(half, dtype=torch.bfloat16), number, number, torch.zeros(1), number, number,
+        betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
     )  # fmt: skip
     assert [name for name, _ in launches] == [
         "squares_kernel", "squares_kernel", "root_kernel",
