@@ -10,6 +10,9 @@ from torch import Tensor
 def check_dense(gradient: Tensor) -> None:
     """Check that a tensor's elements follow each other in memory, in whatever order.
 
+    Args:
+        gradient: of any shape.
+
     Raises:
         ValueError: there are gaps between them, or some share memory.
     """
@@ -33,6 +36,14 @@ def check_buffers(
     ema_weights: Tensor,
 ) -> None:
     """Check the flat buffers of `adamw_step` against each other.
+
+    Args:
+        weights: `[N]`.
+        exp_avg: `[N]`.
+        exp_avg_sq: `[N]`.
+        averages: `[K, N]`.
+        shadow: `[M]`, M ≤ N, or None.
+        ema_weights: `[K]`.
 
     Raises:
         ValueError: a shape, a dtype or a layout is not what `adamw_step` says.

@@ -6,8 +6,8 @@ pinned memory that nothing waits for. No pinned buffer is written twice: torch h
 again after the copy, as it does with the device's memory after the kernels that read it.
 
 A graph repeats its copies at every replay, so a call that is captured copies addresses from a
-pinned buffer of its own, which is kept and never written again. Before torch 2.11 pinned memory
-cannot be allocated in a capture; the call before, outside of one, has left a buffer.
+pinned buffer of its own, which is kept and never written again. Not every torch can allocate pinned
+memory in a capture: the call before, outside of one, has left the buffer.
 """
 
 from __future__ import annotations
