@@ -90,7 +90,7 @@ class AdamW:
         if weights[0].is_cpu:  # to the bits of torch's clipping; the kernel would not be faster
             torch._foreach_mul_(gradients, clipping.factor)
         else:
-            scale = clipping.factor.reciprocal()
+            scale, learning_rate = clipping.factor.reciprocal(), learning_rate.float()
         self._step += 1 - clipping.skip
         torch._fused_adamw_(
             weights, gradients, exp_avg, exp_avg_sq, [], [self._step] * len(weights),
