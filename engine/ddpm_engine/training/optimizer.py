@@ -88,7 +88,8 @@ class AdamW:
         weights, exp_avg, exp_avg_sq = self._state
         scale = None
         if weights[0].is_cpu:  # to the bits of torch's clipping; the kernel would not be faster
-            torch._foreach_mul_(gradients, clipping.factor)
+            # Never by NaN, which would stay in the gaps of a flat buffer.
+            torch._foreach_mul_(gradients, clipping.factor.nan_to_num())
         else:
             scale, learning_rate = clipping.factor.reciprocal(), learning_rate.float()
         self._step += 1 - clipping.skip
