@@ -14,6 +14,7 @@ from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import rank, world_size
 from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.locations import redacted
+from ddpm_engine.training.ema import decays
 from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.signals import StopRequest
@@ -53,7 +54,7 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
             loss = run.objective(run.strategy.network, batch).mean()
             run.strategy.backward(loss)
         losses.append(loss.detach())
-    norm = run.strategy.step(learning_rate(run.config, run.step))
+    norm = float(run.strategy.step(*_numbers(run)))
 
     loss = torch.stack(losses).mean()
     own = torch.tensor([float(bool(stop)), replaced], device=loss.device)
@@ -64,13 +65,23 @@ def train_step(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: b
     finite = math.isfinite(norm)
     run.objective.end_step(run.ranks if finite else None)
     if finite:
-        run.strategy.update_ema(run.step)
         run.meters.add(loss_sum / world_size(), norm)
         run.bad_steps, run.changed = 0, run.step + 1
     else:
         _count_bad_step(run, loss_sum / world_size(), norm)
     run.meters.seconds += time.perf_counter() - started
     run.step += 1
+
+
+def _numbers(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Learning rate, 1 − decay of each average, and zero: nothing is skipped."""
+    rate = learning_rate(run.config, run.step)
+    weights = [1 - decay(run.step) for decay in decays(run.config.training).values()]
+    return (
+        torch.tensor(rate, dtype=torch.float64, device=run.device),
+        torch.tensor(weights, dtype=torch.float64, device=run.device),
+        torch.zeros((), device=run.device),
+    )
 
 
 def _next_batch(run: Run, batches: Iterator[Batch], stop: StopRequest, limited: bool) -> Batch:
