@@ -122,6 +122,7 @@ class DenoisingObjective(Objective):
         self.parameterization = row = parameterization(prediction, schedule)
         self.inputs = inputs
         self.levels = levels or UniformTimesteps(schedule.timesteps)
+        self.learns_on_host = self.levels.learns
         self.offset_noise = offset_noise
         self.dtype = dtype
         self._seed = torch.tensor(inputs.seed, device=inputs.device)

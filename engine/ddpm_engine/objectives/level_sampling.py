@@ -22,6 +22,8 @@ class LevelSampler(ABC):
 
     continuous: ClassVar[bool] = False
     """Whether levels are noise levels σ of a continuum; False: timesteps of the schedule."""
+    learns: ClassVar[bool] = False
+    """Whether `update` changes what is chosen."""
 
     @abstractmethod
     def sample(self, seed: int, positions: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ class ImportanceTimesteps(WeightedTimesteps):
         timesteps: T.
     """
 
+    learns = True
     HISTORY = 10
     UNIFORM_FRACTION = 0.001
 

@@ -52,11 +52,12 @@ class EMA(Generic[ModelT]):
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Move towards `model` once, after `updates` earlier calls."""
-        move_towards(
-            _local(self.model.parameters()), _local(model.parameters()), self.decay(updates)
-        )
+    def update(self, model: nn.Module, weight: Tensor) -> None:
+        """Move towards `model` once, by a weight on the device."""
+        for ours, theirs in zip(
+            _local(self.model.parameters()), _local(model.parameters()), strict=True
+        ):
+            ours.lerp_(theirs, weight.to(ours.dtype))
         for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
 

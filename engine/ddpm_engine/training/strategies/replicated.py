@@ -53,6 +53,7 @@ class TorchStrategy:
         config: RunConfig,
     ) -> None:
         self.name = name
+        self.capturable = False
         self.network = network
         self.model = model
         self.emas = emas
@@ -70,7 +71,7 @@ class TorchStrategy:
         mean = loss / self._accumulation
         (mean if self.loss_scale is None else mean * self.loss_scale.value).backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
         """See `Strategy`."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -78,18 +79,17 @@ class TorchStrategy:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
         total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if math.isfinite(norm):
-            self.optimizer.step()
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
+        skipped = (~norm.isfinite()).to(torch.float32).maximum(skip)
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = torch.ones_like(skipped)  # type: ignore[attr-defined]
+        self.optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.update(math.isfinite(norm))
         self.optimizer.zero_grad()
+        for ema, weight in zip(self.emas.values(), ema_weights * (1 - skipped), strict=True):
+            ema.update(self.model, weight)
         return norm
-
-    def update_ema(self, updates: int) -> None:
-        """See `Strategy`."""
-        for ema in self.emas.values():
-            ema.update(self.model, updates)
 
     def close(self) -> None:
         """See `Strategy`."""
@@ -147,6 +147,7 @@ class Replicated(TorchStrategy):
             emas,
             config,
         )
+        self.capturable = True
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
         """See `Strategy`; gradients are exchanged with the last micro-batch."""
@@ -161,4 +162,8 @@ class Replicated(TorchStrategy):
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith("param_groups.")
+    }

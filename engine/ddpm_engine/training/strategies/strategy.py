@@ -30,6 +30,8 @@ class Strategy(Protocol):
 
     name: str
     """Name for the log."""
+    capturable: bool
+    """Whether a whole step may be captured as one CUDA graph."""
     loss_scale: LossScale | None
     """Loss scale of a run in fp16; a part of the training state."""
 
@@ -54,17 +56,18 @@ class Strategy(Protocol):
         """
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
         """Average the gradients over micro-batches and ranks, clip them, step, and clear them.
 
-        Returns:
-            The global gradient norm before clipping, the same on all ranks. If it is not finite,
-            the weights have not changed.
-        """
-        ...
+        Args:
+            learning_rate: 0-dim float32 on the device.
+            ema_weights: float32 `[K]` on the device: 1 − decay of each average.
+            skip: 0-dim float32 on the device: if not zero, nothing changes.
 
-    def update_ema(self, updates: int) -> None:
-        """Move the averages towards the weights; see `EMA.update`."""
+        Returns:
+            The global gradient norm before clipping, 0-dim on the device, the same on all ranks. If
+            it is not finite, nothing has changed.
+        """
         ...
 
     def averaged(self) -> AbstractContextManager[Network]:
