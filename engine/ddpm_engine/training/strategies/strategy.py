@@ -18,7 +18,7 @@ State = Mapping[str, Mapping[str, Any]]
 The parts are `model`, `optimizer` and the averages of `decays`.
 
 Names are those of `Network.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
-`state.NAME.exp_avg_sq` and `state.NAME.step`.
+`state.NAME.exp_avg_sq` and `state.NAME.step`, which may be one tensor for all names.
 """
 
 
@@ -30,10 +30,10 @@ class Strategy(Protocol):
 
     name: str
     """Name for the log."""
-    capturable: bool
-    """Whether a whole step may be captured as one CUDA graph."""
     loss_scale: LossScale | None
     """Loss scale of a run in fp16; a part of the training state."""
+    capturable: bool
+    """Whether a whole step, from the batch to the averages, may be recorded as one CUDA graph."""
 
     @property
     def network(self) -> Predict:
@@ -59,14 +59,18 @@ class Strategy(Protocol):
     def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
         """Average the gradients over micro-batches and ranks, clip them, step, and clear them.
 
+        The averages move towards the new weights. All of it happens on the device, and the host
+        reads nothing, unless the strategy says otherwise. A step whose gradients are not finite
+        changes nothing but the loss scale.
+
         Args:
-            learning_rate: 0-dim float32 on the device.
-            ema_weights: float32 `[K]` on the device: 1 − decay of each average.
-            skip: 0-dim float32 on the device: if not zero, nothing changes.
+            learning_rate: 0-dim, float32 or wider.
+            ema_weights: `[K]`, float32 or wider: 1 − decay of each average of `decays`, in its
+                order.
+            skip: 0-dim float32. Unless it is zero, nothing at all changes; gradients are cleared.
 
         Returns:
-            The global gradient norm before clipping, 0-dim on the device, the same on all ranks. If
-            it is not finite, nothing has changed.
+            The global norm of the gradients before clipping, 0-dim float32, the same on all ranks.
         """
         ...
 
