@@ -2,6 +2,7 @@
 
 | operation         | what it fuses                                                         |
 |-------------------|-----------------------------------------------------------------------|
+| `training_draws`  | timesteps, flips, dropped labels and augmentation levels of a batch   |
 | `q_sample`        | normalise, flip, generate noise, mix: image → x_t                     |
 | `denoising_loss`  | same noise once more, target, weighted squared error, gradient        |
 | `reverse_step`    | guidance, x0 estimate, clip, update, fresh noise: x_t → x_{t-1}       |
@@ -16,6 +17,7 @@ elementwise ones share.
 
 from ddpm_kernels.adamw_step.op import adamw_step, gradient_norm
 from ddpm_kernels.denoising_loss import denoising_loss
+from ddpm_kernels.draws import training_draws
 from ddpm_kernels.group_norm_silu.op import group_norm_silu
 from ddpm_kernels.philox import Stream, bernoulli, gaussian_noise, random_integers
 from ddpm_kernels.q_sample import q_sample
@@ -33,4 +35,5 @@ __all__ = [
     "q_sample",
     "random_integers",
     "reverse_step",
+    "training_draws",
 ]

@@ -17,8 +17,9 @@ if not HAS_TRITON:
 from ddpm_kernels.aot import TARGETS, Launch, compile_launch, production_launches
 
 KERNELS = {
-    "q_sample_kernel", "error_kernel", "loss_kernel", "reverse_step_kernel", "moments_kernel",
-    "forward_kernel", "sums_kernel", "combine_kernel", "dx_kernel",
+    "training_draws_kernel", "q_sample_kernel", "error_kernel", "loss_kernel",
+    "reverse_step_kernel", "moments_kernel", "forward_kernel", "sums_kernel", "combine_kernel",
+    "dx_kernel",
 }  # fmt: skip
 STREAMING = {
     "q_sample_kernel", "error_kernel", "reverse_step_kernel", "forward_kernel", "dx_kernel"

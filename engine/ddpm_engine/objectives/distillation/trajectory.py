@@ -48,7 +48,7 @@ from ddpm_engine.objectives.distillation.step_tables import step_tables
 from ddpm_engine.objectives.distillation.teacher import Teacher, predict
 from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_kernels import Column, Stream, denoising_loss, q_sample, random_integers
+from ddpm_kernels import Column, denoising_loss, q_sample, training_draws
 
 
 class Distillation(Objective, ABC):
@@ -85,7 +85,6 @@ class Distillation(Objective, ABC):
         self.training_steps = training_steps
         self.clip = clip
         self.dtype = dtype
-        self._seed = torch.tensor(inputs.seed, device=inputs.device)
         self._stage = torch.tensor(0)
         self._enter(0)
 
@@ -110,9 +109,9 @@ class Distillation(Objective, ABC):
         """See `Objective`."""
         tables = self.tables
         inputs = self.inputs.prepare(batch)
-        levels = self.inputs.move(self.sample_levels(batch.positions))
+        levels = self.sample_levels(inputs.positions)
         z = q_sample(
-            inputs.images, levels, tables.signal, tables.noise, self._seed, inputs.positions,
+            inputs.images, levels, tables.signal, tables.noise, self.inputs.seed, inputs.positions,
             inputs.flip, self.dtype,
         )  # fmt: skip
         x0 = self.target(network, z, levels, inputs.conditioning)
@@ -122,7 +121,7 @@ class Distillation(Objective, ABC):
         # The target takes the place of the images: the output is regressed onto it directly.
         return denoising_loss(
             output[:, : z.shape[1]], target, levels, torch.ones_like(tables.signal), None,
-            self._seed, inputs.positions, weights=tables.weights[levels],
+            self.inputs.seed, inputs.positions, weights=tables.weights[levels],
         )  # fmt: skip
 
     @torch.no_grad()
@@ -180,6 +179,12 @@ class Distillation(Objective, ABC):
         )
         self.tables = tables.to(self.inputs.device, self.dtype)
 
+    def _integers(self, positions: Tensor, count: int) -> Tensor:
+        """Return an integer in [0, count) for each position: int64 `[B]`."""
+        integers = training_draws(self.inputs.seed, positions, integers=count).integers
+        assert integers is not None
+        return integers
+
     def _teacher_prediction(self) -> str:
         """Return what the teacher of this stage predicts."""
         return self.teacher.prediction
@@ -212,8 +217,7 @@ class ProgressiveDistillation(Distillation):
 
     def sample_levels(self, positions: Tensor) -> Tensor:
         """See `Distillation`: every other level, where steps of the student begin."""
-        steps = self.config.student_steps(int(self._stage))
-        return 2 * random_integers(self.inputs.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP)
+        return 2 * self._integers(positions, self.config.student_steps(int(self._stage)))
 
     def second_estimate(
         self, network: Network, z: Tensor, levels: Tensor, conditioning: Conditioning
@@ -250,8 +254,7 @@ class ConsistencyDistillation(Distillation):
 
     def sample_levels(self, positions: Tensor) -> Tensor:
         """See `Distillation`: all of the teacher's levels."""
-        steps = self.tables.teacher.evaluations
-        return random_integers(self.inputs.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP)
+        return self._integers(positions, self.tables.teacher.evaluations)
 
     def second_estimate(
         self, network: Network, z: Tensor, levels: Tensor, conditioning: Conditioning
