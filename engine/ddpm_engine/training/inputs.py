@@ -27,7 +27,7 @@ class Numbers:
 
 
 class DeviceNumbers:
-    """The same on the device, float32; views of one `vector`, so that they are one copy.
+    """The same on the device, floats; views of one `vector`, so that they are one copy.
 
     Args:
         vector: `[4 + K]`, for K averages.
@@ -48,7 +48,8 @@ class DeviceNumbers:
     def packed(numbers: Numbers) -> Tensor:
         """Return the `vector` of a step's numbers, with `skip` zero, on the host."""
         counts = (float(numbers.stop), float(numbers.replaced))
-        return torch.tensor([0.0, numbers.learning_rate, *counts, *numbers.ema_weights])
+        values = [0.0, numbers.learning_rate, *counts, *numbers.ema_weights]
+        return torch.tensor(values, dtype=torch.float64)
 
 
 class Inputs(ABC):
@@ -61,7 +62,9 @@ class Inputs(ABC):
 
     def __init__(self, device: torch.device, averages: int) -> None:
         self.device = device
-        self.numbers = DeviceNumbers(torch.zeros(4 + averages, device=device))
+        # AdamW on a CPU computes with a rate in double precision; a GPU has no use for that.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.numbers = DeviceNumbers(torch.zeros(4 + averages, dtype=dtype, device=device))
         self.batches: list[Batch] = []
 
     @abstractmethod
