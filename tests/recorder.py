@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_engine.graphs import Work
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
+from ddpm_kernels.dispatch import force_ops
 
 READS = ("aten._local_scalar_dense.", "aten.nonzero.", "aten.is_nonzero.", "aten.equal.")
 """Operations by which the host reads a tensor's values or learns their number."""
@@ -85,3 +88,28 @@ def memory(tensor: Tensor) -> int:
 def is_work(value: Any) -> bool:
     """Whether an operation returned something to wait for."""
     return isinstance(value, torch.ScriptObject) and value._type().name() == "Work"
+
+
+class AsOnAGpu(Callback):
+    """Let a run take the registered operations, which round otherwise than what a CPU takes."""
+
+    def __init__(self) -> None:
+        self._forced = force_ops()
+
+    def on_start(self, run: Run) -> None:
+        self._forced.__enter__()
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        self._forced.__exit__(None, None, None)
+
+
+class Recorded(AsOnAGpu):
+    """Let a run record its first step and replay it from then on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = Recorder()
+
+    def on_start(self, run: Run) -> None:
+        super().on_start(run)
+        run.capture = self.recorder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,17 @@ from typing import Any
 import pytest
 from tests.integration.test_resume import assert_same_run
 from tests.ranks import Poisoned
-from tests.recorder import Recorder
+from tests.recorder import AsOnAGpu, Recorded
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
-from ddpm_kernels.dispatch import force_ops
 
 STEPS = 10
 BAD = 3
 """The step that is skipped."""
-
-
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu() -> Iterator[None]:
-    """A graph holds the registered operations, not what they consist of on a CPU."""
-    with force_ops():
-        yield
 
 
 @pytest.fixture
@@ -55,12 +46,10 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def fit(config: RunConfig, recorder: Recorder | None = None, *more: Callback) -> None:
+def fit(config: RunConfig, *callbacks: Callback) -> None:
     """Train, with one sample of step `BAD` that is not a number."""
     bad = Poisoned(BAD * config.training.batch_size - 1, float("nan"))
-    trainer = Trainer(config, [bad, *more], any_precision=True)
-    trainer.run.capture = recorder
-    trainer.fit()
+    Trainer(config, [bad, *callbacks], any_precision=True).fit()
 
 
 @pytest.mark.parametrize(
@@ -79,25 +68,25 @@ def test_replayed_steps_are_the_same(
     config = replace(config, training=replace(config.training, **training))
     if "activation_checkpointing" in training:
         config = replace(config, model=replace(config.model, dropout=0.0))
-    eager, recorded, recorder = replace(config, out=tmp_path / "eager"), config, Recorder()
-    fit(eager)
-    fit(recorded, recorder)
-    assert (len(recorder.recordings), recorder.replays) == (1, STEPS)
-    assert_same_run(recorded.out, eager.out, STEPS)
+    eager, recorded = replace(config, out=tmp_path / "eager"), Recorded()
+    fit(eager, AsOnAGpu())
+    fit(config, recorded)
+    assert (len(recorded.recorder.recordings), recorded.recorder.replays) == (1, STEPS)
+    assert_same_run(config.out, eager.out, STEPS)
 
 
 def test_a_signal_a_kill_and_a_resumption_change_nothing(config: RunConfig, tmp_path: Path) -> None:
     eager = replace(config, out=tmp_path / "eager")
-    fit(eager)
-    fit(config, Recorder(), Signal(signal.SIGTERM, 1))
+    fit(eager, AsOnAGpu())
+    fit(config, Recorded(), Signal(signal.SIGTERM, 1))
     assert (config.out / "requeue").read_text() == "stopped at step 3\n"
     child = os.fork()
     if child == 0:
-        fit(config, Recorder(), Signal(signal.SIGKILL, 6))
+        fit(config, Recorded(), Signal(signal.SIGKILL, 6))
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert CheckpointStore(config.out / "checkpoints").steps() in ([3], [3, 4])
-    recorder = Recorder()
-    fit(config, recorder)
-    assert recorder.replays in (STEPS - 3, STEPS - 4)
+    recorded = Recorded()
+    fit(config, recorded)
+    assert recorded.recorder.replays in (STEPS - 3, STEPS - 4)
     assert_same_run(config.out, eager.out, STEPS)

@@ -114,7 +114,7 @@ class Run:
         while len(self.reports) > but:
             started = time.perf_counter()
             report = self.reports.read()
-            self.meters.seconds += time.perf_counter() - started
+            self.meters.add_time(time.perf_counter() - started)
             self._count(report)
             last = self.config.training.steps
             if report.step % self.config.log.every == 0 or report.step == last:

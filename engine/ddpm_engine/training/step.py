@@ -91,7 +91,10 @@ class TrainingStep:
             NotFiniteError, UserError: what the step before reports ends the run; see `Run.settle`.
         """
         run, started = self._run, time.perf_counter()
-        batches = [self._next_batch(limited) for _ in range(run.config.training.accumulation)]
+        run.watchdog.doing(f"reading data for step {run.step + 1}", limited)
+        batches = [self._next_batch() for _ in range(run.config.training.accumulation)]
+        waited = time.perf_counter() - started
+        run.watchdog.doing(f"computing step {run.step + 1}", limited)
         changed = run.objective.begin_step(run.step, self._averaged_weights)
         self._inputs.load(batches, self._numbers(batches))
         if run.capture is not None and (self._replay is None or changed):
@@ -102,12 +105,12 @@ class TrainingStep:
         (self._replay or self._on_device)()
         run.step += 1
         run.reports.send(run.step)
-        run.meters.seconds += time.perf_counter() - started
+        taken = time.perf_counter() - started
+        run.settle(but=1)
+        run.meters.add_time(taken, waited)  # not to the log line of the step before
         if run.objective.learns_on_host:
             run.settle()
             run.objective.end_step(run.ranks if run.changed == run.step else None)
-        else:
-            run.settle(but=1)
 
     def _on_device(self) -> None:
         run = self._run
@@ -123,15 +126,12 @@ class TrainingStep:
         self._inputs.numbers.skip.fill_(0)
         return replay
 
-    def _next_batch(self, limited: bool) -> Batch:
-        """Read a micro-batch, measuring how long that takes."""
-        run, started = self._run, time.perf_counter()
-        run.watchdog.doing(f"reading data for step {run.step + 1}", limited)
+    def _next_batch(self) -> Batch:
+        """Read a micro-batch."""
+        step = self._run.step + 1
         # One rank alone cannot give up: the others would wait for it in the middle of the step.
-        with self._stop.waiting(f"the data of step {run.step + 1}", gives_up=world_size() == 1):
+        with self._stop.waiting(f"the data of step {step}", gives_up=world_size() == 1):
             batch = next(self._batches)
-        run.watchdog.doing(f"computing step {run.step + 1}", limited)
-        run.meters.waiting += time.perf_counter() - started
         for fault in batch.faults:
             logger.warning("replaced an unreadable sample: %s", fault)
         return batch
