@@ -135,10 +135,15 @@ class FlatState:
         self.step.copy_(optimizer_state[f"state.{self.segments[0].name}.step"])
 
 
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether a network's convolutions are channels-last, of which a 1×1 kernel shows nothing."""
+    return any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters())
+
+
 def _plan(model: nn.Module, first: list[str]) -> tuple[list[Segment], int]:
     """Lay out all parameters, some of them first; return the segments and the length."""
     parameters = dict(model.named_parameters())
-    channels_last = any(p.dim() == 4 and not p.is_contiguous() for p in parameters.values())
+    channels_last = is_channels_last(model)
     segments, offset = [], 0
     for name in dict.fromkeys([*first, *parameters]):
         parameter = parameters[name]

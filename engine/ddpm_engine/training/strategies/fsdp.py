@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,8 +21,23 @@ from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.ema import decays, move_towards
 from ddpm_engine.training.optimizer import AdamW, Clipping
+from ddpm_engine.training.strategies.flat_state import is_channels_last
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.strategy import State
+
+_PREFETCHED = 2
+"""Blocks whose weights are on their way while one computes."""
+
+
+class _ChannelsLastConv2d(nn.Conv2d):
+    """A convolution whose weight is stored as `[O, H, W, I]`.
+
+    `fully_shard` takes contiguous weights only. As `[O, I, H, W]` they would be converted to
+    channels-last for each forward and each backward pass, and their gradients back.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight.permute(0, 3, 1, 2), bias)
 
 
 def make_contiguous(model: Network) -> None:
@@ -32,9 +47,15 @@ def make_contiguous(model: Network) -> None:
 
 
 def shard_network(
-    model: Network, mesh: DeviceMesh, precision: str = "no", reshard_after_forward: bool = True
+    model: Network,
+    mesh: DeviceMesh,
+    precision: str = "no",
+    reshard_after_forward: bool = True,
+    trained: bool = False,
 ) -> None:
     """Turn a network's parameters into DTensors that are gathered while a block needs them.
+
+    Weights of channels-last convolutions are stored as `[O, H, W, I]`; see `sharded_weights`.
 
     Args:
         model: network on its device, the same on every rank; changed in place.
@@ -42,17 +63,77 @@ def shard_network(
         precision: precision of gathered weights; reductions over ranks are float32 or wider.
         reshard_after_forward: free a block's weights between forward and backward pass. Otherwise
             they are kept for the backward pass, which takes memory and saves a second gather.
+        trained: whether each forward pass goes through all blocks, and a backward pass follows it.
+            Blocks are then gathered ahead of their use, and what is in no block is gathered once.
     """
-    make_contiguous(model)  # fully_shard needs it; activations keep their format
+    if is_channels_last(model):
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = _ChannelsLastConv2d
+                module.weight.data = module.weight.data.permute(0, 2, 3, 1)
+    make_contiguous(model)  # activations keep their format
     policy = MixedPrecisionPolicy()
     if precision in DTYPES:
-        policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32)
-    for block in [*model.blocks(), model]:
+        # Inputs keep their precision, as under autocast: a noise level in bfloat16 is another one.
+        policy = MixedPrecisionPolicy(
+            DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    blocks = [
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        for block in model.blocks()
+    ]
+    root = fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=policy,
+        # Only the backward pass would free weights that stay gathered.
+        reshard_after_forward=not trained,
+    )
+    if trained:
+        for index, block in enumerate([root, *blocks]):
+            block.set_modules_to_forward_prefetch(blocks[index : index + _PREFETCHED])
+
+
+def sharded_weights(model: Network) -> dict[str, DTensor]:
+    """The weights of a sharded network by name, detached and in use, convolutions' `[O, I, H, W]`.
+
+    Raises:
+        RuntimeError: a weight is not sharded.
+    """
+    return _shaped(_stored(model), _permuted(model))
+
+
+def _shaped(stored: Mapping[str, DTensor], permuted: Container[str]) -> dict[str, DTensor]:
+    """Give tensors the shapes of weights: those stored as `[O, H, W, I]` as `[O, I, H, W]`."""
+    return {
+        name: cast(DTensor, tensor.permute(0, 3, 1, 2)) if name in permuted else tensor
+        for name, tensor in stored.items()
+    }
+
+
+def _permuted(model: Network) -> set[str]:
+    """Weights stored as `[O, H, W, I]`."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, _ChannelsLastConv2d)
+    }
+
+
+def _stored(model: Network) -> dict[str, DTensor]:
+    """The weights as they are stored."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole = [name for name, weight in weights.items() if not isinstance(weight, DTensor)]
+    if whole:
+        raise RuntimeError(f"FSDP2 was asked for but did not shard {', '.join(whole[:5])}")
+    return cast(dict[str, DTensor], weights)
 
 
 class FullySharded:
     """FSDP2 by torch itself, since Accelerate's plug-in silently shards nothing on CPUs.
+
+    Its step is that of the other strategies over each rank's shards, and the host reads nothing of
+    it; but FSDP2's own bookkeeping between blocks cannot be recorded as a graph.
 
     Gradients are reduced with every micro-batch: accumulated unsharded until the last one, they
     would take the memory that sharding saves.
@@ -79,21 +160,15 @@ class FullySharded:
         training = config.training
         self.model = model
         self._averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        shard_network(model, mesh, training.precision, reshard_after_forward)
-        # Weights that stay gathered would go on without what the average learns.
+        shard_network(model, mesh, training.precision, reshard_after_forward, trained=True)
         shard_network(self._averaged, mesh, training.precision)
-        weights = dict(model.named_parameters())
-        whole = [name for name, p in weights.items() if not isinstance(p, DTensor)]
-        if whole:
-            raise RuntimeError(f"FSDP2 was asked for but did not shard {', '.join(whole[:5])}")
-        self._weights = {name: cast(DTensor, p.detach()) for name, p in weights.items()}
+        self._permuted = _permuted(model)
+        self._weights = _stored(model)
         self._averages = {
             name: {n: cast(DTensor, weight.clone()) for n, weight in self._weights.items()}
             for name in decays(training)
         }
-        self._averages["ema"] = {
-            name: cast(DTensor, p.detach()) for name, p in self._averaged.named_parameters()
-        }
+        self._averages["ema"] = _stored(self._averaged)
         self._exp_avg, self._exp_avg_sq = (
             {
                 name: cast(DTensor, torch.zeros_like(weight))
@@ -104,7 +179,9 @@ class FullySharded:
         self._step = torch.zeros((), device=accelerator.device)
         self._adamw = AdamW(
             config.optimizer,
-            *(_local(d.values()) for d in (self._weights, self._exp_avg, self._exp_avg_sq)),
+            _local(self._weights.values()),
+            _local(self._exp_avg.values()),
+            _local(self._exp_avg_sq.values()),
             self._step,
         )
         self._accumulation = training.accumulation
@@ -158,10 +235,10 @@ class FullySharded:
     def state(self) -> State:
         """See `Strategy`; the tensors are those in use."""
         optimizer: dict[str, Tensor] = {}
-        for name in self._weights:
-            optimizer[f"state.{name}.exp_avg"] = self._exp_avg[name]
-            optimizer[f"state.{name}.exp_avg_sq"] = self._exp_avg_sq[name]
-            optimizer[f"state.{name}.step"] = self._step
+        for moment, tensors in (("exp_avg", self._exp_avg), ("exp_avg_sq", self._exp_avg_sq)):
+            for name, tensor in _shaped(tensors, self._permuted).items():
+                optimizer[f"state.{name}.{moment}"] = tensor
+                optimizer[f"state.{name}.step"] = self._step
         return {
             "model": self._with_buffers(self._weights),
             **self.averages(),
@@ -175,8 +252,10 @@ class FullySharded:
         """Gradients of all weights; zero where there is none."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model.parameters()]
 
-    def _with_buffers(self, parameters: dict[str, DTensor]) -> dict[str, Tensor]:
-        return {n: parameters.get(n, tensor) for n, tensor in self.model.state_dict().items()}
+    def _with_buffers(self, stored: dict[str, DTensor]) -> dict[str, Tensor]:
+        """Add the network's own buffers, which averages share: nothing is averaged in them."""
+        named = _shaped(stored, self._permuted)
+        return {n: named.get(n, tensor) for n, tensor in self.model.state_dict().items()}
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:

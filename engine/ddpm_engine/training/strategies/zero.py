@@ -29,7 +29,11 @@ from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.runtime import autocast_forward
 from ddpm_engine.training.ema import decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
-from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
+from ddpm_engine.training.strategies.fsdp import (
+    make_contiguous,
+    shard_network,
+    sharded_weights,
+)
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.strategy import State
 
@@ -289,10 +293,9 @@ class Zero3(Zero):
         """See `Strategy`; a temporary network, sharded by FSDP2."""
         network = build_network(self.model.config).to(self._device).eval().requires_grad_(False)
         shard_network(network, self._mesh)
-        for ours, value in zip(
-            network.parameters(), self._whole_average("ema").values(), strict=True
-        ):
-            ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
+        ours = sharded_weights(network)
+        for name, value in self._whole_average("ema").items():
+            ours[name].to_local().copy_(value.to_local())
         yield network
 
     def averages(self) -> State:
