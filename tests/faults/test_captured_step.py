@@ -30,7 +30,6 @@ def test_a_skipped_step_a_signal_a_kill_and_a_resumption(
     assert ended.status == [0, 0], ended.output
 
     ended = launch(config, BAD, *RECORDED, (1, "signal_at_step", signal.SIGTERM, 1))
-    print(*ended.output)
     assert ended.status == [0, 0], ended.output
     # Step 2 meets the signal on one rank, and step 3 is on its way when all know.
     assert CheckpointStore(config.out / "checkpoints").steps() == [3]
@@ -43,4 +42,4 @@ def test_a_skipped_step_a_signal_a_kill_and_a_resumption(
     assert_same_weights(config.out, eager.out)
     ours, theirs = ([row["loss"] for row in rows(out)] for out in (config.out, eager.out))
     assert ours == theirs
-    assert theirs[4] is None
+    assert [step for step, loss in enumerate(theirs, start=1) if loss is None] == [5]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.test_resume import assert_same_run
+from tests.integration.test_resume import assert_same_run, loss_log
 from tests.ranks import Poisoned
 from tests.recorder import AsOnAGpu, Recorded
 
@@ -73,6 +73,7 @@ def test_replayed_steps_are_the_same(
     fit(config, recorded)
     assert (len(recorded.recorder.recordings), recorded.recorder.replays) == (1, STEPS)
     assert_same_run(config.out, eager.out, STEPS)
+    assert [row[0] for row in loss_log(config.out) if row[1] is None] == [BAD]
 
 
 def test_a_signal_a_kill_and_a_resumption_change_nothing(config: RunConfig, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ class AdamW:
         weights, exp_avg, exp_avg_sq = self._state
         scale = None
         if weights[0].is_cpu:  # to the bits of torch's clipping; the kernel would not be faster
-            torch._foreach_mul_(gradients, clipping.factor)
+            # A flat buffer of gradients has gaps, in which what is not a number would stay.
+            torch._foreach_mul_(gradients, clipping.factor.nan_to_num(0.0))
         else:
             scale = clipping.factor.reciprocal()
         self._step += 1 - clipping.skip
