@@ -88,10 +88,10 @@ class AdamW:
         weights, exp_avg, exp_avg_sq = self._state
         scale = None
         if weights[0].is_cpu:  # to the bits of torch's clipping; the kernel would not be faster
-            # A flat buffer of gradients has gaps, in which what is not a number would stay.
-            torch._foreach_mul_(gradients, clipping.factor.nan_to_num(0.0))
+            # Never by NaN, which would stay in the gaps of a flat buffer.
+            torch._foreach_mul_(gradients, clipping.factor.nan_to_num())
         else:
-            scale = clipping.factor.reciprocal()
+            scale, learning_rate = clipping.factor.reciprocal(), learning_rate.float()
         self._step += 1 - clipping.skip
         torch._fused_adamw_(
             weights, gradients, exp_avg, exp_avg_sq, [], [self._step] * len(weights),
