@@ -40,8 +40,7 @@ class Layers(nn.Module):
         self.conv = nn.Conv2d(3, 5, 3)
         self.one = nn.Conv2d(5, 7, 1)
         self.linear = nn.Linear(7, 3)
-        self.double()
-        self.to(memory_format=torch.channels_last)
+        nn.Module.to(self.double(), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:

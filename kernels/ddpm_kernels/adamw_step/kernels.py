@@ -136,7 +136,7 @@ def _update(  # type: ignore[no-untyped-def]
     tl.store(weights + elements, w, inside)
     tl.store(exp_avg + elements, m, inside)
     tl.store(exp_avg_sq + elements, v, inside)
-    if shadow is not None:
+    if shadow is not None:  # noqa: SIM102 (known to the compiler, unlike the other)
         if in_shadow:
             tl.store(shadow + elements, w.to(shadow.dtype.element_ty), inside)
 

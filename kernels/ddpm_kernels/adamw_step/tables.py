@@ -141,18 +141,12 @@ class _Addresses:
         self._latest: list[int] = []
         self._table = torch.empty(0)
         self._spare: Tensor | None = None
-        self._captured: list[Tensor] = []
+        self._captured: dict[tuple[int, ...], Tensor] = {}
 
     def on_device(self, addresses: list[int], gradients: Sequence[Tensor]) -> Tensor:
         """Return them as an int64 tensor; `gradients` are those that lie there."""
         if _capturing(self._device):
-            if self._spare is None:
-                raise RuntimeError(
-                    "adamw_step and gradient_norm must run once before each capture, outside of it"
-                )
-            host, self._spare = self._spare, None
-            self._captured.append(host)
-            host.copy_(torch.tensor(addresses))
+            host = self._host_of_capture(addresses)
             return torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
         if self._spare is None:
             self._spare = _pinned(torch.empty(self._count, dtype=torch.int64), self._device)
@@ -163,6 +157,18 @@ class _Addresses:
             self._table = _uploaded(torch.tensor(addresses), self._device)
             self._latest = addresses
         return self._table
+
+    def _host_of_capture(self, addresses: list[int]) -> Tensor:
+        """A pinned buffer of these addresses, now and forever."""
+        key = tuple(addresses)
+        if key not in self._captured:
+            if self._spare is None:
+                raise RuntimeError(
+                    "adamw_step and gradient_norm must run once before each capture, outside of it"
+                )
+            self._captured[key] = self._spare.copy_(torch.tensor(addresses))
+            self._spare = None
+        return self._captured[key]
 
 
 _addresses = cache(_Addresses)

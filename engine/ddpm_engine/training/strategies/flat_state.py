@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm_engine.networks.half_weights import half_names
@@ -106,7 +107,7 @@ class FlatState:
 
     def broadcast(self) -> None:
         """Take the weights of rank 0, before the first step; all ranks call this together."""
-        torch.distributed.broadcast(self.weights, 0)
+        dist.broadcast(self.weights, 0)
         self.averages.copy_(self.weights)
         self.refresh()
 

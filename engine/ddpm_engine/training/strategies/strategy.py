@@ -75,7 +75,10 @@ class Strategy(Protocol):
         ...
 
     def averaged(self) -> AbstractContextManager[Network]:
-        """Give the network with the weights of `ema`; all ranks must call it equally often."""
+        """Give the network with the weights of `ema`; all ranks must call it equally often.
+
+        They may be in half precision where the run is, so it is called under its autocast.
+        """
         ...
 
     def averages(self) -> State:
