@@ -91,9 +91,12 @@ class Ranks:
         return self.sum(tensor).div_(world_size())
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Average tensors of one dtype over ranks, in place, in one exchange.
+        """Average tensors over ranks, in place and in one exchange; takes the memory of one copy.
 
-        Takes the memory of one copy; on one rank there is nothing to do.
+        On one rank there is nothing to do.
+
+        Args:
+            tensors: of any shapes and one dtype, the same on every rank.
         """
         if world_size() == 1 or not tensors:
             return

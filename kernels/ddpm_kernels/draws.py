@@ -15,6 +15,7 @@ of `random_integers` and `bernoulli`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def training_draws(
     asked = (integers is not None, flip, labels is not None, augmentation_levels is not None)
     if not any(asked):
         return Draws(None, None, None, None)
-    call = training_draws_reference
+    call: Callable[..., list[Tensor]] = training_draws_reference
     if takes_op(positions):
         direct = skips_dispatcher(positions)
         call = _training_draws if direct else torch.ops.ddpm.training_draws.default

@@ -162,14 +162,21 @@ def poisoned(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture
-def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Call it to have every launch take 64-bit offsets."""
 
     def widen() -> None:
         for module in ("tiling", "group_norm_silu.launch"):
             monkeypatch.setattr(importlib.import_module(f"ddpm_kernels.{module}"), "INDEX_LIMIT", 0)
+        _forget_plans()
 
-    return widen
+    yield widen
+    _forget_plans()
+
+
+def _forget_plans() -> None:
+    for module in ("q_sample", "denoising_loss"):
+        importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
 
 @pytest.fixture

@@ -85,7 +85,6 @@ class Distillation(Objective, ABC):
         self.training_steps = training_steps
         self.clip = clip
         self.dtype = dtype
-        self._stage = torch.tensor(0)
         self._enter(0)
 
     @abstractmethod
@@ -151,25 +150,25 @@ class Distillation(Objective, ABC):
     def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: the teacher changes with the stage."""
         stage = self.config.stage(step, self.training_steps)
-        if stage == int(self._stage):
+        if stage == self._stage:
             return False
         self._enter(stage)
         return True
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: the stage, int64 `[]`."""
-        return {"stage": self._stage}
+        return {"stage": torch.tensor(self._stage)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """See `Objective`."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
-        self._enter(int(self._stage))
+        self._enter(int(state["stage"]))
 
     def _enter(self, stage: int) -> None:
         """Prepare for a stage; the teacher is in place."""
-        self._stage.fill_(stage)
+        self._stage = stage
         tables = step_tables(
             self.schedule,
             self.config.student_steps(stage),
@@ -217,7 +216,7 @@ class ProgressiveDistillation(Distillation):
 
     def sample_levels(self, positions: Tensor) -> Tensor:
         """See `Distillation`: every other level, where steps of the student begin."""
-        return 2 * self._integers(positions, self.config.student_steps(int(self._stage)))
+        return 2 * self._integers(positions, self.config.student_steps(self._stage))
 
     def second_estimate(
         self, network: Network, z: Tensor, levels: Tensor, conditioning: Conditioning
@@ -227,7 +226,7 @@ class ProgressiveDistillation(Distillation):
 
     def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: with a stage, the student becomes the teacher."""
-        if self.config.stage(step, self.training_steps) != int(self._stage):
+        if self.config.stage(step, self.training_steps) != self._stage:
             self.teacher.network.load_state_dict(averaged())
         return super().begin_step(step, averaged)
 
@@ -237,11 +236,11 @@ class ProgressiveDistillation(Distillation):
         return {**super().state(), **{f"teacher.{name}": w for name, w in weights.items()}}
 
     def _teacher_prediction(self) -> str:
-        return self.teacher.prediction if int(self._stage) == 0 else self.prediction
+        return self.teacher.prediction if self._stage == 0 else self.prediction
 
     def _guidance_scale(self) -> float | None:
         # After the first stage the weights have it built in.
-        return super()._guidance_scale() if int(self._stage) == 0 else None
+        return super()._guidance_scale() if self._stage == 0 else None
 
 
 class ConsistencyDistillation(Distillation):
