@@ -46,7 +46,7 @@ class DeviceNumbers:
 
     @staticmethod
     def packed(numbers: Numbers) -> Tensor:
-        """Return the `vector` of a step's numbers, with `skip` zero, on the host."""
+        """Return the `vector` of a step's numbers, `[4 + K]` with `skip` zero, on the host."""
         counts = (float(numbers.stop), float(numbers.replaced))
         values = [0.0, numbers.learning_rate, *counts, *numbers.ema_weights]
         return torch.tensor(values, dtype=torch.float64)
