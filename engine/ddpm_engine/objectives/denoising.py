@@ -125,6 +125,7 @@ class DenoisingObjective(Objective):
         self.parameterization = row = parameterization(prediction, schedule)
         self.inputs = inputs
         self.levels = levels or UniformTimesteps(schedule.timesteps)
+        self.learns_on_host = self.levels.learns
         self.offset_noise = offset_noise
         self.dtype = dtype
         self.input_dtype = input_dtype or dtype

@@ -22,6 +22,8 @@ class LevelSampler(ABC):
 
     continuous: ClassVar[bool] = False
     """Whether levels are noise levels σ of a continuum; False: timesteps of the schedule."""
+    learns: ClassVar[bool] = False
+    """Whether `update` changes what is chosen."""
 
     @property
     def integers(self) -> int | None:
@@ -142,6 +144,7 @@ class ImportanceTimesteps(WeightedTimesteps):
         device: where levels are chosen; what is learnt is kept on the host.
     """
 
+    learns = True
     HISTORY = 10
     UNIFORM_FRACTION = 0.001
 

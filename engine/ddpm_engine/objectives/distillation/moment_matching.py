@@ -65,6 +65,8 @@ class MomentMatching(Objective):
         dtype: of the tables, and so of the arithmetic.
     """
 
+    learns_on_host = True
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -175,10 +177,11 @@ class MomentMatching(Objective):
         factors = torch.stack([of_x0, of_x, deviation]).to(self.dtype)[..., None, None, None]
         return factors[0] * x0 + factors[1] * x_t + factors[2] * noise
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: the critic's learning rate follows the student's."""
         for group in self._optimizer.param_groups:
             group["lr"] = CRITIC_RATE * self.rate(step)
+        return False
 
     def end_step(self, ranks: Ranks | None) -> None:
         """See `Objective`: the critic takes a step, by the mean gradient of all ranks."""

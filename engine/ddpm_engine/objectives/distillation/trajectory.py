@@ -147,11 +147,13 @@ class Distillation(Objective, ABC):
         kappa = self.tables.kappa[levels][:, None, None, None]
         return x0.lerp(self.second_estimate(network, between, following, conditioning), kappa)
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: the teacher changes with the stage."""
         stage = self.config.stage(step, self.training_steps)
-        if stage != self._stage:
-            self._enter(stage)
+        if stage == self._stage:
+            return False
+        self._enter(stage)
+        return True
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: the stage, int64 `[]`."""
@@ -222,11 +224,11 @@ class ProgressiveDistillation(Distillation):
         """See `Distillation`: the teacher's."""
         return self._teacher_x0(z, levels, conditioning)
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: with a stage, the student becomes the teacher."""
         if self.config.stage(step, self.training_steps) != self._stage:
             self.teacher.network.load_state_dict(averaged())
-        super().begin_step(step, averaged)
+        return super().begin_step(step, averaged)
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: the stage, int64 `[]`, and the teacher's weights."""
