@@ -162,14 +162,23 @@ def poisoned(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture
-def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Call it to have every launch take 64-bit offsets."""
 
     def widen() -> None:
         for module in ("tiling", "group_norm_silu.launch"):
             monkeypatch.setattr(importlib.import_module(f"ddpm_kernels.{module}"), "INDEX_LIMIT", 0)
+        _forget_plans()
 
-    return widen
+    yield widen
+    _forget_plans()
+
+
+def _forget_plans() -> None:
+    launch = importlib.import_module("ddpm_kernels.group_norm_silu.launch")
+    launch.plan.cache_clear()
+    launch._forward_launches.cache_clear()
+    launch._backward_launches.cache_clear()
 
 
 @pytest.fixture
@@ -177,10 +186,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that little tensors take several slabs and chunks of `group_norm_silu`."""
     planning = importlib.import_module("ddpm_kernels.group_norm_silu.plan")
     monkeypatch.setattr(planning, "WIDTHS", (8, 16))
-    planning.plan.cache_clear()
+    _forget_plans()
     with (
         trying("group_norm_silu", Tile(128, 4)),
         trying("group_norm_silu_backward", Tile(64, 4)),
     ):
         yield
-    planning.plan.cache_clear()
+    _forget_plans()

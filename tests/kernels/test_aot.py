@@ -14,11 +14,18 @@ from ddpm_kernels.triton_shim import HAS_TRITON
 if not HAS_TRITON:
     pytest.skip("Triton has no wheels for this platform", allow_module_level=True)
 
-from ddpm_kernels.aot import TARGETS, Launch, compile_launch, production_launches
+from ddpm_kernels import group_norm_silu
+from ddpm_kernels.aot import (
+    TARGETS,
+    Launch,
+    compile_launch,
+    production_launches,
+    recorded_launches,
+)
 
 KERNELS = {
     "q_sample_kernel", "error_kernel", "loss_kernel", "reverse_step_kernel", "moments_kernel",
-    "forward_kernel", "sums_kernel", "combine_kernel", "dx_kernel",
+    "forward_kernel", "sums_kernel", "combine_kernel", "dx_kernel", "affine_kernel",
 }  # fmt: skip
 STREAMING = {
     "q_sample_kernel", "error_kernel", "reverse_step_kernel", "forward_kernel", "dx_kernel"
@@ -67,3 +74,20 @@ def test_alignment_is_told_apart() -> None:
     pointers = {"images", "output_ptr", "prediction"}
     assert pointers <= aligned_pointers(production_launches(torch.bfloat16, True, "sm_90"))
     assert not pointers & aligned_pointers(production_launches(torch.bfloat16, False, "sm_90"))
+
+
+def norm_launches(shape: tuple[int, ...], x_needs_gradient: bool) -> list[str]:
+    """Names of the kernels that a norm and its gradient launch, in their order."""
+    x = torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    affine = torch.ones(shape[1], requires_grad=True)
+    with recorded_launches("sm_90") as launches:
+        group_norm_silu(x.requires_grad_(x_needs_gradient), 32, affine, affine).sum().backward()
+    return [launch.name for launch in launches]
+
+
+def test_what_a_norm_launches() -> None:
+    backward = ["sums_kernel", "combine_kernel", "dx_kernel", "affine_kernel"]
+    assert norm_launches((128, 64, 4, 4), True) == ["forward_kernel", *backward]
+    assert norm_launches((2, 64, 32, 32), True) == ["moments_kernel", "forward_kernel", *backward]
+    backward.remove("dx_kernel")
+    assert norm_launches((128, 64, 4, 4), False) == ["forward_kernel", *backward]
