@@ -277,10 +277,11 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             threshold=weights, history=history, in_place=True,
         )  # fmt: skip
         narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
-        for (width, groups), film, activation in (
-            (narrow, False, "silu"), (wide, True, "silu"), (wide, False, "none"),
+        for (width, groups), film, activation, rows in (
+            (narrow, False, "silu", side), (wide, True, "silu", side), (wide, False, "none", side),
+            (narrow, False, "silu", 2), (wide, True, "silu", 2),  # each sample of one slab
         ):  # fmt: skip
-            activations = _tensor((batch, width, side, side), dtype, aligned).requires_grad_()
+            activations = _tensor((batch, width, rows, rows), dtype, aligned).requires_grad_()
             affine = torch.ones(width)
             scale = torch.zeros(batch, width, dtype=dtype) if film else None
             y = group_norm_silu(activations, groups, affine, affine, scale, scale, 1e-6, activation)

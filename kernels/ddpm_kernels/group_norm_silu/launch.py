@@ -12,12 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_kernels.group_norm_silu.backward import (
-    affine_kernel,
-    combine_kernel,
-    dx_kernel,
-    sums_kernel,
-)
+from ddpm_kernels.group_norm_silu.backward import combine_kernel, dx_kernel, sums_kernel
 from ddpm_kernels.group_norm_silu.forward import forward_kernel, moments_kernel
 from ddpm_kernels.group_norm_silu.plan import Plan, plan, power_of_two
 from ddpm_kernels.tiles import Tile, tile_for
@@ -92,16 +87,17 @@ def launch_backward(
     statistics = statistics.contiguous()
     workspace = statistics.new_empty(launches.workspace)
     affine = weight, bias, scale, shift, statistics, workspace
-    dx = x.new_empty(0)
     with torch.cuda.device_of(x):
-        launches.sums(*both, *affine)
-        launches.combine(workspace, weight, bias, scale, statistics, d_scale, d_shift)
+        launches.sums(*both, *affine, d_scale, d_shift)
+        if launches.combine is not None:
+            launches.combine(workspace, weight, bias, scale, statistics, d_scale, d_shift)
         if needs_dx:
             dx = torch.empty_like(dense, memory_format=NHWC)
-            launches.dx(*both, *affine, dx)
-        launches.affine(workspace, d_weight, d_bias)
-    if needs_dx and dense is not x:
-        dx = _contiguous(dx)
+            launches.dx(*both, *affine, dx, d_weight, d_bias)
+            dx = dx if dense is x else _contiguous(dx)
+        else:
+            launches.affine(*both, *affine, dense, d_weight, d_bias)
+            dx = x.new_empty(0)
     return dx, d_weight, d_bias, d_scale, d_shift
 
 
@@ -116,9 +112,11 @@ class _Forward(NamedTuple):
 
 class _Backward(NamedTuple):
     sums: Launch
-    combine: Launch
+    combine: Launch | None
+    """None where one slab covers a sample."""
     dx: Launch
     affine: Launch
+    """The programs of `dx` that write the gradients of weight and bias, alone."""
     workspace: tuple[int, ...]
     """Shape."""
 
@@ -145,14 +143,20 @@ def _backward_launches(
     division, grid, values = _values(tile, shape, groups, film, activation)
     batch, channels = shape[:2]
     all_slabs = batch * division.slabs
-    values |= {"samples": batch, "all_slabs": all_slabs}
     line = 32  # channels, of 4 bytes each
-    by_line = {**values, "ROWS": min(64, power_of_two(batch)), "WIDTH": line}
+    values |= {
+        "samples": batch,
+        "all_slabs": all_slabs,
+        "LINE": line,
+        "SAMPLES": min(64, power_of_two(batch)),
+    }
+    several = division.slabs > 1
+    lines = -(-channels // line)
     return _Backward(
         _launch(sums_kernel, grid, tile, values),
-        _launch(combine_kernel, (batch * division.chunks,), tile, values),
-        _launch(dx_kernel, grid, tile, values),
-        _launch(affine_kernel, (-(-channels // line),), tile, by_line),
+        _launch(combine_kernel, (batch * division.chunks,), tile, values) if several else None,
+        _launch(dx_kernel, (lines + grid[0],), tile, values),
+        _launch(dx_kernel, (lines,), tile, values),
         (all_slabs + 2 * batch, 2, channels),
     )
 
