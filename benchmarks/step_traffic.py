@@ -135,7 +135,8 @@ def print_table(table: list[dict[str, Any]], card: Card) -> None:
     print(f"\n{first['network']}, batch {first['batch']}, one {first['step']} step")
     head = "launches      GB    TFLOP  model ms"
     print(f"{'':24}{'engine':>36}{'textbook':>38}\n{'pass':24}  {head}    {head}")
-    for step_pass in dict.fromkeys(row["pass"] for row in table if row["pass"] != "all") | {"all": None}:
+    passes = dict.fromkeys(row["pass"] for row in table if row["pass"] != "all")
+    for step_pass in (*passes, "all"):
         line = f"{step_pass:24}"
         for whose in ("engine", "textbook"):
             found = [r for r in table if (r["code"], r["pass"]) == (whose, step_pass)]
@@ -151,7 +152,9 @@ def print_table(table: list[dict[str, Any]], card: Card) -> None:
     for row in table:
         if row["pass"] == "all":
             unknown = ", ".join(row["counted_as_one"]) or "none"
-            print(f"{row['code']}: {row['host_reads']} host reads; counted as one launch: {unknown}")
+            print(
+                f"{row['code']}: {row['host_reads']} host reads; counted as one launch: {unknown}"
+            )
     print(f"model: {card.name}, {card.flops:.3g} FLOP/s, {card.bandwidth:.3g} bytes/s")
 
 

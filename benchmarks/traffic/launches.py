@@ -30,7 +30,8 @@ ONE = frozenset(
         "sqrt", "rsqrt", "reciprocal", "exp", "log", "sin", "cos", "sigmoid", "silu",
         "silu_backward", "clamp", "clamp_", "clamp_min", "clamp_max", "maximum", "minimum",
         "where", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not",
-        "bitwise_and", "bitwise_not", "bitwise_or", "isfinite", "isnan", "isinf", "lerp", "lerp_", "addcmul",
+        "bitwise_and", "bitwise_not", "bitwise_or", "isfinite", "isnan", "isinf", "lerp",
+        "lerp_", "addcmul",
         "addcdiv", "rsub", "remainder", "floor", "round", "mse_loss_backward",
         # copies, fills, random numbers
         "clone", "copy_", "_to_copy", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones",
@@ -52,8 +53,8 @@ SEVERAL = {
     "aten.native_group_norm_backward": 4,
     # zeros; sums
     "aten.embedding_dense_backward": 2,
-    # row sums of dy y; dq, dk and dv; conversion of dq; zeros
-    "aten._scaled_dot_product_flash_attention_backward": 4,
+    # row sums of dy y; dq, dk and dv; conversion of dq
+    "aten._scaled_dot_product_flash_attention_backward": 3,
     "aten._scaled_dot_product_efficient_attention_backward": 3,
 }
 
@@ -103,7 +104,7 @@ def launches_of(name: str, arguments: tuple[Any, ...]) -> int | None:
     if name in ONE:
         return 1
     if name == "aten.constant_pad_nd":  # a fill and a copy, or the copy of a part
-        return 1 if min(arguments[1]) < 0 else 2
+        return 2 if max(arguments[1]) > 0 else 1
     if name == "aten._fused_adamw_":
         return foreach_launches(arguments[0], 4)
     if name.startswith("aten._foreach_"):

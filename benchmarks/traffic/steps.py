@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.traffic.trace import Trace
+from ddpm_engine.training.inputs import DeviceNumbers
+from ddpm_engine.training.reports import Column
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,8 +31,6 @@ from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_engine.training.ema import decays
-from ddpm_engine.training.inputs import DeviceNumbers
-from ddpm_engine.training.reports import Column
 from ddpm_engine.training.step import device_step
 from ddpm_engine.training.strategies.replicated import Replicated
 
@@ -175,7 +175,8 @@ def textbook_training(config: RunConfig, trace: Trace) -> Step:
     """Return a step of Ho et al. 2020, algorithm 1, with torch's fastest optimizer."""
     model = _network(config).train()
     averaged = _network(config).requires_grad_(False)
-    weights, averages = list(model.parameters()), list(averaged.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = list(averaged.parameters())
     moments = [torch.zeros_like(weight) for weight in weights]
     squares = [torch.zeros_like(weight) for weight in weights]
     counts = [torch.zeros((), device=META) for _ in weights]
@@ -248,7 +249,7 @@ STEPS: dict[tuple[str, str], Callable[[RunConfig, Trace], Step]] = {
 """By what is done, and whose code does it."""
 
 
-def with_precision(config: RunConfig, precision: str, batch_size: int) -> RunConfig:
+def with_precision(config: RunConfig, precision: Any, batch_size: int) -> RunConfig:
     """The same run in another precision and of another batch size."""
     training = replace(config.training, precision=precision, batch_size=batch_size)
     return replace(config, training=training)

@@ -20,7 +20,6 @@ from benchmarks.traffic.passes import (
     pass_of,
 )
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -29,6 +28,7 @@ from ddpm_kernels.dispatch import assume_gpu
 
 _WRITTEN_ONLY = {"aten.copy_", "aten.fill_", "aten.zero_", "aten.normal_", "aten.uniform_"}
 """Operations that write their first argument without reading it."""
+_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,18 @@ class Trace(TorchDispatchMode):
     def _own(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         """Run one of the engine's operations up to its launches."""
         before = self._inside, self._launched
-        out_of_pass = None
-        step_pass = pass_of(name, args, out_of_pass, self.part)
+        step_pass = pass_of(name, args, None, self.part)
         self._inside, self._launched = self._inside or step_pass, []
         try:
-            # Torch's operations on the way are counted as well.
+            # Not the meta kernel, but the one that runs. Torch's operations on the way count, too.
             with self:
-                out = OPDEFS[name.replace(".", "::")]._init_fn(*args, **kwargs)
+                out = func.redispatch(_KERNEL, *args, **kwargs)
             launched = self._launched
         finally:
             self._inside, self._launched = before
-        changes = func._schema.is_mutable
-        moved = _traffic(name, func, args, kwargs, out) if changes else sum(launched)
+        moved = _traffic(name, func, args, kwargs, out)
+        if not func._schema.is_mutable:  # what is read by several launches counts for each
+            moved = max(moved, sum(launched))
         self._add(step_pass, name, len(launched), moved)
         return out
 
@@ -153,7 +153,9 @@ def tracing(trace: Trace, architecture: str = "sm_90") -> Iterator[None]:
     from triton.runtime.jit import JITFunction  # optional
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(JITFunction, "run", lambda _, *a, **k: trace.launch(*a, **k)))
+        stack.enter_context(
+            patch.object(JITFunction, "run", lambda _, *a, **k: trace.launch(*a, **k))
+        )
         stack.enter_context(patch("torch.nn.functional.scaled_dot_product_attention", _attention))
         stack.enter_context(patch("torch.nn.functional.dropout", _dropout))
         stack.enter_context(assume_gpu(architecture))

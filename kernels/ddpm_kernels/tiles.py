@@ -72,7 +72,8 @@ TILES: dict[str, Table] = {
         "reverse_step": Tile(1024, 2),
         # Twice as many spill on sm_100.
         "group_norm_silu": Tile(2048, 4),
-        "group_norm_silu_backward": Tile(2048, 4),
+        # Half as many programs: each reads two tensors.
+        "group_norm_silu_backward": Tile(2048, 4, programs=256),
     },
     # The same work a thread, with 64 threads a warp.
     "gfx": {
