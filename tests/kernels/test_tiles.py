@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,25 @@ def test_autotuning_takes_what_is_fastest_over_all_sizes() -> None:
     assert fastest("q_sample", works, Tile(1024, 2), seconds) == (winner, pytest.approx(0.5))
     # Where nothing is faster, the table's own tile stays.
     assert fastest("q_sample", [lambda: 0], Tile(1024, 2), lambda _: 1.0) == (Tile(1024, 2), 1.0)
+
+
+def test_autotuning_varies_stages_and_programs_of_norms_at_the_best_tile() -> None:
+    tried: list[Tile] = []
+
+    def seconds(operation: str, _: Work) -> float:
+        tile = tile_for(operation, X)
+        tried.append(tile)
+        apart = abs(math.log2(tile.elements / 4096)) + abs(tile.warps - 8)
+        return 1 + apart + abs(tile.stages - 3) + abs(math.log2(tile.programs / 1024))
+
+    norm = "group_norm_silu"
+    found, ratio = fastest(norm, [lambda: 0], Tile(2048, 4), partial(seconds, norm))
+    assert found == Tile(4096, 8, 3, 1024)
+    assert ratio == pytest.approx(1 / 9)
+    assert len(tried) == len(set(tried))
+    tried.clear()
+    fastest("q_sample", [lambda: 0], Tile(1024, 2), partial(seconds, "q_sample"))
+    assert {(tile.stages, tile.programs) for tile in tried} == {(1, 512)}
 
 
 def test_trying_is_undone() -> None:
