@@ -102,6 +102,7 @@ class ChangedLoss(Callback):
 class _Changed(Objective):
     def __init__(self, objective: Objective, changed: ChangedLoss) -> None:
         self.objective, self.changed = objective, changed
+        self.learns_on_host = objective.learns_on_host
         self.begin_step, self.end_step = objective.begin_step, objective.end_step  # type: ignore[method-assign]
         self.state, self.load = objective.state, objective.load  # type: ignore[method-assign]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.objectives.denoising import DenoisingObjective
 from ddpm_engine.objectives.inputs import TrainingInputs
-from ddpm_engine.training.ema import EMA, warmed_up
-from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.training.ema import decays
+from ddpm_engine.training.lr_schedule import learning_rate
+from ddpm_engine.training.strategies.replicated import Replicated
 from ddpm_kernels import Stream, gaussian_noise, random_integers
 
 TOLERANCE = 1e-3
@@ -50,31 +51,26 @@ def normalised(batch: Batch, device: torch.device) -> Tensor:
 
 
 def engine_way(subject: Subject, batch: Batch, compiled: bool) -> Way:
-    """What the `Trainer` does at each step, without Accelerate's wrapping."""
-    config = subject.config
+    """What the `Trainer` does at each step, without reading data or reporting."""
+    config, device = subject.config, subject.device
     model = subject.copy().train().requires_grad_()
-    ema = EMA(model, warmed_up(config.training.ema_decay))
     if compiled:
         model.compile_blocks()
-    optimizer = make_optimizer(model, config.optimizer)
+    strategy = Replicated(model, config, device)
     objective = DenoisingObjective(
-        subject.schedule,
-        config.diffusion.prediction,
-        TrainingInputs(SEED, device=subject.device),
+        subject.schedule, config.diffusion.prediction, TrainingInputs(SEED, device=device)
     )
-    steps = 0
+    averages = decays(config.training).values()
+    steps, skip = 0, torch.zeros((), device=device)
 
     def step() -> tuple[Tensor, Tensor]:
         nonlocal steps
-        set_rate(optimizer, subject, steps)
-        loss = objective(model, batch).mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        # The trainer reads both here: a step with a gradient that is not finite is skipped.
-        if norm.isfinite().item() and loss.isfinite().item():
-            optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model, steps)
+        with strategy.accumulate(last=True):
+            loss = objective(strategy.network, batch).mean()
+            strategy.backward(loss)
+        numbers = [learning_rate(config, steps), *(1 - decay(steps) for decay in averages)]
+        rate, *shares = torch.tensor(numbers, dtype=torch.float64).to(device)
+        norm = strategy.step(rate, torch.stack(shares), skip)
         steps += 1
         return loss.detach(), norm
 

@@ -78,6 +78,9 @@ class TrainingConfig:
     """Use of bf16 even on a CPU that has no fast path for it (a hundred times slower)."""
     compile: bool = False
     """Compilation of the network, block by block, with torch.compile."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Training steps as one CUDA graph, which the GPU runs without the host; auto: where possible.
+    """
     activation_checkpointing: bool = False
     """Recomputation of blocks in the backward pass instead of keeping their activations."""
     max_bad_steps: Annotated[int, Ge(1)] = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -89,3 +89,20 @@ class Ranks:
     def mean(self, tensor: Tensor) -> Tensor:
         """Average a tensor over ranks, elementwise; takes the memory of one copy."""
         return self.sum(tensor).div_(world_size())
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over ranks, in place and in one exchange; takes the memory of one copy.
+
+        On one rank there is nothing to do.
+
+        Args:
+            tensors: of any shapes and one dtype, the same on every rank.
+        """
+        if world_size() == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat.div_(world_size())
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))

@@ -237,6 +237,24 @@ def moment_matching(config: RunConfig) -> Iterator[UserError]:
         )
 
 
+def capture(config: RunConfig) -> Iterator[UserError]:
+    """Steps that are to be captured leave the host nothing to do between them."""
+    reason = not_capturable(config)
+    if config.training.capture == "on" and reason is not None:
+        yield UserError(
+            f"`training.capture` is on, but {reason}; use auto or off", "training.capture"
+        )
+
+
+def not_capturable(config: RunConfig) -> str | None:
+    """Return why no device can capture a run's steps as a graph; None: some can."""
+    if config.objective.timestep_sampling == "importance":
+        return "`objective.timestep_sampling` is importance, which the host learns from every step"
+    if config.distillation.teacher is not None and config.distillation.method == "moments":
+        return "`distillation.method` is moments, which trains a critic after every step"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     output_channels,
     weighting,
@@ -246,6 +264,7 @@ RULES: tuple[Rule, ...] = (
     mixture,
     distillation,
     moment_matching,
+    capture,
 )
 
 

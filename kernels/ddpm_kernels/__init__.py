@@ -2,10 +2,12 @@
 
 | operation         | what it fuses                                                         |
 |-------------------|-----------------------------------------------------------------------|
+| `training_draws`  | timesteps, flips, dropped labels and augmentation levels of a batch   |
 | `q_sample`        | normalise, flip, generate noise, mix: image → x_t                     |
 | `denoising_loss`  | same noise once more, target, weighted squared error, gradient        |
 | `reverse_step`    | guidance, x0 estimate, clip, update, fresh noise: x_t → x_{t-1}       |
 | `group_norm_silu` | GroupNorm, affine, per-sample scale and shift, SiLU; and its gradient |
+| `adamw_step`      | AdamW, moving averages, weights in half precision; `gradient_norm`    |
 
 Each lives in the module or package of its name, in this order: the mathematics, the plain-torch
 reference that specifies it, the Triton kernels, their launcher, the `torch.library` registration.
@@ -13,7 +15,9 @@ reference that specifies it, the Triton kernels, their launcher, the `torch.libr
 elementwise ones share.
 """
 
+from ddpm_kernels.adamw_step.op import adamw_step, gradient_norm
 from ddpm_kernels.denoising_loss import denoising_loss
+from ddpm_kernels.draws import training_draws
 from ddpm_kernels.group_norm_silu.op import group_norm_silu
 from ddpm_kernels.philox import Stream, bernoulli, gaussian_noise, random_integers
 from ddpm_kernels.q_sample import q_sample
@@ -22,11 +26,14 @@ from ddpm_kernels.reverse_step import Column, reverse_step
 __all__ = [
     "Column",
     "Stream",
+    "adamw_step",
     "bernoulli",
     "denoising_loss",
     "gaussian_noise",
+    "gradient_norm",
     "group_norm_silu",
     "q_sample",
     "random_integers",
     "reverse_step",
+    "training_draws",
 ]

@@ -24,8 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+from ddpm_kernels import (
+    Column,
+    adamw_step,
+    denoising_loss,
+    gradient_norm,
+    group_norm_silu,
+    q_sample,
+    reverse_step,
+)
 from ddpm_kernels.dispatch import assume_gpu
+from ddpm_kernels.draws import training_draws
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 from ddpm_kernels.variational_bound import BoundColumn
 
@@ -250,6 +259,10 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
     seed, row = torch.tensor(0), torch.tensor(0)
     coefficients = torch.zeros(10, Column.HISTORY + 2)
     with recorded_launches(target) as launches:
+        training_draws(
+            seed, ids, integers=1000, flip=True, labels=timesteps, label_dropout=0.1,
+            null_class=10, augmentation_levels=251,
+        )  # fmt: skip
         prediction = _tensor(shape, dtype, aligned)
         stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
         for images in stored:
@@ -286,7 +299,25 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             scale = torch.zeros(batch, width, dtype=dtype) if film else None
             y = group_norm_silu(activations, groups, affine, affine, scale, scale, 1e-6, activation)
             y.sum().backward()
+        _optimize(dtype, aligned)
     return launches
+
+
+def _optimize(dtype: torch.dtype, aligned: bool) -> None:
+    """Take the step of an optimizer with no, one and three averages, on gradients in `dtype`."""
+    sizes = (4096, 64) if aligned else (4095, 63)
+    gradients = [_tensor((size,), dtype, aligned) for size in sizes]
+    count, number = sum(sizes), torch.zeros(())
+    gradient_norm(gradients)
+    for kept in (0, 1, 3):
+        adamw_step(
+            gradients, [0, sizes[0]],
+            *(_tensor((count,), torch.float32, aligned) for _ in ("weights", "m", "v")),
+            torch.zeros(kept, count),
+            None if dtype == torch.float32 else _tensor((sizes[0],), dtype, aligned),
+            number, number, torch.zeros(kept), number, number,
+            betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+        )  # fmt: skip
 
 
 def _check_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:

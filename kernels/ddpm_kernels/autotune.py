@@ -3,9 +3,9 @@
     python -m ddpm_kernels.autotune --out tiles.json
 
 Each operation is run on images (or activations) of several sizes; a tile's figure is the geometric
-mean, over the sizes, of its time relative to that of the table's tile. A graph of many captured calls
-is timed, so that the kernels are measured and not the host. First the size of a tile and
-its warps vary; then, of `group_norm_silu`, the stages of its loops and the number of programs.
+mean, over the sizes, of its time relative to that of the table's tile. A graph of many calls is
+timed, so that the kernels are measured and not the host. First the size of a tile and its warps
+vary; then, of `group_norm_silu`, the stages of its loops and the number of programs.
 Nothing else tunes by itself: a tile decides in which order sums are taken, so all ranks of a run
 must use the same file.
 """
@@ -22,7 +22,14 @@ from pathlib import Path
 
 import torch
 
-from ddpm_kernels import Column, denoising_loss, q_sample, reverse_step
+from ddpm_kernels import (
+    Column,
+    adamw_step,
+    denoising_loss,
+    gradient_norm,
+    q_sample,
+    reverse_step,
+)
 from ddpm_kernels.tiles import (
     TILES,
     Table,
@@ -44,6 +51,7 @@ CANDIDATES = tuple(
 STAGES = (1, 2, 3)
 PROGRAMS = (256, 512, 1024, 2048)
 IMAGES = ((64, 3, 32, 32), (256, 3, 64, 64), (64, 3, 256, 256))
+WEIGHTS = (100_000, 35_000_000)
 ACTIVATIONS = ((128, 128, 32, 32), (128, 256, 16, 16), (16, 128, 128, 128))
 
 Work = Callable[[], object]
@@ -78,6 +86,17 @@ def workloads(device: torch.device) -> dict[str, list[Work]]:
         works["group_norm_silu_backward"].append(
             partial(operations.group_norm_silu_backward, y, x, *rest, statistics, "silu")
         )
+    number, one = torch.zeros((), device=device), torch.ones((), device=device)
+    for count in WEIGHTS:
+        gradients = torch.randn(count, device=device, dtype=torch.bfloat16).split(2**20)
+        buffers = torch.zeros(4, count, device=device)
+        step = partial(
+            adamw_step, list(gradients), list(range(0, count, 2**20)), *buffers[:3], buffers[3:],
+            torch.zeros_like(buffers[0], dtype=torch.bfloat16), number.clone(), number, one[None],
+            one, number, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+        )  # fmt: skip
+        works["gradient_norm"].append(partial(gradient_norm, list(gradients)))
+        works["adamw_step"].append(step)
     return works
 
 

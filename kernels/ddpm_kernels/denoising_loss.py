@@ -29,7 +29,9 @@ equation 8; the hybrid loss: Nichol & Dhariwal 2021, equation 16.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -338,50 +340,90 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
 # --- Launcher
 
 
-def _launch(
-    prediction: Tensor, images: Tensor, timesteps: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    target_x0, target_noise, seed, ids, weights, flip, bound_table, bound_weights = rest
-    batch, channels, height, width = images.shape
+class Plan(NamedTuple):
+    """What a call launches: kernels with their grids and all arguments but tensors."""
+
+    error: Callable[..., None]
+    loss: Callable[..., None]
+    tiles: int
+    """Tiles of a sample."""
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    tile: Tile,
+    prediction_shape: torch.Size,
+    prediction_strides: tuple[int, ...],
+    image_shape: torch.Size,
+    image_strides: tuple[int, ...],
+    reads_images: bool,
+) -> Plan:
+    """Plan a call on tensors of these layouts."""
+    batch, channels, height, width = image_shape
     count = channels * height * width
-    tile = tile_for("denoising_loss", images).fitted(count)
+    tile = tile.fitted(count)
     tiles = triton.cdiv(count, tile.elements)
-    loss = torch.empty(batch, dtype=torch.float32, device=prediction.device)
+    prediction = torch.empty_strided(prediction_shape, prediction_strides, device="meta")
+    slope = torch.empty_like(prediction, memory_format=torch.channels_last)
+    images = torch.empty_strided(image_shape, image_strides, device="meta")
+    error = partial(
+        _error_kernel[(batch * tiles,)],
+        **dict(zip(_STRIDES, (*prediction_strides, *image_strides), strict=True)),
+        COUNT=count,
+        CHANNELS=channels,
+        WIDTH=width,
+        PREDICTION_LAYOUT=layout_of(prediction, channels),
+        IMAGE_LAYOUT=layout_of(images, channels),
+        WIDE=is_wide(tile.elements, prediction, images if reads_images else None, slope),
+        STREAM=int(Stream.TRAINING_NOISE),
+        TILE=tile.elements,
+        **tile.options(),
+    )
+    loss = partial(
+        _loss_kernel[(batch,)],
+        tiles=tiles,
+        count=count,
+        SUM_TILE=SUM_TILE,
+        **Tile(SUM_TILE, 1).options(),
+    )
+    return Plan(error, loss, tiles)
+
+
+_STRIDES = tuple(
+    f"{tensor}_stride_{dimension}" for tensor in ("prediction", "image") for dimension in "nchw"
+)
+
+
+def _launch(
+    prediction: Tensor,
+    images: Tensor,
+    timesteps: Tensor,
+    target_x0: Tensor | None,
+    target_noise: Tensor | None,
+    seed: Tensor,
+    sample_ids: Tensor,
+    weights: Tensor | None,
+    flip: Tensor | None,
+    bound_table: Tensor | None,
+    bound_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    launches = plan(
+        tile_for("denoising_loss", images), prediction.shape, prediction.stride(), images.shape,
+        images.stride(), target_x0 is not None or bound_table is not None,
+    )  # fmt: skip
+    batch = len(images)
+    loss = prediction.new_empty(batch, dtype=torch.float32)
     slope = torch.empty_like(prediction, memory_format=torch.channels_last)
     # Each partial sum has one writer, and they are added in a fixed order: the loss of a sample is
     # the same to the bit in every batch.
-    partial_sums = loss.new_empty(batch, tiles)
-    reads_images = target_x0 is not None or bound_table is not None
+    partial_sums = loss.new_empty(batch, launches.tiles)
     with torch.cuda.device_of(prediction):
-        _error_kernel[(batch * tiles,)](
-            slope,
-            partial_sums,
-            prediction,
-            images,
-            packed(timesteps),
-            packed(target_x0),
-            packed(target_noise),
-            seed,
-            packed(ids),
-            packed(weights),
-            packed(flip),
-            packed(bound_table),
-            packed(bound_weights),
-            *prediction.stride(),
-            *images.stride(),
-            COUNT=count,
-            CHANNELS=channels,
-            WIDTH=width,
-            PREDICTION_LAYOUT=layout_of(prediction, channels),
-            IMAGE_LAYOUT=layout_of(images, channels),
-            WIDE=is_wide(tile.elements, prediction, images if reads_images else None, slope),
-            STREAM=int(Stream.TRAINING_NOISE),
-            TILE=tile.elements,
-            **tile.options(),
-        )
-        _loss_kernel[(batch,)](
-            loss, partial_sums, tiles, count, SUM_TILE=SUM_TILE, **Tile(SUM_TILE, 1).options()
-        )
+        launches.error(
+            slope, partial_sums, prediction, images, packed(timesteps), packed(target_x0),
+            packed(target_noise), seed, packed(sample_ids), packed(weights), packed(flip),
+            packed(bound_table), packed(bound_weights),
+        )  # fmt: skip
+        launches.loss(loss, partial_sums)
     return loss, slope
 
 
@@ -420,15 +462,19 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | N
     if d_loss is None:
         return (None,) * 11
     slope, weights, bound_weights = ctx.saved_tensors
-    mean = d_loss / (ctx.channels * slope.shape[2] * slope.shape[3])
-    factor = 2 * mean if weights is None else 2 * mean * weights
-    factor = factor[:, None].expand(-1, ctx.channels)
+    batch, _, height, width = slope.shape
+    count = ctx.channels * height * width
+    factor = d_loss / (count / 2)
+    if weights is not None:
+        factor = factor * weights
+    factor = factor.view(batch, 1, 1, 1)
     if bound_weights is not None:
-        variance = (mean * bound_weights)[:, None].expand(-1, ctx.channels)
-        factor = torch.cat([factor, variance], dim=1)
+        variance = (d_loss / count * bound_weights).view(batch, 1, 1, 1)
+        both = torch.cat([factor, variance], dim=1)
+        factor = both.repeat_interleave(ctx.channels, dim=1)
     # Straight to the precision of the network, rounded once and without a float32 tensor between.
     # (Nor can this be differentiated again: torch says so, where a result would be wrong.)
-    gradient = torch.mul(slope, factor[:, :, None, None], out=torch.empty_like(slope))
+    gradient = torch.mul(slope, factor, out=torch.empty_like(slope))
     return gradient, *[None] * 10
 
 

@@ -29,6 +29,7 @@ constants are those of Random123, whose published known answers the tests reprod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -123,6 +124,42 @@ def random_words(
     )
     words = philox4x32(counter, torch.stack([seed & _MASK, seed >> 32 & _MASK]))
     return words.flatten(1)[:, :count]
+
+
+def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[Stream]) -> Tensor:
+    """Draw the first word of each sample in several streams, as `random_words` does one by one.
+
+    The two halves of a counter block are rows of one tensor, and pass through a round together: a
+    few numbers cost as many operations as a batch, and an operation more than what it computes.
+
+    Args:
+        seed: 0-dim int64.
+        sample_ids: int64 `[B]` in [0, 2⁵⁶), on the device of `seed`.
+        step: in [0, 2³²).
+        streams: S of them, none twice.
+
+    Returns:
+        int64 `[S, B]`, entries in [0, 2³²).
+    """
+    device = sample_ids.device
+    # x is (c0, c2), which are multiplied, and y is (c1, c3): int64 [2, S, B].
+    stream = torch.stack([torch.full_like(sample_ids, one) for one in streams])
+    x = torch.stack([torch.zeros_like(stream), (sample_ids & _MASK).expand_as(stream)])
+    y = torch.stack([torch.full_like(stream, step), sample_ids >> 32 << _STREAM_BITS | stream])
+    half = torch.arange(2, device=device)
+    factors = _from_pair(half, _ROUND_MULTIPLIERS)[:, None, None]
+    rounds = torch.arange(10, device=device)[:, None]
+    keys = torch.stack([seed, seed >> 32]) + rounds * _from_pair(half, _KEY_INCREMENTS)
+    for key in keys[:, :, None, None].unbind():
+        products = (x * factors).flip(0)
+        x = (products >> 32).bitwise_xor_(y).bitwise_xor_(key).bitwise_and_(_MASK)
+        y = products  # whose high halves the mask removes in the next round
+    return x[0]
+
+
+def _from_pair(half: Tensor, pair: tuple[int, int]) -> Tensor:
+    """The pair as a tensor, by arithmetic on (0, 1): constants would be copied from the host."""
+    return half * (pair[1] - pair[0]) + pair[0]
 
 
 def random_integers(
@@ -293,6 +330,22 @@ def normals4(seed, block, step, sample_id, stream: tl.constexpr):  # type: ignor
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return n0, n1, n2, n3
+
+
+@triton.jit
+def first_word(seed, sample_id, STEP: tl.constexpr, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first word of a sample in a stream, uint32 shaped as `sample_id`, as `first_words`.
+
+    Args:
+        seed: int64 scalar.
+        sample_id: int64 tensor.
+        STEP: counter step.
+        STREAM: a `Stream`, as an integer.
+    """
+    low = sample_id.to(tl.uint32)
+    high = ((sample_id >> 32) << 8).to(tl.uint32) | STREAM
+    word, _, _, _ = _philox(seed, low * 0, low * 0 + STEP, low, high)
+    return word
 
 
 @triton.jit

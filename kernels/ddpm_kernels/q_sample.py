@@ -8,14 +8,16 @@ x_0 is the image in [-1, 1]: a uint8 image is mapped there, and mirrored where a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
-from ddpm_kernels.tiles import tile_for
+from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import (
     as_scalar,
     check_per_sample,
@@ -60,12 +62,14 @@ def q_sample(
         ValueError: `timesteps`, `sample_ids` or `flip` does not have one value per sample.
     """
     check_per_sample(len(images), timesteps=timesteps, sample_ids=sample_ids, flip=flip)
-    call = torch.ops.ddpm.q_sample.default if takes_op(images) else q_sample_reference
-    x_t: Tensor = call(
+    call: Callable[..., Tensor] = q_sample_reference
+    if takes_op(images):
+        direct = skips_dispatcher(images) and not images.requires_grad
+        call = _q_sample if direct else torch.ops.ddpm.q_sample.default
+    return call(
         images, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar,
         as_scalar(seed, images.device), sample_ids, flip, dtype, int(stream),
     )  # fmt: skip
-    return x_t
 
 
 # --- Reference
@@ -191,38 +195,54 @@ def _q_sample_kernel(  # type: ignore[no-untyped-def]
 # --- Launcher
 
 
-def _empty_x_t(images: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(
-        images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last
+@lru_cache(maxsize=1024)
+def plan(
+    tile: Tile, shape: torch.Size, strides: tuple[int, ...], stream: int
+) -> Callable[..., None]:
+    """Return the kernel with its grid and all arguments but tensors, for images of a layout."""
+    batch, channels, height, width = shape
+    count = channels * height * width
+    tile = tile.fitted(count)
+    images = torch.empty_strided(shape, strides, device="meta")
+    return partial(
+        _q_sample_kernel[(batch * triton.cdiv(count, tile.elements),)],
+        **dict(zip(_STRIDES, strides, strict=True)),
+        COUNT=count,
+        CHANNELS=channels,
+        WIDTH=width,
+        LAYOUT=layout_of(images, channels),
+        WIDE=is_wide(tile.elements, images),
+        STREAM=stream,
+        TILE=tile.elements,
+        **tile.options(),
     )
 
 
-def _launch(images: Tensor, *rest: Any) -> Tensor:
-    timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, seed, ids, flip, dtype, stream = rest
-    batch, channels, height, width = images.shape
-    count = channels * height * width
-    tile = tile_for("q_sample", images).fitted(count)
+_STRIDES = ("stride_n", "stride_c", "stride_h", "stride_w")
+
+
+def _empty_x_t(images: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
+
+
+def _launch(
+    images: Tensor,
+    timesteps: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    flip: Tensor | None,
+    dtype: torch.dtype,
+    stream: int,
+) -> Tensor:
+    launch = plan(tile_for("q_sample", images), images.shape, images.stride(), stream)
     out = _empty_x_t(images, dtype)
     with torch.cuda.device_of(images):
-        _q_sample_kernel[(batch * triton.cdiv(count, tile.elements),)](
-            out,
-            images,
-            packed(timesteps),
-            packed(sqrt_alpha_bar),
-            packed(sqrt_one_minus_alpha_bar),
-            seed,
-            packed(ids),
-            packed(flip),
-            *images.stride(),
-            COUNT=count,
-            CHANNELS=channels,
-            WIDTH=width,
-            LAYOUT=layout_of(images, channels),
-            WIDE=is_wide(tile.elements, images),
-            STREAM=stream,
-            TILE=tile.elements,
-            **tile.options(),
-        )
+        launch(
+            out, images, packed(timesteps), packed(sqrt_alpha_bar),
+            packed(sqrt_one_minus_alpha_bar), seed, packed(sample_ids), packed(flip),
+        )  # fmt: skip
     return out
 
 

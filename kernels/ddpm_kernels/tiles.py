@@ -74,12 +74,17 @@ TILES: dict[str, Table] = {
         "group_norm_silu": Tile(2048, 4),
         # Half as many programs: each reads two tensors.
         "group_norm_silu_backward": Tile(2048, 4, programs=256),
+        # Eight elements a thread: 16 bytes of a gradient in half precision.
+        "gradient_norm": Tile(1024, 4),
+        "adamw_step": Tile(1024, 4),
     },
     # The same work a thread, with 64 threads a warp.
     "gfx": {
         "q_sample": Tile(1024, 1),
         "denoising_loss": Tile(1024, 1),
         "reverse_step": Tile(1024, 1),
+        "gradient_norm": Tile(1024, 2),
+        "adamw_step": Tile(1024, 2),
     },
 }
 """By architecture, most general first: `default`, then the letters of its name, then its name."""

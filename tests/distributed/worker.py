@@ -76,7 +76,7 @@ class FirstScale(Callback):
 
     def on_start(self, run: Run) -> None:
         if run.step == 0 and run.strategy.loss_scale is not None:
-            run.strategy.loss_scale.value = self.value
+            run.strategy.loss_scale.value.fill_(self.value)
 
 
 def train(job: dict[str, Any]) -> None:

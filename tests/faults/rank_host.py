@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from tests.ranks import Poisoned, environment_of, fork_ranks
+from tests.recorder import AsOnAGpu, Recorded
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.cli.options import exit_on_error
@@ -41,6 +42,13 @@ from ddpm_engine.training.trainer import Trainer
 
 PATIENCE_SECONDS = 14.0
 """Between the failure of a rank and the end of the others by force."""
+
+
+class Counts(Callback):
+    """Say which step has been started."""
+
+    def on_step_end(self, run: Run) -> None:
+        print(f"started step {run.step}", flush=True)
 
 
 class Before(Callback):
@@ -110,7 +118,7 @@ def die_while_saving(_config: RunConfig, saved: int) -> list[Callback]:
         original(self, step, *arguments)
 
     CheckpointStore.save = save  # type: ignore[assignment,method-assign]
-    return []
+    return [Counts()]
 
 
 def fail_at_step(_config: RunConfig, kind: str, step: int) -> list[Callback]:
@@ -128,6 +136,16 @@ def not_a_number(_config: RunConfig, position: int, value: float) -> list[Callba
     """Let the loss of the sample at one position be inf or nan."""
 
     return [Poisoned(position, value)]
+
+
+def recorded(_config: RunConfig) -> list[Callback]:
+    """Record the first step and replay it from then on; see tests/recorder.py."""
+    return [Recorded()]
+
+
+def eager(_config: RunConfig) -> list[Callback]:
+    """Take the operations of a GPU, as a recorded run does."""
+    return [AsOnAGpu()]
 
 
 def after_saves(action: Callable[[], object]) -> Callable[[], None]:

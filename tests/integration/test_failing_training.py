@@ -86,7 +86,7 @@ def no_saves(monkeypatch: pytest.MonkeyPatch, folder: str, step: int, times: int
 def test_a_last_checkpoint_that_cannot_be_written_ends_the_run(
     stopped: int | None, short: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last = 12 if stopped is None else stopped + 1
+    last = 12 if stopped is None else stopped + 2
     no_saves(monkeypatch, "checkpoints", last)
     with pytest.raises(UserError) as raised:
         Trainer(short, [] if stopped is None else [At(stopped, stop)]).fit()
@@ -152,7 +152,7 @@ def test_a_marker_that_cannot_be_written_is_named(
         replaced(source, target)
 
     monkeypatch.setattr(atomic_io.os, "replace", refuse)
-    with pytest.raises(UserError, match=r"saved at step 8.*requeue"):
+    with pytest.raises(UserError, match=r"saved at step 9.*requeue"):
         Trainer(short, [At(7, stop)]).fit()
 
 
@@ -185,7 +185,7 @@ def test_skipped_steps_are_counted_anew_and_prune_nothing(short: RunConfig) -> N
         training=replace(short.training, steps=16),
         log=replace(short.log, checkpoint_every=1),
     )
-    Trainer(short, [At(6, fill(1e30)), At(8, stop)]).fit()
+    Trainer(short, [At(6, fill(1e30)), At(7, stop)]).fit()
     checkpoints = CheckpointStore(short.out / "checkpoints")
     # Those of steps 5 and 6 led to finite gradients or to none yet; step 9 is the newest.
     assert checkpoints.steps() == [5, 6, 9]

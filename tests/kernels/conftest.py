@@ -179,6 +179,8 @@ def _forget_plans() -> None:
     launch.plan.cache_clear()
     launch._forward_launches.cache_clear()
     launch._backward_launches.cache_clear()
+    for module in ("q_sample", "denoising_loss"):
+        importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
 
 @pytest.fixture

@@ -92,6 +92,21 @@ def of_q_sample(
     }
 
 
+def of_training_draws() -> Arguments:
+    """What `training_draws` takes, in the order of the registered operation."""
+    return {
+        "seed": torch.tensor(-5),
+        "positions": torch.arange(5) + 2**33 - 1,
+        "labels": torch.arange(5) * 2,
+        "integers": 1000,
+        "flip": True,
+        "label_dropout": 0.5,
+        "null_class": 10,
+        "augmentation_levels": 251,
+        "step": 0,
+    }
+
+
 def target_tables(target: str) -> tuple[Tensor | None, Tensor | None]:
     """Factors of x_0 and ε in a target, float32 `[T]`."""
     ones = torch.ones(STEPS)

@@ -24,11 +24,13 @@ from ddpm_kernels.aot import (
 )
 
 KERNELS = {
-    "q_sample_kernel", "error_kernel", "loss_kernel", "reverse_step_kernel", "moments_kernel",
-    "forward_kernel", "sums_kernel", "combine_kernel", "dx_kernel",
+    "training_draws_kernel", "q_sample_kernel", "error_kernel", "loss_kernel",
+    "reverse_step_kernel", "moments_kernel", "forward_kernel", "sums_kernel", "combine_kernel",
+    "dx_kernel", "squares_kernel", "root_kernel", "begin_kernel", "update_kernel",
 }  # fmt: skip
 STREAMING = {
-    "q_sample_kernel", "error_kernel", "reverse_step_kernel", "forward_kernel", "dx_kernel"
+    "q_sample_kernel", "error_kernel", "reverse_step_kernel", "forward_kernel", "dx_kernel",
+    "update_kernel",
 }  # fmt: skip
 """Read and write whole images or activations. The others move a few numbers per sample."""
 

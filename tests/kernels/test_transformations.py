@@ -26,6 +26,7 @@ from tests.kernels.inputs import (
     of_group_norm_silu,
     of_q_sample,
     of_reverse_step,
+    of_training_draws,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
 from ddpm_kernels.dispatch import force_ops, skips_dispatcher
+from ddpm_kernels.draws import training_draws
 from ddpm_kernels.philox import Stream, gaussian_noise
 
 Call = Callable[..., tuple[Tensor, ...]]
@@ -41,6 +43,11 @@ Call = Callable[..., tuple[Tensor, ...]]
 def noised(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
     """x_t."""
     return (function(**arguments, dtype=torch.bfloat16),)
+
+
+def drawn(function: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
+    """All that is drawn, as integers."""
+    return tuple(one.long() for one in function(**arguments))
 
 
 def stepped(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
@@ -66,7 +73,8 @@ def differentiated(*names: str) -> Callable[[Callable[..., Tensor], Arguments], 
 
 
 NORM = ("x", "weight", "bias", "scale", "shift")
-CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Arguments]] = {
+CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Arguments]] = {
+    "training_draws": (training_draws, drawn, of_training_draws()),
     "q_sample": (q_sample, noised, of_q_sample()),
     "q_sample, plain": (q_sample, noised, of_q_sample(stored=torch.float32, flip=False)),
     **{
@@ -98,8 +106,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Arguments]] = 
 
 
 ONE_OF_EACH = (
-    "q_sample", "denoising_loss, v", "denoising_loss, learned", "reverse_step, everything",
-    "group_norm_silu", "group_norm_silu, plain",
+    "training_draws", "q_sample", "denoising_loss, v", "denoising_loss, learned",
+    "reverse_step, everything", "group_norm_silu", "group_norm_silu, plain",
 )  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def test_opcheck(backend: Backend, case: str) -> None:
     given_ = backend.moved(in_layout(plain, LAYOUTS[list(CASES).index(case) % 4]))
     given_ = {
         k: v.requires_grad_() if k in ("prediction", *NORM) and isinstance(v, Tensor)
-        and function not in (q_sample, reverse_step) else v
+        and function not in (q_sample, reverse_step, training_draws) else v
         for k, v in copied_with_strides(given_).items()
     }  # fmt: skip
     values: tuple[Any, ...] = tuple(given_.values())
@@ -127,6 +135,8 @@ def test_opcheck(backend: Backend, case: str) -> None:
         values += (torch.bfloat16, int(Stream.TRAINING_NOISE))
     if function is reverse_step:
         values += ("plain" in case,)
+    if function is training_draws:
+        values = (*values[:5], 2**31, *values[6:])  # the threshold of dropped labels
     name = "reverse_step_" if function is reverse_step else function.__name__
     torch.library.opcheck(getattr(torch.ops.ddpm, name).default, values, atol=1e-4, rtol=1e-4)
 

@@ -159,9 +159,6 @@ class Equal(Ranks):
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         pytest.fail(f"{tensor.numel()} values of every rank on one rank")
 
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
 
 def test_micro_batches_equal_the_whole_batch() -> None:
     critics = []

@@ -103,7 +103,9 @@ def make_batches(
     """
     if isinstance(dataset, ShardStream):
         streamed = _loader(dataset, workers, pin_memory, batch_size=positions.micro_batch)
-        return number_batches(streamed, positions)
+        numbered = number_batches(streamed, positions)
+        # Their new positions are not in the memory that the loader has pinned.
+        return map(Batch.pin_memory, numbered) if pin_memory else numbered
     return iter(make_loader(dataset, positions, workers, pin_memory=pin_memory))
 
 

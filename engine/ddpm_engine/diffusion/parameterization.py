@@ -48,6 +48,8 @@ class Parameterization(ABC):
     takes_timestep: ClassVar[bool] = True
     """Whether the noise level is the timestep, so that the network knows the levels of one chain.
     False: it is a function of a and s, and training may use any level of a continuum."""
+    target_holds: ClassVar[tuple[bool, bool]] = (True, True)
+    """Whether image and noise are parts of the target; the factor of one that is not is zero."""
     clips_x0: ClassVar[bool] = True
     """Whether samplers clip estimates of x_0 to [-1, 1] by default."""
 
@@ -113,6 +115,7 @@ class Epsilon(Parameterization):
 
     name = "eps"
     needs_signal = True
+    target_holds = (False, True)
 
     def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `Parameterization`."""
@@ -128,6 +131,7 @@ class CleanImage(Parameterization):
     """The network predicts the clean image x_0."""
 
     name = "x0"
+    target_holds = (True, False)
 
     def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """See `Parameterization`."""

@@ -86,7 +86,7 @@ class Network(nn.Module, ABC):
         Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
         """
         # Saving the generator's state waits for the device: only where dropout needs it.
-        random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        random = has_dropout(self)
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
         for module in self.modules():
             if isinstance(module, Recomputed):
@@ -109,3 +109,8 @@ class Recomputed(nn.Module):
             return output
         output = self.checkpoint(function, *inputs)
         return output
+
+
+def has_dropout(network: nn.Module) -> bool:
+    """Whether a network drops out activations while it is trained."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())

@@ -25,6 +25,10 @@ class Objective(ABC):
     its state, which is saved with the run's.
     """
 
+    learns_on_host: bool = False
+    """Whether the host has to know how a step went before the next begins, which then waits for it:
+    `end_step` is called only if so."""
+
     @abstractmethod
     def __call__(self, network: Network, batch: Batch) -> Tensor:
         """Compute the loss of each sample: float32 `[B]`, differentiable in the weights.
@@ -35,17 +39,23 @@ class Objective(ABC):
             batch: on any device.
         """
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """Prepare for an optimizer step; all ranks call this together.
 
         Args:
             step: number of optimizer steps done.
             averaged: to be called on all ranks or on none.
+
+        Returns:
+            Whether losses are computed otherwise from now on than by the values in the tensors that
+            they were computed from before: a captured step has to be captured again.
         """
-        return
+        return False
 
     def end_step(self, ranks: Ranks | None) -> None:
         """Learn from the losses of all ranks since the last call; all ranks call this together.
+
+        Called after every step if `learns_on_host`.
 
         Args:
             ranks: collectives over all ranks; None: the step was skipped, and its losses are to be

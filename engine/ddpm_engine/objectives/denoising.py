@@ -79,7 +79,8 @@ class LevelTables:
 
         scale = row.state_scale(a, s)
         target_x0, target_noise = (
-            moved(factor) if bool(factor.any()) else None for factor in row.target(a, s)
+            moved(factor) if held else None
+            for factor, held in zip(row.target(a, s), row.target_holds, strict=True)
         )
         level = row.noise_level(a, s, timesteps)
         noise_input = moved(level) if level.is_floating_point() else level.to(device)
@@ -100,6 +101,7 @@ class DenoisingObjective(Objective):
         offset_noise: standard deviation of noise that all pixels of a channel share; it is added to
             ε, and predicted with it.
         dtype: of the tables, and so of the arithmetic.
+        input_dtype: of the network's input, to which it is rounded once; None: `dtype`.
 
     Raises:
         UserError: an unknown prediction; or one that takes a timestep, at levels of a continuum.
@@ -117,19 +119,23 @@ class DenoisingObjective(Objective):
         learned_variance: bool = False,
         offset_noise: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        input_dtype: torch.dtype | None = None,
     ) -> None:
         self.timesteps = schedule.timesteps
         self.parameterization = row = parameterization(prediction, schedule)
         self.inputs = inputs
         self.levels = levels or UniformTimesteps(schedule.timesteps)
+        self.learns_on_host = self.levels.learns
         self.offset_noise = offset_noise
         self.dtype = dtype
-        self._seed = torch.tensor(inputs.seed, device=inputs.device)
+        self.input_dtype = input_dtype or dtype
         self._weights = None if weights is None else self._table(weights)
         self._bound = self._bound_weight = None
         if learned_variance:
             self._bound = self._table(bound_table(schedule, prediction))
-            self._bound_weight = self._table(torch.tensor(BOUND_WEIGHT * schedule.timesteps))
+            self._bound_weight = torch.full(
+                (), BOUND_WEIGHT * schedule.timesteps, dtype=dtype, device=inputs.device
+            )
         self._chain: LevelTables | None = None
         if not self.levels.continuous:
             self._chain = LevelTables.build(
@@ -148,22 +154,24 @@ class DenoisingObjective(Objective):
 
     def __call__(self, network: Network, batch: Batch) -> Tensor:
         """See `Objective`."""
-        inputs = self.inputs.prepare(batch)
-        levels = self.levels.sample(self.inputs.seed, batch.positions)
+        inputs = self.inputs.prepare(batch, self.levels.integers)
+        seed, positions = self.inputs.seed, inputs.positions
+        levels = self.levels.sample(seed, positions, inputs.integers)
         tables, entry = self._tables_of(levels)
         noise_level = tables.noise_input[entry]
+        # What offset noise is added to is rounded after that.
         z = q_sample(
-            inputs.images, entry, tables.signal, tables.noise, self._seed, inputs.positions,
-            inputs.flip, self.dtype,
+            inputs.images, entry, tables.signal, tables.noise, seed, positions, inputs.flip,
+            self.dtype if self.offset_noise else self.input_dtype,
         )  # fmt: skip
         if self.offset_noise:
-            in_input, in_target = self._offsets(tables, entry, inputs.positions, z.shape[1])
-            output = network(z + in_input, noise_level, inputs.conditioning) - in_target
+            in_input, in_target = self._offsets(tables, entry, positions, z.shape[1])
+            z = (z + in_input).to(self.input_dtype)
+            output = network(z, noise_level, inputs.conditioning) - in_target
         else:
             output = network(z, noise_level, inputs.conditioning)
         loss = denoising_loss(
-            output, inputs.images, entry, tables.target_x0, tables.target_noise, self._seed,
-            inputs.positions,
+            output, inputs.images, entry, tables.target_x0, tables.target_noise, seed, positions,
             weights=None if self._weights is None else self._weights[entry],
             flip=inputs.flip,
             bound_table=self._bound,
@@ -174,22 +182,20 @@ class DenoisingObjective(Objective):
         correction = self.levels.correction(levels)
         if correction is None:
             return loss
-        self._losses.append((inputs.positions, loss.detach()))
-        return loss * self.inputs.move(correction.to(loss.dtype))
+        self._losses.append((positions, loss.detach()))
+        return loss * correction.to(loss.dtype)
 
     def end_step(self, ranks: Ranks | None) -> None:
         """See `Objective`: the sampling of levels learns."""
         kept, self._losses = self._losses, []
         if ranks is None or not kept:
             return
-        positions, losses = (
-            ranks.gather(torch.cat(column)).cpu() for column in zip(*kept, strict=True)
-        )
+        positions, losses = (ranks.gather(torch.cat(column)) for column in zip(*kept, strict=True))
+        # The same levels again: nothing has been learnt since.
+        levels = self.levels.sample(self.inputs.seed, positions)
         # In the order of positions, whichever rank and micro-batch they were on.
         order = positions.argsort()
-        positions, losses = positions[order], losses[order]
-        # The same levels again: nothing has been learnt since.
-        self.levels.update(self.levels.sample(self.inputs.seed, positions), losses)
+        self.levels.update(levels[order].cpu(), losses[order].cpu())
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: what the sampling of levels has learnt."""
@@ -202,7 +208,7 @@ class DenoisingObjective(Objective):
     def _tables_of(self, levels: Tensor) -> tuple[LevelTables, Tensor]:
         """Return tables, and the entry of each sample in them, int64 `[B]`."""
         if self._chain is not None:
-            return self._chain, self.inputs.move(levels)
+            return self._chain, levels
         tables = LevelTables.build(
             self.parameterization, torch.ones_like(levels), levels, levels, self.inputs.device,
             self.dtype,
@@ -213,7 +219,9 @@ class DenoisingObjective(Objective):
         self, tables: LevelTables, entry: Tensor, positions: Tensor, channels: int
     ) -> tuple[Tensor, Tensor]:
         """Return what offset noise adds to the input and to the target: `[B, C, 1, 1]` each."""
-        noise = gaussian_noise(self._seed, positions, (channels, 1, 1), 0, Stream.OFFSET_NOISE)
+        noise = gaussian_noise(
+            self.inputs.seed, positions, (channels, 1, 1), 0, Stream.OFFSET_NOISE
+        )
         offset = self.offset_noise * noise
         in_input = tables.noise[entry][:, None, None, None] * offset
         if tables.target_noise is None:

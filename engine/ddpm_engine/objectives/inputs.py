@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation, downsample
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
-from ddpm_kernels import Stream, bernoulli, random_integers
+from ddpm_kernels import training_draws
+from ddpm_kernels.tiling import as_scalar
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,70 +22,85 @@ class PreparedBatch:
     """`[B, C, H, W]` as stored: uint8, or float in [-1, 1]."""
     positions: Tensor
     """int64 `[B]`, which everything random about the samples follows from."""
+    integers: Tensor | None
+    """int64 `[B]`, uniform: what noise levels are chosen by; None: none were asked for."""
     flip: Tensor | None
     """bool `[B]`: whether a sample is mirrored left to right; None: none is."""
     conditioning: Conditioning
     """What the network is given besides the noisy images."""
 
 
-@dataclass(frozen=True)
 class TrainingInputs:
-    """Prepares batches; every random choice is a function of the seed and a sample's position."""
+    """Prepares batches; every random choice is a function of the seed and a sample's position.
 
-    seed: int
-    """Seed of training."""
-    spec: ConditioningSpec = ConditioningSpec()  # noqa: RUF009
-    """The conditions that the network was built for."""
-    device: torch.device | str = "cpu"
-    """Device of the network."""
-    horizontal_flip: bool = False
-    """Whether each image is mirrored with probability one half."""
-    label_dropout: float = 0.0
-    """Probability, 0 to 1, of replacing a label by the null class."""
-    augmentation_levels: int = 1
-    """Number of noise-conditioning augmentation levels; each low-resolution image gets one, drawn
-    uniformly from 0 (no noise) on."""
+    Args:
+        seed: of training.
+        spec: the conditions that the network was built for.
+        device: of the network.
+        horizontal_flip: whether each image is mirrored with probability one half.
+        label_dropout: probability, 0 to 1, of replacing a label by the null class.
+        augmentation_levels: number of noise-conditioning augmentation levels; each low-resolution
+            image gets one, drawn uniformly from 0 (no noise) on.
+    """
 
-    def prepare(self, batch: Batch) -> PreparedBatch:
-        """Move a batch to the device and decide what is random about its samples.
+    def __init__(
+        self,
+        seed: int,
+        spec: ConditioningSpec | None = None,
+        device: torch.device | str = "cpu",
+        horizontal_flip: bool = False,
+        label_dropout: float = 0.0,
+        augmentation_levels: int = 1,
+    ) -> None:
+        self.spec = spec or ConditioningSpec()
+        self.device = torch.device(device)
+        self.seed = as_scalar(seed, self.device)
+        self.horizontal_flip = horizontal_flip
+        self.label_dropout = label_dropout
+        self.augmentation_levels = augmentation_levels
+        # All that is needed of the host is made here, not in a step.
+        self._augmentation = None
+        if self.spec.low_resolution is not None:
+            self._augmentation = NoiseConditioningAugmentation(self.device)
 
-        The choices are made where the batch's positions are, best on the CPU.
+    def prepare(self, batch: Batch, integers: int | None = None) -> PreparedBatch:
+        """Move a batch to the device and decide, there, what is random about its samples.
+
+        Args:
+            batch: on the device, or to be copied there.
+            integers: number of equally likely integers that noise levels are chosen by, up to 2³²;
+                None: none are drawn.
 
         Raises:
             ValueError: the network is class-conditional and there are no labels.
         """
-        images, positions = self.move(batch.images), self.move(batch.positions)
-        flip = None
-        if self.horizontal_flip:
-            flip = self.move(bernoulli(self.seed, batch.positions, 0.5, 0, Stream.HORIZONTAL_FLIP))
-        labels = self._labels(batch)
-        low_resolution = level = None
-        if self.spec.low_resolution is not None:
-            level = self.move(
-                random_integers(
-                    self.seed, batch.positions, self.augmentation_levels, 0,
-                    Stream.AUGMENTATION_LEVEL,
-                )
-            )  # fmt: skip
+        batch = batch.to(self.device, non_blocking=True)
+        draws = training_draws(
+            self.seed,
+            batch.positions,
+            integers=integers,
+            flip=self.horizontal_flip,
+            labels=self._labels(batch),
+            label_dropout=self.label_dropout,
+            null_class=self.spec.null_class or 0,
+            augmentation_levels=None if self._augmentation is None else self.augmentation_levels,
+        )
+        low_resolution, level = None, draws.augmentation_levels
+        if self._augmentation is not None and level is not None:
+            assert self.spec.low_resolution is not None
             low_resolution = self._augmentation(
-                downsample(images, self.spec.low_resolution), images.shape[-1], level, self.seed,
-                positions, flip,
+                downsample(batch.images, self.spec.low_resolution), batch.images.shape[-1], level,
+                self.seed, batch.positions, draws.flip,
             )  # fmt: skip
-        return PreparedBatch(images, positions, flip, Conditioning(labels, low_resolution, level))
-
-    def move(self, tensor: Tensor) -> Tensor:
-        """Move a `tensor` of any shape to the device; from pinned memory without waiting."""
-        return tensor.to(self.device, non_blocking=True)
+        return PreparedBatch(
+            batch.images, batch.positions, draws.integers, draws.flip,
+            Conditioning(draws.labels, low_resolution, level),
+        )  # fmt: skip
 
     def _labels(self, batch: Batch) -> Tensor | None:
-        """Return int64 `[B]`, some of them the null class; None: the network is unconditional."""
+        """Return int64 `[B]`; None: the network is unconditional."""
         if self.spec.null_class is None:
             return None
         if batch.labels is None:
             raise ValueError("a class-conditional network needs labels, and this batch has none")
-        dropped = bernoulli(self.seed, batch.positions, self.label_dropout, 0, Stream.LABEL_DROPOUT)
-        return self.move(batch.labels.masked_fill(dropped, self.spec.null_class))
-
-    @cached_property
-    def _augmentation(self) -> NoiseConditioningAugmentation:
-        return NoiseConditioningAugmentation(self.device)
+        return batch.labels

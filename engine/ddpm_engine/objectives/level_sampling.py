@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ddpm_kernels import Stream, gaussian_noise, random_integers
-from ddpm_kernels.philox import random_words
+from ddpm_kernels import Stream, gaussian_noise, training_draws
+from ddpm_kernels.draws import WORDS
 
 
 class LevelSampler(ABC):
@@ -22,10 +22,24 @@ class LevelSampler(ABC):
 
     continuous: ClassVar[bool] = False
     """Whether levels are noise levels σ of a continuum; False: timesteps of the schedule."""
+    learns: ClassVar[bool] = False
+    """Whether `update` changes what is chosen."""
+
+    @property
+    def integers(self) -> int | None:
+        """Number of equally likely integers that levels are chosen by; None: by other numbers."""
+        return None
 
     @abstractmethod
-    def sample(self, seed: int, positions: Tensor) -> Tensor:
-        """Choose levels for positions, int64 `[B]`.
+    def sample(
+        self, seed: int | Tensor, positions: Tensor, integers: Tensor | None = None
+    ) -> Tensor:
+        """Choose levels, on the device of the positions, by what has been learnt so far.
+
+        Args:
+            seed: of training, an integer or a 0-dim int64 tensor.
+            positions: int64 `[B]`.
+            integers: int64 `[B]`, those of `training_draws` where they have been drawn already.
 
         Returns:
             Timesteps, int64 `[B]` in [0, T); or σ, float64 `[B]`, of x_0 + σ ε.
@@ -36,7 +50,7 @@ class LevelSampler(ABC):
         return None
 
     def update(self, levels: Tensor, losses: Tensor) -> None:
-        """Learn from losses, float `[N]`, at levels `[N]`, in the order of positions."""
+        """Learn from losses, float `[N]`, at levels `[N]`, on the host, by order of positions."""
         return
 
     def state(self) -> Mapping[str, Tensor]:
@@ -58,29 +72,48 @@ class UniformTimesteps(LevelSampler):
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
 
-    def sample(self, seed: int, positions: Tensor) -> Tensor:
+    @property
+    def integers(self) -> int:
+        """See `LevelSampler`: the timesteps."""
+        return self.timesteps
+
+    def sample(
+        self, seed: int | Tensor, positions: Tensor, integers: Tensor | None = None
+    ) -> Tensor:
         """See `LevelSampler`."""
-        return random_integers(seed, positions, self.timesteps, 0, Stream.TRAINING_TIMESTEP)
+        if integers is None:
+            integers = training_draws(seed, positions, integers=self.integers).integers
+            assert integers is not None
+        return self.levels_of(integers)
+
+    def levels_of(self, integers: Tensor) -> Tensor:
+        """Return the timesteps, int64 `[B]`, that integers stand for."""
+        return integers
 
 
 class WeightedTimesteps(UniformTimesteps):
     """Timesteps by given probabilities; nothing makes up for them in the loss.
 
     Args:
-        probabilities: float64 `[T]`, non-negative, with sum one.
+        probabilities: float64 `[T]` on the CPU, non-negative, with sum one.
+        device: where levels are chosen.
     """
 
-    def __init__(self, probabilities: Tensor) -> None:
+    def __init__(self, probabilities: Tensor, device: torch.device | str = "cpu") -> None:
         super().__init__(len(probabilities))
         self.probabilities = probabilities
+        self._below = probabilities.cumsum(0).to(device)
 
-    def sample(self, seed: int, positions: Tensor) -> Tensor:
-        """See `LevelSampler`."""
-        word = random_words(seed, positions, 1, 0, Stream.TRAINING_TIMESTEP)[:, 0]
-        u = (word.to(torch.float64) + 0.5) * 2.0**-32
-        below = self.probabilities.cumsum(0).to(positions.device)
+    @property
+    def integers(self) -> int:
+        """See `LevelSampler`: 2³², for numbers in (0, 1)."""
+        return WORDS
+
+    def levels_of(self, integers: Tensor) -> Tensor:
+        """See `UniformTimesteps`."""
+        u = (integers.to(torch.float64) + 0.5) * 2.0**-32
         # The last sum may fall short of one by rounding.
-        return torch.searchsorted(below, u, right=True).clamp(max=self.timesteps - 1)
+        return torch.searchsorted(self._below, u, right=True).clamp(max=self.timesteps - 1)
 
 
 def logit_normal_probabilities(timesteps: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -108,30 +141,36 @@ class ImportanceTimesteps(WeightedTimesteps):
 
     Args:
         timesteps: T.
+        device: where levels are chosen; what is learnt is kept on the host.
     """
 
+    learns = True
     HISTORY = 10
     UNIFORM_FRACTION = 0.001
 
-    def __init__(self, timesteps: int) -> None:
+    def __init__(self, timesteps: int, device: torch.device | str = "cpu") -> None:
         self._losses = torch.zeros(timesteps, self.HISTORY, dtype=torch.float64)
         self._counts = torch.zeros(timesteps, dtype=torch.int64)
-        super().__init__(torch.full((timesteps,), 1 / timesteps, dtype=torch.float64))
+        super().__init__(torch.full((timesteps,), 1 / timesteps, dtype=torch.float64), device)
+        self._on_device = self.probabilities.to(device)
 
     @property
     def warm(self) -> bool:
         """Whether every timestep has a full history."""
         return bool((self._counts >= self.HISTORY).all())
 
-    def sample(self, seed: int, positions: Tensor) -> Tensor:
+    @property
+    def integers(self) -> int:
         """See `LevelSampler`."""
-        if self.warm:
-            return super().sample(seed, positions)
-        return UniformTimesteps.sample(self, seed, positions)
+        return WORDS if self.warm else self.timesteps
+
+    def levels_of(self, integers: Tensor) -> Tensor:
+        """See `UniformTimesteps`."""
+        return super().levels_of(integers) if self.warm else integers
 
     def correction(self, levels: Tensor) -> Tensor:
         """See `LevelSampler`: 1 / (T p_t)."""
-        return 1 / (self.timesteps * self.probabilities.to(levels.device)[levels])
+        return 1 / (self.timesteps * self._on_device[levels])
 
     def update(self, levels: Tensor, losses: Tensor) -> None:
         """See `LevelSampler`; the losses are those before their correction."""
@@ -152,6 +191,8 @@ class ImportanceTimesteps(WeightedTimesteps):
         size = self._losses.square().mean(1).sqrt()
         uniform = self.UNIFORM_FRACTION
         self.probabilities = (1 - uniform) * size / size.sum() + uniform / self.timesteps
+        self._below.copy_(self.probabilities.cumsum(0))
+        self._on_device.copy_(self.probabilities)
 
     def state(self) -> Mapping[str, Tensor]:
         """Return the losses, float64 `[T, HISTORY]`, a ring for each timestep, and their counts."""
@@ -178,7 +219,9 @@ class LogNormalSigma(LevelSampler):
         self.mean = mean
         self.std = std
 
-    def sample(self, seed: int, positions: Tensor) -> Tensor:
+    def sample(
+        self, seed: int | Tensor, positions: Tensor, integers: Tensor | None = None
+    ) -> Tensor:
         """See `LevelSampler`."""
         normal = gaussian_noise(seed, positions, (1, 1, 1), 0, Stream.TRAINING_SIGMA)
         return (self.mean + self.std * normal.flatten().double()).exp()

@@ -12,7 +12,7 @@ from ddpm_engine.data.classes import check_same_classes, match_classes
 from ddpm_engine.data.open import TrainingData, make_missing_shards, open_dataset
 from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.base import Network, has_dropout
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
@@ -25,7 +25,9 @@ from ddpm_engine.training.callbacks.console import Console
 from ddpm_engine.training.callbacks.metrics_file import MetricsFile
 from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
+from ddpm_engine.training.capture import choose_capture
 from ddpm_engine.training.precompile import precompile
+from ddpm_engine.training.reports import Reports
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.run_directory import check_run_directory, claim_run_directory
 from ddpm_engine.training.strategies.build import start_strategy
@@ -80,6 +82,7 @@ def build_run(
         with accelerator.local_main_process_first():
             precompile(model, objective, config, device)
     strategy = start_strategy(model.train(), request, config, accelerator)
+    capture = choose_capture(config, model, objective, strategy, device)
     lock = None
     with raise_together(UserError):
         # By one process: of two that write one file at a time, one would lose it.
@@ -90,7 +93,10 @@ def build_run(
         strategy.name, world_size(), device, config.training.precision,
     )  # fmt: skip
     watchdog = Watchdog(config.training.timeout_seconds)
-    return Run(config, accelerator, dataset, schedule, objective, strategy, watchdog, lock)
+    return Run(
+        config, accelerator, dataset, schedule, objective, strategy, watchdog,
+        Reports(device, dtype), capture, has_dropout(model), lock,
+    )  # fmt: skip
 
 
 def _open_data(config: RunConfig) -> TrainingData:

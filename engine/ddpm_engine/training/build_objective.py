@@ -26,6 +26,7 @@ from ddpm_engine.objectives.level_sampling import (
     logit_normal_probabilities,
 )
 from ddpm_engine.objectives.weighting import min_snr_weights, p2_weights, vlb_weights
+from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.lr_schedule import learning_rate
 
 
@@ -61,11 +62,12 @@ def build_objective(
             schedule,
             prediction,
             inputs,
-            levels=_levels(config),
+            levels=_levels(config, device),
             weights=_weights(config, schedule),
             learned_variance=config.objective.learned_variance,
             offset_noise=config.objective.offset_noise,
             dtype=dtype,
+            input_dtype=DTYPES.get(config.training.precision),
         )
     if config.distillation.method == "moments":
         return MomentMatching(
@@ -103,14 +105,14 @@ def _weights(config: RunConfig, schedule: NoiseSchedule) -> Tensor | None:
     return None
 
 
-def _levels(config: RunConfig) -> LevelSampler:
+def _levels(config: RunConfig, device: torch.device | str) -> LevelSampler:
     objective, timesteps = config.objective, config.diffusion.timesteps
     if not PARAMETERIZATIONS[config.diffusion.prediction].takes_timestep:
         return LogNormalSigma(objective.p_mean, objective.p_std)
     if objective.timestep_sampling == "logit-normal":
         return WeightedTimesteps(
-            logit_normal_probabilities(timesteps, objective.logit_mean, objective.logit_std)
+            logit_normal_probabilities(timesteps, objective.logit_mean, objective.logit_std), device
         )
     if objective.timestep_sampling == "importance":
-        return ImportanceTimesteps(timesteps)
+        return ImportanceTimesteps(timesteps, device)
     return UniformTimesteps(timesteps)

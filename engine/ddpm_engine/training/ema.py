@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from ddpm_engine.checkpoints.power_ema import gamma_from_sigma_rel, part_of, power_decay
 from ddpm_engine.config import TrainingConfig
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 Decay = Callable[[int], float]
 """Decay of the next update, in [0, 1], as a function of the number of updates done before."""
@@ -36,43 +31,16 @@ def decays(training: TrainingConfig) -> dict[str, Decay]:
     return {"ema": warmed_up(training.ema_decay), **profiles}
 
 
-class EMA(Generic[ModelT]):
-    """A copy of a network whose parameters are moving averages of the original's.
-
-    Buffers are copied, never averaged. The copy may be sharded in the same way as the network: each
-    rank averages its own shards.
-
-    Args:
-        model: network to copy.
-        decay: share of the average that each update keeps.
-    """
-
-    def __init__(self, model: ModelT, decay: Decay) -> None:
-        self.model: ModelT = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
-        """Move towards `model` once, after `updates` earlier calls."""
-        move_towards(
-            _local(self.model.parameters()), _local(model.parameters()), self.decay(updates)
-        )
-        for ours, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
-
-
 @torch.no_grad()
-def move_towards(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
-    """Update averages in place: a ← d·a + (1 − d)·v.
+def move_towards(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """Update averages in place, without waiting for the device: a ← a + w·(v − a).
 
     Args:
-        averages: tensors of any shapes.
+        averages: tensors of any shapes and float dtypes.
         values: tensors of the same shapes and dtypes.
-        decay: d in [0, 1].
+        weight: w in [0, 1], 0-dim, on their device.
     """
-    torch._foreach_lerp_(averages, values, weight=1 - decay)
-
-
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shard of each tensor."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    # A lerp of lists takes its weight from the host, or launches a kernel for each tensor.
+    steps = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(steps, weight)
+    torch._foreach_add_(averages, steps)

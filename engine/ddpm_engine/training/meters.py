@@ -37,6 +37,11 @@ class Meters:
         self.loss += loss
         self.grad_norm += grad_norm
 
+    def add_time(self, seconds: float, waiting: float = 0.0) -> None:
+        """Count time in steps, and the part of it that was spent waiting for data, in seconds."""
+        self.seconds += seconds
+        self.waiting += waiting
+
     @property
     def mean_loss(self) -> float | None:
         """Per step taken; None if there is none, or if it is not finite."""

@@ -32,13 +32,15 @@ def checkpoint_store(config: RunConfig, group: dist.ProcessGroup | None = None) 
 
 
 def parts_of(run: Run) -> State:
-    """All tensors of a run's state, by part of a checkpoint."""
+    """All tensors of a run's state, by part of a checkpoint; see `Run.settle` for errors."""
+    run.settle()
     learnt = run.objective.state()
     return {**run.strategy.state(), **({"objective": learnt} if learnt else {})}
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """The rest of a run's state, as JSON values."""
+    """The rest of a run's state, as JSON values; see `Run.settle` for errors."""
+    run.settle()
     loss_scale = run.strategy.loss_scale
     return {
         "config": record(run.config),

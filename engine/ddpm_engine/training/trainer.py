@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,10 @@ from ddpm_engine.distributed import is_main, rank, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.training.build import build_callbacks, build_run
 from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run
+from ddpm_engine.training.run import Run, Values
 from ddpm_engine.training.saving import explain_end, resume
 from ddpm_engine.training.signals import Stopped, StopRequest, stop_on_signals
-from ddpm_engine.training.step import train_step
+from ddpm_engine.training.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Trainer:
     ) -> None:
         self.run: Run = build_run(config, dtype=dtype, any_precision=any_precision)
         self.callbacks = [*build_callbacks(config), *callbacks]
+        self.run.on_log = partial(_log, self.callbacks)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
@@ -112,25 +114,23 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> None:
         """Step until the run is finished or interrupted."""
-        run, log = self.run, self.run.config.log
-        batches = self._batches()
-        first = run.step
+        run, first = self.run, self.run.step
+        step = TrainingStep(run, self._batches(), stop)
         while not run.finished and not run.interrupted:
             for callback in self.callbacks:
                 callback.on_step_begin(run)
             # The first step compiles, and reads data that may have to be fetched from afar.
             try:
-                train_step(run, batches, stop, limited=run.step > first)
+                step.take(limited=run.step > first)
             except Stopped:
-                run.stop_requested = True
+                run.stops_at = run.step
+                run.settle()
                 if run.step > first:
                     for callback in self.callbacks:
                         callback.on_stop(run)
                 return
-            if run.step % log.every == 0 or run.finished:
-                values = run.take_report()
-                for callback in self.callbacks:
-                    callback.on_log(run, values)
+            if run.finished or run.interrupted:
+                run.settle()
             for callback in self.callbacks:
                 callback.on_step_end(run)
 
@@ -152,3 +152,8 @@ class Trainer:
         """Leave the other ranks; not after an error, when those that had left would be awaited."""
         self.run.strategy.close()
         self.run.accelerator.state.destroy_process_group()
+
+
+def _log(callbacks: Sequence[Callback], run: Run, step: int, values: Values) -> None:
+    for callback in callbacks:
+        callback.on_log(run, step, values)

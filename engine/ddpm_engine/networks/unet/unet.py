@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import find_layout
 from ddpm_engine.networks.files.weights import check_tensors
-from ddpm_engine.networks.unet.attention import Attention, choose_attention
+from ddpm_engine.networks.unet.attention import choose_attention
 from ddpm_engine.networks.unet.blocks import (
     DownLevel,
     Middle,
-    ResidualBlock,
     UpLevel,
     embedding_channels,
 )
@@ -235,8 +235,14 @@ class UNet(Network):
         return ConditioningSpec(classes, self.config.low_resolution)
 
     def blocks(self) -> list[nn.Module]:
-        """Return the residual and attention blocks."""
-        return [m for m in self.modules() if isinstance(m, ResidualBlock | Attention)]
+        """Return the residual and attention blocks, in the order of their use."""
+        return [
+            block
+            for level in (*self.down_blocks, self.mid_block, *self.up_blocks)
+            for layer in zip_longest(level.resnets, level.attentions)
+            for block in layer
+            if block is not None
+        ]
 
     def _apply(self, fn: Any, recurse: bool = True) -> UNet:
         """What `to`, `cuda` and the like do; another device may want another memory format."""

@@ -35,7 +35,7 @@ from ddpm_engine.objectives.base import Averaged, Network, Objective
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.objectives.distillation.teacher import Teacher, predict
 from ddpm_engine.objectives.inputs import TrainingInputs
-from ddpm_kernels import Stream, gaussian_noise, q_sample, random_integers
+from ddpm_kernels import Stream, gaussian_noise, q_sample, training_draws
 
 CRITIC_RATE = 4.0
 """Learning rate of the critic, in units of the student's: it has to keep up with the student."""
@@ -64,6 +64,8 @@ class MomentMatching(Objective):
         clip: whether estimates of x_0 are clipped to [-1, 1], as the sampler does.
         dtype: of the tables, and so of the arithmetic.
     """
+
+    learns_on_host = True
 
     def __init__(
         self,
@@ -100,13 +102,13 @@ class MomentMatching(Objective):
         self._noise_input = level.to(
             inputs.device, dtype if level.is_floating_point() else level.dtype
         )
-        self._seed = torch.tensor(inputs.seed, device=inputs.device)
         self._weights = dict(self.critic.named_parameters())
-        self._optimizer = torch.optim.Adam(self._weights.values(), betas=betas)
+        fused = inputs.device.type == "cuda"
+        self._optimizer = torch.optim.Adam(self._weights.values(), betas=betas, fused=fused)
         for weight in self._weights.values():
             # What Adam creates in its first step, created here so that it can be saved and loaded.
             self._optimizer.state[weight] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=inputs.device),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
@@ -115,10 +117,10 @@ class MomentMatching(Objective):
     def __call__(self, network: Network, batch: Batch) -> Tensor:
         """See `Objective`; the critic's gradients accumulate until `end_step`."""
         inputs = self.inputs.prepare(batch)
-        t, s = map(self.inputs.move, self.sample_timesteps(batch.positions))
+        t, s = self.sample_timesteps(inputs.positions)
         x_t = q_sample(
-            inputs.images, t, self._signal, self._noise, self._seed, inputs.positions, inputs.flip,
-            self.dtype,
+            inputs.images, t, self._signal, self._noise, self.inputs.seed, inputs.positions,
+            inputs.flip, self.dtype,
         )  # fmt: skip
         z = self._input(x_t, t)
         output = network(z, self._noise_input[t], inputs.conditioning)
@@ -142,11 +144,14 @@ class MomentMatching(Objective):
         s is uniform below T − 1, and t lies above it by up to T / N, uniformly, but is at most
         T − 1 (algorithm 2).
         """
-        seed, stream = self.inputs.seed, Stream.TRAINING_TIMESTEP
-        s = random_integers(seed, positions, self.timesteps - 1, 0, stream)
         longest = max(1, self.timesteps // self.config.steps)
-        length = 1 + random_integers(seed, positions, longest, _SECOND_DRAW, stream)
-        return (s + length).clamp(max=self.timesteps - 1), s
+        s, beyond = (
+            training_draws(self.inputs.seed, positions, integers=count, step=step).integers
+            for step, count in ((0, self.timesteps - 1), (_SECOND_DRAW, longest))
+        )
+        assert s is not None
+        assert beyond is not None
+        return (s + 1 + beyond).clamp(max=self.timesteps - 1), s
 
     def sample_posterior(
         self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, positions: Tensor
@@ -166,19 +171,25 @@ class MomentMatching(Objective):
         of_x = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
         deviation = ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha)).sqrt()
         shape = (x_t.shape[1], x_t.shape[2], x_t.shape[3])
-        noise = gaussian_noise(self._seed, positions, shape, _SECOND_DRAW, Stream.TRAINING_NOISE)
+        noise = gaussian_noise(
+            self.inputs.seed, positions, shape, _SECOND_DRAW, Stream.TRAINING_NOISE
+        )
         factors = torch.stack([of_x0, of_x, deviation]).to(self.dtype)[..., None, None, None]
         return factors[0] * x0 + factors[1] * x_t + factors[2] * noise
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: the critic's learning rate follows the student's."""
         for group in self._optimizer.param_groups:
             group["lr"] = CRITIC_RATE * self.rate(step)
+        return False
 
     def end_step(self, ranks: Ranks | None) -> None:
         """See `Objective`: the critic takes a step, by the mean gradient of all ranks."""
         if ranks is not None:
-            self._average_gradients(ranks)
+            gradients = [w.grad for w in self._weights.values() if w.grad is not None]
+            if self._micro_batches > 1:
+                torch._foreach_div_(gradients, self._micro_batches)
+            ranks.average_(gradients)
             # The student's gradient may be finite where the critic's is not.
             norm = nn.utils.clip_grad_norm_(self._weights.values(), self.clip_norm)
             if norm.isfinite():
@@ -219,15 +230,6 @@ class MomentMatching(Objective):
             self.config.guidance_scale, self.dtype,
         )  # fmt: skip
         return self._clipped(self._x0(self.teacher_row, output, z, t))
-
-    def _average_gradients(self, ranks: Ranks) -> None:
-        gradients = [weight.grad for weight in self._weights.values() if weight.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self._micro_batches
-        mean = ranks.mean(flat)
-        for gradient, part in zip(
-            gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors of image and noise, each `[B, 1, 1, 1]`."""

@@ -48,7 +48,7 @@ from ddpm_engine.objectives.distillation.step_tables import step_tables
 from ddpm_engine.objectives.distillation.teacher import Teacher, predict
 from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_kernels import Column, Stream, denoising_loss, q_sample, random_integers
+from ddpm_kernels import Column, denoising_loss, q_sample, training_draws
 
 
 class Distillation(Objective, ABC):
@@ -85,8 +85,6 @@ class Distillation(Objective, ABC):
         self.training_steps = training_steps
         self.clip = clip
         self.dtype = dtype
-        self._seed = torch.tensor(inputs.seed, device=inputs.device)
-        self._stage = torch.tensor(0)
         self._enter(0)
 
     @abstractmethod
@@ -110,9 +108,9 @@ class Distillation(Objective, ABC):
         """See `Objective`."""
         tables = self.tables
         inputs = self.inputs.prepare(batch)
-        levels = self.inputs.move(self.sample_levels(batch.positions))
+        levels = self.sample_levels(inputs.positions)
         z = q_sample(
-            inputs.images, levels, tables.signal, tables.noise, self._seed, inputs.positions,
+            inputs.images, levels, tables.signal, tables.noise, self.inputs.seed, inputs.positions,
             inputs.flip, self.dtype,
         )  # fmt: skip
         x0 = self.target(network, z, levels, inputs.conditioning)
@@ -122,7 +120,7 @@ class Distillation(Objective, ABC):
         # The target takes the place of the images: the output is regressed onto it directly.
         return denoising_loss(
             output[:, : z.shape[1]], target, levels, torch.ones_like(tables.signal), None,
-            self._seed, inputs.positions, weights=tables.weights[levels],
+            self.inputs.seed, inputs.positions, weights=tables.weights[levels],
         )  # fmt: skip
 
     @torch.no_grad()
@@ -149,26 +147,28 @@ class Distillation(Objective, ABC):
         kappa = self.tables.kappa[levels][:, None, None, None]
         return x0.lerp(self.second_estimate(network, between, following, conditioning), kappa)
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: the teacher changes with the stage."""
         stage = self.config.stage(step, self.training_steps)
-        if stage != int(self._stage):
-            self._enter(stage)
+        if stage == self._stage:
+            return False
+        self._enter(stage)
+        return True
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: the stage, int64 `[]`."""
-        return {"stage": self._stage}
+        return {"stage": torch.tensor(self._stage)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """See `Objective`."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
-        self._enter(int(self._stage))
+        self._enter(int(state["stage"]))
 
     def _enter(self, stage: int) -> None:
         """Prepare for a stage; the teacher is in place."""
-        self._stage.fill_(stage)
+        self._stage = stage
         tables = step_tables(
             self.schedule,
             self.config.student_steps(stage),
@@ -177,6 +177,12 @@ class Distillation(Objective, ABC):
             self._teacher_prediction(),
         )
         self.tables = tables.to(self.inputs.device, self.dtype)
+
+    def _integers(self, positions: Tensor, count: int) -> Tensor:
+        """Return an integer in [0, count) for each position: int64 `[B]`."""
+        integers = training_draws(self.inputs.seed, positions, integers=count).integers
+        assert integers is not None
+        return integers
 
     def _teacher_prediction(self) -> str:
         """Return what the teacher of this stage predicts."""
@@ -210,8 +216,7 @@ class ProgressiveDistillation(Distillation):
 
     def sample_levels(self, positions: Tensor) -> Tensor:
         """See `Distillation`: every other level, where steps of the student begin."""
-        steps = self.config.student_steps(int(self._stage))
-        return 2 * random_integers(self.inputs.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP)
+        return 2 * self._integers(positions, self.config.student_steps(self._stage))
 
     def second_estimate(
         self, network: Network, z: Tensor, levels: Tensor, conditioning: Conditioning
@@ -219,11 +224,11 @@ class ProgressiveDistillation(Distillation):
         """See `Distillation`: the teacher's."""
         return self._teacher_x0(z, levels, conditioning)
 
-    def begin_step(self, step: int, averaged: Averaged) -> None:
+    def begin_step(self, step: int, averaged: Averaged) -> bool:
         """See `Objective`: with a stage, the student becomes the teacher."""
-        if self.config.stage(step, self.training_steps) != int(self._stage):
+        if self.config.stage(step, self.training_steps) != self._stage:
             self.teacher.network.load_state_dict(averaged())
-        super().begin_step(step, averaged)
+        return super().begin_step(step, averaged)
 
     def state(self) -> Mapping[str, Tensor]:
         """See `Objective`: the stage, int64 `[]`, and the teacher's weights."""
@@ -231,11 +236,11 @@ class ProgressiveDistillation(Distillation):
         return {**super().state(), **{f"teacher.{name}": w for name, w in weights.items()}}
 
     def _teacher_prediction(self) -> str:
-        return self.teacher.prediction if int(self._stage) == 0 else self.prediction
+        return self.teacher.prediction if self._stage == 0 else self.prediction
 
     def _guidance_scale(self) -> float | None:
         # After the first stage the weights have it built in.
-        return super()._guidance_scale() if int(self._stage) == 0 else None
+        return super()._guidance_scale() if self._stage == 0 else None
 
 
 class ConsistencyDistillation(Distillation):
@@ -248,8 +253,7 @@ class ConsistencyDistillation(Distillation):
 
     def sample_levels(self, positions: Tensor) -> Tensor:
         """See `Distillation`: all of the teacher's levels."""
-        steps = self.tables.teacher.evaluations
-        return random_integers(self.inputs.seed, positions, steps, 0, Stream.TRAINING_TIMESTEP)
+        return self._integers(positions, self.tables.teacher.evaluations)
 
     def second_estimate(
         self, network: Network, z: Tensor, levels: Tensor, conditioning: Conditioning

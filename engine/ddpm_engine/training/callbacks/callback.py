@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ddpm_engine.training.run import Run
+from ddpm_engine.training.run import Run, Values
 
 
 class Callback:
@@ -20,17 +18,28 @@ class Callback:
     def on_step_begin(self, run: Run) -> None:
         """Act before an optimizer step; `run.step` steps are done."""
 
-    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
+    def on_log(self, run: Run, step: int, values: Values) -> None:
         """Report the values of a log line: means since the line before, and counters.
 
-        A mean is None if there is nothing to take it of, because every step was skipped. Called
-        every `log.every` steps and after the last, before `on_step_end`.
+        There is one every `log.every` steps and of the last. It is known when the host reads what
+        the step has reported: one step later, or as soon as anything calls `run.settle()`, as
+        saving does; of the last step before `on_step_end`.
+
+        Args:
+            run: the run, which may be a step further.
+            step: the line is of this step.
+            values: by name. A mean is None if there is nothing to take it of, because every step
+                was skipped.
         """
 
     def on_step_end(self, run: Run) -> None:
-        """Act after an optimizer step; `run.step` counts it.
+        """Act after an optimizer step has been started; `run.step` counts it.
 
-        `run.finished` and `run.interrupted` are True after the last step of this process.
+        What is done on the device comes after the step. The counters of the run are those of the
+        step before, until `run.settle()` is called, which waits for the device.
+
+        `run.finished` and `run.interrupted` are True after the last step of this process, whose
+        counters are settled.
         """
 
     def on_stop(self, run: Run) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
 from datetime import timedelta
 
 from tqdm import tqdm
 
 from ddpm_engine.distributed import is_main
 from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run
+from ddpm_engine.training.run import Run, Values
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Console(Callback):
         if self._bar is not None:
             self._bar.update()
 
-    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
+    def on_log(self, run: Run, step: int, values: Values) -> None:
         """See `Callback`."""
         if not is_main():
             return
@@ -47,9 +46,9 @@ class Console(Callback):
             self._bar.set_postfix_str(line)
             return
         training = run.config.training
-        images_left = (training.steps - run.step) * training.batch_size
+        images_left = (training.steps - step) * training.batch_size
         eta = timedelta(seconds=round(images_left / speed))
-        logger.info("step %d/%d  %s  eta %s", run.step, training.steps, line, eta)
+        logger.info("step %d/%d  %s  eta %s", step, training.steps, line, eta)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`."""

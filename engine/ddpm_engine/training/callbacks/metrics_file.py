@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from ddpm_engine.atomic_io import atomic_write
@@ -13,7 +12,7 @@ from ddpm_engine.distributed import is_main, raise_together
 from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import to_json
 from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run
+from ddpm_engine.training.run import Run, Values
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class JsonLines:
         # Unbuffered, so that it is known what has been written when the disk is full.
         self._file = path.open("ab", buffering=0)
 
-    def append(self, step: int, values: Mapping[str, float | None]) -> None:
+    def append(self, step: int, values: Values) -> None:
         """Write a row; on a full disk it is kept and written before the next."""
         self._pending += to_json({"step": step, **values, "time": time.time()}).encode() + b"\n"
         try:
@@ -82,10 +81,10 @@ class MetricsFile(Callback):
                 except OSError as error:
                     raise UserError(f"{path} cannot be written: {error}") from None
 
-    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
+    def on_log(self, run: Run, step: int, values: Values) -> None:
         """See `Callback`."""
         if self._rows is not None:
-            self._rows.append(run.step, values)
+            self._rows.append(step, values)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`.

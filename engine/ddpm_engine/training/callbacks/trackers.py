@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run
+from ddpm_engine.training.run import Run, Values
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +20,11 @@ class Trackers(Callback):
             "tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}}
         )
 
-    def on_log(self, run: Run, values: Mapping[str, float | None]) -> None:
+    def on_log(self, run: Run, step: int, values: Values) -> None:
         """See `Callback`."""
         known = {name: value for name, value in values.items() if value is not None}
         try:
-            run.accelerator.log(known, step=run.step)
+            run.accelerator.log(known, step=step)
         except OSError as error:
             logger.error("the tracker cannot write: %s. Training goes on", error)
 

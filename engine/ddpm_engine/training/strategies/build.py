@@ -36,7 +36,7 @@ def start_strategy(
         return FullySharded(
             model, config, accelerator, _mesh(accelerator), request.reshard_after_forward
         )
-    return Replicated(model, config, accelerator)
+    return Replicated(model, config, accelerator.device, accelerator.num_processes)
 
 
 def _mesh(accelerator: Accelerator) -> DeviceMesh:

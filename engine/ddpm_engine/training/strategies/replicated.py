@@ -1,164 +1,128 @@
-"""Every process holds the whole state: a single process, or torch's DistributedDataParallel."""
+"""Every process holds the whole state: a single process, or several that share the batch."""
 
 from __future__ import annotations
 
-import gc
-import math
+import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.networks.base import Network
 from ddpm_engine.objectives.base import Network as Predict
-from ddpm_engine.runtime import autocast_forward
-from ddpm_engine.training.ema import EMA, decays
-from ddpm_engine.training.optimizer import make_optimizer
+from ddpm_engine.runtime import DTYPES, autocast_forward
+from ddpm_engine.training.ema import decays
+from ddpm_engine.training.strategies.flat_optimizer import FlatOptimizer
+from ddpm_engine.training.strategies.flat_state import FlatState
+from ddpm_engine.training.strategies.gradients import Gradients, LocalGradients, SummedGradients
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.strategy import State
 
-# Flat names, so that tensors are stored one by one and can be resharded.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
-
-class TorchStrategy:
-    """A torch optimizer over a network's own parameters, which may be DTensors.
-
-    Args:
-        name: name for the log.
-        network: the network to call: the model, or a wrapper of it.
-        model: the model itself.
-        emas: its averages, distributed like it.
-        config: the run.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        network: Predict,
-        model: Network,
-        emas: dict[str, EMA[Network]],
-        config: RunConfig,
-    ) -> None:
-        self.name = name
-        self.network = network
-        self.model = model
-        self.emas = emas
-        self.optimizer = make_optimizer(model, config.optimizer)
-        self._accumulation = config.training.accumulation
-        self._clip_norm = config.optimizer.clip_norm
-        self.loss_scale = LossScale() if config.training.precision == "fp16" else None
-
-    def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """See `Strategy`."""
-        return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
-        mean = loss / self._accumulation
-        (mean if self.loss_scale is None else mean * self.loss_scale.value).backward()
-
-    def step(self, learning_rate: float) -> float:
-        """See `Strategy`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if self.loss_scale is not None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, 1 / self.loss_scale.value)
-        total = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if math.isfinite(norm):
-            self.optimizer.step()
-        if self.loss_scale is not None:
-            self.loss_scale.update(math.isfinite(norm))
-        self.optimizer.zero_grad()
-        return norm
-
-    def update_ema(self, updates: int) -> None:
-        """See `Strategy`."""
-        for ema in self.emas.values():
-            ema.update(self.model, updates)
-
-    def close(self) -> None:
-        """See `Strategy`."""
-
-    @contextmanager
-    def averaged(self) -> Iterator[Network]:
-        """See `Strategy`."""
-        yield self.emas["ema"].model
-
-    def averages(self) -> State:
-        """See `Strategy`."""
-        return {name: _tensors(get_model_state_dict(ema.model)) for name, ema in self.emas.items()}
-
-    def state(self) -> State:
-        """See `Strategy`; the tensors are those in use."""
-        return {
-            "model": _tensors(get_model_state_dict(self.model)),
-            **self.averages(),
-            "optimizer": _tensors(self._optimizer_state()),
-        }
-
-    def load(self, state: State) -> None:
-        """See `Strategy`; weights and averages are in place already."""
-        optimizer_state = {**self._optimizer_state(), **state["optimizer"]}
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer_state, options=_FLAT)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        return get_optimizer_state_dict(self.model, self.optimizer, options=_FLAT)
-
-
-class Replicated(TorchStrategy):
-    """The whole state on each process; DDP averages the gradients of several.
+class Replicated:
+    """The whole state on each process, in flat buffers; several average their gradients.
 
     Args:
         model: network on its device, the same on every rank.
         config: the run.
-        accelerator: started, with any number of processes.
+        device: device of the network.
+        ranks: number of processes; of several, the process group is started.
     """
 
-    def __init__(self, model: Network, config: RunConfig, accelerator: Accelerator) -> None:
-        emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
-        autocast_forward(model, config.training.precision, accelerator.device)
-        self._parallel = None
-        if accelerator.num_processes > 1:
-            devices = None if accelerator.device.type == "cpu" else [accelerator.device]
-            self._parallel = DistributedDataParallel(
-                model,
-                device_ids=devices,
-                gradient_as_bucket_view=True,
-            )
-        super().__init__(
-            "single process" if self._parallel is None else "DDP",
-            self._parallel or model,
-            model,
-            emas,
-            config,
+    capturable = True
+
+    def __init__(
+        self, model: Network, config: RunConfig, device: torch.device, ranks: int = 1
+    ) -> None:
+        training = config.training
+        self.name = "single process" if ranks == 1 else "DDP"
+        self.model = model
+        self.loss_scale = LossScale(device) if training.precision == "fp16" else None
+        # Its parameters become views of the first average.
+        self._averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        self._state = FlatState(model, decays(training), DTYPES.get(training.precision))
+        self._state.bind(self._averaged, self._state.averages[0], None)
+        if ranks > 1:
+            self._state.broadcast()
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        autocast_forward(model, training.precision, device)
+        self._accumulation, self._ranks = training.accumulation, ranks
+        self._gradients: Gradients = (
+            LocalGradients(model, self._state)
+            if ranks * training.accumulation == 1
+            else SummedGradients(model, self._state, ranks)
         )
+        self._optimizer = FlatOptimizer(self._state, config.optimizer, self._gradients.whole)
+
+    @property
+    def network(self) -> Predict:
+        """See `Strategy`."""
+        return self.model
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """See `Strategy`; gradients are exchanged with the last micro-batch."""
-        return nullcontext() if last or self._parallel is None else self._parallel.no_sync()
+        """See `Strategy`; ranks exchange gradients during the last backward pass."""
+        return self._gradients.accumulate(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy`."""
+        if self._accumulation > 1:
+            loss = loss / self._accumulation
+        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+
+    @torch.no_grad()
+    def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
+        """See `Strategy`."""
+        # Gradients are sums over ranks; only what the optimizer divides by knows how many.
+        divisor = self._ranks if self.loss_scale is None else self.loss_scale.value * self._ranks
+        clipping = self._optimizer.update(
+            self._gradients.take(), divisor, learning_rate, ema_weights, skip
+        )
+        self._gradients.clear()
+        if self.loss_scale is not None:
+            self.loss_scale.update(clipping.finite, skip)
+        return clipping.norm.float()
 
     def close(self) -> None:
         """See `Strategy`."""
-        # DDP holds the process group in reference cycles. At interpreter exit, gloo's threads would
-        # wait for a lock that nobody releases, and the process would hang.
-        self._parallel, self.network = None, self.model
-        gc.collect()
+        self._gradients.close()
 
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """See `Strategy`; in half precision, weights are rounded once, and autocast is needed."""
+        average = self._state.averages[0]
+        self._state.bind(self._averaged, average, self._state.halved(average))
+        self._copy_buffers()
+        try:
+            yield self._averaged
+        finally:
+            self._state.bind(self._averaged, average, None)
 
-def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    def averages(self) -> State:
+        """See `Strategy`."""
+        named = self._state.named_averages()
+        return {name: self._with_buffers(average) for name, average in named.items()}
+
+    def state(self) -> State:
+        """See `Strategy`; the tensors are those in use."""
+        return {
+            "model": self._with_buffers(self._state.views(self._state.weights)),
+            **self.averages(),
+            "optimizer": self._state.optimizer_state(),
+        }
+
+    def load(self, state: State) -> None:
+        """See `Strategy`; weights, moments and averages are in place already."""
+        self._state.load_step(state["optimizer"])
+        self._state.refresh()
+
+    def _with_buffers(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the network's own buffers, which averages share: nothing is averaged in them."""
+        return {n: parameters.get(n, tensor) for n, tensor in self.model.state_dict().items()}
+
+    def _copy_buffers(self) -> None:
+        for ours, theirs in zip(self._averaged.buffers(), self.model.buffers(), strict=True):
+            ours.copy_(theirs)

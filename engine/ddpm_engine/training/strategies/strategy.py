@@ -18,7 +18,7 @@ State = Mapping[str, Mapping[str, Any]]
 The parts are `model`, `optimizer` and the averages of `decays`.
 
 Names are those of `Network.named_parameters()`; the optimizer's are `state.NAME.exp_avg`,
-`state.NAME.exp_avg_sq` and `state.NAME.step`.
+`state.NAME.exp_avg_sq` and `state.NAME.step`, which may be one tensor for all names.
 """
 
 
@@ -32,6 +32,8 @@ class Strategy(Protocol):
     """Name for the log."""
     loss_scale: LossScale | None
     """Loss scale of a run in fp16; a part of the training state."""
+    capturable: bool
+    """Whether a whole step, from the batch to the averages, may be recorded as one CUDA graph."""
 
     @property
     def network(self) -> Predict:
@@ -54,21 +56,29 @@ class Strategy(Protocol):
         """
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
         """Average the gradients over micro-batches and ranks, clip them, step, and clear them.
 
+        The averages move towards the new weights. All of it happens on the device, and the host
+        reads nothing, unless the strategy says otherwise. A step whose gradients are not finite
+        changes nothing but the loss scale.
+
+        Args:
+            learning_rate: 0-dim, float32 or wider.
+            ema_weights: `[K]`, float32 or wider: 1 − decay of each average of `decays`, in its
+                order.
+            skip: 0-dim float32. Unless it is zero, nothing at all changes; gradients are cleared.
+
         Returns:
-            The global gradient norm before clipping, the same on all ranks. If it is not finite,
-            the weights have not changed.
+            The global norm of the gradients before clipping, 0-dim float32, the same on all ranks.
         """
         ...
 
-    def update_ema(self, updates: int) -> None:
-        """Move the averages towards the weights; see `EMA.update`."""
-        ...
-
     def averaged(self) -> AbstractContextManager[Network]:
-        """Give the network with the weights of `ema`; all ranks must call it equally often."""
+        """Give the network with the weights of `ema`; all ranks must call it equally often.
+
+        They may be in half precision where the run is, so it is called under its autocast.
+        """
         ...
 
     def averages(self) -> State:

@@ -6,6 +6,7 @@ shapes, so that checkpoints are the same as those of any other strategy.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Iterator
@@ -26,9 +27,13 @@ from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.base import Network as Predict
 from ddpm_engine.runtime import autocast_forward
-from ddpm_engine.training.ema import EMA, decays, move_towards
+from ddpm_engine.training.ema import decays, move_towards
 from ddpm_engine.training.optimizer import make_optimizer
-from ddpm_engine.training.strategies.fsdp import make_contiguous, shard_network
+from ddpm_engine.training.strategies.fsdp import (
+    make_contiguous,
+    shard_network,
+    sharded_weights,
+)
 from ddpm_engine.training.strategies.loss_scale import LossScale
 from ddpm_engine.training.strategies.strategy import State
 
@@ -42,6 +47,8 @@ class Zero:
     weights, gradients and moments takes 16 bytes per parameter, as much as half-precision weights
     with a float32 copy. The engine manages the loss scale; to DeepSpeed it is a constant.
 
+    DeepSpeed's own step reads the device: the host waits for the gradients of every step.
+
     Args:
         model: network on its device, the same on every rank.
         config: the run.
@@ -52,6 +59,8 @@ class Zero:
     Raises:
         UserError: DeepSpeed cannot be imported.
     """
+
+    capturable = False
 
     def __init__(
         self,
@@ -90,7 +99,7 @@ class Zero:
         self.name = f"DeepSpeed ZeRO-{stage}"
         self.model = model
         self._mesh = mesh
-        self.loss_scale = LossScale() if training.precision == "fp16" else None
+        self.loss_scale = LossScale(self._device) if training.precision == "fp16" else None
         self._begin_optimizer_state()
 
     @property
@@ -104,7 +113,7 @@ class Zero:
         """See `Strategy`."""
         if self.loss_scale is not None:
             # DeepSpeed multiplies the loss by it and divides the gradients in its step.
-            self._engine.optimizer.loss_scale = self.loss_scale.value
+            self._engine.optimizer.loss_scale = float(self.loss_scale.value)
         yield
         if not last:
             self._engine.step()  # counts the micro-batch
@@ -113,15 +122,27 @@ class Zero:
         """See `Strategy`."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> float:
-        """See `Strategy`."""
+    def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
+        """See `Strategy`; DeepSpeed reads the device, and so does this.
+
+        Raises:
+            ValueError: `skip` is not zero, which DeepSpeed cannot do.
+        """
+        if bool(skip):
+            raise ValueError("DeepSpeed cannot skip a step")
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = float(learning_rate)
         self._engine.step()  # skips by itself if a gradient is not finite
         overflow: bool = self._engine.optimizer.overflow
+        norm = torch.tensor(
+            float("inf") if overflow else float(self._engine.get_global_grad_norm()),
+            device=self._device,
+        )
         if self.loss_scale is not None:
-            self.loss_scale.update(finite=not overflow)
-        return float("inf") if overflow else float(self._engine.get_global_grad_norm())
+            self.loss_scale.update(norm.isfinite(), skip)
+        if not overflow:
+            self._move_averages(ema_weights)
+        return norm
 
     def state(self) -> State:
         """See `Strategy`; moments and everything else that is sharded are copies."""
@@ -174,6 +195,9 @@ class Zero:
         """This rank's rows of a tensor that all ranks hold."""
         return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None)
 
+    def _move_averages(self, weights: Tensor) -> None:
+        raise NotImplementedError
+
     def _weights(self) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -199,22 +223,28 @@ class Zero12(Zero):
 
     def __init__(self, model: Network, config: RunConfig, *arguments: Any) -> None:
         # Copied before DeepSpeed changes the model.
-        self._emas = {name: EMA(model, decay) for name, decay in decays(config.training).items()}
+        self._networks = {
+            name: copy.deepcopy(model).eval().requires_grad_(False)
+            for name in decays(config.training)
+        }
         super().__init__(model, config, *arguments)
 
-    def update_ema(self, updates: int) -> None:
-        """See `Strategy`."""
-        for ema in self._emas.values():
-            ema.update(self.model, updates)
+    @torch.no_grad()
+    def _move_averages(self, weights: Tensor) -> None:
+        values = [p.detach() for p in self.model.parameters()]
+        for network, weight in zip(self._networks.values(), weights.unbind(), strict=True):
+            move_towards(list(network.parameters()), values, weight.to(values[0].dtype))
+            for ours, theirs in zip(network.buffers(), self.model.buffers(), strict=True):
+                ours.copy_(theirs)
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
         """See `Strategy`."""
-        yield self._emas["ema"].model
+        yield self._networks["ema"]
 
     def averages(self) -> State:
         """See `Strategy`."""
-        return {name: dict(ema.model.named_parameters()) for name, ema in self._emas.items()}
+        return {name: dict(network.named_parameters()) for name, network in self._networks.items()}
 
     def _begin_optimizer_state(self) -> None:
         super()._begin_optimizer_state()
@@ -249,28 +279,28 @@ class Zero3(Zero):
 
     def __init__(self, model: Network, config: RunConfig, *arguments: Any) -> None:
         super().__init__(model, config, *arguments)
-        self._decays = decays(config.training)
-        self._average = {name: [p.clone() for p in self._pieces()] for name in self._decays}
+        self._average = {
+            name: [p.clone() for p in self._pieces()] for name in decays(config.training)
+        }
 
-    def update_ema(self, updates: int) -> None:
-        """See `Strategy`."""
-        for name, decay in self._decays.items():
-            move_towards(self._average[name], self._pieces(), decay(updates))
+    def _move_averages(self, weights: Tensor) -> None:
+        pieces = self._pieces()
+        for average, weight in zip(self._average.values(), weights.unbind(), strict=True):
+            move_towards(average, pieces, weight.to(pieces[0]))
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
         """See `Strategy`; a temporary network, sharded by FSDP2."""
         network = build_network(self.model.config).to(self._device).eval().requires_grad_(False)
         shard_network(network, self._mesh)
-        for ours, value in zip(
-            network.parameters(), self._whole_average("ema").values(), strict=True
-        ):
-            ours.to_local().copy_(value.to_local())  # type: ignore[attr-defined]
+        ours = sharded_weights(network)
+        for name, value in self._whole_average("ema").items():
+            ours[name].to_local().copy_(value.to_local())
         yield network
 
     def averages(self) -> State:
         """See `Strategy`; copies."""
-        return {name: self._whole_average(name) for name in self._decays}
+        return {name: self._whole_average(name) for name in self._average}
 
     def _flat_parameters(self) -> list[Tensor]:
         # AdamW holds them during its step only.

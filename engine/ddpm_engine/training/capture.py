@@ -1,0 +1,96 @@
+"""Whether the steps of a run are captured as one CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
+from ddpm_engine.graphs import Capture, Work, captured
+from ddpm_engine.networks.base import Network, has_dropout
+from ddpm_engine.objectives.base import Objective
+from ddpm_engine.rules import not_capturable
+from ddpm_engine.training.strategies.strategy import Strategy
+
+logger = logging.getLogger(__name__)
+
+_WARM_UP_STEPS = 3
+"""Until libraries have chosen their algorithms and DDP its buckets."""
+
+
+def choose_capture(
+    config: RunConfig,
+    model: Network,
+    objective: Objective,
+    strategy: Strategy,
+    device: torch.device,
+) -> Capture | None:
+    """Choose what records the steps of a run; None: nothing does, and they run as they are.
+
+    Args:
+        config: the run.
+        model: its network.
+        objective: its objective.
+        strategy: holds the network.
+        device: where steps run.
+
+    Raises:
+        UserError: `training.capture` is on where steps cannot be captured.
+    """
+    wanted = config.training.capture
+    if wanted == "off":
+        return None
+    obstacle = _obstacle(config, model, objective, strategy, device)
+    if obstacle is None:
+        logger.info("a training step is one CUDA graph")
+        return captured
+    if wanted == "on":
+        raise UserError(
+            f"`training.capture` is on, but {obstacle}; use auto or off", "training.capture"
+        )
+    if device.type == "cuda":
+        logger.info("training steps are not captured as a CUDA graph: %s", obstacle)
+    return None
+
+
+def _obstacle(
+    config: RunConfig,
+    model: Network,
+    objective: Objective,
+    strategy: Strategy,
+    device: torch.device,
+) -> str | None:
+    """Why the steps of a run cannot be captured; None: they can."""
+    if device.type != "cuda":
+        return f"this process runs on {device.type}, which has no CUDA graphs"
+    if not strategy.capturable:
+        return f"{strategy.name} does more in a step than start work on the GPU"
+    if (reason := not_capturable(config)) is not None:
+        return reason
+    if objective.learns_on_host:
+        return "the objective learns from every step before the next"
+    if config.training.activation_checkpointing and has_dropout(model):
+        return (
+            "`training.activation_checkpointing` keeps the state of dropout's generator, which is "
+            "read from the GPU"
+        )
+    return None
+
+
+def warm_up(work: Work, device: torch.device) -> None:
+    """Run work that changes nothing as often as it takes until it can be captured.
+
+    On a GPU it runs on a side stream, as what is captured does.
+    """
+    if device.type != "cuda":
+        for _ in range(_WARM_UP_STEPS):
+            work()
+        return
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP_STEPS):
+            work()
+    main.wait_stream(stream)

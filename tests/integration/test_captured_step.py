@@ -1,0 +1,93 @@
+"""A step that is recorded once and replayed trains the same run, to the bit, as one run anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.test_resume import assert_same_run, loss_log
+from tests.ranks import Poisoned
+from tests.recorder import AsOnAGpu, Recorded
+
+from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.config import RunConfig
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
+from ddpm_engine.training.trainer import Trainer
+
+STEPS = 10
+BAD = 3
+"""The step that is skipped."""
+
+
+@pytest.fixture
+def config(config: RunConfig) -> RunConfig:
+    """With classes, dropout, a step that is skipped, and log lines and checkpoints in between."""
+    return replace(
+        config,
+        model=replace(config.model, num_class_embeds=11),
+        training=replace(config.training, steps=STEPS, ema_sigma_rel=(0.1,)),
+        log=replace(config.log, every=1, checkpoint_every=4, snapshot_every=STEPS),
+    )
+
+
+class Signal(Callback):
+    """Send this process a signal before one step."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_step_begin(self, run: Run) -> None:
+        if run.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def fit(config: RunConfig, *callbacks: Callback) -> None:
+    """Train, with one sample of step `BAD` that is not a number."""
+    bad = Poisoned(BAD * config.training.batch_size - 1, float("nan"))
+    Trainer(config, [bad, *callbacks], any_precision=True).fit()
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"accumulation": 2},
+        {"activation_checkpointing": True},
+        {"precision": "bf16"},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "bf16"],
+)
+def test_replayed_steps_are_the_same(
+    training: dict[str, Any], config: RunConfig, tmp_path: Path
+) -> None:
+    config = replace(config, training=replace(config.training, **training))
+    if "activation_checkpointing" in training:
+        config = replace(config, model=replace(config.model, dropout=0.0))
+    eager, recorded = replace(config, out=tmp_path / "eager"), Recorded()
+    fit(eager, AsOnAGpu())
+    fit(config, recorded)
+    assert (len(recorded.recorder.recordings), recorded.recorder.replays) == (1, STEPS)
+    assert_same_run(config.out, eager.out, STEPS)
+    assert [row[0] for row in loss_log(config.out) if row[1] is None] == [BAD]
+
+
+def test_a_signal_a_kill_and_a_resumption_change_nothing(config: RunConfig, tmp_path: Path) -> None:
+    eager = replace(config, out=tmp_path / "eager")
+    fit(eager, AsOnAGpu())
+    fit(config, Recorded(), Signal(signal.SIGTERM, 1))
+    assert (config.out / "requeue").read_text() == "stopped at step 3\n"
+    child = os.fork()
+    if child == 0:
+        fit(config, Recorded(), Signal(signal.SIGKILL, 6))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert CheckpointStore(config.out / "checkpoints").steps() in ([3], [3, 4])
+    recorded = Recorded()
+    fit(config, recorded)
+    assert recorded.recorder.replays in (STEPS - 3, STEPS - 4)
+    assert_same_run(config.out, eager.out, STEPS)

@@ -1,0 +1,268 @@
+"""The AdamW step and the gradient norm as operations, and the tables that their launches read."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.kernels.adamw_inputs import NUMBERS, SIZES, STATE, mapped, of_adamw_step
+from tests.kernels.comparing import OnTheHost, assert_equal
+from tests.kernels.conftest import ON_COMPILERS, ON_CUDA, ON_KERNELS, ON_OPERATIONS, Backend
+from tests.kernels.inputs import FLOATS, Arguments
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_kernels import adamw_step, gradient_norm
+from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.tiles import Tile, trying
+
+tables = importlib.import_module("ddpm_kernels.adamw_step.tables")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles() -> Iterator[None]:
+    with trying("adamw_step", Tile(128, 1)), trying("gradient_norm", Tile(128, 1)):
+        yield
+
+
+def given_on(device: torch.device, **options: Any) -> Arguments:
+    return mapped(lambda t: t.to(device, copy=True), of_adamw_step(**options))
+
+
+def stepped(function: Callable[..., None], arguments: Arguments) -> Arguments:
+    """What is left of a copy of the arguments."""
+    arguments = mapped(Tensor.clone, arguments)
+    function(**arguments, **NUMBERS)
+    return arguments
+
+
+# --- Registration
+
+
+@ON_OPERATIONS
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(backend: Backend, optional: bool) -> None:
+    given_ = given_on(backend.device, averages=int(optional))
+    given_["shadow"] = given_["shadow"] if optional else None
+    numbers = (*NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"])
+    operations = torch.ops.ddpm
+    torch.library.opcheck(operations.adamw_step_.default, (*given_.values(), *numbers))
+    torch.library.opcheck(operations.gradient_norm.default, (given_["gradients"],))
+
+
+class Watched(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@ON_OPERATIONS
+def test_the_dispatcher_is_taken_where_something_watches(backend: Backend) -> None:
+    given_ = given_on(backend.device)
+    expected, norm = stepped(adamw_step, given_), gradient_norm(given_["gradients"])
+    with Watched() as watched:
+        adamw_step(**given_, **NUMBERS)
+        found = gradient_norm(given_["gradients"])
+    assert watched.names == ["ddpm.adamw_step_.default", "ddpm.gradient_norm.default"]
+    assert_equal(found, norm)
+    for name in STATE:
+        assert_equal(given_[name], expected[name], name)
+
+
+@ON_COMPILERS
+def test_compiles_as_one_graph(backend: Backend) -> None:
+    torch._dynamo.reset()
+    compiler = "inductor" if backend.name == "cuda" else "aot_eager"
+
+    def step(**arguments: Any) -> None:
+        norm = gradient_norm(arguments["gradients"])
+        adamw_step(**{**arguments, "gradient_scale": norm.clamp(min=1)})
+
+    given_ = given_on(backend.device)
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend=compiler)
+    got, expected = stepped(compiled, given_), stepped(step, given_)
+    for name in STATE:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_taken_from_the_host() -> None:
+    given_ = mapped(lambda t: t.to("meta"), of_adamw_step())
+    with force_ops(), OnTheHost() as host:
+        norm = gradient_norm(given_["gradients"])
+        adamw_step(**{**given_, "gradient_scale": norm}, **NUMBERS)
+    assert host.found == []
+    assert norm.is_meta
+
+
+@ON_CUDA
+def test_a_captured_graph_sees_what_changed(backend: Backend) -> None:
+    """Gradients are made within the capture; eager steps on others come between the replays."""
+    given_ = given_on(backend.device)
+    sources = mapped(Tensor.clone, given_)["gradients"]
+    captured = mapped(Tensor.clone, given_)
+
+    def step(arguments: Arguments) -> Tensor:
+        arguments["gradients"] = [source * 2 for source in sources]
+        norm = gradient_norm(arguments["gradients"])
+        adamw_step(**{**arguments, "gradient_scale": norm}, **NUMBERS)
+        return norm
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(mapped(Tensor.clone, given_))
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        norm = step(captured)
+    for round_ in range(3):
+        for source in sources:
+            source.mul_(1.5)
+        for arguments in (captured, given_):
+            arguments["learning_rate"].fill_(1e-3 * (round_ + 1))
+        expected = step(given_)
+        graph.replay()
+        assert_equal(norm, expected)
+        for name in STATE:
+            assert_equal(captured[name], given_[name], name)
+
+
+# --- Tables
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 5, 63, 64, 65, 200]), max_size=5),
+    dtypes=st.lists(st.sampled_from(FLOATS), min_size=1, max_size=3),
+    alignment=st.sampled_from([1, 2, 4, 8]),
+    boundary=st.integers(0, 300),
+    widest=st.sampled_from([4, 8]),
+)
+def test_rows_cover_every_element_once(
+    sizes: list[int], dtypes: list[torch.dtype], alignment: int, boundary: int, widest: int
+) -> None:
+    given_ = of_adamw_step(sizes or [0], dtypes, alignment=alignment)
+    gradients, offsets = given_["gradients"], given_["offsets"]
+    count = given_["weights"].numel()
+    shares, addresses = tables.divide(gradients, offsets, count, boundary, 64, widest, CPU)
+    assert addresses.tolist() == [gradient.data_ptr() for gradient in gradients]
+    seen = []
+    for share in shares:
+        assert share.alignment <= widest
+        for index, start, place, inside in share.rows.tolist():
+            assert gradients[index].dtype == share.dtype
+            assert place == offsets[index] + start
+            assert 0 < inside <= 64
+            assert place >= boundary or place + inside <= boundary
+            itemsize = share.dtype.itemsize
+            assert (addresses[index] + start * itemsize) % min(16, share.alignment * itemsize) == 0
+            assert start % share.alignment == place % share.alignment == 0
+            seen += [(index, start + i) for i in range(inside)]
+    assert sorted(seen) == [(i, e) for i, g in enumerate(gradients) for e in range(g.numel())]
+
+
+def test_what_is_aligned_is_moved_in_wide_pieces() -> None:
+    gradients = [torch.zeros(200, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    for offsets, alignment in (([0, 200], 8), ([0, 204], 4), ([0, 202], 2), ([0, 201], 1)):
+        shares, _ = tables.divide(gradients, offsets, 405, 0, 64, 8, CPU)
+        assert [share.alignment for share in shares] == [8, alignment]
+    shares, _ = tables.divide(gradients, None, 0, 0, 64, 4, CPU)
+    assert [share.alignment for share in shares] == [4, 4]
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tables that are uploaded."""
+    found: list[Tensor] = []
+    upload = tables._uploaded
+
+    def counted(table: Tensor, device: torch.device) -> Tensor:
+        found.append(table)
+        return upload(table, device)
+
+    monkeypatch.setattr(tables, "_uploaded", counted)
+    monkeypatch.setattr(tables, "_addresses", tables.cache(tables._Addresses))
+    tables._divide.cache_clear()
+    return found
+
+
+@ON_KERNELS
+def test_addresses_are_uploaded_when_one_has_changed(
+    backend: Backend, uploads: list[Tensor]
+) -> None:
+    given_ = given_on(backend.device)
+    for _ in range(3):
+        gradient_norm(given_["gradients"])
+        adamw_step(**given_, **NUMBERS)
+    # The addresses, and the rows of each of two dtypes for each of two operations.
+    assert len(uploads) == 5
+    kept = given_["gradients"]
+    given_["gradients"] = [*kept[:2], kept[2].clone(), *kept[3:]]
+    for _ in range(3):
+        gradient_norm(given_["gradients"])
+        adamw_step(**given_, **NUMBERS)
+    assert len(uploads) == 6
+    assert uploads[-1].tolist() == [gradient.data_ptr() for gradient in given_["gradients"]]
+
+
+class Copies(TorchDispatchMode):
+    """Notes the copies that are made, as a graph does, to make them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.made.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_capture_copies_from_memory_that_nothing_writes_again(
+    uploads: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = ([torch.zeros(n) for n in SIZES] for _ in range(3))
+
+    def addresses_of(gradients: list[Tensor]) -> Tensor:
+        return tables.divide(gradients, None, 0, 0, 64, 8, CPU)[1]
+
+    @contextmanager
+    def capturing() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "_capturing", lambda device: True)
+            yield
+
+    with pytest.raises(RuntimeError, match="run once on gradients of the same shapes"), capturing():
+        addresses_of(first)
+    with Copies() as copies:
+        eager = addresses_of(first)
+        with capturing():
+            captured = addresses_of(second)
+            assert_equal(addresses_of(second), captured)  # the step, after the norm
+        assert eager.tolist() == [gradient.data_ptr() for gradient in first]
+        before = len(copies.made)
+        # A step outside of the graph neither takes the graph's table for its own ...
+        assert addresses_of(second) is not captured
+        addresses_of(third)
+        with capturing():
+            assert addresses_of(third) is not captured
+    # ... nor changes what the graph copies when it is replayed.
+    target, source = next((t, s) for t, s in copies.made[:before] if t is captured)
+    captured.zero_()
+    target.copy_(source)
+    assert captured.tolist() == [gradient.data_ptr() for gradient in second]
+    # Nothing has run since the last capture.
+    with pytest.raises(RuntimeError, match="before each capture"), capturing():
+        addresses_of(first)

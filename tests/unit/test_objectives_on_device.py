@@ -1,0 +1,137 @@
+"""The loss of a batch on a GPU asks nothing of the host: no read, no copy to the device.
+
+Meta tensors stand for those of a GPU: what would read one fails, and what makes or takes a tensor
+of the host is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import pytest
+import torch
+from tests.kernels.comparing import OnTheHost
+from torch import Tensor, nn
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.objectives.base import Objective
+from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.objectives.distillation.teacher import Teacher
+from ddpm_engine.presets import PRESETS, digits, digits_classes
+from ddpm_engine.training.build_objective import build_objective
+from ddpm_kernels.dispatch import force_ops
+
+LEARNED = replace(
+    digits(),
+    model=replace(digits().model, out_channels=2),
+    objective=ObjectiveConfig(learned_variance=True, weighting="min-snr"),
+)
+CONFIGS: dict[str, RunConfig] = {
+    **{name: preset() for name, preset in PRESETS.items()},
+    "offset noise": replace(digits(), objective=ObjectiveConfig(offset_noise=0.1)),
+    "logit-normal": replace(digits(), objective=ObjectiveConfig(timestep_sampling="logit-normal")),
+    "learned variance": LEARNED,
+}
+
+
+class Pointwise(nn.Module):
+    """Stands for the network of a preset: the same inputs, outputs and conditions, one layer."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
+        classes = config.num_class_embeds
+        self.conditioning = ConditioningSpec(
+            None if classes is None else classes - 1, config.low_resolution
+        )
+        self.weight = nn.Parameter(torch.empty(config.out_channels, config.in_channels, 1, 1))
+
+    def forward(self, z: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
+        given = {"labels": self.conditioning.classes, "low": self.conditioning.low_resolution}
+        found = {"labels": conditioning.labels, "low": conditioning.low_resolution}
+        assert [n for n, x in given.items() if x] == [n for n, x in found.items() if x is not None]
+        return torch.conv2d(z.to(self.weight.dtype), self.weight) + noise_level[:, None, None, None]
+
+
+def network_of(config: RunConfig) -> Any:
+    with torch.device("meta"):
+        return Pointwise(config.model)
+
+
+def objective_of(config: RunConfig, network: Any, teacher: Teacher | None = None) -> Objective:
+    schedule = config.diffusion.build_schedule()
+    return build_objective(config, schedule, "meta", network.conditioning, teacher)
+
+
+def batch_for(network: Any) -> Batch:
+    images = torch.empty(2, *network.sample_shape, dtype=torch.uint8, device="meta")
+    positions = torch.empty(2, dtype=torch.int64, device="meta")
+    labels = None if network.conditioning.null_class is None else positions
+    return Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
+
+
+@contextmanager
+def nothing_of_the_host() -> Iterator[None]:
+    # Of meta tensors it copies nothing, and so is not seen among the operations.
+    made_there = patch.object(torch, "tensor", side_effect=AssertionError("made on the host"))
+    with force_ops(), made_there, OnTheHost() as host:
+        yield
+    assert host.found == []
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loss_and_its_gradient(name: str, precision: Any) -> None:
+    config = CONFIGS[name]
+    config = replace(config, training=replace(config.training, precision=precision))
+    network = network_of(config)
+    ours, batch = objective_of(config, network), batch_for(network)
+    with nothing_of_the_host():
+        loss = ours(network, batch)
+        loss.mean().backward()
+    assert (loss.shape, loss.dtype) == ((2,), torch.float32)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("method", ["progressive", "consistency", "moments"])
+def test_a_loss_of_distillation_and_its_gradient(method: Any) -> None:
+    base = digits_classes()
+    plan = DistillationConfig(Path("t"), method, 4, 4 if method == "moments" else 8, 2.0)
+    config = replace(base, distillation=plan)
+    network, teacher = network_of(base), network_of(base).eval().requires_grad_(False)
+    critic = deepcopy(teacher).requires_grad_(True) if method == "moments" else None
+    ours = objective_of(config, network, Teacher(teacher, "eps", critic=critic))
+    batch = batch_for(network)
+    with nothing_of_the_host():
+        ours(network, batch).mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["digits", "offset noise"])
+def test_the_network_is_given_its_own_precision(name: str) -> None:
+    """As autocast would round it, from float32; in training on a CPU, too."""
+    config = CONFIGS[name]
+    images = torch.arange(512).remainder(256).to(torch.uint8).view(2, 1, 16, 16)
+    batch = Batch(images, None, torch.arange(2) + 7)
+    seen: list[Tensor] = []
+
+    def network(z: Tensor, *_: object) -> Tensor:
+        seen.append(z)
+        return z
+
+    precisions: tuple[Literal["no", "bf16"], ...] = ("no", "bf16")
+    for precision in precisions:
+        chosen = replace(config, training=replace(config.training, precision=precision))
+        build_objective(chosen, config.diffusion.build_schedule())(network, batch)
+    exact, rounded = seen
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(rounded, exact.to(torch.bfloat16))

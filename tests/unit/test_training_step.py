@@ -1,0 +1,148 @@
+"""The device's half of a training step: the host reads nothing in it and copies nothing to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.kernels.comparing import OnTheHost
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.dataset import Batch
+from ddpm_engine.distributed import Ranks
+from ddpm_engine.networks.build import build_network
+from ddpm_engine.objectives.base import Network, Objective
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.runtime import DTYPES
+from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.ema import decays
+from ddpm_engine.training.inputs import StaticInputs
+from ddpm_engine.training.reports import Reports
+from ddpm_engine.training.step import device_step
+from ddpm_engine.training.strategies import replicated
+from ddpm_engine.training.strategies.replicated import Replicated
+from ddpm_kernels.dispatch import force_ops
+
+META = torch.device("meta")
+
+
+class Uploads(TorchFunctionMode):
+    """Collects the calls that make a tensor elsewhere of numbers of the host.
+
+    Below, such a tensor is made in one piece, so that nothing could be seen of the copy.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
+            self.found.append(func.__name__)
+        return func(*args, **kwargs)
+
+
+class Half(TorchFunctionMode):
+    """Does what autocast does, which meta tensors do not know: casts what matrix products take."""
+
+    PRODUCTS = (F.conv2d, F.linear, F.scaled_dot_product_attention, torch.baddbmm, torch.bmm)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS:
+            args = tree_map_only(Tensor, lambda tensor: tensor.to(self.dtype), args)
+        return func(*args, **(kwargs or {}))
+
+
+def autocast_on_meta(model: nn.Module, precision: str, _device: torch.device) -> None:
+    """Stand in for `runtime.autocast_forward`."""
+    if precision in DTYPES:
+        forward = model.forward
+
+        def half(*arguments: Any) -> Tensor:
+            with Half(DTYPES[precision]):
+                output: Tensor = forward(*arguments)
+            return output
+
+        model.forward = half
+
+
+def found_on_the_host(
+    config: RunConfig, changed: Callable[[Objective], Objective] = lambda objective: objective
+) -> list[str]:
+    """What the host would read, or copy to the device, in a step of a run; on meta tensors."""
+    with META:
+        network = build_network(config.model)
+    if config.training.activation_checkpointing:
+        network.enable_activation_checkpointing()
+    schedule = config.diffusion.build_schedule()
+    objective = changed(build_objective(config, schedule, META, network.conditioning))
+    strategy = Replicated(network.train(), config, META)
+    inputs = StaticInputs(META, len(decays(config.training)))
+    count = config.training.batch_size // config.training.accumulation
+    images = torch.empty(count, *network.sample_shape, dtype=torch.uint8, device=META)
+    positions = torch.empty(count, dtype=torch.int64, device=META)
+    labels = None if network.conditioning.null_class is None else positions.clone()
+    batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
+    inputs.batches = [batch] * config.training.accumulation
+    row = Reports(META).row
+    with force_ops():
+        # The first step may prepare what all others use.
+        device_step(objective, strategy, inputs, row, Ranks())
+        with OnTheHost() as host, Uploads() as uploads:
+            device_step(objective, strategy, inputs, row, Ranks())
+    return host.found + uploads.found
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        *((name, {"precision": "no"}) for name in PRESETS),
+        ("cifar10", {"precision": "bf16", "accumulation": 2}),
+        ("lsun256", {"precision": "bf16", "activation_checkpointing": True}),
+        ("digits-upscale", {"precision": "fp16", "ema_sigma_rel": (0.05, 0.1)}),
+    ],
+)
+def test_the_host_reads_nothing_in_a_step(
+    name: str, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicated, "autocast_forward", autocast_on_meta)
+    preset = PRESETS[name]()
+    assert found_on_the_host(replace(preset, training=replace(preset.training, **training))) == []
+
+
+class Reading(Objective):
+    """An objective that does what must not be done."""
+
+    def __init__(self, objective: Objective, misdeed: Callable[[Tensor], object]) -> None:
+        self.objective, self.misdeed = objective, misdeed
+
+    def __call__(self, network: Network, batch: Batch) -> Tensor:
+        loss = self.objective(network, batch)
+        self.misdeed(loss)
+        return loss
+
+
+def test_what_the_host_copies_is_found() -> None:
+    def uploaded(loss: Tensor) -> object:
+        return loss * torch.tensor(2.0, device=META)
+
+    def copied(loss: Tensor) -> object:
+        return loss * torch.ones(len(loss)).to(META)
+
+    digits = PRESETS["digits"]()
+    assert "tensor" in found_on_the_host(digits, lambda o: Reading(o, uploaded))
+    assert "aten._to_copy.default" in found_on_the_host(digits, lambda o: Reading(o, copied))
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        found_on_the_host(digits, lambda o: Reading(o, lambda loss: float(loss.mean())))
