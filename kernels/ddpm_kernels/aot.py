@@ -309,13 +309,12 @@ def _optimize(dtype: torch.dtype, aligned: bool) -> None:
     gradients = [_tensor((size,), dtype, aligned) for size in sizes]
     count, number = sum(sizes), torch.zeros(())
     gradient_norm(gradients)
+    weights, exp_avg, exp_avg_sq = (_tensor((count,), torch.float32, aligned) for _ in range(3))
+    shadow = None if dtype == torch.float32 else _tensor((sizes[0],), dtype, aligned)
     for kept in (0, 1, 3):
         adamw_step(
-            gradients, [0, sizes[0]],
-            *(_tensor((count,), torch.float32, aligned) for _ in ("weights", "m", "v")),
-            torch.zeros(kept, count),
-            None if dtype == torch.float32 else _tensor((sizes[0],), dtype, aligned),
-            number, number, torch.zeros(kept), number, number,
+            gradients, [0, sizes[0]], weights, exp_avg, exp_avg_sq, torch.zeros(kept, count),
+            shadow, number, number, torch.zeros(kept), number, number,
             betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
         )  # fmt: skip
 

@@ -89,11 +89,11 @@ def workloads(device: torch.device) -> dict[str, list[Work]]:
     number, one = torch.zeros((), device=device), torch.ones((), device=device)
     for count in WEIGHTS:
         gradients = torch.randn(count, device=device, dtype=torch.bfloat16).split(2**20)
-        buffers = torch.zeros(4, count, device=device)
+        weights, exp_avg, exp_avg_sq, average = torch.zeros(4, count, device=device)
         step = partial(
-            adamw_step, list(gradients), list(range(0, count, 2**20)), *buffers[:3], buffers[3:],
-            torch.zeros_like(buffers[0], dtype=torch.bfloat16), number.clone(), number, one[None],
-            one, number, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+            adamw_step, list(gradients), list(range(0, count, 2**20)), weights, exp_avg, exp_avg_sq,
+            average[None], torch.zeros_like(weights, dtype=torch.bfloat16), number.clone(), number,
+            one[None], one, number, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
         )  # fmt: skip
         works["gradient_norm"].append(partial(gradient_norm, list(gradients)))
         works["adamw_step"].append(step)

@@ -9,6 +9,8 @@ from tests.kernels.inputs import Arguments
 from torch import Tensor
 
 NUMBERS: Arguments = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.03}
+REFERENCE_NUMBERS: Arguments = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.03}
+"""The same, as the operation takes them."""
 BUFFERS = ("weights", "exp_avg", "exp_avg_sq", "averages", "shadow")
 STATE = (*BUFFERS, "step")
 SIZES = (300, 1, 129, 128, 7)

@@ -10,9 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.adamw_inputs import BUFFERS, NUMBERS, SIZES, STATE, mapped, of_adamw_step
+from tests.kernels.adamw_inputs import (
+    BUFFERS,
+    NUMBERS,
+    REFERENCE_NUMBERS,
+    SIZES,
+    STATE,
+    mapped,
+    of_adamw_step,
+)
 from tests.kernels.comparing import EPS32, assert_equal, assert_no_worse, assert_within, largest
-from tests.kernels.conftest import INTERPRETED, Backend, Guarded
+from tests.kernels.conftest import INTERPRETED, ON_KERNELS, Backend, Guarded
 from tests.kernels.inputs import FLOATS, Arguments
 from torch import Tensor, nn
 
@@ -38,9 +46,7 @@ def check(given_: Arguments, inside: Arguments) -> None:
     """Step `inside`, a copy of `given_`: at most twice the error of the reference in float32."""
     exact, own = in_float64(given_), mapped(Tensor.clone, given_)
     for arguments in (exact, own):
-        adamw_step_reference_(
-            *arguments.values(), *NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"]
-        )
+        adamw_step_reference_(**arguments, **REFERENCE_NUMBERS)
     before = mapped(Tensor.clone, inside)
     adamw_step(**inside, **NUMBERS)
     for name in STATE:
@@ -220,6 +226,19 @@ def test_an_average_of_weight_one_is_the_weights(backend: Backend) -> None:
         assert_equal(inside["averages"][2, segment], inside["weights"][segment])
 
 
+def test_the_first_update_is_the_rate_with_the_sign_of_the_gradient(backend: Backend) -> None:
+    """Bias corrections to the last digits, where they are small and 1 − βᵗ loses most."""
+    given_ = of_adamw_step(SIZES, [torch.float32])
+    for name in ("weights", "exp_avg", "exp_avg_sq", "step"):
+        given_[name].zero_()
+    inside = mapped(lambda t: t.to(backend.device, copy=True), given_)
+    adamw_step(**inside, **{**NUMBERS, "eps": 1e-30})
+    for offset, gradient in zip(given_["offsets"], given_["gradients"], strict=True):
+        got = inside["weights"][offset : offset + gradient.numel()]
+        rate = given_["learning_rate"].double()
+        assert_within(got, -rate * gradient.sign(), 4 * EPS32 * float(rate))
+
+
 def test_without_momentum(backend: Backend) -> None:
     given_ = of_adamw_step()
     inside = mapped(lambda t: t.to(backend.device, copy=True), given_)
@@ -306,3 +325,15 @@ def test_gradients_with_gaps_are_refused(backend: Backend) -> None:
                 call()
     with pytest.raises(ValueError, match="at least one gradient"):
         gradient_norm([])
+
+
+@ON_KERNELS
+def test_gradients_of_other_dtypes_are_refused(backend: Backend) -> None:
+    given_ = mapped(lambda t: t.to(backend.device, copy=True), of_adamw_step())
+    given_["gradients"][1] = given_["gradients"][1].double()
+    for call in (
+        lambda: adamw_step(**given_, **NUMBERS),
+        lambda: gradient_norm(given_["gradients"]),
+    ):
+        with pytest.raises(ValueError, match=r"a gradient is torch.float64; choose from"):
+            call()

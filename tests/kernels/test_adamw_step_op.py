@@ -11,9 +11,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.adamw_inputs import NUMBERS, SIZES, STATE, mapped, of_adamw_step
+from tests.kernels.adamw_inputs import (
+    NUMBERS,
+    REFERENCE_NUMBERS,
+    SIZES,
+    STATE,
+    mapped,
+    of_adamw_step,
+)
 from tests.kernels.comparing import OnTheHost, assert_equal
-from tests.kernels.conftest import ON_COMPILERS, ON_CUDA, ON_KERNELS, ON_OPERATIONS, Backend
+from tests.kernels.conftest import (
+    INTERPRETED,
+    ON_COMPILERS,
+    ON_CUDA,
+    ON_KERNELS,
+    ON_OPERATIONS,
+    Backend,
+)
 from tests.kernels.inputs import FLOATS, Arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,9 +65,10 @@ def stepped(function: Callable[..., None], arguments: Arguments) -> Arguments:
 def test_opcheck(backend: Backend, optional: bool) -> None:
     given_ = given_on(backend.device, averages=int(optional))
     given_["shadow"] = given_["shadow"] if optional else None
-    numbers = (*NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"])
     operations = torch.ops.ddpm
-    torch.library.opcheck(operations.adamw_step_.default, (*given_.values(), *numbers))
+    torch.library.opcheck(
+        operations.adamw_step_.default, (*given_.values(), *REFERENCE_NUMBERS.values())
+    )
     torch.library.opcheck(operations.gradient_norm.default, (given_["gradients"],))
 
 
@@ -138,6 +153,47 @@ def test_a_captured_graph_sees_what_changed(backend: Backend) -> None:
         assert_equal(norm, expected)
         for name in STATE:
             assert_equal(captured[name], given_[name], name)
+
+
+# --- Traffic
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts in Triton's interpreter")
+@pytest.mark.parametrize("averages", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_a_weight(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, averages: int
+) -> None:
+    """Those that the kernels load and store: 38 with one average and gradients in half precision.
+
+    What is beyond them is a program's own: its row of the table, its numbers.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    moved = 0
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal moved
+        moved += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal moved
+        moved += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return store(self, pointers, value, mask, *rest)
+
+    count, tile = 4096, Tile(1024, 4)
+    given_ = of_adamw_step([count], [dtype], averages=averages)
+    given_["shadow"] = given_["weights"][:count].bfloat16() if dtype == torch.bfloat16 else None
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+    with trying("adamw_step", tile), trying("gradient_norm", tile):
+        gradient_norm(given_["gradients"])
+        adamw_step(**given_, **NUMBERS)
+    gradient, shadow = (2, 2) if dtype == torch.bfloat16 else (4, 0)
+    bytes_of_a_weight = 2 * gradient + 3 * 8 + averages * 8 + shadow
+    assert bytes_of_a_weight * count <= moved <= (bytes_of_a_weight + 0.2) * count
 
 
 # --- Tables

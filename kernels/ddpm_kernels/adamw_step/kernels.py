@@ -128,7 +128,7 @@ def _update(  # type: ignore[no-untyped-def]
     # The last bits of an update that is small beside the weight: fast root and division do.
     update = tl.load(numbers) * m / (tl.sqrt(v) * tl.load(numbers + 1) + EPS)
     w -= tl.load(numbers + 2) * w + update
-    # Stores come last: no load has to wait for one.
+    # The other stores come after the loads of the averages, which need not wait for them.
     for k in tl.static_range(AVERAGES):
         a = tl.load(averages + elements, inside)
         tl.store(averages + elements, _lerp(a, w, tl.load(ema_weights + k)), inside)

@@ -15,19 +15,14 @@ from ddpm_kernels.adamw_step.kernels import (
     squares_kernel,
     update_kernel,
 )
-from ddpm_kernels.adamw_step.tables import divide
+from ddpm_kernels.adamw_step.tables import GRADIENT_DTYPES, divide
 from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.triton_shim import tl
 
 PROGRAMS = 2048
 """Of a launch that sums squares, at most: a wave of 16 per multiprocessor on 132."""
 
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-def takes_kernel(gradients: list[Tensor]) -> bool:
-    """Whether the Triton functions can read gradients of these dtypes."""
-    return all(gradient.dtype in _TYPES for gradient in gradients)
+_TYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in GRADIENT_DTYPES}
 
 
 def launch_gradient_norm(gradients: list[Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.adamw_step.checks import check_buffers, check_dense, check_segments
-from ddpm_kernels.adamw_step.launch import launch_adamw_step, launch_gradient_norm, takes_kernel
+from ddpm_kernels.adamw_step.launch import launch_adamw_step, launch_gradient_norm
 from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
 
 
@@ -206,12 +206,12 @@ def in_memory_order(gradient: Tensor) -> Tensor:
 
 
 def _gradient_norm(gradients: list[Tensor]) -> Tensor:
-    kernel = runs_triton(gradients[0]) and takes_kernel(gradients)
+    kernel = runs_triton(gradients[0]) and gradients[0].dtype != torch.float64
     return (launch_gradient_norm if kernel else gradient_norm_reference)(gradients)
 
 
 def _adamw_step(gradients: list[Tensor], offsets: list[int], weights: Tensor, *rest: Any) -> None:
-    kernel = runs_triton(weights) and weights.dtype == torch.float32 and takes_kernel(gradients)
+    kernel = runs_triton(weights) and weights.dtype == torch.float32
     (launch_adamw_step if kernel else adamw_step_reference_)(gradients, offsets, weights, *rest)
 
 

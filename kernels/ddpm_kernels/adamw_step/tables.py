@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ddpm_kernels.adamw_step.checks import check_dense, check_segments
 
+GRADIENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class Share(NamedTuple):
     """What one launch takes: pieces of gradients that are alike in dtype and alignment."""
@@ -58,7 +60,8 @@ def divide(
         The launches, and the gradients' addresses: int64 `[len(gradients)]` on the device.
 
     Raises:
-        ValueError: segments overlap or lie outside of the buffers, or a gradient is not dense.
+        ValueError: segments overlap or lie outside of the buffers, or a gradient is not dense or in
+            none of `GRADIENT_DTYPES`.
         RuntimeError: in a capture, without a call before it for the same shapes.
     """
     addresses = [gradient.data_ptr() for gradient in gradients]
@@ -94,6 +97,10 @@ def _divide(
             "adamw_step and gradient_norm must run once on gradients of the same shapes before "
             "they are captured"
         )
+    for dtype in dtypes:
+        if dtype not in GRADIENT_DTYPES:
+            known = ", ".join(map(str, GRADIENT_DTYPES))
+            raise ValueError(f"a gradient is {dtype}; choose from {known}")
     if offsets is None:
         offsets = (0,) * len(sizes)
     else:
