@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+from ddpm_kernels import (
+    Column,
+    Stream,
+    denoising_loss,
+    gaussian_noise,
+    group_norm_silu,
+    q_sample,
+    reverse_step,
+)
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 from ddpm_kernels.variational_bound import BoundColumn
@@ -250,6 +258,7 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
     seed, row = torch.tensor(0), torch.tensor(0)
     coefficients = torch.zeros(10, Column.HISTORY + 2)
     with recorded_launches(target) as launches:
+        gaussian_noise(seed, ids, (channels, side, side), row, Stream.INITIAL_NOISE)
         prediction = _tensor(shape, dtype, aligned)
         stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
         for images in stored:
