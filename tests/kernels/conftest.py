@@ -162,14 +162,17 @@ def poisoned(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture
-def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Call it to have every launch take 64-bit offsets."""
+    plan = importlib.import_module("ddpm_kernels.reverse_step").plan
 
     def widen() -> None:
+        plan.cache_clear()
         for module in ("tiling", "group_norm_silu.launch"):
             monkeypatch.setattr(importlib.import_module(f"ddpm_kernels.{module}"), "INDEX_LIMIT", 0)
 
-    return widen
+    yield widen
+    plan.cache_clear()
 
 
 @pytest.fixture
