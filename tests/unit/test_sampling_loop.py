@@ -201,7 +201,7 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
     conditions = Conditioning(LABELS)
     process = StepRunner(Conditional(), table, (4, *SHAPE), conditions, CPU, clip=False)
     process.begin(state, 3, IDS, conditions)
-    for i in range(process.steps):
+    for _ in range(process.steps):
         process.step()
     torch.testing.assert_close(samples, process.x, rtol=0, atol=1e-6)
 
@@ -358,7 +358,7 @@ def test_a_step_is_the_network_and_at_most_two_operations(
         process.begin(x, 3, IDS, conditions, null if "guidance" in options else None)
         process.step()  # makes the doubled batch
         with operations:
-            for i in range(1, process.steps):
+            for _ in range(1, process.steps):
                 process.step()
     steps = process.steps - 1
     assert operations.counts == {name: count * steps for name, count in expected.items()}
