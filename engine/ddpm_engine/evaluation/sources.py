@@ -208,13 +208,10 @@ class GeneratedSamples:
             len(ids), lambda: count_of(ids, store.ids()), self._sampler.evaluations,
             active=show_progress and count_of(ids, store.ids()) < len(ids),
         ) as progress:  # fmt: skip
-
-            def images(batch: Sequence[int]) -> NDArray[np.uint8]:
-                return self._sampler.images(batch, batch_size=len(batch), on_step=progress.step)
-
             fill_missing(
-                store, ids, images, batch_size=self._batch_size, chunk_size=self._chunk_size,
-                share=share, progress=progress, wait=wait,
+                store, ids, lambda batch: self._sampler.start_images(batch, on_step=progress.step),
+                batch_size=self._batch_size, chunk_size=self._chunk_size, share=share,
+                progress=progress, wait=wait,
             )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def generate(
         finished = fill_missing(
             store,
             ids,
-            lambda batch: sampler.images(batch, batch_size=len(batch), on_step=progress.step),
+            lambda batch: sampler.start_images(batch, on_step=progress.step),
             batch_size=batch_size,
             chunk_size=per_shard,
             share=share,
@@ -178,6 +178,6 @@ def _compile(sampler: Sampler, batch: int, say: Callable[[str], object]) -> None
     """Compile now and say so: nothing else would happen visibly for a while."""
     began = time.monotonic()
     say(f"compiling the network for batches of {batch}, block by block ...")
-    sampler.model.network.compile_blocks()
+    sampler.network.compile_blocks()
     sampler.warm_up(batch)
     say(f"compiled in {time.monotonic() - began:.1f} s")

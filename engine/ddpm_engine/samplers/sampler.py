@@ -15,11 +15,12 @@ from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import captured
+from ddpm_engine.images.transfer import Pending, to_host
 from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.half_weights import in_half
 from ddpm_engine.runtime import DTYPES, autocast, check_precision, device_memory
-from ddpm_engine.samplers.finite import refuse_not_finite
+from ddpm_engine.samplers.finite import finite_samples, refuse_not_finite
 from ddpm_engine.samplers.identity import Ids, numbers_of, tensor_of, whole
 from ddpm_engine.samplers.initial_noise import (
     check_interpolation,
@@ -217,7 +218,8 @@ class Sampler:
             assert last is not None, "a table has rows"
             samples[part] = last.x
             if only_finite:
-                refuse_not_finite(numbers_of(batch), self.request.seed, last.x)
+                finite = finite_samples(last.x).tolist()
+                refuse_not_finite(numbers_of(batch), self.request.seed, finite)
         return samples
 
     def images(
@@ -229,6 +231,38 @@ class Sampler:
     ) -> np.ndarray:
         """Sample, and decode to uint8 images `[N, H, W, C]`; arguments as in `sample`."""
         return self.model.codec.decode(self.sample(ids, batch_size=batch_size, on_step=on_step))
+
+    @torch.inference_mode()
+    def start_images(
+        self, ids: Ids, *, on_step: Callable[[int], None] | None = None
+    ) -> np.ndarray | Pending:
+        """Sample one batch as uint8 images `[B, H, W, C]`, on a GPU without waiting for them.
+
+        Args:
+            ids: `[B]`, in [0, 2⁵⁶).
+            on_step: as in `sample`.
+
+        Returns:
+            The images; of a GPU, a function that waits for them, so that the next batch can be
+            queued meanwhile.
+
+        Raises:
+            UserError: as `trajectory`; `NotFiniteError`, also by that function.
+        """
+        numbers = numbers_of(ids)
+        last = None
+        for last in self.trajectory(numbers, keep_x0=False):  # noqa: B007
+            if on_step is not None:
+                on_step(len(numbers))
+        assert last is not None, "a table has rows"
+        x = last.x
+        finite, levels = to_host(finite_samples(x)), to_host(self.model.codec.levels(x))
+
+        def images() -> np.ndarray:
+            refuse_not_finite(numbers, self.request.seed, finite().tolist())
+            return levels()
+
+        return images if self.device.type == "cuda" else images()
 
     def conditioning(self, ids: Sequence[int]) -> Conditioning:
         """Return the conditions that the request gives to a batch of samples.
