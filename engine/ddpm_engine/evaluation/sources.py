@@ -25,6 +25,7 @@ from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
+from ddpm_engine.generation.batch_size import DEFAULT, BatchSize, batch_size_of
 from ddpm_engine.generation.generate import check_amounts, settings_of
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
@@ -159,7 +160,7 @@ class GeneratedSamples:
         settings: everything that determines a sample besides its id.
         folder: of the samples.
         count: number of samples.
-        batch_size: samples at a time.
+        batch_size: samples at a time; see `BatchSize`.
         chunk_size: samples in a shard.
 
     Raises:
@@ -172,7 +173,7 @@ class GeneratedSamples:
         settings: Mapping[str, Any],
         folder: Path,
         count: int,
-        batch_size: int,
+        batch_size: BatchSize,
         chunk_size: int,
     ) -> None:
         self.ids = distinct(range(count), "count")
@@ -204,14 +205,16 @@ class GeneratedSamples:
     def generate(self, share: WorkShare, wait: bool, show_progress: bool) -> None:
         """Generate the missing samples; see `SampleSource.generate`."""
         ids, store = self.ids, self.store
+        lacks = count_of(ids, store.ids()) < len(ids)
+        size = batch_size_of(self._sampler, self._batch_size, ids) if lacks else DEFAULT
         with Progress(
             len(ids), lambda: count_of(ids, store.ids()), self._sampler.evaluations,
-            active=show_progress and count_of(ids, store.ids()) < len(ids),
+            active=show_progress and lacks,
         ) as progress:  # fmt: skip
             fill_missing(
                 store, ids, lambda batch: self._sampler.start_images(batch, on_step=progress.step),
-                batch_size=self._batch_size, chunk_size=self._chunk_size, share=share,
-                progress=progress, wait=wait,
+                batch_size=size, chunk_size=self._chunk_size, share=share, progress=progress,
+                wait=wait,
             )  # fmt: skip
 
 
@@ -221,7 +224,7 @@ def generated_source(
     count: int,
     out: Path | None = None,
     parent: Path = Path(),
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
     chunk_size: int = 1024,
 ) -> tuple[SampleSource, Path]:
     """Evaluate samples 0 … count − 1 of a request, generated into `out / "pictures"`.
@@ -233,7 +236,7 @@ def generated_source(
         out: folder of the evaluation, created if missing; None: one named by the settings, in
             `parent`.
         parent: folder of evaluations.
-        batch_size: samples at a time.
+        batch_size: samples at a time; see `BatchSize`.
         chunk_size: samples in a shard.
 
     Returns:

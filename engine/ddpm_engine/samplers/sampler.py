@@ -326,16 +326,24 @@ class Sampler:
         self._initial(ids, sample_ids)
         self._known_pixels(ids)
 
+    def compile(self) -> None:
+        """Compile the network block by block, on the next step that it takes."""
+        self.network.compile_blocks()
+        self._runner = self._key = None  # captured steps are of what was there before
+
     @torch.inference_mode()
-    def warm_up(self, batch: int) -> None:
-        """Take a step of each kind on meaningless data, so that compilers run now.
+    def warm_up(self, ids: Sequence[int]) -> None:
+        """Take steps of each kind on meaningless data, so that compilers run now.
 
         Args:
-            batch: number of samples in each batch to come.
+            ids: of a batch such as those to come, `[B]`.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory for such a batch.
         """
-        conditions = self.conditioning(range(batch)).to(self.device)
+        conditions = self.conditioning(ids).to(self.device)
         with autocast(self.request.precision, self.device):
-            self._runner_for(conditions, batch, keep_x0=False).warm_up()
+            self._runner_for(conditions, len(ids), keep_x0=False).warm_up()
 
     def _runner_for(self, conditioning: Conditioning, batch: int, keep_x0: bool) -> StepRunner:
         """The buffers of a batch: the last batch's, if they fit."""
