@@ -32,8 +32,9 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("holds", "tried"), [(64, [64]), (63, [64, 32]), (5, [64, 32, 16, 8, 4]), (1, [64, 32, 16, 8, 4, 2, 1])]
-)  # fmt: skip
+    ("holds", "tried"),
+    [(64, [64]), (63, [64, 32]), (5, [64, 32, 16, 8, 4]), (1, [64, 32, 16, 8, 4, 2, 1])],
+)
 def test_a_batch_is_halved_until_it_fits(holds: int, tried: list[int]) -> None:
     device = Device(holds)
     assert largest_that_fits(device, 64) == tried[-1]

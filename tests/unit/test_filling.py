@@ -173,9 +173,7 @@ def model() -> LoadedModel:
 
 def run(model: LoadedModel, out: Path, format: Format, **options: Any) -> None:
     request = model.request(steps=2, seed=3)
-    generate(
-        model, request, range(COUNT), out, format=format, batch_size=2, per_shard=4, **options
-    )
+    generate(model, request, range(COUNT), out, format=format, batch_size=2, per_shard=4, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.classes import ClassNames
-from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
+from ddpm_engine.data.shards.reader import DamagedSample, ShardReader, StoredImage
 from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
@@ -35,6 +35,9 @@ from ddpm_engine.images.codec import fit
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
+from ddpm_engine.threads import in_threads
+
+T = TypeVar("T")
 
 RULE = (
     "uint8; cut to the central square, halved by averaging while at least twice as large, then "
@@ -98,7 +101,9 @@ class RealImages:
         Raises:
             UserError: a damaged sample; leaving it out would change the metrics.
         """
-        return np.stack([self._read(k) for k in ids])
+        # One reads; decoding and resizing take the time.
+        stored = [self._refusing(k, self._reader.stored, *self._locate(k)) for k in ids]
+        return np.stack(in_threads(self._decoded, list(zip(ids, stored, strict=True))))
 
     def label_of(self, sample_id: int) -> int | None:
         """See `Images`."""
@@ -111,11 +116,16 @@ class RealImages:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
-    def _read(self, sample_id: int) -> NDArray[np.uint8]:
-        shard, row = self._locate(sample_id)
+    def _decoded(self, sample: tuple[int, StoredImage]) -> NDArray[np.uint8]:
+        sample_id, stored = sample
+        return fit(self._refusing(sample_id, stored.decoded, self.shape[2]), self.shape[0])
+
+    def _refusing(self, sample_id: int, read: Callable[..., T], *arguments: Any) -> T:
+        """Read, and name a sample that is damaged."""
         try:
-            return fit(self._reader.image(shard, row, self.shape[2]), self.shape[0])
+            return read(*arguments)
         except DamagedSample as damage:
+            shard, row = self._locate(sample_id)
             fault = self._reader.describe(shard, row, str(damage))
             raise UserError(
                 f"{fault}; metrics without it would be other metrics: verify the set in "
