@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ def without_tf32() -> Iterator[None]:
     TF32 keeps ten bits of each factor, and torch convolves in it by default: enough to move the
     features that a Fréchet distance is made of. Afterwards everything is as it was.
     """
-    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn  # whose stubs know no `conv`
+    switches = (cudnn.conv, torch.backends.cuda.matmul)
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
