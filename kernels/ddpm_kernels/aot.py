@@ -26,8 +26,10 @@ from torch import Tensor
 
 from ddpm_kernels import (
     Column,
+    Stream,
     adamw_step,
     denoising_loss,
+    gaussian_noise,
     gradient_norm,
     group_norm_silu,
     q_sample,
@@ -263,6 +265,7 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             seed, ids, integers=1000, flip=True, labels=timesteps, label_dropout=0.1,
             null_class=10, augmentation_levels=251,
         )  # fmt: skip
+        gaussian_noise(seed, ids, (channels, side, side), row, Stream.INITIAL_NOISE)
         prediction = _tensor(shape, dtype, aligned)
         stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
         for images in stored:

@@ -179,7 +179,7 @@ def _forget_plans() -> None:
     launch.plan.cache_clear()
     launch._forward_launches.cache_clear()
     launch._backward_launches.cache_clear()
-    for module in ("q_sample", "denoising_loss"):
+    for module in ("q_sample", "denoising_loss", "reverse_step"):
         importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
 
