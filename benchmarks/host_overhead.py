@@ -1,8 +1,17 @@
-"""Host time of each operation, everything but the launches: `python benchmarks/host_overhead.py`.
+"""Host time of operations and of a step, without launches: `python benchmarks/host_overhead.py`.
 
 On a GPU the host must hand out work faster than the device does it. Here nothing is launched: the
-path that a GPU's tensors take is followed to the last line of Python, on a CPU, and timed. With
-`--before TREE`, a checkout of another commit, the two are measured in turn:
+path that a GPU's tensors take is followed to the last line of Python, on a CPU, and timed.
+
+`training step` is a step of the Trainer with the CIFAR-10 network of the preset, cut to a few
+channels and pixels: as many layers, parameters, operations and casts, but next to nothing to
+compute. Convolutions are replaced by functions that allocate their results. In it are Python,
+torch's dispatcher and autograd, and torch's own CPU operations on a few
+numbers each, in place of what it takes to launch them on a GPU; not in it is what Triton, cuDNN and
+CUDA take to launch a kernel. The launches that `step_traffic.py` counts, times 5 µs, are a model of
+the latter, not a measurement.
+
+With `--before TREE`, a checkout of another commit, the two are measured in turn:
 
     git worktree add /tmp/before COMMIT
     python benchmarks/host_overhead.py --before /tmp/before
@@ -14,16 +23,28 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.config import DataConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.unet import unet
+from ddpm_engine.presets import cifar10
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.trainer import Trainer
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.dispatch import assume_gpu
 
@@ -40,6 +61,8 @@ class Options:
     """Processes for each tree, in turn."""
     calls: Positive = 1000
     """Timed calls of each operation in a process."""
+    steps: int = 60
+    """Timed training steps in a process; 0: none."""
 
 
 def operations() -> dict[str, Callable[[], object]]:
@@ -75,7 +98,67 @@ def operations() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(calls: int) -> dict[str, float]:
+def tiny_cifar10(folder: Path, steps: int) -> RunConfig:
+    """The run of the preset on digits, with as many layers of a few channels, in bfloat16."""
+    preset = cifar10()
+    model = replace(
+        preset.model, sample_size=8, in_channels=1, out_channels=1,
+        block_out_channels=(8, 16, 16, 16), norm_num_groups=8,
+    )  # fmt: skip
+    data = DataConfig(folder / "digits", source="digits", horizontal_flip=True, workers=1)
+    training = replace(
+        preset.training, steps=steps, batch_size=1, precision="bf16", allow_slow_bf16=True
+    )
+    log = replace(preset.log, every=10**9, checkpoint_every=10**9, sample_every=0)
+    return replace(preset, out=folder / "run", data=data, model=model, training=training, log=log)
+
+
+class StepTimes(Callback):
+    """Nanoseconds of each step that this thread computed: neither for the data nor for a core."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_step_begin(self, run: Any) -> None:
+        """See `Callback`."""
+        self._start = time.thread_time_ns()
+
+    def on_step_end(self, run: Any) -> None:
+        """See `Callback`."""
+        self.found.append(time.thread_time_ns() - self._start)
+
+
+@contextmanager
+def no_convolutions() -> Iterator[None]:
+    """Let convolutions compute nothing."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], *_: Any) -> Tensor:
+        shape = len(x), len(weight), x.shape[2] // stride[0], x.shape[3] // stride[1]
+        return x.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+
+    def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(len(weight))
+
+    with warnings.catch_warnings(action="ignore"):  # of what is replaced
+        library.impl("convolution", convolution, "CPU")
+        library.impl("convolution_backward", convolution_backward, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def training_step(steps: int) -> float:
+    """Microseconds of the main thread's work for a training step: the lower quartile."""
+    times = StepTimes()
+    channels_last = patch.object(unet, "_memory_format", lambda _: torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder, channels_last, no_convolutions():
+        Trainer(tiny_cifar10(Path(folder), steps + 5), [times], any_precision=True).fit()
+    return sorted(times.found[5:])[steps // 4] / 1e3
+
+
+def measure(calls: int, steps: int) -> dict[str, float]:
     """Microseconds of each operation: the lower quartile, which other processes disturb least."""
     from triton.runtime.jit import JITFunction  # optional
 
@@ -91,6 +174,8 @@ def measure(calls: int) -> dict[str, float]:
                 if k >= 0:
                     times.append(time.perf_counter_ns() - start)
             found[name] = sorted(times)[calls // 4] / 1e3
+        if steps:
+            found["training step"] = training_step(steps)
     return found
 
 
@@ -99,7 +184,7 @@ def _channels_last(batch: int, channels: int) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def in_tree(tree: Path, calls: int) -> dict[str, float]:
+def in_tree(tree: Path, calls: int, steps: int) -> dict[str, float]:
     """Measure in a process of its own, with the kernels of a checkout.
 
     Raises:
@@ -109,14 +194,20 @@ def in_tree(tree: Path, calls: int) -> dict[str, float]:
         raise UserError(f"`before` {tree} is no checkout: it has no kernels/ddpm_kernels", "before")
     paths = os.pathsep.join([str(tree / "engine"), str(tree / "kernels")])
     measured = subprocess.run(
-        [sys.executable, __file__, "--calls", str(calls), "--rounds", "1"],
-        env={**os.environ, "PYTHONPATH": paths, _INSIDE: "1"},
+        [
+            sys.executable, __file__,
+            "--calls", str(calls), "--steps", str(steps), "--rounds", "1",
+        ],
+        env={**os.environ, "PYTHONPATH": paths, _INSIDE: "1", **_ZEROS},
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    return {name: float(value) for name, value in json.loads(measured.stdout).items()}
+    found = json.loads(measured.stdout.splitlines()[-1])
+    return {name: float(value) for name, value in found.items()}
 
 
 _INSIDE = "HOST_OVERHEAD_MEASURES"
+_ZEROS = {"MALLOC_PERTURB_": "255", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""What no kernel has written is zero, so that gradients are finite and no step is skipped."""
 
 
 def main() -> None:
@@ -124,13 +215,13 @@ def main() -> None:
     with exit_on_error(Options):
         options = parse_options(Options)
         if _INSIDE in os.environ:
-            print(json.dumps(measure(options.calls)))
+            print(json.dumps(measure(options.calls, options.steps)))
             return
         trees = {"now": ROOT} | ({} if options.before is None else {"before": options.before})
         found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
         for _ in range(options.rounds):
             for name, tree in trees.items():
-                found[name].append(in_tree(tree.resolve(), options.calls))
+                found[name].append(in_tree(tree.resolve(), options.calls, options.steps))
     for operation in found["now"][0]:
         row: dict[str, object] = {"operation": operation}
         for name, rounds in found.items():

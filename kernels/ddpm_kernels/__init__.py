@@ -6,6 +6,7 @@
 | `q_sample`        | normalise, flip, generate noise, mix: image → x_t                     |
 | `denoising_loss`  | same noise once more, target, weighted squared error, gradient        |
 | `reverse_step`    | guidance, x0 estimate, clip, update, fresh noise: x_t → x_{t-1}       |
+| `gaussian_noise`  | the same noise alone, such as that which samples start from            |
 | `group_norm_silu` | GroupNorm, affine, per-sample scale and shift, SiLU; and its gradient |
 | `adamw_step`      | AdamW, moving averages, weights in half precision; `gradient_norm`    |
 
@@ -18,8 +19,9 @@ elementwise ones share.
 from ddpm_kernels.adamw_step.op import adamw_step, gradient_norm
 from ddpm_kernels.denoising_loss import denoising_loss
 from ddpm_kernels.draws import training_draws
+from ddpm_kernels.gaussian_noise import gaussian_noise
 from ddpm_kernels.group_norm_silu.op import group_norm_silu
-from ddpm_kernels.philox import Stream, bernoulli, gaussian_noise, random_integers
+from ddpm_kernels.philox import Stream, bernoulli, random_integers
 from ddpm_kernels.q_sample import q_sample
 from ddpm_kernels.reverse_step import Column, reverse_step
 

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from ddpm_kernels import (
     Column,
+    Stream,
     adamw_step,
     denoising_loss,
+    gaussian_noise,
     gradient_norm,
     group_norm_silu,
     q_sample,
@@ -263,6 +265,7 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             seed, ids, integers=1000, flip=True, labels=timesteps, label_dropout=0.1,
             null_class=10, augmentation_levels=251,
         )  # fmt: skip
+        gaussian_noise(seed, ids, (channels, side, side), row, Stream.INITIAL_NOISE)
         prediction = _tensor(shape, dtype, aligned)
         stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
         for images in stored:
@@ -290,10 +293,11 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             threshold=weights, history=history, in_place=True,
         )  # fmt: skip
         narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
-        for (width, groups), film, activation in (
-            (narrow, False, "silu"), (wide, True, "silu"), (wide, False, "none"),
+        for (width, groups), film, activation, rows in (
+            (narrow, False, "silu", side), (wide, True, "silu", side), (wide, False, "none", side),
+            (narrow, True, "silu", 4),  # one slab covers a sample
         ):  # fmt: skip
-            activations = _tensor((batch, width, side, side), dtype, aligned).requires_grad_()
+            activations = _tensor((batch, width, rows, rows), dtype, aligned).requires_grad_()
             affine = torch.ones(width)
             scale = torch.zeros(batch, width, dtype=dtype) if film else None
             y = group_norm_silu(activations, groups, affine, affine, scale, scale, 1e-6, activation)

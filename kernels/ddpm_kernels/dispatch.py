@@ -59,6 +59,8 @@ def as_function(
         differentiate: its backward pass.
     """
 
+    refuse_twice = once_differentiable(differentiate)
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
@@ -67,9 +69,10 @@ def as_function(
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            return differentiate(ctx, *gradients)
+            # Gradients are enabled where a graph of the backward pass is wanted.
+            call = refuse_twice if torch.is_grad_enabled() else differentiate
+            return call(ctx, *gradients)
 
     return Function.apply
 

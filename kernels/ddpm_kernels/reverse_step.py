@@ -24,15 +24,17 @@ and the noise column is 1, or 0 where a step adds none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
-from ddpm_kernels.tiles import tile_for
+from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import (
     as_scalar,
     is_wide,
@@ -93,7 +95,11 @@ def reverse_step(
         The new state, shaped as `x`; `x` itself if `in_place`.
     """
     x = x if in_place else x.clone()
-    call = torch.ops.ddpm.reverse_step_.default if takes_op(x) else reverse_step_reference_
+    call: Callable[..., None] = reverse_step_reference_
+    if takes_op(x):
+        differentiable = x.requires_grad or output.requires_grad  # which the operation refuses
+        direct = skips_dispatcher(x) and not differentiable
+        call = _reverse_step if direct else torch.ops.ddpm.reverse_step_.default
     call(
         x, output, table, row, as_scalar(seed, x.device), sample_ids, unconditional, rescale,
         threshold, history, clip,
@@ -302,58 +308,127 @@ def _reverse_step_kernel(  # type: ignore[no-untyped-def]
 # --- Launcher
 
 
-def _check_shapes(
-    x: Tensor,
-    output: Tensor,
-    table: Tensor,
-    sample_ids: Tensor,
-    unconditional: Tensor | None,
-    rescale: Tensor | None,
-    threshold: Tensor | None,
-    history: Tensor | None,
-) -> None:
-    """Refuse what the kernel would read past the end of."""
-    batch, channels, *pixels = x.shape
-    slots = 0 if history is None else history.shape[0]
-    factor = 2 if output.shape[1] == 2 * channels else 1
-    outputs = (batch, factor * channels, *pixels)
-    for name, tensor, shape in (
+Layout = tuple[torch.Size, tuple[int, ...]]
+"""Shape and strides of a tensor."""
+
+
+class Plan(NamedTuple):
+    """All that a launch needs to know of its tensors besides where they are."""
+
+    programs: int
+    integers: tuple[int, ...]
+    """The kernel's arguments that are no pointers."""
+    constants: dict[str, Any]
+    """Its constants, and the compiler's options."""
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    tile: Tile,
+    clip: bool,
+    x: Layout,
+    output: Layout,
+    table: Layout,
+    sample_ids: Layout,
+    unconditional: Layout | None,
+    rescale: Layout | None,
+    threshold: Layout | None,
+    history: Layout | None,
+) -> Plan:
+    """Plan a launch; a sampler's steps are all of the same layouts.
+
+    Raises:
+        ValueError: the kernel would read past the end of a tensor.
+    """
+    shape = x[0]
+    batch, channels, *pixels = shape
+    slots = 0 if history is None else history[0][0]
+    learned = output[0][1] == 2 * channels
+    outputs = (batch, 2 * channels if learned else channels, *pixels)
+    for name, layout, expected in (
         ("output", output, outputs),
         ("unconditional", unconditional, outputs),
         ("sample_ids", sample_ids, (batch,)),
         ("rescale", rescale, (batch,)),
         ("threshold", threshold, (batch,)),
-        ("history", history, (slots, *x.shape)),
+        ("history", history, (slots, *shape)),
     ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}, not {list(shape)}")
-    if history is not None and (slots == 0 or history.dtype != x.dtype):
-        raise ValueError("history needs at least one slot and the dtype of x")
-    if table.ndim != 2 or table.shape[1] < Column.HISTORY + slots:
+        if layout is not None and layout[0] != expected:
+            raise ValueError(f"{name} is {list(layout[0])}, not {list(expected)}")
+    columns = table[0][-1] if len(table[0]) == 2 else 0
+    if columns < Column.HISTORY + slots or (history is not None and slots == 0):
         raise ValueError(
-            f"table is {list(table.shape)}, not [S, {Column.HISTORY + slots}] or wider"
+            f"table is {list(table[0])}, not [S, {Column.HISTORY + slots}] or wider, for "
+            f"{slots} slots of history"
         )
 
+    count = shape[1:].numel()
+    tile = tile.fitted(max(count, 1))
+    x_like, output_like, unconditional_like, history_like = (
+        None if layout is None else torch.empty_strided(*layout, device="meta")
+        for layout in (x, output, unconditional, history)
+    )
+    assert x_like is not None
+    assert output_like is not None
+    integers = (
+        columns,
+        *strides_of(x_like),
+        *strides_of(output_like), channels * output_like.stride(1),
+        *strides_of(unconditional_like),
+        0 if unconditional_like is None else channels * unconditional_like.stride(1),
+        0 if history_like is None else history_like.stride(0),
+        *strides_of(history_like),
+    )  # fmt: skip
+    constants = {
+        "COUNT": count,
+        "CHANNELS": channels,
+        "WIDTH": shape[3],
+        "LEARNED": learned,
+        "SLOTS": slots,
+        "CLIP": clip or threshold is not None,
+        "X_LAYOUT": layout_of(x_like, channels),
+        "OUTPUT_LAYOUT": layout_of(output_like, channels),
+        "UNCONDITIONAL_LAYOUT": layout_of(unconditional_like, channels),
+        "HISTORY_LAYOUT": layout_of(history_like, channels),
+        "WIDE": is_wide(tile.elements, x_like, output_like, unconditional_like, history_like),
+        "TILE": tile.elements,
+        **tile.options(),
+    }
+    return Plan(batch * -(-count // tile.elements), integers, constants)
 
-def _launch(x: Tensor, output: Tensor, table: Tensor, *rest: Any) -> None:
+
+def _layout(tensor: Tensor | None) -> Layout | None:
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def _launch(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    unconditional: Tensor | None,
+    rescale: Tensor | None,
+    threshold: Tensor | None,
+    history: Tensor | None,
+    clip: bool,
+) -> None:
     """Launch the kernel on a float32 state of any strides."""
-    row, seed, sample_ids, unconditional, rescale, threshold, history, clip = rest
-    _check_shapes(x, output, table, sample_ids, unconditional, rescale, threshold, history)
-    batch, channels, height, width = x.shape
-    count = channels * height * width
-    if batch * count == 0:
+    if history is not None and history.dtype != x.dtype:
+        raise ValueError("history needs the dtype of x")
+    planned = plan(
+        tile_for("reverse_step", x), clip, (x.shape, x.stride()), (output.shape, output.stride()),
+        (table.shape, table.stride()), (sample_ids.shape, sample_ids.stride()),
+        _layout(unconditional), _layout(rescale), _layout(threshold), _layout(history),
+    )  # fmt: skip
+    if planned.programs == 0:
         return
-    tile = tile_for("reverse_step", x).fitted(count)
-    table = table.contiguous()
-
-    def variance_at(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else channels * tensor.stride(1)
-
     with torch.cuda.device_of(x):
-        _reverse_step_kernel[(batch * triton.cdiv(count, tile.elements),)](
+        _reverse_step_kernel[(planned.programs,)](
             x,
             output,
-            table,
+            table.contiguous(),
             row,
             seed,
             packed(sample_ids),
@@ -361,27 +436,8 @@ def _launch(x: Tensor, output: Tensor, table: Tensor, *rest: Any) -> None:
             packed(rescale),
             packed(threshold),
             history,
-            table.shape[1],
-            *strides_of(x),
-            *strides_of(output),
-            variance_at(output),
-            *strides_of(unconditional),
-            variance_at(unconditional),
-            0 if history is None else history.stride(0),
-            *strides_of(history),
-            COUNT=count,
-            CHANNELS=channels,
-            WIDTH=width,
-            LEARNED=output.shape[1] == 2 * channels,
-            SLOTS=0 if history is None else history.shape[0],
-            CLIP=clip or threshold is not None,
-            X_LAYOUT=layout_of(x, channels),
-            OUTPUT_LAYOUT=layout_of(output, channels),
-            UNCONDITIONAL_LAYOUT=layout_of(unconditional, channels),
-            HISTORY_LAYOUT=layout_of(history, channels),
-            WIDE=is_wide(tile.elements, x, output, unconditional, history),
-            TILE=tile.elements,
-            **tile.options(),
+            *planned.integers,
+            **planned.constants,
         )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +36,21 @@ class Tile(NamedTuple):
     """A power of two, so a multiple of four: all normals of a counter block are used."""
     warps: int
     """Of 32 threads, or 64 on AMD."""
+    stages: int = 1
+    """Tiles that a program of `group_norm_silu` has under way at a time: those that it loads while
+    it computes on one. One leaves that to the other programs of a multiprocessor."""
+    programs: int = 512
+    """Slabs of `group_norm_silu` are cut until there are this many: a wave of four per
+    multiprocessor on 132, which keeps enough loads in flight. More would only repeat a program's
+    fixed work."""
 
     def fitted(self, count: int) -> Tile:
         """No larger than samples of `count` elements need, with as much work a thread."""
         if count >= self.elements:
             return self
         elements = max(LEAST, 1 << (count - 1).bit_length())
-        return Tile(elements, max(1, self.warps * elements // self.elements))
+        warps = max(1, self.warps * elements // self.elements)
+        return self._replace(elements=elements, warps=warps)
 
     def options(self) -> dict[str, int | bool]:
         """Compiler options of a launch.
@@ -64,7 +72,8 @@ TILES: dict[str, Table] = {
         "reverse_step": Tile(1024, 2),
         # Twice as many spill on sm_100.
         "group_norm_silu": Tile(2048, 4),
-        "group_norm_silu_backward": Tile(2048, 4),
+        # Half as many programs: each reads two tensors.
+        "group_norm_silu_backward": Tile(2048, 4, programs=256),
         # Eight elements a thread: 16 bytes of a gradient in half precision.
         "gradient_norm": Tile(1024, 4),
         "adamw_step": Tile(1024, 4),
@@ -136,35 +145,46 @@ def read_tiles(path: Path) -> dict[str, Table]:
     Raises:
         ValueError: there is no such file, or it is no table of tiles.
     """
-    known = TILES["default"]
     try:
         tables = {
-            name: {operation: Tile(*tile) for operation, tile in table.items()}
+            name: {operation: _read_tile(tile) for operation, tile in table.items()}
             for name, table in json.loads(path.read_text()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"DDPM_TILES: {path} is no table of tiles: {error}") from error
     for table in tables.values():
-        for operation, (elements, warps) in table.items():
-            if operation not in known:
-                raise ValueError(
-                    f"DDPM_TILES: {path} names {operation!r}; choose from {', '.join(known)}"
-                )
-            for value in (elements, warps):
-                if not isinstance(value, int) or value < 1 or value & (value - 1):
-                    raise ValueError(
-                        f"DDPM_TILES: {path} has {value!r} for {operation}; it must be a power of 2"
-                    )
-            if elements < LEAST:
-                raise ValueError(
-                    f"DDPM_TILES: {path} has {elements} elements for {operation}; "
-                    f"the least is {LEAST}"
-                )
+        for operation, tile in table.items():
+            _check_tile(path, operation, tile)
     return tables
+
+
+def _read_tile(stored: Any) -> Tile:
+    """From the fields of `Tile` by name, or by position, as earlier versions wrote them."""
+    return Tile(*stored) if isinstance(stored, list) else Tile(**stored)
+
+
+def _check_tile(path: Path, operation: str, tile: Tile) -> None:
+    known = TILES["default"]
+    if operation not in known:
+        raise ValueError(f"DDPM_TILES: {path} names {operation!r}; choose from {', '.join(known)}")
+    for field, value in tile._asdict().items():
+        if not isinstance(value, int) or value < 1:
+            what = "must be a positive integer"
+        elif field in ("elements", "warps") and value & (value - 1):
+            what = "must be a power of 2"
+        elif field == "elements" and value < LEAST:
+            what = f"must be at least {LEAST}"
+        else:
+            continue
+        raise ValueError(f"DDPM_TILES: {path} has {value!r} {field} for {operation}; it {what}")
 
 
 def write_tiles(path: Path, tables: dict[str, Table]) -> None:
     """Write a file for `DDPM_TILES`; an earlier one is replaced whole or not at all."""
+    stored = {
+        name: {operation: tile._asdict() for operation, tile in table.items()}
+        for name, table in tables.items()
+    }
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(tables, indent=2) + "\n")
+    beside.write_text(json.dumps(stored, indent=2) + "\n")
     beside.replace(path)

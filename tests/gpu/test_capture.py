@@ -87,6 +87,6 @@ def test_a_step_takes_nothing_from_the_host() -> None:
         threshold=0.9, capture=lambda step: step,
     )  # fmt: skip
     with force_ops(), OnTheHost() as host:
-        for i in range(6):
-            steps.step(i)
+        for _ in range(6):
+            steps.step()
     assert host.found == []

@@ -6,13 +6,16 @@ import json
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_engine import threads
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation import run as evaluation
@@ -258,3 +261,21 @@ def test_chunks_of_all_ids_take_no_memory() -> None:
     lazily = chunks(range(2**56), 64, aligned=True)
     assert len(lazily) == 2**50
     assert lazily[2**50 - 1] == range(2**56 - 64, 2**56)
+
+
+def test_real_images_keep_their_order_whichever_thread_is_first(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RealImages(open_shards(shards), (8, 8, 1))
+    alone = [real.read([k])[0] for k in range(6)]
+    decoded, begun = RealImages._decoded, []
+
+    def slow_at_first(self: RealImages, sample: Any) -> Any:
+        begun.append(sample[0])
+        time.sleep(0.02 if sample[0] == 0 else 0)
+        return decoded(self, sample)
+
+    monkeypatch.setattr(RealImages, "_decoded", slow_at_first)
+    monkeypatch.setattr(threads, "threads_to_use", lambda: 3)
+    assert np.array_equal(real.read(range(6)), alone)
+    assert sorted(begun) == list(range(6))

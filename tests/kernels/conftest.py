@@ -175,7 +175,11 @@ def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
 
 
 def _forget_plans() -> None:
-    for module in ("q_sample", "denoising_loss"):
+    launch = importlib.import_module("ddpm_kernels.group_norm_silu.launch")
+    launch.plan.cache_clear()
+    launch._forward_launches.cache_clear()
+    launch._backward_launches.cache_clear()
+    for module in ("q_sample", "denoising_loss", "reverse_step"):
         importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
 
@@ -184,10 +188,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that little tensors take several slabs and chunks of `group_norm_silu`."""
     planning = importlib.import_module("ddpm_kernels.group_norm_silu.plan")
     monkeypatch.setattr(planning, "WIDTHS", (8, 16))
-    planning.plan.cache_clear()
+    _forget_plans()
     with (
         trying("group_norm_silu", Tile(128, 4)),
         trying("group_norm_silu_backward", Tile(64, 4)),
     ):
         yield
-    planning.plan.cache_clear()
+    _forget_plans()

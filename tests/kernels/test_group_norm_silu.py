@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.comparing import assert_no_worse, assert_within, largest
+from tests.kernels.comparing import assert_equal, assert_no_worse, assert_within, largest
 from tests.kernels.conftest import Backend, Guarded
 from tests.kernels.inputs import (
     FLOATS,
@@ -296,6 +296,21 @@ def test_no_gradient_of_the_output(backend: Backend) -> None:
     assert torch.autograd.grad(y.sum(), given_["x"], allow_unused=True) == (None,)
 
 
+def test_gradients_of_the_parameters_alone(backend: Backend) -> None:
+    """Where x needs none; the others are the same to the bit."""
+    for film, layout in ((True, "nhwc"), (False, "nchw")):
+        plain = of_group_norm_silu(film=film)
+        given_ = backend.moved({**plain, "x": lay_out(plain["x"], layout)})
+        expected = gradients(group_norm_silu, given_)
+        names = [n for n in DIFFERENTIABLE if n != "x" and given_[n] is not None]
+        leaves = {name: given_[name].detach().requires_grad_() for name in names}
+        y = group_norm_silu(**{**given_, **leaves})
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+        found = torch.autograd.grad(y, list(leaves.values()), cotangent.bfloat16().to(y))
+        for name, gradient in zip(names, found, strict=True):
+            assert_equal(gradient, expected[name], name)
+
+
 def test_an_empty_batch(backend: Backend) -> None:
     given_ = backend.moved(of_group_norm_silu((0, 6, 5, 4)))
     assert group_norm_silu(**given_).shape == (0, 6, 5, 4)
@@ -340,6 +355,18 @@ def test_plan_covers_everything_once(
     assert division.slab_pixels % division.rows == 0
     assert 1 <= division.slabs <= MAX_SLABS
     assert division.rows == 1 or division.rows * division.width <= tile
+
+
+def test_a_small_map_takes_one_launch_where_there_are_many() -> None:
+    """A sample that is read twice costs less than it takes to launch a second kernel."""
+    assert plan(128, 256, 8 * 8, 32, TILE).slabs == 1
+    assert plan(4, 256, 8 * 8, 32, TILE).slabs > 1
+    assert plan(128, 128, 32 * 32, 32, TILE).slabs > 1
+
+
+def test_chunks_are_of_one_size_as_far_as_that_aligns() -> None:
+    division = plan(128, 384, 1024, 32, TILE)
+    assert (division.chunk_groups, division.chunks) == (8, 4)
 
 
 def test_chunks_of_usual_widths_begin_at_16_bytes_and_are_full() -> None:

@@ -24,7 +24,8 @@ from tests.kernels.inputs import (
 )
 from torch import Tensor
 
-from ddpm_kernels import Stream, gaussian_noise, q_sample
+from ddpm_kernels import Stream, q_sample
+from ddpm_kernels.philox import gaussian_noise
 from ddpm_kernels.tiles import TILES
 
 PER_SAMPLE = ("images", "timesteps", "sample_ids", "flip")

@@ -27,7 +27,8 @@ from tests.kernels.inputs import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from ddpm_kernels import Column, Stream, gaussian_noise, reverse_step
+from ddpm_kernels import Column, Stream, reverse_step
+from ddpm_kernels.philox import gaussian_noise
 from ddpm_kernels.reverse_step import reverse_step_reference_
 
 IMAGES = ("x", "output", "unconditional", "history")

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def _fresh_table() -> Iterator[None]:
 def test_tiles_are_powers_of_two(table: str) -> None:
     for tile in TILES[table].values():
         assert tile.elements >= LEAST
-        assert all(value & (value - 1) == 0 for value in tile)
+        assert all(value & (value - 1) == 0 for value in (tile.elements, tile.warps))
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "sm_123", "gfx90a", "gfx942"])
@@ -58,15 +59,24 @@ def test_fitted_covers_small_samples_with_as_much_work_a_thread(count: int) -> N
 
 def test_a_file_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "tiles.json"
-    write_tiles(file, {"sm_90": {"q_sample": Tile(2048, 4)}})
-    assert json.loads(file.read_text()) == {"sm_90": {"q_sample": [2048, 4]}}
-    assert read_tiles(file) == {"sm_90": {"q_sample": Tile(2048, 4)}}
+    written = {"sm_90": {"q_sample": Tile(2048, 4), "group_norm_silu": Tile(4096, 8, 3, 1024)}}
+    write_tiles(file, written)
+    assert json.loads(file.read_text())["sm_90"]["group_norm_silu"] == {
+        "elements": 4096, "warps": 8, "stages": 3, "programs": 1024
+    }  # fmt: skip
+    assert read_tiles(file) == written
     monkeypatch.setenv("DDPM_TILES", str(file))
     with assume_gpu("sm_90"):
         assert tile_for("q_sample", X) == Tile(2048, 4)
         assert tile_for("denoising_loss", X) == TILES["default"]["denoising_loss"]
     with assume_gpu("sm_80"):
         assert tile_for("q_sample", X) == TILES["default"]["q_sample"]
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "tiles.json"
+    file.write_text('{"sm_90": {"q_sample": [2048, 4]}}')
+    assert read_tiles(file) == {"sm_90": {"q_sample": Tile(2048, 4)}}
 
 
 @pytest.mark.parametrize(
@@ -77,10 +87,15 @@ def test_a_file_replaces_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("[]", "tiles.json is no table of tiles"),
         ('{"sm_90": {"q_sample": [1024]}}', "tiles.json is no table of tiles"),
         ('{"sm_90": {"conv": [1024, 2]}}', "names 'conv'; choose from q_sample, "),
-        ('{"sm_90": {"q_sample": [1000, 2]}}', "has 1000 for q_sample; it must be a power of 2"),
-        ('{"sm_90": {"q_sample": [1024, 0]}}', "has 0 for q_sample"),
-        ('{"sm_90": {"q_sample": [1024.0, 2]}}', "has 1024.0 for q_sample"),
-        ('{"sm_90": {"q_sample": [64, 1]}}', "has 64 elements for q_sample; the least is 128"),
+        ('{"sm_90": {"q_sample": {"elements": 1024, "size": 2}}}', "tiles.json is no table"),
+        (
+            '{"sm_90": {"q_sample": [1000, 2]}}',
+            "has 1000 elements for q_sample; it must be a",
+        ),
+        ('{"sm_90": {"q_sample": [1024, 0]}}', "has 0 warps for q_sample; it must be a positive"),
+        ('{"sm_90": {"q_sample": [1024.0, 2]}}', "has 1024.0 elements for q_sample"),
+        ('{"sm_90": {"q_sample": [1024, 2, "all"]}}', "has 'all' stages for q_sample"),
+        ('{"sm_90": {"q_sample": [64, 1]}}', "has 64 elements for q_sample; it must be at least"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(
@@ -113,6 +128,25 @@ def test_autotuning_takes_what_is_fastest_over_all_sizes() -> None:
     assert fastest("q_sample", works, Tile(1024, 2), seconds) == (winner, pytest.approx(0.5))
     # Where nothing is faster, the table's own tile stays.
     assert fastest("q_sample", [lambda: 0], Tile(1024, 2), lambda _: 1.0) == (Tile(1024, 2), 1.0)
+
+
+def test_autotuning_varies_stages_and_programs_of_norms_at_the_best_tile() -> None:
+    tried: list[Tile] = []
+
+    def seconds(operation: str, _: Work) -> float:
+        tile = tile_for(operation, X)
+        tried.append(tile)
+        apart = abs(math.log2(tile.elements / 4096)) + abs(tile.warps - 8)
+        return 1 + apart + abs(tile.stages - 3) + abs(math.log2(tile.programs / 1024))
+
+    norm = "group_norm_silu"
+    found, ratio = fastest(norm, [lambda: 0], Tile(2048, 4), partial(seconds, norm))
+    assert found == Tile(4096, 8, 3, 1024)
+    assert ratio == pytest.approx(1 / 9)
+    assert len(tried) == len(set(tried))
+    tried.clear()
+    fastest("q_sample", [lambda: 0], Tile(1024, 2), partial(seconds, "q_sample"))
+    assert {(tile.stages, tile.programs) for tile in tried} == {(1, 512)}
 
 
 def test_trying_is_undone() -> None:

@@ -160,7 +160,7 @@ def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, lay
     dy = lay_out(torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape), layout)
     torch.library.opcheck(
         torch.ops.ddpm.group_norm_silu_backward.default,
-        (dy, x, groups, weight, bias, scale, shift, statistics, activation),
+        (dy, x, groups, weight, bias, scale, shift, statistics, activation, film),
     )
 
 

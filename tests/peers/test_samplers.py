@@ -75,7 +75,7 @@ def ours(table: CoefficientTable, model: Any, clip: bool) -> list[Tensor]:
     runner.begin(scale[0] * initial(), SEED, IDS, Conditioning())
     states = []
     for index in range(runner.steps):
-        runner.step(index)
+        runner.step()
         states.append(runner.x / scale[index + 1])
     return states
 

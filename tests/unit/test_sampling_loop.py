@@ -201,8 +201,8 @@ def test_image_to_image_takes_the_last_steps_from_a_noised_image(sampler: str) -
     conditions = Conditioning(LABELS)
     process = StepRunner(Conditional(), table, (4, *SHAPE), conditions, CPU, clip=False)
     process.begin(state, 3, IDS, conditions)
-    for i in range(process.steps):
-        process.step(i)
+    for _ in range(process.steps):
+        process.step()
     torch.testing.assert_close(samples, process.x, rtol=0, atol=1e-6)
 
 
@@ -250,7 +250,7 @@ def test_resampling_repeats_every_step_with_fresh_noise() -> None:
     process.begin(initial_noise(3, IDS, SHAPE), 3, IDS, conditions)
     noises = []
     for i in range(process.steps):
-        process.step(i)
+        process.step()
         if i % 3 != 2 and i < process.steps - 1:
             kept = (levels.before[i + 1] / levels.after[i]).item()
             noise = gaussian_noise(3, IDS, SHAPE, i, Stream.RESAMPLING_NOISE)
@@ -356,10 +356,10 @@ def test_a_step_is_the_network_and_at_most_two_operations(
         )  # fmt: skip
         null = conditions.null(Conditional.conditioning)
         process.begin(x, 3, IDS, conditions, null if "guidance" in options else None)
-        process.step(0)  # makes the doubled batch
+        process.step()  # makes the doubled batch
         with operations:
-            for i in range(1, process.steps):
-                process.step(i)
+            for _ in range(1, process.steps):
+                process.step()
     steps = process.steps - 1
     assert operations.counts == {name: count * steps for name, count in expected.items()}
 

@@ -36,6 +36,7 @@ from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache,
 from ddpm_engine.evaluation.nll import bound_of_real_images, check_bound
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
 from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
+from ddpm_engine.generation.batch_size import DEFAULT, BatchSize
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
 from ddpm_engine.memory import check_fits
@@ -60,8 +61,9 @@ class SamplingOptions:
     class_labels: ClassLabels = None
     """Classes of samples 0, 1, 2, ..., then again from the first. all: every class in turn, the
     default of a class-conditional network; none: unconditional."""
-    batch_size: Positive = 64
-    """Samples generated at a time by each process."""
+    batch_size: BatchSize = "auto"
+    """Number of samples generated at a time by each process, and for nll of images. auto: as many
+    as a GPU's memory holds, found by trying; on a CPU, and for nll, 64."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,9 @@ def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | Non
     channels, height, width = loaded.shape
     shape = (height, width, channels)
     real = open_real_images(real_location(options, loaded), shape, options.count)
-    batch = min(options.sampling.batch_size, len(real))
+    asked = options.sampling.batch_size
+    size = DEFAULT if asked == "auto" else asked
+    batch = min(size, len(real))
     check_fits(8 * batch * math.prod(shape), "batch_size", "choose a smaller one")
     found = bound_of_real_images(
         loaded,
@@ -276,7 +280,7 @@ def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | Non
         evaluations_folder(options, loaded),
         variance=options.sampling.variance,
         seed=vars(options.sampling)["seed"],
-        batch_size=options.sampling.batch_size,
+        batch_size=size,
         share=share,
         show_progress=share.rank == 0,
     )

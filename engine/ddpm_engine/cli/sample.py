@@ -18,7 +18,6 @@ import tyro
 from ddpm_engine.bounds import Ge
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.cli.options import (
-    Positive,
     PositiveOrNone,
     exit_on_error,
     numbers,
@@ -32,11 +31,13 @@ from ddpm_engine.cli.request_options import (
     request_of,
 )
 from ddpm_engine.errors import UserError
+from ddpm_engine.generation.batch_size import BatchSize
 from ddpm_engine.generation.generate import generate
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
-from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.networks.half_weights import to_half
+from ddpm_engine.runtime import DTYPES, local_device, use_local_compile_cache
 from ddpm_engine.samplers.identity import Count, Seed, distinct
 
 
@@ -87,8 +88,9 @@ class ImageOptions:
 class MachineOptions:
     """Speed and files; of these, only the precision changes samples beyond rounding."""
 
-    batch_size: Positive = 64
-    """Samples generated at a time by each process."""
+    batch_size: BatchSize = "auto"
+    """Number of samples generated at a time by each process, which changes them by rounding at
+    most. auto: as many as a GPU's memory holds, found by trying, and 64 on a CPU."""
     compile: bool = False
     """Compile the network block by block with torch.compile: worth it for many samples."""
     format: Format = "png"
@@ -205,6 +207,10 @@ def main() -> None:
         check(options)
         ids = parse_ids(options)
         model = load_model(options.checkpoint, local_device(), options.weights)
+        # The network is this command's own: its weights need not be there twice.
+        half = DTYPES.get(options.of_request()["precision"])
+        if half is not None:
+            to_half(model.network, half)
         asked = {**options.of_request(), "interpolate": parse_interpolation(options)}
         machine = options.machine
         generate(

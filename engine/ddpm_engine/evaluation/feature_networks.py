@@ -12,12 +12,14 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddpm_engine.cache_directories import user_cache
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import CLASSES, HIDDEN, DigitClassifier, digit_classifier
 from ddpm_engine.evaluation.inception import FEATURES, OUTPUTS, InceptionNetwork, load_inception
 from ddpm_engine.images.codec import with_channels
+from ddpm_engine.images.transfer import Pending, to_host
 
 FeaturesName = Literal["inception", "digits"]
 
@@ -41,6 +43,10 @@ class FeatureNetwork(Protocol):
         Raises:
             UserError: images of a size that the network does not take.
         """
+        ...
+
+    def start(self, images: NDArray[np.uint8]) -> NDArray[np.floating] | Pending:
+        """Evaluate likewise, on a GPU without waiting for it."""
         ...
 
 
@@ -99,14 +105,38 @@ class InceptionFeatures:
         self.hash = hash
         self._network = network
         self._device = next(network.parameters()).device
+        self._uploads = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
         """See `FeatureNetwork`."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
+        return np.asarray(self._evaluate(torch.from_numpy(images).to(self._device)).cpu().numpy())
+
+    @torch.inference_mode()
+    def start(self, images: NDArray[np.uint8]) -> NDArray[np.floating] | Pending:
+        """See `FeatureNetwork`. The second half is copied while the first is evaluated."""
+        if self._uploads is None:
+            return self(images)
+        halves = [
+            to_host(self._evaluate(self._uploaded(half, self._uploads)))
+            for half in np.array_split(images, min(2, len(images)))
+        ]
+        return lambda: np.concatenate([half() for half in halves])
+
+    def _uploaded(self, images: NDArray[np.uint8], uploads: torch.cuda.Stream) -> Tensor:
+        with torch.cuda.stream(uploads):
+            copied = torch.from_numpy(images).pin_memory().to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(uploads)
+        copied.record_stream(computing)
+        return copied
+
+    def _evaluate(self, images: Tensor) -> Tensor:
+        """The features and logits of uint8 images `[N, H, W, C]`."""
+        pixels = images.permute(0, 3, 1, 2)
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
-        return np.asarray(torch.cat(self._network(pixels), dim=1).cpu().numpy())
+        return torch.cat(self._network(pixels), dim=1)
 
 
 class DigitFeatures:
@@ -133,3 +163,7 @@ class DigitFeatures:
         grey = np.stack([with_channels(image, 1) for image in images])
         hidden = self._classifier.features(grey)
         return np.concatenate([hidden, self._classifier.logits(hidden)], axis=1)
+
+    def start(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """See `FeatureNetwork`; the network is no GPU's."""
+        return self(images)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import atomic_write, sha256_of
@@ -98,11 +99,14 @@ class FeatureStore(IdStore):
         """
         return np.concatenate(list(self.blocks(ids)))
 
-    def moments(self, ids: Sequence[int]) -> tuple[Moments, str]:
+    def moments(
+        self, ids: Sequence[int], device: torch.device | str = "cpu"
+    ) -> tuple[Moments, str]:
         """Return the moments of all rows, kept beside them, and the SHA-256 of their file.
 
         Args:
             ids: of all rows.
+            device: that computes them.
 
         Raises:
             UserError: the folder cannot be written.
@@ -110,7 +114,7 @@ class FeatureStore(IdStore):
         path = self.directory / "moments.npz"
         if (kept := _read_moments(path)) is not None:
             return kept, sha256_of(path)
-        found = moments(self.blocks(ids))
+        found = moments(self.blocks(ids), device)
         content = io.BytesIO()
         np.savez(
             content, allow_pickle=False, count=np.int64(found.count), mean=found.mean,

@@ -1,6 +1,7 @@
 """The Fréchet distance between two sets of features (Heusel et al. 2017, equation 6).
 
-With Inception's features it is the Fréchet Inception Distance, FID. Everything here is float64.
+With Inception's features it is the Fréchet Inception Distance, FID. Everything here is float64, and
+computed where features are: of 2048, a GPU takes a second for what a CPU takes half a minute for.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddpm_engine.errors import UserError
 
@@ -29,7 +32,13 @@ class Moments:
     """`[D, D]`, unbiased (divided by N − 1)."""
 
 
-def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
+def float64_device(device: torch.device | str) -> torch.device:
+    """Return the device, or the CPU in place of one that has no float64."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def moments(blocks: Iterable[NDArray[np.floating]], device: torch.device | str = "cpu") -> Moments:
     """Compute mean and covariance of features that need not fit in memory.
 
     Blocks are added by Chan, Golub and LeVeque's rule (1983), which never subtracts two large
@@ -37,16 +46,18 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
 
     Args:
         blocks: `[n, D]` each, of any floating type.
+        device: that computes them.
 
     Raises:
         UserError: fewer than two features in all, or one that is not finite.
     """
-    count, mean, scatter = 0, np.zeros(()), np.zeros(())
+    count, device = 0, float64_device(device)
+    mean = scatter = torch.zeros((), dtype=torch.float64, device=device)
     for block in blocks:
         if not len(block):
             continue
-        features = np.asarray(block, dtype=np.float64)
-        refuse_not_finite(features)
+        refuse_not_finite(block)
+        features = torch.from_numpy(np.ascontiguousarray(block)).to(device, torch.float64)
         block_mean = features.mean(0)
         centred = features - block_mean
         block_scatter = centred.T @ centred
@@ -54,14 +65,14 @@ def moments(blocks: Iterable[NDArray[np.floating]]) -> Moments:
         if count:
             apart = block_mean - mean
             mean = mean + apart * (len(features) / total)
-            outer = np.outer(apart, apart) * (count * len(features) / total)
+            outer = torch.outer(apart, apart) * (count * len(features) / total)
             scatter = scatter + block_scatter + outer
         else:
             mean, scatter = block_mean, block_scatter
         count = total
     if count < FEWEST:
         raise UserError(f"a covariance needs at least {FEWEST} images, and there are {count}")
-    return Moments(count, mean, scatter / (count - 1))
+    return Moments(count, mean.cpu().numpy(), (scatter / (count - 1)).cpu().numpy())
 
 
 def refuse_not_finite(features: NDArray[np.floating]) -> None:
@@ -80,7 +91,7 @@ def refuse_not_finite(features: NDArray[np.floating]) -> None:
         )
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments, device: torch.device | str = "cpu") -> float:
     """Compute ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½).
 
     With roots Σ = R Rᵀ, the trace of (Σ_a Σ_b)^½ is the sum of the singular values of R_aᵀ R_b.
@@ -88,21 +99,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     exact for singular covariances (fewer images than features), where a general matrix square root
     returns complex numbers or needs an offset on the diagonal.
 
+    Args:
+        a: moments of one set.
+        b: of the other.
+        device: that computes it.
+
     Raises:
         ValueError: features of different lengths.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {a.mean.size} and of {b.mean.size} numbers")
     apart = a.mean - b.mean
-    trace = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    roots = [_root(torch.from_numpy(m.covariance).to(float64_device(device))) for m in (a, b)]
+    trace = float(torch.linalg.svdvals(roots[0].T @ roots[1]).sum())
     distance = apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace
     # For two equal sets, rounding may leave a negative number.
     return max(float(distance), 0.0)
 
 
-def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return R with R Rᵀ = covariance, `[D, D]`."""
-    values, vectors = np.linalg.eigh(covariance)
+def _root(covariance: Tensor) -> Tensor:
+    """Return R with R Rᵀ = covariance, float64 `[D, D]`."""
+    values, vectors = torch.linalg.eigh(covariance)
     # Smaller values are rounded zeros, whose roots would not be small.
-    noise = values.max() * len(values) * np.finfo(np.float64).eps
-    return np.asarray(vectors * np.sqrt(np.where(values > noise, values, 0)))
+    noise = values.max() * len(values) * torch.finfo(torch.float64).eps
+    return vectors * values.where(values > noise, 0).sqrt()

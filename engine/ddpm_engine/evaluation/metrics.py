@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,10 +59,9 @@ class Features:
         """Take rows `[N, D + K]` that are in memory as one block."""
         return cls(lambda: [rows], width, labels)
 
-    @cached_property
-    def moments(self) -> Moments:
-        """Mean and covariance of the features."""
-        return self.known_moments or moments(self._features())
+    def moments(self, device: torch.device | str = "cpu") -> Moments:
+        """Return mean and covariance of the features, computed on a device if they are unknown."""
+        return self.known_moments or moments(self._features(), device)
 
     def features(self) -> NDArray[np.floating]:
         """All features: `[N, D]`."""
@@ -136,7 +134,7 @@ def compute(
         generated: of the samples.
         real: of the images they are compared with, by the same network.
         metrics: of `METRICS`.
-        device: where distances between features are computed.
+        device: where moments and distances between features are computed.
 
     Raises:
         UserError: as `compute_one`.
@@ -154,7 +152,8 @@ def compute_one(
             are not finite.
     """
     if metric == "fid":
-        return {"distance": frechet_distance(generated.moments, real.moments)}
+        sides = generated.moments(device), real.moments(device)
+        return {"distance": frechet_distance(*sides, device)}
     if metric == "kid":
         return kernel_distance(generated.features(), real.features())._asdict()
     if metric == "is":

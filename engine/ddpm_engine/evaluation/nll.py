@@ -20,6 +20,7 @@ from ddpm_engine.data.classes import match_classes
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.arithmetic import without_tf32
 from ddpm_engine.evaluation.features_store import FeatureStore
 from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, RealImages
@@ -86,6 +87,7 @@ def bound_of_real_images(
         progress.step(len(x))
         return output
 
+    @without_tf32()
     def terms(batch: Sequence[int]) -> NDArray[np.float64]:
         images = torch.from_numpy(real.read(batch)).permute(0, 3, 1, 2)
         found = bits_per_dim(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.arithmetic import ARITHMETIC
 from ddpm_engine.json_files import to_json
 
 _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
@@ -57,7 +58,8 @@ def write_report(
     path = out / f"result-{digest[:8]}.json"
     metrics = {**_earlier(path, inputs), **measured}
     found = {name: location for name, location in locations.items() if location is not None}
-    report = {"metrics": metrics, **inputs, "found_at": found, "versions": versions()}
+    report = {"metrics": metrics, **inputs, "found_at": found}
+    report |= {"arithmetic": ARITHMETIC, "versions": versions()}
     try:
         for file, text in [
             (path, to_json(report, indent=2, ensure_ascii=False) + "\n"),

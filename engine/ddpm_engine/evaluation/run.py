@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ddpm_engine.data.classes import match_classes
 from ddpm_engine.errors import UserError
+from ddpm_engine.evaluation.arithmetic import without_tf32
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.features_store import (
     FeatureStore,
@@ -35,6 +36,7 @@ from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, Images, RealImages, SampleSource
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import WorkShare, chunks, fill_missing
+from ddpm_engine.images.transfer import Pending
 from ddpm_engine.memory import check_fits
 from ddpm_engine.samplers.identity import whole
 
@@ -98,11 +100,17 @@ def evaluate(
     def featurise(
         store: FeatureStore, images: Images, ids: Sequence[int], columns: int, wait: bool
     ) -> bool:
-        def rows(batch: Sequence[int]) -> NDArray[np.floating]:
-            found = network(images.read(batch))[:, :columns]
+        def rows(batch: Sequence[int]) -> NDArray[np.floating] | Pending:
+            started = network.start(images.read(batch))
+            if callable(started):
+                return lambda: sound(batch, started())
+            return sound(batch, started)
+
+        def sound(batch: Sequence[int], found: NDArray[np.floating]) -> NDArray[np.floating]:
+            found = found[:, :columns]
             if not np.isfinite(found).all():
-                sound = np.isfinite(found).all(1)
-                wrong = [k for k, finite in zip(batch, sound, strict=True) if not finite]
+                finite = np.isfinite(found).all(1)
+                wrong = [k for k, is_finite in zip(batch, finite, strict=True) if not is_finite]
                 raise UserError(
                     f"features of image {wrong[0]} in {store.directory} are not finite numbers; "
                     f"look at the weights of the feature network {network.name}"
@@ -111,7 +119,7 @@ def evaluate(
             return found
 
         wanted = set(ids)
-        with Progress(
+        with without_tf32(), Progress(
             len(wanted), lambda: len(wanted & store.ids()), unit="features",
             active=show_progress and not store.ids().issuperset(wanted),
         ) as progress:  # fmt: skip
@@ -142,7 +150,9 @@ def evaluate(
         raise UserError(f"samples or features in {out} are missing; run the evaluation again")
 
     _warn_of_few(len(sample_ids), len(real_ids), network.features)
-    moments, digest = real_features.moments(real_ids) if "fid" in metrics else (None, None)
+    moments = digest = None
+    if "fid" in metrics:
+        moments, digest = real_features.moments(real_ids, device)
     generated = Features(
         lambda: sample_features.blocks(sample_ids), network.features, labels=labels()
     )
@@ -153,8 +163,9 @@ def evaluate(
     for name in METRICS:
         try:
             if name in metrics:
-                measured[name] = compute_one(name, generated, reference, device)
-        except (UserError, MemoryError, torch.OutOfMemoryError, np.linalg.LinAlgError) as error:
+                with without_tf32():
+                    measured[name] = compute_one(name, generated, reference, device)
+        except (UserError, MemoryError, torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
             failed.append(f"{name}: {error}")
     if "fid" in measured:
         measured["fid"]["reference_sha256"] = digest

@@ -13,18 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.classes import ClassNames
-from ddpm_engine.data.shards.reader import DamagedSample, ShardReader
+from ddpm_engine.data.shards.reader import DamagedSample, ShardReader, StoredImage
 from ddpm_engine.data.shards.records import records_of
 from ddpm_engine.data.shards.shard_set import ShardSet, open_shards
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.subsets import evenly_spaced
+from ddpm_engine.generation.batch_size import DEFAULT, BatchSize, batch_size_of
 from ddpm_engine.generation.generate import check_amounts, settings_of
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_dir import SampleDir
@@ -34,6 +35,9 @@ from ddpm_engine.images.codec import fit
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
+from ddpm_engine.threads import in_threads
+
+T = TypeVar("T")
 
 RULE = (
     "uint8; cut to the central square, halved by averaging while at least twice as large, then "
@@ -97,7 +101,9 @@ class RealImages:
         Raises:
             UserError: a damaged sample; leaving it out would change the metrics.
         """
-        return np.stack([self._read(k) for k in ids])
+        # One reads; decoding and resizing take the time.
+        stored = [self._refusing(k, self._reader.stored, *self._locate(k)) for k in ids]
+        return np.stack(in_threads(self._decoded, list(zip(ids, stored, strict=True))))
 
     def label_of(self, sample_id: int) -> int | None:
         """See `Images`."""
@@ -110,11 +116,16 @@ class RealImages:
         shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
         return shard, sample - int(self._starts[shard])
 
-    def _read(self, sample_id: int) -> NDArray[np.uint8]:
-        shard, row = self._locate(sample_id)
+    def _decoded(self, sample: tuple[int, StoredImage]) -> NDArray[np.uint8]:
+        sample_id, stored = sample
+        return fit(self._refusing(sample_id, stored.decoded, self.shape[2]), self.shape[0])
+
+    def _refusing(self, sample_id: int, read: Callable[..., T], *arguments: Any) -> T:
+        """Read, and name a sample that is damaged."""
         try:
-            return fit(self._reader.image(shard, row, self.shape[2]), self.shape[0])
+            return read(*arguments)
         except DamagedSample as damage:
+            shard, row = self._locate(sample_id)
             fault = self._reader.describe(shard, row, str(damage))
             raise UserError(
                 f"{fault}; metrics without it would be other metrics: verify the set in "
@@ -159,7 +170,7 @@ class GeneratedSamples:
         settings: everything that determines a sample besides its id.
         folder: of the samples.
         count: number of samples.
-        batch_size: samples at a time.
+        batch_size: samples at a time; see `BatchSize`.
         chunk_size: samples in a shard.
 
     Raises:
@@ -172,7 +183,7 @@ class GeneratedSamples:
         settings: Mapping[str, Any],
         folder: Path,
         count: int,
-        batch_size: int,
+        batch_size: BatchSize,
         chunk_size: int,
     ) -> None:
         self.ids = distinct(range(count), "count")
@@ -204,17 +215,16 @@ class GeneratedSamples:
     def generate(self, share: WorkShare, wait: bool, show_progress: bool) -> None:
         """Generate the missing samples; see `SampleSource.generate`."""
         ids, store = self.ids, self.store
+        lacks = count_of(ids, store.ids()) < len(ids)
+        size = batch_size_of(self._sampler, self._batch_size, ids) if lacks else DEFAULT
         with Progress(
             len(ids), lambda: count_of(ids, store.ids()), self._sampler.evaluations,
-            active=show_progress and count_of(ids, store.ids()) < len(ids),
+            active=show_progress and lacks,
         ) as progress:  # fmt: skip
-
-            def images(batch: Sequence[int]) -> NDArray[np.uint8]:
-                return self._sampler.images(batch, batch_size=len(batch), on_step=progress.step)
-
             fill_missing(
-                store, ids, images, batch_size=self._batch_size, chunk_size=self._chunk_size,
-                share=share, progress=progress, wait=wait,
+                store, ids, lambda batch: self._sampler.start_images(batch, on_step=progress.step),
+                batch_size=size, chunk_size=self._chunk_size, share=share, progress=progress,
+                wait=wait,
             )  # fmt: skip
 
 
@@ -224,7 +234,7 @@ def generated_source(
     count: int,
     out: Path | None = None,
     parent: Path = Path(),
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
     chunk_size: int = 1024,
 ) -> tuple[SampleSource, Path]:
     """Evaluate samples 0 … count − 1 of a request, generated into `out / "pictures"`.
@@ -236,7 +246,7 @@ def generated_source(
         out: folder of the evaluation, created if missing; None: one named by the settings, in
             `parent`.
         parent: folder of evaluations.
-        batch_size: samples at a time.
+        batch_size: samples at a time; see `BatchSize`.
         chunk_size: samples in a shard.
 
     Returns:

@@ -14,7 +14,7 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import moving_strip, strip
-from ddpm_engine.samplers.finite import refuse_not_finite
+from ddpm_engine.samplers.finite import finite_samples, refuse_not_finite
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
@@ -116,7 +116,7 @@ def watch(
         for step in sampler.trajectory(ids)
         if step.index in kept
     ]
-    refuse_not_finite(ids, request.seed, seen[-1].x)
+    refuse_not_finite(ids, request.seed, finite_samples(seen[-1].x).tolist())
     return seen
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.errors import UserError
+from ddpm_engine.generation.batch_size import BatchSize, batch_size_of
 from ddpm_engine.generation.input_images import (
     InputImages,
     SamplesAsInput,
@@ -84,7 +85,7 @@ def generate(
     out: Path,
     *,
     format: Format = "png",
-    batch_size: int = 64,
+    batch_size: BatchSize = "auto",
     per_shard: int = 1024,
     compile: bool = False,
     share: WorkShare = WorkShare(),  # noqa: B008
@@ -100,7 +101,7 @@ def generate(
         ids: of the samples.
         out: the folder, created if missing. If it holds samples of the same settings, they stay.
         format: of the files; see `SampleDir`.
-        batch_size: samples at a time.
+        batch_size: samples at a time; see `BatchSize`.
         per_shard: samples of a shard.
         compile: whether to compile the network block by block.
         share: this process among those that share the work.
@@ -125,8 +126,9 @@ def generate(
     if count_of(ids, store.ids()) == len(ids) and store.grid.exists():
         say_first(f"all {len(ids)} samples are already in {out}")
         return True
+    size = batch_size_of(sampler, batch_size, ids)
     if compile:
-        _compile(sampler, min(batch_size, len(ids)), say_first)
+        _compile(sampler, ids[:size], say_first)
     active = report is not None and share.rank == 0
     with Progress(
         len(ids), lambda: count_of(ids, store.ids()), sampler.evaluations, active
@@ -134,8 +136,8 @@ def generate(
         finished = fill_missing(
             store,
             ids,
-            lambda batch: sampler.images(batch, batch_size=len(batch), on_step=progress.step),
-            batch_size=batch_size,
+            lambda batch: sampler.start_images(batch, on_step=progress.step),
+            batch_size=size,
             chunk_size=per_shard,
             share=share,
             progress=progress,
@@ -148,7 +150,7 @@ def generate(
 
 
 def check_amounts(
-    sampler: Sampler, ids: Sequence[int], batch_size: int, chunk: tuple[str, int]
+    sampler: Sampler, ids: Sequence[int], batch_size: BatchSize, chunk: tuple[str, int]
 ) -> None:
     """Refuse what would fail at the first batch, before a folder is claimed for it.
 
@@ -166,7 +168,8 @@ def check_amounts(
     field, size = chunk
     if whole(size, field) < 1:
         raise UserError(f"`{field}` is {size}; it must be at least 1", field)
-    sampler.check_fits(min(batch_size, len(ids)), batch_size)
+    batch = 1 if batch_size == "auto" else batch_size
+    sampler.check_fits(min(batch, len(ids)), batch)
     if size > MOST_IN_A_FILE:
         raise UserError(f"`{field}` is {size}; it can be {MOST_IN_A_FILE} at most", field)
     kept = math.prod(sampler.model.shape) * min(size, len(ids))
@@ -174,10 +177,10 @@ def check_amounts(
     sampler.check_inputs(ids[0])
 
 
-def _compile(sampler: Sampler, batch: int, say: Callable[[str], object]) -> None:
+def _compile(sampler: Sampler, ids: Sequence[int], say: Callable[[str], object]) -> None:
     """Compile now and say so: nothing else would happen visibly for a while."""
     began = time.monotonic()
-    say(f"compiling the network for batches of {batch}, block by block ...")
-    sampler.model.network.compile_blocks()
-    sampler.warm_up(batch)
+    say(f"compiling the network for batches of {len(ids)}, block by block ...")
+    sampler.compile()
+    sampler.warm_up(ids)
     say(f"compiled in {time.monotonic() - began:.1f} s")

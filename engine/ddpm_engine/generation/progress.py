@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +38,7 @@ class Progress:
         self._at_first = count() if active else 0
         self._began = self._printed = time.monotonic()
         self._in_flight = 0.0
+        self._counting = threading.Lock()  # what is written is noted by the thread that writes
 
     def __enter__(self) -> Progress:
         return self
@@ -46,13 +48,15 @@ class Progress:
 
     def step(self, items: int) -> None:
         """Advance this many items by one step in this process."""
-        self._in_flight += items / self._steps
+        with self._counting:
+            self._in_flight += items / self._steps
         if self._active and time.monotonic() - self._printed >= self._interval:
             self._print()
 
     def written(self, items: int) -> None:
         """Note that this many items of this process are where `count` sees them."""
-        self._in_flight -= items
+        with self._counting:
+            self._in_flight -= items
 
     def close(self) -> None:
         """End the line."""

@@ -21,6 +21,7 @@ from ddpm_engine.data.tar import scan_tar
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.images.codec import decode, encode
+from ddpm_engine.threads import in_threads
 from ddpm_kernels.philox import MAX_SAMPLE_ID
 
 Format = Literal["png", "tar", "tar-npy", "npz"]
@@ -110,9 +111,13 @@ class PngFiles:
         self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
     ) -> None:
         """See `SampleFiles`; the labels are in the manifest only."""
-        for sample_id, image in zip(ids, images, strict=True):
+
+        def write_one(sample: tuple[int, np.ndarray]) -> None:
+            sample_id, image = sample
             with atomic_write(self.folder / f"{sample_id:08d}.png") as file:
                 file.write(encode(image, "png"))
+
+        in_threads(write_one, list(zip(ids, images, strict=True)))
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
         """See `SampleFiles`."""
@@ -136,13 +141,14 @@ class TarShards:
         self.folder.mkdir(exist_ok=True)
         for part in consecutive(ids):
             path = self.folder / f"{ids[part][0]:08d}-{ids[part][-1]:08d}.tar"
+            encoded = in_threads(lambda image: encode(image, self.extension), list(images[part]))
             # No encoder: the members are encoded already. mtime 0: the same bytes every time.
             with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-                for k, image, label in zip(ids[part], images[part], labels[part], strict=True):
+                for k, image, label in zip(ids[part], encoded, labels[part], strict=True):
                     description = {"id": k, "seed": seed, "label": label}
                     members = {
                         "__key__": f"{k:08d}",
-                        self.extension: encode(image, self.extension),
+                        self.extension: image,
                         "json": json.dumps(description).encode(),
                     }
                     if label is not None:

@@ -4,18 +4,20 @@ Each process works through its own chunks of ids round-robin, then takes over un
 the others, starting at the end. Items that exist are skipped, and so are chunks that another
 process has reserved. So no process waits for another, chunks of a slow or dead process are picked
 up, and an interrupted run is resumed by running it again, with any number of processes.
+
+Nothing waits for files either: while a device computes a batch, the one before is collected, and
+full chunks are written by a thread. A chunk stays reserved until it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
-
 from ddpm_engine.errors import UserError
+from ddpm_engine.generation.filling import Compute, filling
 from ddpm_engine.generation.id_store import IdStore
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.sample_formats import consecutive
@@ -42,7 +44,7 @@ class WorkShare:
 def fill_missing(
     store: IdStore,
     ids: Sequence[int],
-    compute: Callable[[Sequence[int]], np.ndarray],
+    compute: Compute,
     *,
     batch_size: int = 64,
     chunk_size: int = 1024,
@@ -55,7 +57,8 @@ def fill_missing(
     Args:
         store: where the items go.
         ids: everything wanted; a range of step 1, however long, is never put into a list.
-        compute: ids `[N]` to items `[N, ...]`, at most `batch_size` at a time.
+        compute: the items of at most `batch_size` ids at a time; the next are asked for before
+            those that a device is still computing are waited for.
         batch_size: items computed at a time.
         chunk_size: items reserved and written at a time. Where each item has a file of its own,
             chunks are single batches.
@@ -89,22 +92,18 @@ def fill_missing(
         """Compute every chunk that can be reserved; return whether there was any."""
         present, computed = store.ids(), False
         others = (i for i in reversed(numbers) if i % share.world_size != share.rank)
-        for number in chain(numbers[share.rank :: share.world_size], others):
-            piece = pieces[number]
-            if present.issuperset(piece):
-                continue
-            with store.reserve(piece, wait=wait) as reserved:
-                if not reserved:
+        with filling(store, compute, batch_size, progress) as under_way:
+            for number in chain(numbers[share.rank :: share.world_size], others):
+                piece = pieces[number]
+                if present.issuperset(piece):
+                    continue
+                chunk = under_way.reserve(piece, wait)
+                if chunk is None:
                     continue
                 present = store.ids()
-                if missing := [k for k in piece if k not in present]:
-                    batches = (
-                        missing[i : i + batch_size] for i in range(0, len(missing), batch_size)
-                    )
-                    store.write(missing, np.concatenate([compute(batch) for batch in batches]))
-                    if progress is not None:
-                        progress.written(len(missing))
-                    computed = True
+                missing = [k for k in piece if k not in present]
+                under_way.fill(chunk, missing)
+                computed |= bool(missing)
         return computed
 
     computed = True

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.images.grid import to_levels, to_uint8
 
 
 class Codec(Protocol):
@@ -24,6 +24,9 @@ class Codec(Protocol):
 
     def decode(self, samples: Tensor) -> np.ndarray:
         """Map samples as the network generates them to uint8 images `[B, H, W, C]`."""
+
+    def levels(self, samples: Tensor) -> Tensor:
+        """Do what `decode` does, and leave the images on the device."""
 
 
 class PixelCodec:
@@ -49,3 +52,7 @@ class PixelCodec:
             uint8 `[B, H, W, C]`.
         """
         return to_uint8(samples)
+
+    def levels(self, samples: Tensor) -> Tensor:
+        """Return what `decode` does, uint8 `[B, H, W, C]`, on the device of the `samples`."""
+        return to_levels(samples)

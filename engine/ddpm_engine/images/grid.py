@@ -17,18 +17,23 @@ _GIF_COLOURS = 64
 _NO_DITHER = Image.Dither.NONE
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_levels(images: Tensor) -> Tensor:
     """Map images from [-1, 1] to 0 … 255, rounding to the nearest and clipping.
 
     Args:
         images: float `[B, C, H, W]`.
 
     Returns:
-        uint8 `[B, H, W, C]`.
+        uint8 `[B, H, W, C]`, contiguous, on the same device.
     """
     scaled = (images.detach().float() + 1) * 127.5
     levels = scaled.round().clamp(0, 255).byte()
-    return levels.permute(0, 2, 3, 1).cpu().numpy()
+    return levels.permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Return what `to_levels` does, in the host's memory."""
+    return to_levels(images).cpu().numpy()
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> Image.Image:

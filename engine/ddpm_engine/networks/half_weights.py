@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import TypeVar
+
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 
 def half_names(model: nn.Module) -> list[str]:
@@ -29,3 +34,29 @@ def to_half(model: nn.Module, dtype: torch.dtype) -> None:
     for name in half_names(model):
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
+
+
+def in_half(network: T, dtype: torch.dtype | None) -> T:
+    """Return a network with those parameters converted, for one that others go on using.
+
+    Args:
+        network: stays as it is. What is no module, or has nothing to convert, is returned itself.
+        dtype: bfloat16 or float16; None: convert nothing.
+
+    Returns:
+        A network that shares all other tensors with it.
+    """
+    if dtype is None or not isinstance(network, nn.Module):
+        return network
+    wide = [network.get_parameter(name) for name in half_names(network)]
+    wide = [parameter for parameter in wide if parameter.dtype != dtype]
+    if not wide:
+        return network
+    # Tensors that deepcopy believes to have copied.
+    memo = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    memo |= {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in wide}
+    copied = deepcopy(network, memo)
+    for original, module in zip(network.modules(), copied.modules(), strict=True):
+        if original._compiled_call_impl is not None:  # which a copy loses
+            module.compile(dynamic=False)
+    return copied

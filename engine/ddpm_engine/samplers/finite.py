@@ -15,18 +15,22 @@ class NotFiniteError(UserError):
     """Samples are not finite numbers: sampling has diverged, or the network's training had."""
 
 
-def refuse_not_finite(ids: Sequence[int], seed: int, samples: Tensor) -> None:
+def finite_samples(samples: Tensor) -> Tensor:
+    """Say which samples `[N, C, H, W]` have finite values only: bool `[N]`, on their device."""
+    return samples.flatten(1).isfinite().all(1)
+
+
+def refuse_not_finite(ids: Sequence[int], seed: int, finite: Sequence[bool]) -> None:
     """Refuse samples with values that are not finite.
 
     Args:
         ids: of the samples, `[N]`.
         seed: of their noise.
-        samples: `[N, C, H, W]`.
+        finite: `[N]`, as `finite_samples` says.
 
     Raises:
         NotFiniteError: a `UserError` that names them.
     """
-    finite = samples.flatten(1).isfinite().all(1).tolist()
     wrong = [str(k) for k, sound in zip(ids, finite, strict=True) if not sound]
     if wrong:
         listed = ", ".join(wrong[:_NAMED])

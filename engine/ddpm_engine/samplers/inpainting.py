@@ -10,6 +10,7 @@ Source: Lugmayr et al., "RePaint", 2022, algorithm 1 (jumps of one step).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,59 +81,88 @@ def resampled(
     )
 
 
-class KnownPixels:
-    """The known pixels of a batch, which are put back after every step.
-
-    Args:
-        known: `[B, C, H, W]` in [-1, 1].
-        mask: bool `[B or 1, C or 1, H, W]`: True where pixels are known.
-        levels: around the rows of the resampled table.
-        seed: of all noise.
-        sample_ids: int64 `[B]`.
+def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Refuse what is no mask for images of a shape (B, C, H, W).
 
     Raises:
         UserError: a mask of another shape or dtype.
     """
+    batch, channels, *pixels = shape
+    fits = mask.ndim == 4 and mask.dtype == torch.bool
+    fits = fits and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels)
+    if not fits or list(mask.shape[2:]) != pixels:
+        raise UserError(
+            f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}; for images of {shape} it must "
+            "be bool, [N or 1, C or 1, H, W]"
+        )
+
+
+class KnownPixels:
+    """The known pixels of a batch, which are put back after every step.
+
+    All numbers of a step are found on the device by its row, so that a captured step serves every
+    row.
+
+    Args:
+        levels: around the rows of the resampled table.
+        shape: (B, C, H, W).
+        mask_shape: (B or 1, C or 1, H, W).
+        device: of everything.
+    """
 
     def __init__(
-        self, known: Tensor, mask: Tensor, levels: Levels, seed: int, sample_ids: Tensor
+        self,
+        levels: Levels,
+        shape: tuple[int, int, int, int],
+        mask_shape: Sequence[int],
+        device: torch.device,
     ) -> None:
-        batch, channels, *pixels = known.shape
-        fits = mask.ndim == 4 and mask.dtype == torch.bool
-        fits = fits and mask.shape[0] in (1, batch) and mask.shape[1] in (1, channels)
-        if not fits or list(mask.shape[2:]) != pixels:
-            raise UserError(
-                f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}; for images of "
-                f"{tuple(known.shape)} it must be bool, [N or 1, C or 1, H, W]"
-            )
-        device = sample_ids.device
-        self._known = known.to(device, torch.float32)
-        self._mask = mask.to(device)
-        self._before = [*levels.before.tolist(), 1.0]
-        self._after = levels.after.tolist()
-        self._scale_before = [*levels.scale_before.tolist(), 1.0]
-        self._scale_after = levels.scale_after.tolist()
-        self._seed = seed
-        self._ids = sample_ids
+        one = levels.before.new_ones(1)
+        following = torch.cat([levels.before[1:], one])
+        next_scale = torch.cat([levels.scale_before[1:], one])
+        level, scale = levels.after, levels.scale_after
+        self.repeated: list[bool] = (following < level).tolist()
+        """Whether the state is noised back after each row, to where the next begins."""
+        kept = following / level
+        columns = (
+            scale, level.sqrt(), (1 - level).sqrt(),
+            next_scale / scale * kept.sqrt(), next_scale * (1 - kept).clamp(min=0).sqrt(),
+        )  # fmt: skip
+        self._table = torch.stack(columns, 1).to(device, torch.float32)
+        self._known = torch.zeros(shape, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        self._mask = torch.zeros(tuple(mask_shape), dtype=torch.bool, device=device)
 
-    def put_back(self, x: Tensor, step: int) -> None:
+    def begin(self, known: Tensor, mask: Tensor) -> None:
+        """Begin a batch.
+
+        Args:
+            known: `[B, C, H, W]` in [-1, 1]; copied.
+            mask: bool `[B or 1, C or 1, H, W]`: True where pixels are known; copied.
+        """
+        self._known.copy_(known)
+        self._mask.copy_(mask)
+
+    def put_back(
+        self, x: Tensor, row: Tensor, seed: Tensor, sample_ids: Tensor, repeated: bool
+    ) -> None:
         """Overwrite the known pixels of the state after a step.
-
-        If the step is to be repeated, the state is then noised back to where the step began.
 
         Args:
             x: `[B, C, H, W]`, changed in place.
-            step: index of the row that led to it.
+            row: 0-dim int64: of the step that led to it.
+            seed: 0-dim int64, of all noise.
+            sample_ids: int64 `[B]`.
+            repeated: what `repeated` says of the row: noise the state back to where the step began.
         """
         shape = (x.shape[1], x.shape[2], x.shape[3])
-        level, following = self._after[step], self._before[step + 1]
-        noise = gaussian_noise(self._seed, self._ids, shape, step, Stream.KNOWN_NOISE)
-        scale = self._scale_after[step]
-        known = scale * (level**0.5 * self._known + (1 - level) ** 0.5 * noise)
+        numbers = self._table.index_select(0, row.reshape(1))[0].unbind()
+        scale, signal, sigma, back, fresh = numbers
+        noise = gaussian_noise(seed, sample_ids, shape, row, Stream.KNOWN_NOISE)
+        known = scale * (signal * self._known + sigma * noise)
         x.copy_(torch.where(self._mask, known, x))
-        if following < level:
+        if repeated:
             # The forward process, from the level reached to that of the next row.
-            kept = following / level
-            noise = gaussian_noise(self._seed, self._ids, shape, step, Stream.RESAMPLING_NOISE)
-            next_scale = self._scale_before[step + 1]
-            x.mul_(next_scale / scale * kept**0.5).add_(noise, alpha=next_scale * (1 - kept) ** 0.5)
+            noise = gaussian_noise(seed, sample_ids, shape, row, Stream.RESAMPLING_NOISE)
+            x.mul_(back).addcmul_(noise, fresh)

@@ -15,10 +15,12 @@ from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import captured
+from ddpm_engine.images.transfer import Pending, to_host
 from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.runtime import autocast, check_precision, device_memory
-from ddpm_engine.samplers.finite import refuse_not_finite
+from ddpm_engine.networks.half_weights import in_half
+from ddpm_engine.runtime import DTYPES, autocast, check_precision, device_memory
+from ddpm_engine.samplers.finite import finite_samples, refuse_not_finite
 from ddpm_engine.samplers.identity import Ids, numbers_of, tensor_of, whole
 from ddpm_engine.samplers.initial_noise import (
     check_interpolation,
@@ -26,7 +28,7 @@ from ddpm_engine.samplers.initial_noise import (
     noise_between,
     skipped_steps,
 )
-from ddpm_engine.samplers.inpainting import KnownPixels, levels_of, resampled
+from ddpm_engine.samplers.inpainting import KnownPixels, check_mask, levels_of, resampled
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import build_table
@@ -111,6 +113,8 @@ class Sampler:
         """Class of samples 0, 1, 2, … and again from the first; None: the null class."""
         if request.interpolate is not None:
             check_interpolation(request.interpolate, sampling.sampler, self.stochastic)
+        self.network = in_half(model.network, DTYPES.get(request.precision))
+        """The model's network; in half precision, one whose weights are converted already."""
         self._capture = self.device.type == "cuda" if capture is None else capture
         self._key: object = None
         self._runner: StepRunner | None = None
@@ -164,15 +168,15 @@ class Sampler:
         null = None
         if request.guidance is not None:
             null = conditions.null(self.model.spec)
-        known = self._known_pixels(numbers, sample_ids)
+        known = self._known_pixels(numbers)
         runner = self._runner_for(conditions, len(numbers), keep_x0)
         runner.begin(self._initial(numbers, sample_ids), seed, sample_ids, conditions, null)
+        if known is not None and runner.known is not None:
+            runner.known.begin(*known)
         scales = self.table.state_scale.tolist()
         for index, timestep in enumerate(self.table.timesteps.tolist()):
             with autocast(request.precision, self.device):
-                runner.step(index)
-            if known is not None:
-                known.put_back(runner.x, index)
+                runner.step()
             yield TrajectoryStep(index, timestep, scales[index + 1], runner)
 
     @torch.inference_mode()
@@ -214,7 +218,8 @@ class Sampler:
             assert last is not None, "a table has rows"
             samples[part] = last.x
             if only_finite:
-                refuse_not_finite(numbers_of(batch), self.request.seed, last.x)
+                finite = finite_samples(last.x).tolist()
+                refuse_not_finite(numbers_of(batch), self.request.seed, finite)
         return samples
 
     def images(
@@ -226,6 +231,38 @@ class Sampler:
     ) -> np.ndarray:
         """Sample, and decode to uint8 images `[N, H, W, C]`; arguments as in `sample`."""
         return self.model.codec.decode(self.sample(ids, batch_size=batch_size, on_step=on_step))
+
+    @torch.inference_mode()
+    def start_images(
+        self, ids: Ids, *, on_step: Callable[[int], None] | None = None
+    ) -> np.ndarray | Pending:
+        """Sample one batch as uint8 images `[B, H, W, C]`, on a GPU without waiting for them.
+
+        Args:
+            ids: `[B]`, in [0, 2⁵⁶).
+            on_step: as in `sample`.
+
+        Returns:
+            The images; of a GPU, a function that waits for them, so that the next batch can be
+            queued meanwhile.
+
+        Raises:
+            UserError: as `trajectory`; `NotFiniteError`, also by that function.
+        """
+        numbers = numbers_of(ids)
+        last = None
+        for last in self.trajectory(numbers, keep_x0=False):  # noqa: B007
+            if on_step is not None:
+                on_step(len(numbers))
+        assert last is not None, "a table has rows"
+        x = last.x
+        finite, levels = to_host(finite_samples(x)), to_host(self.model.codec.levels(x))
+
+        def images() -> np.ndarray:
+            refuse_not_finite(numbers, self.request.seed, finite().tolist())
+            return levels()
+
+        return images if self.device.type == "cuda" else images()
 
     def conditioning(self, ids: Sequence[int]) -> Conditioning:
         """Return the conditions that the request gives to a batch of samples.
@@ -287,29 +324,41 @@ class Sampler:
         sample_ids = tensor_of(ids, self.device)
         self.conditioning(ids)
         self._initial(ids, sample_ids)
-        self._known_pixels(ids, sample_ids)
+        self._known_pixels(ids)
+
+    def compile(self) -> None:
+        """Compile the network block by block, on the next step that it takes."""
+        self.network.compile_blocks()
+        self._runner = self._key = None  # captured steps are of what was there before
 
     @torch.inference_mode()
-    def warm_up(self, batch: int) -> None:
-        """Take a step of each kind on meaningless data, so that compilers run now.
+    def warm_up(self, ids: Sequence[int]) -> None:
+        """Take steps of each kind on meaningless data, so that compilers run now.
 
         Args:
-            batch: number of samples in each batch to come.
+            ids: of a batch such as those to come, `[B]`.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory for such a batch.
         """
-        conditions = self.conditioning(range(batch)).to(self.device)
+        conditions = self.conditioning(ids).to(self.device)
         with autocast(self.request.precision, self.device):
-            self._runner_for(conditions, batch, keep_x0=False).warm_up()
+            self._runner_for(conditions, len(ids), keep_x0=False).warm_up()
 
     def _runner_for(self, conditioning: Conditioning, batch: int, keep_x0: bool) -> StepRunner:
         """The buffers of a batch: the last batch's, if they fit."""
         key = batch, conditioning.layout(), keep_x0
         if self._runner is None or self._key != key:
-            request = self.request
+            request, known, shape = self.request, None, (batch, *self.model.shape)
             self._runner = None  # free its memory first
+            if request.mask is not None:
+                rows = 1 if len(request.mask) == 1 else batch
+                mask_shape = (rows, *request.mask.shape[1:])
+                known = KnownPixels(self._levels, shape, mask_shape, self.device)
             self._runner = StepRunner(
-                self.model.network,
+                self.network,
                 self.table,
-                (batch, *self.model.shape),
+                shape,
                 conditioning,
                 self.device,
                 guidance=request.guidance,
@@ -318,6 +367,7 @@ class Sampler:
                 threshold=request.threshold,
                 cache_interval=request.cache_interval,
                 keep_x0=keep_x0,
+                known=known,
                 capture=captured if self._capture else None,
             )
             self._key = key
@@ -343,13 +393,15 @@ class Sampler:
         self._check_shape("images", images, self.model.shape)
         return images.to(self.device)
 
-    def _known_pixels(self, ids: list[int], sample_ids: Tensor) -> KnownPixels | None:
+    def _known_pixels(self, ids: list[int]) -> tuple[Tensor, Tensor] | None:
+        """The images of a batch and where they are known."""
         mask = self.request.mask
         if mask is None:
             return None
         mask = mask[rows_of(ids, len(mask))] if len(mask) > 1 else mask
         known = self._given_images(ids)
-        return KnownPixels(known, mask, self._levels, self.request.seed, sample_ids)
+        check_mask(mask, (len(ids), *self.model.shape))
+        return known, mask
 
     def _check_shape(self, name: str, images: Tensor, shape: tuple[int, int, int]) -> None:
         if images.shape[1:] != shape:

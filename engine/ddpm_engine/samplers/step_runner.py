@@ -1,9 +1,10 @@
 """One step of the reverse process, with the buffers it needs for one batch shape.
 
 A step is one evaluation of the network and one `reverse_step`; guidance in one pass adds a copy
-that doubles the state. Everything that a step reads is on the device, and everything that it writes
-was allocated before the first step. On a GPU a step is captured as a graph when it is taken for the
-second time, and replayed from then on for every batch of the shape.
+that doubles the state, inpainting the known pixels. Everything that a step reads is on the device,
+and everything that it writes was allocated before the first step. On a GPU a step is captured as a
+graph when it is taken for the second time, and replayed from then on for every batch of the shape:
+the graph itself counts the steps, so that the host only starts it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance, combine, dynamic_threshold, rescale_factor
 from ddpm_engine.errors import UserError
-from ddpm_engine.graphs import Capture
+from ddpm_engine.graphs import Capture, Work
 from ddpm_engine.networks.conditioning import Conditioning, cat
+from ddpm_engine.samplers.inpainting import KnownPixels
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Column, reverse_step
 from ddpm_kernels.tiling import as_scalar
@@ -28,8 +31,15 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[..., Tensor]
 """`network(x, noise_level, conditioning)` → output, `[B, C, H, W]`; see `networks.base.Network`."""
 
-Kind = tuple[bool, bool]
-"""Kind of a step: whether it is guided, and whether it recomputes the network's deep features."""
+
+class Kind(NamedTuple):
+    """Kind of a step: steps of a kind launch the same work."""
+
+    guided: bool
+    refresh: bool
+    """Whether it recomputes the network's deep features."""
+    repeated: bool
+    """Whether inpainting noises the state back, to take the step again."""
 
 
 class StepRunner:
@@ -49,6 +59,7 @@ class StepRunner:
         cache_interval: number of steps for which the network's deep features are reused (networks
             with `caches_features`); 1: none.
         keep_x0: whether to make `x0` available even if the sampler does not look back on it.
+        known: pixels that are put back after every step, or None.
         capture: makes a replayable graph of a step; None: steps are run one by one.
     """
 
@@ -66,6 +77,7 @@ class StepRunner:
         threshold: float | None = None,
         cache_interval: int = 1,
         keep_x0: bool = True,
+        known: KnownPixels | None = None,
         capture: Capture | None = None,
     ) -> None:
         self.network = network
@@ -74,8 +86,9 @@ class StepRunner:
         self.clip = clip
         self.threshold = threshold
         self.cache_interval = cache_interval
+        self.known = known
         self._two_passes = guidance is not None and bool(guidance.two_passes)
-        self._capture = capture
+        self._capture, self._capturing = capture, False
 
         rows = table.rows.clone()
         self._learned = bool(rows[:, Column.LOG_VARIANCE_MAX].any())
@@ -109,8 +122,10 @@ class StepRunner:
         self._doubled: Tensor | None = None
         self._features: dict[str, Tensor] = {}
         self._row = self._indices[0].clone()
-        self._noise_level = self._noise_levels[0].clone()
-        self._replays: dict[Kind, Callable[[], None] | None] = {}
+        """The next step, as captured steps count it."""
+        self._next = 0
+        """The next step, as the host counts it, which knows of what kind it is."""
+        self._replays: dict[Kind, Work | None] = {}
 
     def begin(
         self,
@@ -142,14 +157,22 @@ class StepRunner:
         self._conditions.copy_(conditioning)
         if null is not None:
             self._null_conditions.copy_(null)
+        self._seek(0)
 
     def warm_up(self) -> None:
-        """Take one step of each kind, from whatever the state is; `begin` a batch afterwards."""
-        kinds: set[Kind] = set()
-        for index in range(self.steps):
-            if (kind := self._kind(index)) not in kinds:
-                kinds.add(kind)
-                self.step(index)
+        """Take steps of each kind, from whatever the state is; `begin` a batch afterwards.
+
+        Compilers run and graphs are captured now, and memory that is too small is too small now.
+        """
+        first = {self._kind(index): index for index in reversed(range(self.steps))}
+        for index in sorted(first.values()):
+            for _ in range(1 if self._capture is None else 2):
+                self._seek(index)
+                self.step()
+
+    def _seek(self, index: int) -> None:
+        self._next = index
+        self._row.fill_(index)
 
     @property
     def steps(self) -> int:
@@ -161,38 +184,53 @@ class StepRunner:
         assert self._history is not None, "made with keep_x0=False"
         return self._history[index % len(self._history)]
 
-    def step(self, index: int) -> None:
-        """Take one step: `x` becomes the next state. Neither waits for the device nor allocates.
+    def step(self) -> None:
+        """Take the next step: `x` becomes the next state. The host neither reads nor writes.
 
         Raises:
             UserError: a learned variance that the network does not predict.
         """
+        index, self._next = self._next, self._next + 1
         kind = self._kind(index)
         if self._capture is None:
             self._run(kind, self._indices[index], self._noise_levels[index])
-            return
-        self._row.copy_(self._indices[index])
-        self._noise_level.copy_(self._noise_levels[index])
-        if kind not in self._replays:
+        else:
+            self._replay(kind, self._capture)
+
+    def _replay(self, kind: Kind, capture: Capture) -> None:
+        replay = self._replays.get(kind)
+        if replay is None and kind in self._replays:
+            self._capturing = True
+            try:
+                replay = self._replays[kind] = capture(partial(self._run_and_count, kind))
+            except torch.OutOfMemoryError:
+                if not (kind.guided and self._may_part):
+                    raise
+                self._part()
+            finally:
+                self._capturing = False
+        if replay is None:
             # Run once uncaptured: compilers and libraries set themselves up, which no graph may.
             self._replays[kind] = None
-            self._run(kind, self._row, self._noise_level)
-            return
-        replay = self._replays[kind]
-        if replay is None:
-            replay = self._capture(partial(self._run, kind, self._row, self._noise_level))
-            self._replays[kind] = replay
-        replay()
+            self._run_and_count(kind)
+        else:
+            replay()
+
+    def _run_and_count(self, kind: Kind) -> None:
+        """A step that finds its row by itself, and leaves the next one's."""
+        row = self._row.reshape(1)
+        self._run(kind, self._row, self._noise_levels.index_select(0, row))
+        self._row.add_(1)
 
     def _kind(self, index: int) -> Kind:
         guided = self._guided[index]
         # Where guidance begins or ends, cached features are of other evaluations or another batch.
         changed = index > 0 and guided != self._guided[index - 1]
-        return guided, changed or index % self.cache_interval == 0
+        refresh = changed or index % self.cache_interval == 0
+        return Kind(guided, refresh, self.known is not None and self.known.repeated[index])
 
     def _run(self, kind: Kind, row: Tensor, noise_level: Tensor) -> None:
-        guided, refresh = kind
-        output, unconditional = self._evaluate(guided, refresh, noise_level)
+        output, unconditional = self._evaluate(kind.guided, kind.refresh, noise_level)
         if self._learned and output.shape[1] != 2 * self.x.shape[1]:
             raise UserError(
                 f"variance is learned_range, but the network's output has {output.shape[1]} "
@@ -212,6 +250,8 @@ class StepRunner:
             self.x, output, self.rows, row, self._seed, self._ids, unconditional, rescale,
             threshold, self._history, clip=self.clip, in_place=True,
         )  # fmt: skip
+        if self.known is not None:
+            self.known.put_back(self.x, row, self._seed, self._ids, kind.repeated)
 
     def _estimate(
         self, output: Tensor, unconditional: Tensor | None, rescale: Tensor | None, row: Tensor
@@ -238,13 +278,26 @@ class StepRunner:
             try:
                 return self._evaluate_together(noise_level, refresh)
             except torch.OutOfMemoryError:
-                if self.guidance is None or self.guidance.two_passes is not None:
+                # A capture that fails is over: what follows would be in no graph.
+                if self._capturing or not self._may_part:
                     raise
-                logger.warning("guidance in two passes from here on: one needs too much memory")
-                self._two_passes, self._doubled = True, None
+                self._part()
         conditional = self._network("conditional", self.x, noise_level, self._conditions, refresh)
         null = self._network("null", self.x, noise_level, self._null_conditions, refresh)
         return conditional, null
+
+    @property
+    def _may_part(self) -> bool:
+        """Whether guidance in one pass may become guidance in two."""
+        guidance = self.guidance
+        return guidance is not None and guidance.two_passes is None and not self._two_passes
+
+    def _part(self) -> None:
+        logger.warning("guidance in two passes from here on: one needs too much memory")
+        self._two_passes, self._doubled = True, None
+        self._features.pop("both", None)
+        # Whatever was captured of guided steps evaluates both at once.
+        self._replays = {kind: r for kind, r in self._replays.items() if not kind.guided}
 
     def _evaluate_together(self, noise_level: Tensor, refresh: bool) -> tuple[Tensor, Tensor]:
         batch = len(self.x)

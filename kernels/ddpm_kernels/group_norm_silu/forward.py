@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ddpm_kernels.group_norm_silu.parts import (
     affine_of,
+    last_first,
     place_of,
     spread_groups,
     sum_groups,
@@ -29,6 +30,7 @@ def _moments(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Mean, as an unevaluated sum of two, and sum of squared deviations of each group in a slab.
 
@@ -41,7 +43,7 @@ def _moments(  # type: ignore[no-untyped-def]
     deviation = tl.where(inside, tile - anchor[None, :], 0.0)
     first = deviation
     second = deviation * deviation
-    for pixel in range(start + ROWS, stop, ROWS):
+    for pixel in tl.range(start + ROWS, stop, ROWS, num_stages=STAGES):
         offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
         tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
         deviation = tl.where(inside, tile - anchor[None, :], 0.0)
@@ -76,14 +78,15 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`_moments` of every slab: float32 `[N, slabs, 3, groups]`."""
     sample, slab, start, stop, chunk, channel, real = place_of(
-        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+        tl.program_id(0), pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
     mean, rest, squares = _moments(
         x + sample * pixels * CHANNELS,
-        start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE,
+        start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE, STAGES,
     )  # fmt: skip
     ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
     lane = tl.arange(0, GROUPS)
@@ -120,13 +123,14 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
     SLABS: tl.constexpr,
     FILM: tl.constexpr,
     SILU: tl.constexpr,
 ):
     """From the slabs' moments to y. With SLABS = 1 it takes the moments itself."""
     sample, _, start, stop, chunk, channel, real = place_of(
-        pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
+        last_first(), pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
     x += sample * pixels * CHANNELS
     y += sample * pixels * CHANNELS
@@ -137,7 +141,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
     if SLABS == 1:
         mean, rest, squares = _moments(
-            x, start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE
+            x, start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE, STAGES
         )
     else:
         partial = moments + sample * slabs * (3 * ALL_GROUPS) + group
@@ -172,7 +176,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     gain = gain * spread_groups(rstd, PER_GROUP, WIDTH, GROUPS)
     offset = offset - gain * spread_groups(rest, PER_GROUP, WIDTH, GROUPS)
     mean_c = spread_groups(mean, PER_GROUP, WIDTH, GROUPS)
-    for pixel in range(start, stop, ROWS):
+    for pixel in tl.range(start, stop, ROWS, num_stages=STAGES):
         offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
         tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
         z = (tile - mean_c[None, :]) * gain[None, :] + offset[None, :]

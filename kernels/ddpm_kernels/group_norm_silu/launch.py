@@ -1,9 +1,13 @@
-"""Launches of the Triton functions."""
+"""Launches of the Triton functions.
+
+What a call launches follows from the shape of x and a few options; it is worked out once for each.
+"""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,148 +19,183 @@ from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import INDEX_LIMIT
 
 NHWC = torch.channels_last
+Launch = Callable[..., None]
+"""A kernel with its grid and all arguments but tensors."""
+Strides = tuple[int, ...]
+"""Row and column strides of scale, of shift and, in the backward pass, of their gradients."""
+_STRIDES = (
+    "scale_row", "scale_column", "shift_row", "shift_column", "d_scale_row", "d_scale_column"
+)  # fmt: skip
 
 
 def launch_forward(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward pass; arguments and results as in `group_norm_silu_reference`."""
-    scale, shift, eps, activation = rest
-    batch = x.shape[0]
-    division, shapes = _division("group_norm_silu", tile_for("group_norm_silu", x), x.shape, groups)
+    if scale is None or shift is None:
+        film, scale, shift = None, weight, weight  # which are not read
+    else:
+        film = (*scale.stride(), *shift.stride())
+    tile = tile_for("group_norm_silu", x)
+    launches = _forward_launches(tile, x.shape, groups, film, eps, activation)
     dense = x.contiguous(memory_format=NHWC)
     y = torch.empty_like(dense, memory_format=NHWC)
-    statistics = torch.empty((batch, 3, groups), dtype=torch.float32, device=x.device)
+    statistics = x.new_empty(launches.statistics, dtype=torch.float32)
     moments = statistics
-    grid = (batch * division.slabs * division.chunks,)
-    weight, bias = weight.contiguous(), bias.contiguous()
     with torch.cuda.device_of(x):
-        if division.slabs > 1:
-            moments = statistics.new_empty((batch, division.slabs, 3, groups))
-            moments_kernel[grid](dense, moments, GROUPS=division.padded_groups, **shapes)
-        forward_kernel[grid](
-            x=dense,
-            moments=moments,
-            weight=weight,
-            bias=bias,
-            y=y,
-            statistics=statistics,
-            eps=eps,
-            GROUPS=division.padded_groups,
-            SLABS=power_of_two(division.slabs),
-            SILU=activation == "silu",
-            **_film(weight, scale, shift),
-            **shapes,
+        if launches.moments is not None:
+            moments = statistics.new_empty(launches.slab_moments)
+            launches.moments(dense, moments)
+        launches.normalise(
+            dense, moments, weight.contiguous(), bias.contiguous(), scale, shift, y, statistics
         )
-    return _laid_out_as(x, y), statistics
+    return (y if dense is x else _contiguous(y)), statistics
 
 
 def launch_backward(
-    dy: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Launch the backward pass; see `group_norm_silu_backward_reference`.
-
-    Without scale and shift, their gradients are None. Those of weight and bias may share memory.
-    """
-    scale, shift, statistics, activation = rest
-    batch, channels, height, width = x.shape
-    operation = "group_norm_silu_backward"
-    division, shapes = _division(operation, tile_for(operation, x), x.shape, groups)
-    film = _film(weight, scale, shift)
-    dense = x.contiguous(memory_format=NHWC)
-    dx = torch.empty_like(dense, memory_format=NHWC)
-    weight, bias, statistics = weight.contiguous(), bias.contiguous(), statistics.contiguous()
-    tiles = {
-        "dy": dy.contiguous(memory_format=NHWC),
-        "x": dense,
-        "weight": weight,
-        "bias": bias,
-        "statistics": statistics,
-        "SILU": activation == "silu",
-        **film,
-        **shapes,
-    }
-    sums = statistics.new_empty((batch, division.slabs, 2, channels))
-    affine = statistics.new_empty((batch, 2, channels))
-    c = statistics.new_empty((batch, 2, groups))
-    d_scale = d_shift = None
-    if scale is not None:
+    dy: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    statistics: Tensor,
+    activation: str,
+    needs_dx: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward pass; see `group_norm_silu_backward_reference`."""
+    weight, bias = weight.contiguous(), bias.contiguous()
+    if scale is None or shift is None:
+        film, scale, shift = None, weight, weight  # which are not read
+        d_scale, d_shift = x.new_empty(0), x.new_empty(0)
+    else:
         d_scale, d_shift = torch.empty_like(scale), torch.empty_like(scale)
-    grid = (batch * division.slabs * division.chunks,)
+        film = (*scale.stride(), *shift.stride(), *d_scale.stride())
+    tile = tile_for("group_norm_silu_backward", x)
+    launches = _backward_launches(tile, x.shape, groups, film, activation)
+    dense = x.contiguous(memory_format=NHWC)
+    both = dy.contiguous(memory_format=NHWC), dense
+    d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
+    statistics = statistics.contiguous()
+    workspace = statistics.new_empty(launches.workspace)
+    affine = weight, bias, scale, shift, statistics, workspace
     with torch.cuda.device_of(x):
-        sums_kernel[grid](sums=sums, **tiles)
-        combine_kernel[(batch * division.chunks,)](
-            sums,
-            weight,
-            bias,
-            film["scale"],
-            statistics,
-            affine,
-            c,
-            affine if d_scale is None else d_scale,  # not written
-            affine if d_shift is None else d_shift,
-            height * width,
-            division.slabs,
-            film["scale_row"],
-            film["scale_column"],
-            *((0, 0) if d_scale is None else d_scale.stride()),
-            CHANNELS=channels,
-            PER_GROUP=channels // groups,
-            CHUNK_GROUPS=division.chunk_groups,
-            WIDTH=division.width,
-            GROUPS=division.padded_groups,
-            SLABS=power_of_two(division.slabs),
-            FILM=scale is not None,
-            num_warps=shapes["num_warps"],
-            enable_fp_fusion=shapes["enable_fp_fusion"],
-        )
-        dx_kernel[grid](c=c, dx=dx, **tiles)
-    d_weight, d_bias = affine.sum(0).to(weight.dtype).unbind()
-    return _laid_out_as(x, dx), d_weight, d_bias.to(bias.dtype), d_scale, d_shift
+        launches.sums(*both, *affine, d_scale, d_shift)
+        if launches.combine is not None:
+            launches.combine(workspace, weight, bias, scale, statistics, d_scale, d_shift)
+        if needs_dx:
+            dx = torch.empty_like(dense, memory_format=NHWC)
+            launches.dx(*both, *affine, dx, d_weight, d_bias)
+            dx = dx if dense is x else _contiguous(dx)
+        else:
+            launches.affine(*both, *affine, dense, d_weight, d_bias)
+            dx = x.new_empty(0)
+    return dx, d_weight, d_bias, d_scale, d_shift
+
+
+class _Forward(NamedTuple):
+    moments: Launch | None
+    """None where one slab covers a sample."""
+    normalise: Launch
+    slab_moments: tuple[int, ...]
+    """Shape, as are the following."""
+    statistics: tuple[int, ...]
+
+
+class _Backward(NamedTuple):
+    sums: Launch
+    combine: Launch | None
+    """None where one slab covers a sample."""
+    dx: Launch
+    affine: Launch
+    """The programs of `dx` that write the gradients of weight and bias, alone."""
+    workspace: tuple[int, ...]
+    """Shape."""
 
 
 @lru_cache(maxsize=1024)
-def _division(
-    operation: str, tile: Tile, shape: torch.Size, groups: int
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a call on an x of a shape, and what all kernels over tiles of it take."""
+def _forward_launches(
+    tile: Tile, shape: torch.Size, groups: int, film: Strides | None, eps: float, activation: str
+) -> _Forward:
+    division, grid, values = _values(tile, shape, groups, film, activation)
+    values["eps"] = eps
+    several = division.slabs > 1
+    return _Forward(
+        _launch(moments_kernel, grid, tile, values) if several else None,
+        _launch(forward_kernel, grid, tile, values),
+        (shape[0], division.slabs, 3, groups),
+        (shape[0], 3, groups),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _backward_launches(
+    tile: Tile, shape: torch.Size, groups: int, film: Strides | None, activation: str
+) -> _Backward:
+    division, grid, values = _values(tile, shape, groups, film, activation)
+    batch, channels = shape[:2]
+    all_slabs = batch * division.slabs
+    line = 32  # channels, of 4 bytes each
+    values |= {
+        "samples": batch,
+        "all_slabs": all_slabs,
+        "LINE": line,
+        "SAMPLES": min(64, power_of_two(batch)),
+    }
+    several = division.slabs > 1
+    lines = -(-channels // line)
+    return _Backward(
+        _launch(sums_kernel, grid, tile, values),
+        _launch(combine_kernel, (batch * division.chunks,), tile, values) if several else None,
+        _launch(dx_kernel, (lines + grid[0],), tile, values),
+        _launch(dx_kernel, (lines,), tile, values),
+        (all_slabs + 2 * batch, 2, channels),
+    )
+
+
+def _values(
+    tile: Tile, shape: torch.Size, groups: int, film: Strides | None, activation: str
+) -> tuple[Plan, tuple[int], dict[str, Any]]:
+    """Plan a call on an x of a shape: its grid, and values of the kernels' parameters by name."""
     batch, channels, height, width = shape
     pixels = height * width
-    division = plan(batch, channels, pixels, groups, tile.elements)
-    return division, {
+    division = plan(batch, channels, pixels, groups, tile.elements, tile.programs)
+    grid = (batch * division.slabs * division.chunks,)
+    return division, grid, {
         "pixels": pixels,
         "slabs": division.slabs,
         "slab_pixels": division.slab_pixels,
+        **dict(zip(_STRIDES, film or (0,) * len(_STRIDES), strict=False)),
         "CHANNELS": channels,
         "PER_GROUP": channels // groups,
         "CHUNK_GROUPS": division.chunk_groups,
         "ROWS": division.rows,
         "WIDTH": division.width,
+        "GROUPS": division.padded_groups,
+        "SLABS": power_of_two(division.slabs),
         # The last tile's offsets pass the sample's end before they are masked.
         "WIDE": (pixels + division.rows) * channels + division.width >= INDEX_LIMIT,
-        **tile.options(),
-    }
+        "STAGES": tile.stages,
+        "FILM": film is not None,
+        "SILU": activation == "silu",
+    }  # fmt: skip
 
 
-_NO_FILM = dict.fromkeys(("scale_row", "scale_column", "shift_row", "shift_column"), 0)
+def _launch(kernel: Any, grid: tuple[int], tile: Tile, values: dict[str, Any]) -> Launch:
+    """Bind all but a kernel's tensors, which come first; by position, which is quicker."""
+    rest = [values[name] for name in kernel.arg_names if name in values]
+    run = partial(kernel[grid], **tile.options())
+    return lambda *tensors: run(*tensors, *rest)
 
 
-def _film(like: Tensor, scale: Tensor | None, shift: Tensor | None) -> dict[str, Any]:
-    """Pointers and strides of scale and shift; `like` stands in for pointers that are not read."""
-    if scale is None or shift is None:
-        return {"FILM": False, "scale": like, "shift": like, **_NO_FILM}
-    return {
-        "FILM": True,
-        "scale": scale,
-        "shift": shift,
-        "scale_row": scale.stride(0),
-        "scale_column": scale.stride(1),
-        "shift_row": shift.stride(0),
-        "shift_column": shift.stride(1),
-    }
-
-
-def _laid_out_as(x: Tensor, channels_last: Tensor) -> Tensor:
-    if x.is_contiguous(memory_format=NHWC):
-        return channels_last
-    return torch.empty_like(x, memory_format=torch.contiguous_format).copy_(channels_last)
+def _contiguous(channels_last: Tensor) -> Tensor:
+    plain = torch.empty_like(channels_last, memory_format=torch.contiguous_format)
+    return plain.copy_(channels_last)

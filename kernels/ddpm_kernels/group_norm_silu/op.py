@@ -157,11 +157,12 @@ def group_norm_silu_backward_reference(
     shift: Tensor | None,
     statistics: Tensor,
     activation: str,
+    needs_dx: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute dx, dγ, dβ, ds and dt, shaped as x, weight, bias, scale and shift.
 
-    Without scale and shift the last two are empty. dy is shaped as x, `statistics` is what
-    `group_norm_silu_reference` returns, the rest as in `group_norm_silu`.
+    Without scale and shift the last two are empty, and dx is unless `needs_dx`. dy is shaped as x,
+    `statistics` is what `group_norm_silu_reference` returns, the rest as in `group_norm_silu`.
     """
     dtype = _compute_dtype(x)
     channels = x.shape[1] // groups
@@ -176,21 +177,23 @@ def group_norm_silu_backward_reference(
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
     a, b = (dz * x_hat).sum((2, 3)), dz.sum((2, 3))
 
-    pixels = x.shape[2] * x.shape[3]
-    c1, c2 = (
-        _group_mean(gain * sums, groups, pixels).repeat_interleave(channels, dim=1)
-        for sums in (a, b)
-    )
-    dx = _per_pixel(rstd) * (_per_pixel(gain) * dz - _per_pixel(c2) - x_hat * _per_pixel(c1))
     if scale is None:
-        d_scale = d_shift = x.new_empty(0)
+        d_scale, d_shift = x.new_empty(0), x.new_empty(0)
         d_weight, d_bias = a.sum(0), b.sum(0)
     else:
         factor = 1 + scale.to(dtype)
         d_scale = (weight.to(dtype) * a + bias.to(dtype) * b).to(scale.dtype)
         d_shift = b.to(scale.dtype)
         d_weight, d_bias = (factor * a).sum(0), (factor * b).sum(0)
-    dx = dx.to(x.dtype).contiguous(memory_format=_channels_last_if(x))
+    dx = x.new_empty(0)
+    if needs_dx:
+        pixels = x.shape[2] * x.shape[3]
+        c1, c2 = (
+            _group_mean(gain * sums, groups, pixels).repeat_interleave(channels, dim=1)
+            for sums in (a, b)
+        )
+        dx = _per_pixel(rstd) * (_per_pixel(gain) * dz - _per_pixel(c2) - x_hat * _per_pixel(c1))
+        dx = dx.to(x.dtype).contiguous(memory_format=_channels_last_if(x))
     return dx, d_weight.to(weight.dtype), d_bias.to(bias.dtype), d_scale, d_shift
 
 
@@ -234,19 +237,9 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(memory_format=_channels_last_if(x)), statistics
 
 
-def _gradients(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = launch_backward if _takes_kernel(x) else group_norm_silu_backward_reference
     return run(dy, x, *rest)
-
-
-def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_gradients`, as an operation may return them: none is None, and no two share memory."""
-    dx, *of_affine = _gradients(dy, x, *rest)
-    d_weight, d_bias, d_scale, d_shift = (
-        x.new_empty(0) if gradient is None else gradient.clone() for gradient in of_affine
-    )
-    assert dx is not None
-    return dx, d_weight, d_bias, d_scale, d_shift
 
 
 _op = torch.library.custom_op(
@@ -271,11 +264,12 @@ def _(x: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor]:
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
+    dy: Tensor, x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None,
+    shift: Tensor | None, statistics: Tensor, activation: str, needs_dx: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
     d_scale = x.new_empty(0) if scale is None else torch.empty_like(scale)
     return (
-        torch.empty_like(x, memory_format=_channels_last_if(x)),
+        torch.empty_like(x, memory_format=_channels_last_if(x)) if needs_dx else x.new_empty(0),
         torch.empty_like(weight),
         torch.empty_like(bias),
         d_scale,
@@ -295,10 +289,13 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     if dy is None:
         return (None,) * 8
     x, weight, bias, scale, shift, statistics = ctx.saved_tensors
-    differentiated = torch.ops.ddpm.group_norm_silu_backward.default
-    dx, d_weight, d_bias, d_scale, d_shift = (
-        _gradients if skips_dispatcher(dy) else differentiated
-    )(dy, x, ctx.groups, weight, bias, scale, shift, statistics, ctx.activation)
+    call = _backward if skips_dispatcher(dy) else torch.ops.ddpm.group_norm_silu_backward.default
+    needs_dx = ctx.needs_input_grad[0]
+    dx, d_weight, d_bias, d_scale, d_shift = call(
+        dy, x, ctx.groups, weight, bias, scale, shift, statistics, ctx.activation, needs_dx
+    )
+    if not needs_dx:
+        dx = None
     if scale is None:
         d_scale = d_shift = None
     return dx, None, d_weight, d_bias, d_scale, d_shift, None, None

@@ -12,6 +12,7 @@ from ddpm_kernels.triton_shim import tl, triton
 
 @triton.jit
 def place_of(  # type: ignore[no-untyped-def]
+    program,
     pixels,
     slabs,
     slab_pixels,
@@ -20,13 +21,12 @@ def place_of(  # type: ignore[no-untyped-def]
     CHUNK_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """This program's sample, slab, first pixel, last pixel + 1, chunk, channels and their mask.
+    """A program's sample, slab, first pixel, last pixel + 1, chunk, channels and their mask.
 
     The slab is counted through all samples: of the program's index alone, so that what is written
     after a loop keeps nothing else in registers meanwhile.
     """
     CHUNKS: tl.constexpr = tl.cdiv(CHANNELS, CHUNK_GROUPS * PER_GROUP)
-    program = tl.program_id(0)
     chunk = program % CHUNKS
     slab = program // CHUNKS
     sample = (slab // slabs).to(tl.int64)
@@ -36,6 +36,15 @@ def place_of(  # type: ignore[no-untyped-def]
     channel = chunk * (CHUNK_GROUPS * PER_GROUP) + lane
     real = (lane < CHUNK_GROUPS * PER_GROUP) & (channel < CHANNELS)
     return sample, slab.to(tl.int64), start, stop, chunk, channel, real
+
+
+@triton.jit
+def last_first():  # type: ignore[no-untyped-def]
+    """This program's number, counted from the last.
+
+    A launch that reads what another has just read begins where that ended: the cache still has it.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 WIDTHS = (64, 128, 256, 512)
 """Channels of a tile: a row of 64 in half precision is one cache line."""
-PROGRAMS = 512
-"""Slabs are cut until there are this many programs: a wave of four per multiprocessor on 132, which
-keeps enough loads in flight. More would only repeat a program's fixed work."""
+FEW = 128
+"""Programs that keep every multiprocessor busy, if barely; there are 100 to 150 of them."""
 MAX_SLABS = 64
 """Each program of the forward's second launch reads the moments of all of its sample's slabs."""
 
@@ -35,7 +34,9 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan(batch: int, channels: int, pixels: int, groups: int, tile: int) -> Plan:
+def plan(
+    batch: int, channels: int, pixels: int, groups: int, tile: int, programs: int = 512
+) -> Plan:
     """Divide `batch` samples of `pixels` pixels and `channels` channels.
 
     Args:
@@ -44,6 +45,7 @@ def plan(batch: int, channels: int, pixels: int, groups: int, tile: int) -> Plan
         pixels: H · W.
         groups: divides C.
         tile: elements of a tile.
+        programs: to cut slabs for, as far as that pays.
     """
     per_group = channels // groups
     # Chunks start at multiples of 8 channels where they can, for 16-byte accesses.
@@ -62,11 +64,19 @@ def plan(batch: int, channels: int, pixels: int, groups: int, tile: int) -> Plan
         candidates.append((not aligned, chunks * width, abs(width - 128), width, chunk_groups))
     *_, width, chunk_groups = min(candidates)
     chunks = -(-groups // chunk_groups)
+    # Of equal size, as far as alignment allows: the largest decides how long all take.
+    even = -(-groups // chunks)
+    if chunk_groups >= step:
+        even = -(-even // step) * step
+    chunk_groups = min(chunk_groups, even)
+    chunks = -(-groups // chunk_groups)
 
     rows = min(max(1, tile // width), power_of_two(pixels))
     tiles = -(-pixels // rows)
-    # At least two tiles per slab: fewer are not worth a program's fixed work.
-    slabs = max(1, min(MAX_SLABS, PROGRAMS // (batch * chunks), tiles // 2))
+    # Two tiles are worth a program's fixed work, where multiprocessors would be idle without it.
+    # Otherwise a slab must be worth that a second launch reads the sample again.
+    least = 2 if batch * chunks < FEW else 8
+    slabs = max(1, min(MAX_SLABS, programs // (batch * chunks), tiles // least))
     slab_pixels = -(-tiles // slabs) * rows
     padded_groups = power_of_two(max(chunk_groups, width // per_group))
     slabs = -(-pixels // slab_pixels)

@@ -37,6 +37,28 @@ class DamagedSample(Exception):
     """A sample cannot be used; the message says why."""
 
 
+@dataclass(frozen=True)
+class StoredImage:
+    """The bytes of an image, and what its index says of them."""
+
+    payload: bytes
+    extension: str
+    crc32: int
+
+    def decoded(self, channels: int | None = None) -> Pixels:
+        """Decode: uint8 `[H, W, C]`; any thread may.
+
+        Raises:
+            DamagedSample: the checksum differs, or the bytes are not an image that may be decoded.
+        """
+        if zlib.crc32(self.payload) != self.crc32:
+            raise DamagedSample("checksum differs from the index")
+        try:
+            return decode(self.payload, self.extension, channels)
+        except DecodeError as error:
+            raise DamagedSample(str(error)) from error
+
+
 class ShardReader:
     """Random access to the images of a set.
 
@@ -62,6 +84,15 @@ class ShardReader:
             DamagedSample: the shard or its index cannot be read, the shard ends early, the checksum
                 differs, or the bytes are not an image that may be decoded.
         """
+        return self.stored(shard, row).decoded(channels)
+
+    def stored(self, shard: int, row: int) -> StoredImage:
+        """Read the image of one index row as it is stored.
+
+        Raises:
+            CacheError: the cache of a set under a URL cannot be written.
+            DamagedSample: the shard or its index cannot be read, or the shard ends early.
+        """
         try:
             entry = self._shards.indexes[shard][row]
         except CacheError:
@@ -76,12 +107,8 @@ class ShardReader:
             raise DamagedSample(f"cannot read the shard ({error.strerror})") from error
         if len(payload) < size:
             raise DamagedSample(f"the shard ends {size - len(payload)} bytes early")
-        if zlib.crc32(payload) != entry["crc32"]:
-            raise DamagedSample("checksum differs from the index")
-        try:
-            return decode(payload, entry["extension"].decode("ascii", "replace"), channels)
-        except DecodeError as error:
-            raise DamagedSample(str(error)) from error
+        extension = entry["extension"].decode("ascii", "replace")
+        return StoredImage(payload, extension, int(entry["crc32"]))
 
     def describe(self, shard: int, row: int, reason: str) -> BadSample:
         """Name the sample of one index row in a `BadSample`."""

@@ -37,7 +37,8 @@ def sinusoidal_embedding(
     frequencies = torch.exp(-math.log(10_000) * exponents / (half - freq_shift))
     angles = timesteps[:, None].to(torch.float32) * frequencies
     parts = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
-    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+    embedding = torch.cat(parts, dim=1)
+    return F.pad(embedding, (0, 1)) if channels % 2 else embedding
 
 
 class TimestepMLP(nn.Module):
