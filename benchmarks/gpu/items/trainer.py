@@ -1,0 +1,203 @@
+"""Whether training and sampling work: the Trainer itself, killed and resumed, and the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.gpu.item import Context, FailedError
+from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.settings import with_training
+from torch import Tensor
+
+from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.training.trainer import Trainer
+
+STEPS, KILLED, KEPT = 30, 20, 10
+"""Steps of a run, the step after which it is killed, and the interval of its checkpoints."""
+DRY_STEPS, DRY_KILLED, DRY_KEPT = 6, 4, 2
+TOLERANCE = {"no": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
+"""Of losses, relative, by precision: convolutions may be TF32, and their sums come in any order."""
+PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", ""))
+
+
+def digits(context: Context, out: str, steps: int, preset: str = "digits") -> RunConfig:
+    """Return a preset of digits that logs every step and keeps what it has done."""
+    config = PRESETS[preset]()
+    return replace(
+        config,
+        out=context.scratch / out,
+        data=replace(config.data, path=context.scratch / "digits"),
+        training=replace(config.training, steps=steps, batch_size=8 if context.dry else 64),
+        optimizer=replace(config.optimizer, warmup_steps=10),
+        log=replace(
+            config.log, every=1, checkpoint_every=DRY_KEPT if context.dry else KEPT,
+            sample_every=0, tracker="none",
+        ),
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    """Read the losses that a run has logged."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [float(json.loads(line)["loss"]) for line in lines if line.endswith("}")]
+
+
+def largest_difference(found: Sequence[float], standard: Sequence[float]) -> float:
+    """Return the largest relative difference of pairs."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, standard, strict=True))
+
+
+def command(
+    script: str, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start one of the commands; it writes to this item's log."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": PATHS, **(environment or {})},
+    )
+
+
+def checked(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command.
+
+    Raises:
+        FailedError: it did not end well.
+    """
+    if process.wait():
+        raise FailedError(f"{process.args} ended with status {process.returncode}")
+
+
+def write_config(config: RunConfig) -> str:
+    """Write a configuration beside the run's folder, for `--config`."""
+    path = config.out.with_suffix(".json")
+    path.write_text(dump_config(config))
+    return str(path)
+
+
+def follow(context: Context, precision: str, **training: Any) -> None:
+    """Train digits; kill a second run and resume it; compare the two, and both with a CPU.
+
+    Args:
+        context: of the item.
+        precision: of the network; a rehearsal runs in float32.
+        training: other fields of `TrainingConfig`.
+    """
+    steps, killed = (DRY_STEPS, DRY_KILLED) if context.dry else (STEPS, KILLED)
+    precision = "no" if context.dry else precision
+
+    def config(out: str) -> RunConfig:
+        return with_training(digits(context, out, steps), precision=precision, **training)
+
+    whole = config("whole")
+    Trainer(whole).fit()
+    standard = losses(whole.out)
+    on_cpu = with_training(config("cpu"), precision="no")
+    on_cpu = replace(on_cpu, training=replace(on_cpu.training, steps=3, compile=False))
+    reference = command(
+        "train", "--config", write_config(on_cpu),
+        environment={"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    broken = config("broken")
+    victim = command("train", "--config", write_config(broken))
+    while victim.poll() is None and len(losses(broken.out)) < killed:
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    reached = len(losses(broken.out))
+    if reached < killed:
+        raise FailedError(f"the run to be killed ended at step {reached}")
+    Trainer(broken).fit()
+    resumed = losses(broken.out)
+    checked(reference)
+    tolerance = TOLERANCE[precision]
+    after = largest_difference(resumed, standard) if len(resumed) == len(standard) else float("inf")
+    beside = largest_difference(standard[:3], losses(on_cpu.out))
+    context.add({
+        "run": " ".join(["digits", precision, *(f"{k}={v}" for k, v in training.items())]),
+        "first loss": standard[0], "last loss": standard[-1],
+        "killed at": reached, "resumed, difference": after, "to the bit": resumed == standard,
+        "CPU's first losses, difference": beside,
+    })  # fmt: skip
+    if not all(0 < loss < 10 for loss in standard):
+        raise FailedError(f"losses are {standard}")
+    if not context.dry and sum(standard[-5:]) >= sum(standard[:5]):
+        raise FailedError("the loss does not fall")
+    if after > tolerance:
+        raise FailedError(f"the resumed run's losses differ by {after:.2g}, relative")
+    if beside > tolerance:
+        raise FailedError(f"the first losses differ from a CPU's by {beside:.2g}, relative")
+
+
+def presets(context: Context, names: Sequence[str]) -> None:
+    """Take a few steps of other presets."""
+    for name in names:
+        config = digits(context, name, 2 if context.dry else 5, name)
+        config = replace(config, data=replace(config.data, path=context.scratch / f"{name}-data"))
+        Trainer(config).fit()
+        found = losses(config.out)
+        context.add({"run": name, "first loss": found[0], "last loss": found[-1]})
+        if not all(loss == loss and abs(loss) < float("inf") for loss in found):
+            raise FailedError(f"{name}: losses are {found}")
+
+
+def determinism(context: Context, deterministic: bool, precision: str = "bf16") -> None:
+    """Train the same twice and compare the bits of the weights.
+
+    Raises:
+        FailedError: they differ though `training.deterministic` is on.
+        NotHereError: this build has no such field.
+    """
+    found: list[dict[str, Tensor]] = []
+    for out in ("once", "again"):
+        config = digits(context, out, 3 if context.dry else 20)
+        chosen: dict[str, Any] = {"precision": "no" if context.dry else precision}
+        if deterministic:
+            chosen["deterministic"] = True
+        trainer = Trainer(with_training(config, **chosen))
+        trainer.fit()
+        weights = trainer.run.strategy.state()["model"]
+        found.append({name: value.detach().cpu().clone() for name, value in weights.items()})
+    same = sum(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    context.add({
+        "run": f"digits twice, {chosen['precision']}", "deterministic": deterministic,
+        "tensors equal to the bit": f"{same} of {len(found[0])}",
+        "to the bit": same == len(found[0]),
+    })  # fmt: skip
+    if deterministic and same < len(found[0]):
+        raise FailedError(f"only {same} of {len(found[0])} tensors are equal")
+
+
+def end_to_end(context: Context) -> None:
+    """Train digits, draw samples with `sample.py`, measure them with `evaluate.py`."""
+    config = digits(context, "run", 2 if context.dry else 20)
+    Trainer(config).fit()
+    count = 4 if context.dry else 64
+    samples, report = context.scratch / "samples", context.scratch / "evaluation"
+    begun = time.monotonic()
+    checked(command(
+        "sample", "--checkpoint", str(config.out), "--out", str(samples),
+        "--count", str(count), "--steps", "4",
+    ))  # fmt: skip
+    written = len(list(samples.glob("0*.png")))
+    context.add({"run": "sample.py, 4 steps", "images": written, "s": time.monotonic() - begun})
+    if written != count:
+        raise FailedError(f"{written} of {count} images were written")
+    begun = time.monotonic()
+    checked(command(
+        "evaluate", "--checkpoint", str(config.out), "--out", str(report), "--features", "digits",
+        "--metrics", "fid", "--count", str(16 if context.dry else 256), "--steps", "4",
+        "--cache", str(context.shared / "evaluation"),
+    ))  # fmt: skip
+    context.add({"run": "evaluate.py, digits", "s": time.monotonic() - begun})
