@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from benchmarks.gpu.item import Item
 from benchmarks.gpu.machine import ROOT, machine_of
-from benchmarks.gpu.processes import Method, Running, Settings
+from benchmarks.gpu.processes import Method, Running, Settings, preload
 from benchmarks.gpu.registry import ITEMS
 from benchmarks.gpu.report import write_page
 from benchmarks.gpu.results import End, Results
@@ -133,6 +133,8 @@ def main(arguments: Sequence[str] | None = None, items: Sequence[Item] = ITEMS) 
     results = Results(settings.out, settings.dry)
     results.append(machine=machine)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    if settings.method == "fork":
+        preload()
     return _run(chosen, items, settings, results, options)
 
 

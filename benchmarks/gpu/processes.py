@@ -25,6 +25,17 @@ from benchmarks.gpu.results import End, Results, Status
 Method = Literal["fork", "spawn"]
 """`fork` saves the seconds that imports take, as long as this process leaves the GPU alone."""
 
+PRELOADED = (
+    "benchmarks.gpu.networks",
+    "ddpm_engine.training.trainer",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.profiler",
+    "pytest",
+    "hypothesis",
+    "sklearn.datasets",
+)
+"""What forks need not import again; none of it touches a GPU."""
 NOT_HERE = 4
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 20_000
@@ -47,6 +58,13 @@ class Settings:
     def work(self) -> Path:
         """Folder of caches, data and runs; not a result."""
         return self.out / "work"
+
+
+def preload() -> None:
+    """Import what items will need; what is missing fails them, with its name."""
+    for module in PRELOADED:
+        with suppress(ImportError):
+            import_module(module)
 
 
 def slug(name: str) -> str:

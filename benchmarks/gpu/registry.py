@@ -62,6 +62,7 @@ _UNCOMPILED = ("eager", "graph", "graph, half weights")
 ITEMS: tuple[Item, ...] = (
     Item("ceilings", "Ceilings", "ceilings.ceilings", 20, 40, together="start"),
     *_compiling(),
+    Item("first losses on a CPU", _TRAINING, "trainer.first_losses", 15, 60, together="start"),
     _check("kernels: q_sample", "kernels", 30, file="test_q_sample.py"),
     _check("kernels: denoising_loss", "kernels", 40, file="test_denoising_loss.py"),
     _check("kernels: reverse_step", "kernels", 40, file="test_reverse_step.py"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.settings import with_training
 from torch import Tensor
 
-from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.config import RunConfig
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.training.trainer import Trainer
 
@@ -28,6 +29,8 @@ STEPS, KILLED, KEPT = 30, 20, 10
 DRY_STEPS, DRY_KILLED, DRY_KEPT = 6, 4, 2
 TOLERANCE = {"no": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 """Of losses, relative, by precision: convolutions may be TF32, and their sums come in any order."""
+FIRST = 3
+FIRST_LOSSES = tuple(f"loss {step}" for step in range(1, FIRST + 1))
 PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", ""))
 
 
@@ -59,35 +62,60 @@ def largest_difference(found: Sequence[float], standard: Sequence[float]) -> flo
     return max(abs(a - b) / abs(b) for a, b in zip(found, standard, strict=True))
 
 
-def command(
-    script: str, *arguments: str, environment: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
-    """Start one of the commands; it writes to this item's log."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": PATHS, **(environment or {})},
-    )
-
-
-def checked(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a command.
+def run_command(script: str, *arguments: str) -> None:
+    """Run one of the commands; it writes to this item's log.
 
     Raises:
         FailedError: it did not end well.
     """
-    if process.wait():
-        raise FailedError(f"{process.args} ended with status {process.returncode}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": PATHS}, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise FailedError(f"launch/{script}.py ended with status {done.returncode}")
 
 
-def write_config(config: RunConfig) -> str:
-    """Write a configuration beside the run's folder, for `--config`."""
-    path = config.out.with_suffix(".json")
-    path.write_text(dump_config(config))
-    return str(path)
+def first_losses(context: Context) -> None:
+    """Train digits on the CPU for a few steps: what the others' first losses are held to."""
+    os.environ.update(dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), ""))
+    config = digits(context, "cpu", FIRST)
+    trainer = Trainer(config)
+    if trainer.run.device.type != "cpu":
+        raise FailedError(f"it runs on {trainer.run.device}")
+    trainer.fit()
+    context.add({"run": "digits, CPU", **dict(zip(FIRST_LOSSES, losses(config.out), strict=True))})
+
+
+def killed_run(config: RunConfig, after: int) -> int:
+    """Train in a fork of this process, which has not used the GPU, and kill it.
+
+    Returns:
+        Steps that it has logged.
+
+    Raises:
+        FailedError: it ended before.
+    """
+    victim = os.fork()
+    if victim == 0:
+        try:
+            Trainer(config).fit()
+        finally:
+            os._exit(1)
+    ended = False
+    while not ended and len(losses(config.out)) < after:
+        time.sleep(0.002)
+        ended = os.waitpid(victim, os.WNOHANG) != (0, 0)
+    reached = len(losses(config.out))
+    if ended:
+        raise FailedError(f"the run to be killed ended at step {reached}")
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+    return reached
 
 
 def follow(context: Context, precision: str, **training: Any) -> None:
-    """Train digits; kill a second run and resume it; compare the two, and both with a CPU.
+    """Kill a run on digits and resume it; compare it with a whole one, and that with a CPU's.
 
     Args:
         context: of the item.
@@ -95,37 +123,26 @@ def follow(context: Context, precision: str, **training: Any) -> None:
         training: other fields of `TrainingConfig`.
     """
     steps, killed = (DRY_STEPS, DRY_KILLED) if context.dry else (STEPS, KILLED)
-    precision = "no" if context.dry else precision
-
-    def config(out: str) -> RunConfig:
-        return with_training(digits(context, out, steps), precision=precision, **training)
-
-    whole = config("whole")
+    chosen = {"precision": precision, **training}
+    if context.dry:
+        chosen |= {"precision": "no", "compile": False}
+    whole, broken = (
+        with_training(digits(context, out, steps), **chosen) for out in ("whole", "broken")
+    )
+    reached = killed_run(broken, killed)
     Trainer(whole).fit()
-    standard = losses(whole.out)
-    on_cpu = with_training(config("cpu"), precision="no")
-    on_cpu = replace(on_cpu, training=replace(on_cpu.training, steps=3, compile=False))
-    reference = command(
-        "train", "--config", write_config(on_cpu),
-        environment={"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    broken = config("broken")
-    victim = command("train", "--config", write_config(broken))
-    while victim.poll() is None and len(losses(broken.out)) < killed:
-        time.sleep(0.002)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    reached = len(losses(broken.out))
-    if reached < killed:
-        raise FailedError(f"the run to be killed ended at step {reached}")
     Trainer(broken).fit()
-    resumed = losses(broken.out)
-    checked(reference)
-    tolerance = TOLERANCE[precision]
-    after = largest_difference(resumed, standard) if len(resumed) == len(standard) else float("inf")
-    beside = largest_difference(standard[:3], losses(on_cpu.out))
+    standard, resumed = losses(whole.out), losses(broken.out)
+    tolerance = TOLERANCE[chosen["precision"]]
+    after = largest_difference(resumed, standard) if len(resumed) == len(standard) else math.inf
+    on_cpu = context.rows("first losses on a CPU")
+    beside = None
+    if on_cpu:
+        beside = largest_difference(
+            standard[:FIRST], [float(on_cpu[0][name] or 0) for name in FIRST_LOSSES]
+        )
     context.add({
-        "run": " ".join(["digits", precision, *(f"{k}={v}" for k, v in training.items())]),
+        "run": "digits, " + ", ".join(f"{name} {value}" for name, value in chosen.items()),
         "first loss": standard[0], "last loss": standard[-1],
         "killed at": reached, "resumed, difference": after, "to the bit": resumed == standard,
         "CPU's first losses, difference": beside,
@@ -136,7 +153,7 @@ def follow(context: Context, precision: str, **training: Any) -> None:
         raise FailedError("the loss does not fall")
     if after > tolerance:
         raise FailedError(f"the resumed run's losses differ by {after:.2g}, relative")
-    if beside > tolerance:
+    if beside is not None and beside > tolerance:
         raise FailedError(f"the first losses differ from a CPU's by {beside:.2g}, relative")
 
 
@@ -186,18 +203,18 @@ def end_to_end(context: Context) -> None:
     count = 4 if context.dry else 64
     samples, report = context.scratch / "samples", context.scratch / "evaluation"
     begun = time.monotonic()
-    checked(command(
+    run_command(
         "sample", "--checkpoint", str(config.out), "--out", str(samples),
         "--count", str(count), "--steps", "4",
-    ))  # fmt: skip
+    )  # fmt: skip
     written = len(list(samples.glob("0*.png")))
     context.add({"run": "sample.py, 4 steps", "images": written, "s": time.monotonic() - begun})
     if written != count:
         raise FailedError(f"{written} of {count} images were written")
     begun = time.monotonic()
-    checked(command(
+    run_command(
         "evaluate", "--checkpoint", str(config.out), "--out", str(report), "--features", "digits",
         "--metrics", "fid", "--count", str(16 if context.dry else 256), "--steps", "4",
         "--cache", str(context.shared / "evaluation"),
-    ))  # fmt: skip
+    )  # fmt: skip
     context.add({"run": "evaluate.py, digits", "s": time.monotonic() - begun})
