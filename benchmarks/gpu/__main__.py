@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from benchmarks.gpu.item import Item
 from benchmarks.gpu.machine import ROOT, machine_of
-from benchmarks.gpu.processes import Method, Running, Settings, preload
+from benchmarks.gpu.processes import Running, Settings, preload
 from benchmarks.gpu.registry import ITEMS
 from benchmarks.gpu.report import write_page
 from benchmarks.gpu.results import End, Results
@@ -93,21 +93,24 @@ def _tell(theirs: Connection, device: torch.device, command: str) -> None:
     try:
         theirs.send(machine_of(device, command))
     except Exception as error:
-        theirs.send(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        theirs.send(str(error).splitlines()[0])
 
 
 def start(settings: Settings, command: str) -> tuple[Settings, dict[str, str]] | str:
-    """Find how processes can use the device: forked, or from scratch where that does not work."""
+    """Find how processes can use the device, and learn about the machine.
+
+    Forked, if that works also once the libraries are loaded; otherwise from scratch.
+    """
     if not settings.dry and not HAS_TRITON:
         return "Triton is not installed"
-    told: dict[str, str] | str = ""
-    methods: tuple[Method, ...] = ("fork", "spawn")
-    for method in methods:
-        settings = replace(settings, method=method)
-        told = probe(settings, command)
-        if isinstance(told, dict):
-            return settings, {**told, "processes": method}
-    return told
+    scratch = replace(settings, method="spawn")
+    told = probe(settings, command)
+    if isinstance(told, dict):
+        preload()
+        if isinstance(probe(settings, command), dict):
+            return settings, {**told, "processes": "forked"}
+    told = probe(scratch, command)
+    return told if isinstance(told, str) else (scratch, {**told, "processes": "from scratch"})
 
 
 def main(arguments: Sequence[str] | None = None, items: Sequence[Item] = ITEMS) -> int:
@@ -133,8 +136,6 @@ def main(arguments: Sequence[str] | None = None, items: Sequence[Item] = ITEMS) 
     results = Results(settings.out, settings.dry)
     results.append(machine=machine)
     print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
-    if settings.method == "fork":
-        preload()
     return _run(chosen, items, settings, results, options)
 
 

@@ -55,6 +55,8 @@ def machine_of(device: torch.device, command: str) -> dict[str, str]:
     """
     facts = {"device": "CPU"}
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError("torch sees none here")
         torch.ones(1, device=device).add_(1).item()
         properties = torch.cuda.get_device_properties(device)
         asked_for = asked("driver_version", *CLOCKS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ class Measured:
     """Time that the host spends in a step, its waits for the device among them."""
     waits: float = float("nan")
     """Times that the host waits for the device."""
-    peak_gib: float = float("nan")
-    """Memory that tensors took at most, from the first step on."""
-    data_wait: float = float("nan")
+    peak_gib: float | None = None
+    """Memory that tensors took at most."""
+    reserved_gib: float | None = None
+    """Memory that torch took from the device at most."""
+    data_wait: float | None = None
     """Share of the time in which data were waited for, in percent."""
     summary: Summary | None = None
     where: list[str] = field(default_factory=list)
@@ -69,14 +72,9 @@ class _Meter(Callback):
             self._reading = run.meters.waiting
             self._began = time.perf_counter()
         elif number == self._timed.stop:
-            self._stack.enter_context(_sync_warnings(run.device))
-            self._warned = self._stack.enter_context(warnings.catch_warnings(record=True))
-            warnings.simplefilter("always")
+            self._warned = self._stack.enter_context(_watching(run.device))
         elif number == self._watched:
-            activities = [ProfilerActivity.CPU]
-            if run.device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = self._stack.enter_context(profile(activities=activities))
+            self._profile = self._stack.enter_context(_profiling(run.device))
         self._step_began = time.perf_counter()
 
     def on_step_end(self, run: Run) -> None:
@@ -90,26 +88,15 @@ class _Meter(Callback):
             found.milliseconds = took / steps * 1e3
             found.host = self._host / steps * 1e3
             found.data_wait = 100 * (run.meters.waiting - self._reading) / took
-            if run.device.type == "cuda":
-                found.peak_gib = torch.cuda.max_memory_allocated(run.device) / 2**30
+            _note_memory(found, run.device)
         elif number == self._watched - 1:
-            found.where = [str(w.message) for w in self._warned if "synchroniz" in str(w.message)]
-            found.waits = len(found.where) / WATCHED
             self._stack.close()
+            _note_waits(found, self._warned)
         elif number == self._end - 1:
             _wait(run.device)
             self._stack.close()
-            self._summarise(run)
+            found.summary = _summary(self._profile, run.device, run.config.out, self._trace)
             raise _Enough
-
-    def _summarise(self, run: Run) -> None:
-        path = run.config.out / "trace.json"
-        self._profile.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())
-        categories = ON_DEVICE if run.device.type == "cuda" else frozenset({"cpu_op"})
-        self.found.summary = summarised(trace["traceEvents"], PROFILED, categories)
-        if self._trace is not None:
-            keep(self._trace, trace)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """Leave no profiler on."""
@@ -154,23 +141,86 @@ def random_shards(folder: Path, size: int, count: int) -> Path:
     return shards
 
 
+def measured_steps(
+    step: Callable[[], object], device: torch.device, warm: int, steps: int, scratch: Path
+) -> Measured:
+    """Measure a function in the same way.
+
+    Args:
+        step: the function.
+        device: that it uses.
+        warm: calls beforehand.
+        steps: calls that are timed.
+        scratch: folder for the profiler.
+    """
+    found = Measured()
+    for _ in range(warm):
+        step()
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    found.host = (time.perf_counter() - began) / steps * 1e3
+    _wait(device)
+    found.milliseconds = (time.perf_counter() - began) / steps * 1e3
+    _note_memory(found, device)
+    with _watching(device) as warned:
+        for _ in range(WATCHED):
+            step()
+    _note_waits(found, warned)
+    _wait(device)
+    with _profiling(device) as profiler:
+        for _ in range(PROFILED):
+            step()
+        _wait(device)
+    found.summary = _summary(profiler, device, scratch, None)
+    return found
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class _sync_warnings:
-    """Let torch warn of everything that waits for the device."""
+def _note_memory(found: Measured, device: torch.device) -> None:
+    if device.type == "cuda":
+        found.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+        found.reserved_gib = torch.cuda.max_memory_reserved(device) / 2**30
 
-    def __init__(self, device: torch.device) -> None:
-        self._on = device.type == "cuda"
 
-    def __enter__(self) -> None:
-        if self._on:
+def _note_waits(found: Measured, warned: Sequence[warnings.WarningMessage]) -> None:
+    found.where = [str(w.message) for w in warned if "synchroniz" in str(w.message)]
+    found.waits = len(found.where) / WATCHED
+
+
+@contextmanager
+def _watching(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """Collect warnings, of which torch gives one for everything that waits for the device."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
             torch.set_warn_always(True)
             torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield warned
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+                torch.set_warn_always(False)
 
-    def __exit__(self, *_: object) -> None:
-        if self._on:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.set_warn_always(False)
+
+def _profiling(device: torch.device) -> profile:
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    return profile(activities=activities)
+
+
+def _summary(profiler: profile, device: torch.device, folder: Path, kept: Path | None) -> Summary:
+    path = folder / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    trace = json.loads(path.read_text())
+    if kept is not None:
+        keep(kept, trace)
+    on_device = ON_DEVICE if device.type == "cuda" else frozenset({"cpu_op"})
+    return summarised(trace["traceEvents"], PROFILED, on_device)

@@ -36,6 +36,8 @@ PRELOADED = (
     "sklearn.datasets",
 )
 """What forks need not import again; none of it touches a GPU."""
+THREADS = 4
+"""Of each item on the host, where several run at once; in a rehearsal, one."""
 NOT_HERE = 4
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 20_000
@@ -162,6 +164,9 @@ def _run(
     """Be the process of an item: rows go to standard output, all else to its log."""
     os.setsid()
     _end_with(parent)
+    threads = 1 if settings.dry else THREADS
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     results = Results(settings.out, settings.dry)
     sys.stdout.flush()
     terminal = os.dup(1)

@@ -22,11 +22,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in cells]
 
 
-def section_table(found: Sequence[tuple[str, Row]]) -> list[str]:
-    """Make a table of rows of several items; a column for each name that any of them has."""
-    columns = list(dict.fromkeys(name for _, row in found for name in row))
-    rows = [[item, *(shown(row.get(name)) for name in columns)] for item, row in found]
-    return table(["item", *columns], rows)
+def section_tables(found: Sequence[tuple[str, Row]]) -> list[str]:
+    """Make a table of the rows of each kind: those that have the same columns."""
+    kinds: dict[tuple[str, ...], list[list[str]]] = {}
+    for item, row in found:
+        columns = tuple(name for name, value in row.items() if value is not None)
+        kinds.setdefault(columns, []).append([item, *(shown(row[name]) for name in columns)])
+    lines: list[str] = []
+    for columns, rows in kinds.items():
+        lines += ["", *table(["item", *columns], rows)]
+    return lines
 
 
 def to_markdown(items: Sequence[Item], results: Results) -> str:
@@ -56,7 +61,7 @@ def to_markdown(items: Sequence[Item], results: Results) -> str:
             for row in rows.get(item.name, [])
         ]
         if found:
-            lines += ["", f"## {section}", "", *section_table(found)]
+            lines += ["", f"## {section}", *section_tables(found)]
     times = [[item.name, f"{ends[item.name].seconds:.1f}"] for item in items if item.name in ends]
     if times:
         lines += ["", "## Time taken", "", *table(["item", "s"], times)]

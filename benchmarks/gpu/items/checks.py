@@ -40,9 +40,6 @@ class _Counting:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self._few:
-            seen: Counter[Path] = Counter()
-            for item in items:
-                seen[item.path] += 1
             counted: Counter[Path] = Counter()
             kept = []
             for item in items:
@@ -61,7 +58,7 @@ class _Counting:
 def _run_tests(context: Context, files: Sequence[Path], keyword: str = "") -> None:
     os.chdir(ROOT)
     counting = _Counting(context.dry)
-    arguments = [*map(str, files), "-p", "no:cacheprovider", "-p", "no:randomly", "-m", ""]
+    arguments = [*map(str, files), "-p", "no:cacheprovider"]
     status = pytest.main([*arguments, *(["-k", keyword] if keyword else [])], plugins=[counting])
     shown = "; ".join(counting.failures[:5])
     context.add({

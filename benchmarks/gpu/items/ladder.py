@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks.gpu import textbook
 from benchmarks.gpu.item import Context, NotHereError, Row
 from benchmarks.gpu.items.ceilings import MATMUL
-from benchmarks.gpu.measured_run import Measured, measured_run, random_shards
+from benchmarks.gpu.measured_run import Measured, measured_run, measured_steps, random_shards
 from benchmarks.gpu.networks import config_of, training_flop, unet
 from benchmarks.gpu.settings import captures, with_training
 
@@ -67,6 +65,7 @@ def row_of(context: Context, way: str, config: RunConfig, found: Measured) -> Ro
         "waits": found.waits,
         "waits for data, %": found.data_wait,
         "peak GiB": found.peak_gib,
+        "reserved GiB": found.reserved_gib,
         "TFLOP/s": rate,
         "MFU, % of matmul": 100 * rate / float(ceiling[0] or "nan") if ceiling else None,
     }
@@ -149,12 +148,8 @@ def textbook_step(context: Context) -> None:
 
     warm, steps = (1, 2) if context.dry else (WARM, STEPS)
     with textbook.plain_norms():
-        found = Measured(milliseconds=_timed(step, device, warm, steps))
-    if device.type == "cuda":
-        found.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
-    row = row_of(context, "textbook", config, found)
-    seen = ("way", "batch", "images/s", "ms", "peak GiB", "TFLOP/s", "MFU, % of matmul")
-    context.add({name: row[name] for name in seen})
+        found = measured_steps(step, device, warm, steps, context.scratch)
+    context.add(row_of(context, "textbook", config, found))
 
 
 def peers(context: Context) -> None:
@@ -188,25 +183,9 @@ def peers(context: Context) -> None:
                 output = network(x, t)
             (output if isinstance(output, torch.Tensor) else output.sample).float().sum().backward()
 
-        took = _timed(step, context.device, *((1, 2) if context.dry else (5, 15)))
+        warm, steps = (1, 2) if context.dry else (5, 15)
+        took = measured_steps(step, context.device, warm, steps, context.scratch).milliseconds
         context.add({
             "way": f"{name}, forward and backward, eager", "batch": batch, "ms": took,
             "images/s": batch / took * 1e3,
         })  # fmt: skip
-
-
-def _timed(step: Callable[[], None], device: torch.device, warm: int, steps: int) -> float:
-    """Milliseconds of a step."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(warm):
-        step()
-    wait()
-    begun = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    return (time.perf_counter() - begun) / steps * 1e3

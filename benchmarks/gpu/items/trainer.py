@@ -27,8 +27,9 @@ from ddpm_engine.training.trainer import Trainer
 STEPS, KILLED, KEPT = 30, 20, 10
 """Steps of a run, the step after which it is killed, and the interval of its checkpoints."""
 DRY_STEPS, DRY_KILLED, DRY_KEPT = 6, 4, 2
-TOLERANCE = {"no": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
-"""Of losses, relative, by precision: convolutions may be TF32, and their sums come in any order."""
+TOLERANCE = {"no": 5e-2, "bf16": 0.1, "fp16": 0.1}
+"""Of losses, relative, by precision: convolutions may be TF32, and their sums come in any order.
+A wrong step is off by more."""
 FIRST = 3
 FIRST_LOSSES = tuple(f"loss {step}" for step in range(1, FIRST + 1))
 PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", ""))
@@ -51,15 +52,19 @@ def digits(context: Context, out: str, steps: int, preset: str = "digits") -> Ru
 
 
 def losses(run: Path) -> list[float]:
-    """Read the losses that a run has logged."""
+    """Read the losses that a run has logged; NaN of a step that was skipped."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
-    return [float(json.loads(line)["loss"]) for line in lines if line.endswith("}")]
+    found = (json.loads(line)["loss"] for line in lines if line.endswith("}"))
+    return [math.nan if loss is None else float(loss) for loss in found]
 
 
 def largest_difference(found: Sequence[float], standard: Sequence[float]) -> float:
-    """Return the largest relative difference of pairs."""
-    return max(abs(a - b) / abs(b) for a, b in zip(found, standard, strict=True))
+    """Return the largest relative difference; infinite if other steps, or other numbers of them."""
+    if [*map(math.isnan, found)] != [*map(math.isnan, standard)]:
+        return math.inf
+    pairs = ((a, b) for a, b in zip(found, standard, strict=True) if not math.isnan(b))
+    return max((abs(a - b) / abs(b) for a, b in pairs), default=math.inf)
 
 
 def run_command(script: str, *arguments: str) -> None:
@@ -134,22 +139,23 @@ def follow(context: Context, precision: str, **training: Any) -> None:
     Trainer(broken).fit()
     standard, resumed = losses(whole.out), losses(broken.out)
     tolerance = TOLERANCE[chosen["precision"]]
-    after = largest_difference(resumed, standard) if len(resumed) == len(standard) else math.inf
+    after = largest_difference(resumed, standard)
     on_cpu = context.rows("first losses on a CPU")
     beside = None
-    if on_cpu:
+    if on_cpu and not math.isnan(standard[0]):  # fp16 may skip steps that a CPU takes
         beside = largest_difference(
             standard[:FIRST], [float(on_cpu[0][name] or 0) for name in FIRST_LOSSES]
         )
     context.add({
         "run": "digits, " + ", ".join(f"{name} {value}" for name, value in chosen.items()),
         "first loss": standard[0], "last loss": standard[-1],
-        "killed at": reached, "resumed, difference": after, "to the bit": resumed == standard,
+        "killed at": reached, "resumed, difference": after, "to the bit": after == 0,
         "CPU's first losses, difference": beside,
     })  # fmt: skip
-    if not all(0 < loss < 10 for loss in standard):
+    taken = [loss for loss in standard if not math.isnan(loss)]
+    if len(taken) < len(standard) // 2 or not all(0 < loss < 10 for loss in taken):
         raise FailedError(f"losses are {standard}")
-    if not context.dry and sum(standard[-5:]) >= sum(standard[:5]):
+    if not context.dry and sum(taken[-5:]) >= sum(taken[:5]):
         raise FailedError("the loss does not fall")
     if after > tolerance:
         raise FailedError(f"the resumed run's losses differ by {after:.2g}, relative")
