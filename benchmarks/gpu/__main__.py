@@ -31,6 +31,7 @@ STATUS = f"""exit status:
   {INCOMPLETE}  an item has failed, or no longer fitted the budget
   {NO_GPU}  there is no GPU, or no Triton: nothing was run
 """
+DRY_PATIENCE = 5
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
@@ -157,6 +158,8 @@ def _run(
 
     jobs = max(2, (os.cpu_count() or 1) - 2)
     left = pending(chosen, results, options.again)
+    if settings.dry:  # CPUs may be slow; the budget holds
+        left = [replace(item, limit=DRY_PATIENCE * item.limit) for item in left]
     run(left, launch, results, options.budget, jobs, ended)
     page = write_page(items, results)
     last = results.ends()

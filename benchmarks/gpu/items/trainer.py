@@ -32,7 +32,7 @@ TOLERANCE = {"no": 5e-2, "bf16": 0.1, "fp16": 0.1}
 A wrong step is off by more."""
 FIRST = 3
 FIRST_LOSSES = tuple(f"loss {step}" for step in range(1, FIRST + 1))
-PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("engine", "kernels", ""))
+PATHS = [str(ROOT / "engine"), str(ROOT / "kernels"), str(ROOT)]
 
 
 def digits(context: Context, out: str, steps: int, preset: str = "digits") -> RunConfig:
@@ -75,7 +75,8 @@ def run_command(script: str, *arguments: str) -> None:
     """
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": PATHS}, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, *filter(None, sys.path)])},
+        check=False,
     )  # fmt: skip
     if done.returncode:
         raise FailedError(f"launch/{script}.py ended with status {done.returncode}")
