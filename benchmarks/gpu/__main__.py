@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shlex
 import signal
@@ -11,13 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from benchmarks.gpu.item import Item
-from benchmarks.gpu.machine import ROOT, machine_of
-from benchmarks.gpu.processes import Running, Settings, preload
+from benchmarks.gpu.processes import Running, Settings, preload, probe
 from benchmarks.gpu.registry import ITEMS
 from benchmarks.gpu.report import write_page
 from benchmarks.gpu.results import End, Results
@@ -49,8 +46,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "gpu-results",
-        help="folder of the results; with results in it, go on from there (default: %(default)s)",
+        default=Path("gpu-results"),
+        help="folder of results, or of those to go on with (default: %(default)s)",
     )
     parser.add_argument(
         "--only", metavar="WORDS", help="items whose names contain this (default: all)"
@@ -71,30 +68,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.budget > 0:
         parser.error(f"--budget is {options.budget}; give seconds greater than 0")
     return options
-
-
-def probe(settings: Settings, command: str) -> dict[str, str] | str:
-    """Learn about the machine in a process started as items are; or why its GPU cannot be used."""
-    context = multiprocessing.get_context(settings.method)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(  # type: ignore[attr-defined]
-        target=_tell, args=(theirs, settings.device, command)
-    )
-    process.start()
-    theirs.close()
-    try:
-        told: dict[str, str] | str = ours.recv()
-    except EOFError:
-        told = "the process that asked for it ended without a word"
-    process.join()
-    return told
-
-
-def _tell(theirs: Connection, device: torch.device, command: str) -> None:
-    try:
-        theirs.send(machine_of(device, command))
-    except Exception as error:
-        theirs.send(str(error).splitlines()[0])
 
 
 def start(settings: Settings, command: str) -> tuple[Settings, dict[str, str]] | str:

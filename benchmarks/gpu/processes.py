@@ -14,12 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
 import torch
 from benchmarks.gpu.item import Context, Item, NotHereError, Row
+from benchmarks.gpu.machine import machine_of
 from benchmarks.gpu.results import End, Results, Status
 
 Method = Literal["fork", "spawn"]
@@ -67,6 +69,30 @@ def preload() -> None:
     for module in PRELOADED:
         with suppress(ImportError):
             import_module(module)
+
+
+def probe(settings: Settings, command: str) -> dict[str, str] | str:
+    """Learn about the machine in a process started as items are; or why its GPU cannot be used."""
+    context = multiprocessing.get_context(settings.method)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_tell, args=(theirs, settings.device, command)
+    )
+    process.start()
+    theirs.close()
+    try:
+        told: dict[str, str] | str = ours.recv()
+    except EOFError:
+        told = "the process that asked for it ended without a word"
+    process.join()
+    return told
+
+
+def _tell(theirs: Connection, device: torch.device, command: str) -> None:
+    try:
+        theirs.send(machine_of(device, command))
+    except Exception as error:
+        theirs.send(str(error).splitlines()[0])
 
 
 def slug(name: str) -> str:
