@@ -12,7 +12,7 @@ FAST := runs/digits-fast
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-fast objectives distillation test test-cluster gpu lint clean
+.PHONY: help install demo demo-fast objectives distillation test test-cluster gpu gpu-bundle lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -81,11 +81,17 @@ test-cluster: $(VENV)/installed-cluster  ## the slow suites: every target, fault
 	$(PYTEST) -m slow
 	THOROUGH=1 TRITON_INTERPRET=1 $(PYTEST) tests/kernels -k 'formula or definition'
 
-# Installs nothing: needs Python, torch, Triton, pytest, hypothesis, scipy, Pillow, safetensors and tqdm.
-# ARGS=--help lists the options of the measurement.
-gpu:  ## test the kernels on this machine's GPU, then measure them
-	PYTHONPATH=.:engine:kernels $(PYTHON) -m pytest tests/kernels tests/gpu/test_capture.py
-	PYTHONPATH=.:engine:kernels $(PYTHON) -m benchmarks.gpu $(ARGS)
+# Installs nothing: needs Python, torch, Triton, pytest and what the engine requires.
+# ARGS=--list lists what it does, ARGS=--dry rehearses all of it on a CPU, ARGS=--help the rest.
+BUDGET ?= 520
+gpu: OUT ?= gpu-results
+gpu:  ## check and measure on this machine's GPU in BUDGET=520 seconds; results in OUT=DIR
+	PYTHONPATH=$(CURDIR):$(CURDIR)/engine:$(CURDIR)/kernels $(PYTHON) -m benchmarks.gpu \
+	    --budget $(BUDGET) --out $(OUT) $(ARGS)
+
+gpu-bundle: OUT ?= build/ddpm-engine-gpu.tar.gz
+gpu-bundle:  ## gather what `make gpu` needs on a machine without a network; OUT=FILE.tar.gz or DIR
+	PYTHONPATH=$(CURDIR):$(CURDIR)/engine:$(CURDIR)/kernels $(PYTHON) -m benchmarks.gpu.bundle $(OUT)
 
 objectives: $(VENV)/installed  ## train every objective on the digits and compare them; about an hour
 	$(BIN)/python benchmarks/objectives.py $(ARGS)

@@ -1,14 +1,24 @@
-"""How fast the operations are on this machine's GPU: `python -m benchmarks.gpu`, or `make gpu`.
+"""What a GPU makes of the engine, on a rented card and in ten minutes: `make gpu`.
 
-`make gpu` first runs `tests/kernels` there, which say whether they are right. This needs Python,
-torch and Triton, and nothing of this repository installed.
+Independent items, the most valuable first: is it right, does it train, how fast is it and what
+holds it back. Each runs in a process of its own with a limit of its own; what it finds is kept at
+once, and what no longer fits the budget is named. A second call goes on where the first stopped.
 
-| file       | what is in it                                                               |
-|------------|-----------------------------------------------------------------------------|
-| `textbook` | the same mathematics as written in a codebase without custom kernels        |
-| `timing`   | achieved bandwidth of each operation beside the device's own copies         |
-| `loop`     | whole sampling loops, eager, captured and compiled                          |
-| `report`   | the machine, and the results as they come and as a page                     |
+| file             | what is in it                                                               |
+|------------------|-----------------------------------------------------------------------------|
+| `registry`       | the items, in order, with their estimates                                   |
+| `items`          | what they do                                                                |
+| `schedule`       | which runs when                                                             |
+| `processes`      | a process for each, and its end                                             |
+| `results`        | the file that they append to                                                |
+| `report`         | the page made of it                                                         |
+| `machine`        | the facts without which a figure means nothing                              |
+| `timing`         | clocks; achieved bandwidth of an operation beside the device's own copies   |
+| `textbook`       | the same mathematics as written in a codebase without custom kernels        |
+| `measured_run`   | the Trainer, timed, watched for waits, and profiled                         |
+| `trace`          | what a profiler's trace says                                                |
+| `networks`       | the networks that are measured, and what they compute                       |
+| `bundle`         | all that a machine without a network needs: `make gpu-bundle`               |
 
-Everything takes a device and a clock, so that tests run it on a CPU.
+`--dry` runs all of it on a CPU at tiny sizes.
 """

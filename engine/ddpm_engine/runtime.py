@@ -52,7 +52,7 @@ def has_fast_bf16() -> bool:
 
 def local_device() -> torch.device:
     """This process's GPU, as its launcher numbers them, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         use_all_cores()
         return torch.device("cpu")

@@ -1,185 +1,185 @@
-"""The measurement of `make gpu` without a GPU: on a CPU and by other clocks."""
+"""`make gpu` without a GPU: what it refuses, what it runs, and what a kill leaves."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import report, timing
-from benchmarks.gpu.timing import Job, Measurement
-from torch import Tensor
+from benchmarks.gpu.registry import ITEMS
+from tests.gpu.bare import only
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
+NOWHERE = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+PATHS = os.pathsep.join([str(ROOT), *(str(ROOT / part) for part in ("engine", "kernels"))])
 
-# Stands for a bare GPU machine: torch with what it requires, Triton, NumPy, Pillow, safetensors
-# and tqdm.
-BARE = """
-import runpy, sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+FAKES = """
+import sys
+sys.path.insert(0, "tests/gpu")
+import benchmarks.gpu.items, fakes
+sys.modules["benchmarks.gpu.items.fakes"] = fakes
+from benchmarks.gpu import __main__ as command
+from fakes import item
+command.preload = lambda: None
+"""
 
-THERE = {"torch", "torchgen", "functorch", "triton", "sympy", "mpmath", "networkx", "jinja2",
+
+BARE = frozenset({
+    "torch", "torchgen", "functorch", "triton", "sympy", "mpmath", "networkx", "jinja2",
     "markupsafe", "fsspec", "filelock", "typing_extensions", "setuptools", "pkg_resources",
-    "_distutils_hack", "numpy", "safetensors", "PIL", "tqdm", "benchmarks", "ddpm_kernels",
-    "ddpm_engine"} | set(sys.stdlib_module_names)
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in THERE or top.startswith("_sysconfigdata"):
-            return super().find_spec(name, path, target)
-
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, Finder]
-for name in ("tyro", "pytest"):
-    try:
-        __import__(name)
-    except ModuleNotFoundError:
-        continue
-    sys.exit(f"{name} is there")
-"""
+    "_distutils_hack", "numpy",
+})  # fmt: skip
+"""Torch with what it requires, Triton and NumPy."""
 
 
-def recorder(folder: Path) -> report.Recorder:
-    return report.Recorder(folder, report.machine_of(CPU, "python -m benchmarks.gpu"))
-
-
-def test_everything_runs_and_is_written(tmp_path: Path) -> None:
-    found = recorder(tmp_path)
-    command.measure(CPU, "tiny", found)
-    assert found.failures == []
-    first, *lines = [json.loads(line) for line in found.lines.read_text().splitlines()]
-    assert first["machine"]["device"] == "CPU"
-    assert len(lines) == len(found.results)
-    ways = {line["way"] for line in lines if line["operation"] == "q_sample"}
-    assert ways == {"engine", "textbook", "compiled", "copy"}
-    assert all(line["median"] >= line["least"] > 0 for line in lines)
-    page = found.page.read_text()
-    assert "| group_norm_silu and gradient 2×64×4×4 bfloat16 | compiled |" in page
-    assert "| eager, graph |" in page
-
-
-def test_what_fails_is_recorded_and_the_next_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def spoilt(device: torch.device, extent: timing.Extent) -> Iterator[Job]:
-        for job in timing.q_sample_jobs(device, extent):
-            yield replace(job, ways={"engine": lambda: None})
-            yield job
-
-    monkeypatch.setattr(timing, "JOBS", (spoilt,))
-    monkeypatch.setattr(command.loop, "measure_loop", lambda *_: [])
-    found = recorder(tmp_path)
-    command.measure(CPU, "tiny", found)
-    (failure,) = found.failures
-    assert failure.what == "q_sample 2×3×8×8 bfloat16"
-    assert failure.message.startswith("TypeError")
-    assert len(found.results) == 1 + 4
-    assert "FAIL  q_sample 2×3×8×8 bfloat16: TypeError" in capsys.readouterr().out
-    assert "Failed:" in found.page.read_text()
-
-
-def test_a_run_that_is_killed_keeps_what_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> list[Measurement]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(timing, "JOBS", (timing.q_sample_jobs,))
-    monkeypatch.setattr(command.loop, "measure_loop", killed)
-    found = recorder(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        command.measure(CPU, "tiny", found)
-    assert len(found.lines.read_text().splitlines()) == 1 + 4
-    assert "| q_sample 2×3×8×8 bfloat16 | copy |" in found.page.read_text()
-
-
-def test_ways_take_turns() -> None:
-    order: list[str] = []
-    ways = {name: partial(order.append, name) for name in "abc"}
-
-    def clock(function: Callable[[], object]) -> float:
-        function()
-        return float(len(order))
-
-    times = timing.interleaved(ways, clock, repeats=3)
-    assert "".join(order) == "bcacababcbcacab"
-    assert times == {"a": [7.0, 12.0, 14.0], "b": [8.0, 10.0, 15.0], "c": [9.0, 11.0, 13.0]}
-
-
-def test_statistics_are_of_one_call_on_memory_beyond_the_caches() -> None:
-    ticks: Iterator[float] = iter(range(1, 10_000))
-    made: list[dict[str, Tensor]] = []
-
-    def clock(function: Callable[[], object]) -> float:
-        function()
-        return next(ticks)
-
-    def make() -> dict[str, Tensor]:
-        made.append({"x": torch.zeros(4)})
-        return made[-1]
-
-    job = Job("double", (4,), torch.float32, 32, make, {"engine": lambda x: 2 * x})
-    engine, copy = timing.measure(job, CPU, clock, repeats=5, beyond=300)
-    assert len(made) == engine.calls == copy.calls == 10
-    # Two rounds of warm-up, ticks 1 … 4; then a round is two ticks, which way first by turns.
-    assert [m.way for m in (engine, copy)] == ["engine", "copy"]
-    assert engine.median == pytest.approx(9 / 10 * 1e3)
-    assert engine.least == pytest.approx(5 / 10 * 1e3)
-    assert copy.least == pytest.approx(6 / 10 * 1e3)
-    assert engine.bandwidth == pytest.approx(32 / 900e-6 / 1e9)
-
-
-def test_rates_are_beside_those_of_the_copy_and_samples_per_second() -> None:
-    def measured(way: str, median: float, size: int) -> Measurement:
-        return Measurement("q_sample", (2, 3), "float32", way, size, median, 1.0, 3.0, 10, 50)
-
-    ways = [measured("engine", 2.0, 4_000_000), measured("copy", 1.0, 4_000_000)]
-    assert report.bandwidth_table(ways)[2:] == [
-        "| q_sample 2×3 float32 | engine | 2.0 | 1.0 | 3.0 | 2000 | 50% |",
-        "| q_sample 2×3 float32 | copy | 1.0 | 1.0 | 3.0 | 4000 | 100% |",
-    ]
-    loops = report.loop_table([measured("graph", 1000.0, 0)])
-    assert loops[2] == "| q_sample, 2×3 float32 | graph | 1000 | 1 | 200.00 |"
-
-
-def test_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert report.file_name("AMD Instinct MI300X (gfx942)") == "amd-instinct-mi300x-gfx942"
-    assert report.output_of("no-such-command") is None
-    assert report.output_of(sys.executable, "-c", "raise SystemExit(1)") is None
-
-    def commit_of(answers: dict[str, str | None]) -> str:
-        monkeypatch.setattr(report, "output_of", lambda *command: answers[command[1]])
-        return report.commit()
-
-    assert commit_of({"rev-parse": None}) == "unknown"
-    assert commit_of({"rev-parse": "abc", "status": ""}) == "abc"
-    assert commit_of({"rev-parse": "abc", "status": " M Makefile"}) == "abc+changes"
-
-
-def test_a_bare_machine_without_a_gpu() -> None:
-    """The network runs without the packages of an installation; the command asks for a GPU."""
-    measure_a_loop = """
-import torch
-from benchmarks.gpu import loop, timing
-assert loop.measure_loop(torch.device("cpu"), "tiny", timing.host_timer)
-runpy.run_module("benchmarks.gpu", run_name="__main__")
-"""
-    nowhere = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", BARE + measure_a_loop],
-        env={**os.environ, **nowhere, "PYTHONPATH": ".:engine:kernels"},
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **NOWHERE, "PYTHONPATH": PATHS},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.startswith("no GPU: torch sees none here (torch ")
-    assert done.stdout.count("\n") == 1
+
+
+def run(code: str, *arguments: str) -> tuple[int, str]:
+    process = start(code, *arguments)
+    said, _ = process.communicate(timeout=900)
+    return process.returncode, said
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_bare_machine_without_a_gpu(tmp_path: Path) -> None:
+    """The command asks for a GPU before it wants anything but torch, and leaves nothing behind."""
+    code = only(BARE) + 'import runpy; runpy.run_module("benchmarks.gpu", run_name="__main__")'
+    status, said = run(code, "--out", str(tmp_path / "out"))
+    assert status == 3, said
+    assert said.startswith("no GPU: torch sees none here (torch ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_items_have_names_of_their_own_and_fit() -> None:
+    assert len({item.name for item in ITEMS}) == len(ITEMS)
+    assert all(0 < item.estimate < item.limit <= 120 for item in ITEMS)
+    assert len({item.name.lower() for item in ITEMS}) == len(ITEMS)
+
+
+def test_what_fails_or_is_not_here_is_named_and_the_next_goes_on(tmp_path: Path) -> None:
+    code = (
+        FAKES
+        + """
+items = [item("a", "good", value=3), item("b", "bad"), item("c", "absent"),
+    item("too large", "good", estimate=1000), item("d", "good")]
+sys.exit(command.main(["--dry", "--budget", "60", "--out", sys.argv[1]], items))
+"""
+    )
+    status, said = run(code, str(tmp_path))
+    assert status == 1, said
+    ends = {line["item"]: line for line in lines(tmp_path) if "status" in line}
+    assert {name: end["status"] for name, end in ends.items()} == {
+        "a": "done", "b": "failed", "c": "not here", "too large": "skipped", "d": "done",
+    }  # fmt: skip
+    assert ends["b"]["message"].endswith("FailedError: it does not hold")
+    assert all(line["dry"] for line in lines(tmp_path))
+    assert "a: what value, is 3\n" in said
+    assert "not here  c: no such field" in said
+    last = said.splitlines()
+    assert "not done: b, failed: " in said
+    assert last[-2].startswith("not done: too large, skipped: needs 1000 s")
+    assert "noise of a library" not in said
+    assert "it does not hold" in (tmp_path / "log.txt").read_text()
+    page = (tmp_path / "results.md").read_text()
+    assert "**A rehearsal on a CPU" in page
+    assert "| b | failed |" in page
+    assert "| a | value | 3 |" in page
+
+    # Again: what is done stays, what has failed gets one more try, what is not here is asked again.
+    again = code.replace("value=3", "value=4")
+    run(again, str(tmp_path))
+    attempts = [(line["item"], line["attempt"]) for line in lines(tmp_path) if "begun" in line]
+    assert attempts == [("a", 1), ("b", 1), ("c", 1), ("d", 1), ("b", 2), ("c", 2)]
+    run(again.replace('"--dry",', '"--dry", "--again",'), str(tmp_path))
+    attempts = [(line["item"], line["attempt"]) for line in lines(tmp_path) if "begun" in line]
+    assert attempts[6:] == [("b", 3), ("c", 3)]
+
+
+def test_a_run_that_is_killed_keeps_what_it_has(tmp_path: Path) -> None:
+    """Its rows are on the disk, its item does not outlive it, and the next call goes on."""
+    marker = tmp_path / "marker"
+    code = (
+        FAKES
+        + f"""
+items = [item("a", "good"), item("b", "slow", marker={str(marker)!r}), item("c", "good")]
+sys.exit(command.main(["--dry", "--budget", "300", "--out", sys.argv[1]], items))
+"""
+    )
+    out = tmp_path / "out"
+    process = start(code, str(out))
+    deadline = time.monotonic() + 60
+    while not (marker.exists() and marker.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = [(line["item"], line["row"]["what"]) for line in lines(out) if "row" in line]
+    assert kept == [("a", "value"), ("b", "began")]
+    item, child = map(int, marker.read_text().split())
+    while is_alive(item):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    assert "| a | value |" in (out / "results.md").read_text()
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"dry": true, "item": "a", "torn')
+    status, said = run(code.replace('"slow", marker', '"good", value'), str(out))
+    assert status == 0, said
+    begun = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()
+             if '"begun"' in line]  # fmt: skip
+    assert [(line["item"], line["attempt"]) for line in begun] == [
+        ("a", 1), ("b", 1), ("b", 2), ("c", 1),
+    ]  # fmt: skip
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_rehearsal_of_a_few_items(tmp_path: Path) -> None:
+    status, said = run(
+        "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')",
+        "--dry", "--budget", "120", "--out", str(tmp_path), "--only", "sampling",
+    )  # fmt: skip
+    assert status == 0, said
+    names = [item.name for item in ITEMS if "sampling" in item.name]
+    assert len(names) >= 5
+    done = [line["item"] for line in lines(tmp_path) if line.get("status") == "done"]
+    assert done == names
+
+
+@pytest.mark.slow
+def test_a_whole_rehearsal_ends_within_its_budget(tmp_path: Path) -> None:
+    began = time.monotonic()
+    status, said = run(
+        "import runpy; runpy.run_module('benchmarks.gpu', run_name='__main__')",
+        "--dry", "--budget", "520", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert time.monotonic() - began < 540
+    assert status == 0, said
+    ends = {line["item"]: line["status"] for line in lines(tmp_path) if "status" in line}
+    assert set(ends) == {item.name for item in ITEMS}
+    assert (tmp_path / "trace.json.gz").stat().st_size <= 16 * 10**6
+    # What comes back from a machine is a handful of files; all else lies deeper.
+    assert len(list(tmp_path.glob("*"))) <= 6
+    assert not [path for path in tmp_path.glob("*/*/*") if path.is_file() and "items" in path.parts]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu.loop import small_unet
+from benchmarks.gpu.networks import unet
 from tests.kernels.comparing import OnTheHost, largest
 from tests.sampling import sample
 from torch import Tensor
@@ -15,12 +15,27 @@ from torch import Tensor
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_kernels.dispatch import force_ops
 
 CUDA = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def small_unet(device: torch.device, classes: int | None = None) -> UNet:
+    """Two levels with attention, on 16×16 pixels, in float32."""
+    config = UNetConfig(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        num_class_embeds=classes,
+    )
+    return unet(config, device)
 
 
 class Pointwise(torch.nn.Module):

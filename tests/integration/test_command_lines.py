@@ -124,7 +124,7 @@ def test_help(command: tuple[str, ...], call: Call) -> None:
     assert ended.status == 0
     if "gpu" in script:  # argparse, since nothing else is installed where it runs
         assert len(ended.said.splitlines()) <= LINES
-        assert ended.said.count("(default: ") == 2
+        assert ended.said.count("(default: ") == 3
         return
     assert sections(ended.said)
     for name, lines in sections(ended.said).items():
@@ -173,7 +173,7 @@ def test_a_mistyped_flag_is_answered_with_the_right_one(script: str, call: Call)
         (["launch/distill.py", "--teachr", "x", "--out", "y"], ["--teacher PATH"]),
         (["launch/checkpoints.py", "prun", "x"], ["prune"]),
         (["launch/make_shards.py", "indx", "x"], ["did you mean index"]),
-        (["benchmarks/gpu/__main__.py", "--quik"], ["did you mean --quick"]),
+        (["benchmarks/gpu/__main__.py", "--bugdet"], ["did you mean --budget"]),
     ],
     ids=lambda value: value[1] if len(value) > 1 else "",
 )

@@ -1,0 +1,1 @@
+"""What the items of `benchmarks.gpu.registry` do, by what they are about."""

@@ -1,0 +1,50 @@
+"""Compile kernels ahead: several processes fill one cache, which all later items read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from benchmarks.gpu.item import Context
+from benchmarks.gpu.items import operations
+from benchmarks.gpu.networks import NormCall, all_norms
+from benchmarks.gpu.timing import normals
+
+from ddpm_kernels import group_norm_silu
+from ddpm_kernels.dispatch import force_ops
+
+IMAGES = ((128, 3, 32, 32), (64, 3, 256, 256), (16, 3, 256, 256), (64, 1, 16, 16))
+"""Shapes of images in the items."""
+
+
+def _norm(call: NormCall, dtype: torch.dtype, device: torch.device) -> None:
+    x = normals(call.shape, dtype, device).requires_grad_()
+    weight, bias = (torch.ones(call.shape[1], device=device).requires_grad_() for _ in range(2))
+    y = group_norm_silu(x, call.groups, weight, bias, eps=call.eps, activation=call.activation)
+    y.backward(torch.ones_like(y))
+
+
+def _calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
+    for call in all_norms(dry):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield partial(_norm, call, dtype, device)
+    shapes = ((2, 3, 8, 8),) if dry else IMAGES
+    for shape in shapes:
+        for jobs in (
+            operations.q_sample_jobs, operations.denoising_loss_jobs, operations.reverse_step_jobs,
+        ):  # fmt: skip
+            for job in jobs(device, (shape,)):
+                yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
+
+
+def ahead(context: Context, share: int, of: int) -> None:
+    """Call every `of`-th operation at a shape of the networks, which compiles its kernels."""
+    done = 0
+    with force_ops():
+        for number, call in enumerate(_calls(context.device, context.dry)):
+            if number % of != share:
+                continue
+            call()
+            done += 1
+    context.add({"what": f"operations compiled by process {share + 1} of {of}", "size": str(done)})
