@@ -22,6 +22,7 @@ from ddpm_engine.locations import is_location, redacted, user_path
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.runtime import Precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.typed_json import Mismatch, plain, structure
 
@@ -72,10 +73,19 @@ class TrainingConfig:
     """Share of labels, from 0 to below 1, replaced by the null class (class-conditional models)."""
     augmentation_levels: Annotated[int, Ge(1), Le(MAX_LEVEL + 1)] = 250
     """Levels of noise-conditioning augmentation, 1 (none) to 1001 (super-resolution)."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the network's arithmetic; no: float32."""
+    precision: Precision = "auto"
+    """Mixed precision of the network's arithmetic; no: float32; auto: what the run began with, at
+    first bf16 on GPUs that are made for it and no elsewhere."""
     allow_slow_bf16: bool = False
     """Use of bf16 even on a CPU that has no fast path for it (a hundred times slower)."""
+    tf32: bool = False
+    """Rounding to TF32 (10 bits of mantissa) in a GPU's float32 products, which is faster."""
+    cudnn_benchmark: bool = True
+    """Choice of cuDNN's convolution algorithms by timing them in the first step; it may differ from
+    start to start, and with it the last bits. None of it with training.deterministic."""
+    deterministic: bool = False
+    """Restriction to algorithms that give the same bits each time, on GPUs too, where such are
+    slower; an operation that has none ends the run."""
     compile: bool = False
     """Compilation of the network, block by block, with torch.compile."""
     activation_checkpointing: bool = False
@@ -105,8 +115,6 @@ class LogConfig:
     """Steps between log lines."""
     checkpoint_every: Annotated[int, Ge(1)] = 10_000
     """Steps between checkpoints."""
-    checkpoint_overlap: Annotated[int, Ge(0)] = 1
-    """Steps that training may be ahead of a checkpoint being written, before it waits for it."""
     keep_checkpoints: Annotated[int, Ge(2)] = 2
     """Number of newest checkpoints that are kept, 2 at least."""
     keep_every: Annotated[int, Ge(1)] | None = None
@@ -227,7 +235,7 @@ def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
             f"{known}, so use the one that wrote it, or a newer one"
         )
     for migrate in _MIGRATIONS[version:]:
-        migrate(_section(values, "training"))
+        migrate(_section(values, "training"), _section(values, "log"))
     return values
 
 
@@ -236,13 +244,19 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _to_version_1(training: dict[str, Any]) -> None:
+def _to_version_1(training: dict[str, Any], log: dict[str, Any]) -> None:
     """Rename `training.ema_profiles`."""
     if "ema_profiles" in training:
         training["ema_sigma_rel"] = training.pop("ema_profiles")
 
 
-_MIGRATIONS = (_to_version_1,)
+def _to_version_2(training: dict[str, Any], log: dict[str, Any]) -> None:
+    """Keep the precision that was the default, and drop the overlap of saves, which was bounded."""
+    training.setdefault("precision", "no")
+    log.pop("checkpoint_overlap", None)
+
+
+_MIGRATIONS = (_to_version_1, _to_version_2)
 """What turns a version into the next; configurations without a version are of version 0."""
 
 

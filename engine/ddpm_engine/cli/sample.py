@@ -36,7 +36,12 @@ from ddpm_engine.generation.generate import generate
 from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
-from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.runtime import (
+    Numerics,
+    choose_precision,
+    local_device,
+    use_local_compile_cache,
+)
 from ddpm_engine.samplers.identity import Count, Seed, distinct
 
 
@@ -201,10 +206,13 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
-        check_launched_precision(options.of_request()["precision"], "precision")
+        Numerics().apply()
+        device = local_device()
+        precision = choose_precision(options.of_request()["precision"], device)
+        check_launched_precision(precision, "precision")
         check(options)
         ids = parse_ids(options)
-        model = load_model(options.checkpoint, local_device(), options.weights)
+        model = load_model(options.checkpoint, device, options.weights)
         asked = {**options.of_request(), "interpolate": parse_interpolation(options)}
         machine = options.machine
         generate(

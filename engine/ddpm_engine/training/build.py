@@ -16,7 +16,7 @@ from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
-from ddpm_engine.runtime import autocast_forward
+from ddpm_engine.runtime import Numerics, autocast_forward, local_device
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_engine.training.callbacks.callback import Callback
@@ -25,6 +25,7 @@ from ddpm_engine.training.callbacks.console import Console
 from ddpm_engine.training.callbacks.metrics_file import MetricsFile
 from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
+from ddpm_engine.training.precision import settle_precision
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.run_directory import check_run_directory, claim_run_directory
@@ -50,6 +51,10 @@ def build_run(
         UserError: the configuration, the data, the directory or the launch is wrong.
     """
     validate(config)
+    training = config.training
+    numerics = Numerics(training.tf32, training.cudnn_benchmark, training.deterministic)
+    numerics.apply()  # before anything uses a GPU
+    config = settle_precision(config, local_device())
     with raise_together(UserError):
         if is_main():
             check_run_directory(config)
@@ -86,8 +91,9 @@ def build_run(
         if is_main():
             lock = claim_run_directory(config, dataset.fingerprint, classes)
     logger.info(
-        "%s: %d process(es), first on %s, precision %s",
+        "%s: %d process(es), first on %s, precision %s%s",
         strategy.name, world_size(), device, config.training.precision,
+        "" if device.type == "cpu" else f", {numerics}",
     )  # fmt: skip
     watchdog = Watchdog(config.training.timeout_seconds)
     return Run(config, accelerator, dataset, schedule, objective, strategy, watchdog, lock)

@@ -51,7 +51,7 @@ class Trainer:
         any_precision: bool = False,
     ) -> None:
         self.run: Run = build_run(config, dtype=dtype, any_precision=any_precision)
-        self.callbacks = [*build_callbacks(config), *callbacks]
+        self.callbacks = [*build_callbacks(self.run.config), *callbacks]
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
