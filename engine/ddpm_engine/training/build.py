@@ -25,6 +25,7 @@ from ddpm_engine.training.callbacks.console import Console
 from ddpm_engine.training.callbacks.metrics_file import MetricsFile
 from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
+from ddpm_engine.training.memory_advice import advise_on_memory
 from ddpm_engine.training.precision import settle_precision
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.run import Run
@@ -61,6 +62,8 @@ def build_run(
     request = read_request(config.training)
     accelerator = start_accelerator(config, request, any_precision)
     device = accelerator.device
+    if is_main():
+        advise_on_memory(config, request, device)
 
     torch.manual_seed(config.training.seed)
     model = build_network(config.model).to(dtype)
