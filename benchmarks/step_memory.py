@@ -3,7 +3,8 @@
 Every row but the last is a model, traced on meta tensors (`ddpm_engine.training.step_memory`), not
 a measurement: what torch's allocator would hand out at the peak. A row for each precision, and for
 what makes a preset fit a card if it does not. The last row is measured: what a step of the digits'
-network adds to the resident memory of a process on this CPU, beside what the trace says of it.
+network adds to the resident memory of a process on this CPU, beside what the same counting makes of
+that step.
 """
 
 from __future__ import annotations
@@ -87,14 +88,10 @@ def measured() -> dict[str, Any]:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         grown, counted = pool.apply(_measure)
-    with torch.device("meta"):
-        network = build_network(PRESETS["digits"]().model).train()
-    modelled = traced(network, _BATCH, on_gpu=False)[1]
     return {
         "preset": "digits",
         "precision": "no",
         "batch": _BATCH,
-        "model_mb": round(modelled / 1e6, 1),
         "counted_mb": round(counted / 1e6, 1),
         "resident_mb": round(grown / 1e6, 1),
         "kind": "measured on this CPU",

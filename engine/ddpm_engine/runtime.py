@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -69,6 +70,8 @@ class Numerics:
         if self.deterministic:
             # cuBLAS is deterministic with a workspace of a known size for each stream only.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # Nor may the compiler choose between kernels by timing them.
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
 
     @classmethod
     def in_force(cls) -> Numerics:
@@ -139,7 +142,31 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
     torch.accelerator.set_device_index(device)
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        use_nearest_cores(device)
     return device
+
+
+_PCI = Path("/sys/bus/pci/devices")
+
+
+def use_nearest_cores(device: torch.device) -> None:
+    """Keep this process on the cores that its GPU is attached to, as far as it may use them.
+
+    Its batches are copied from memory, and its work handed out by threads, that are then on the
+    GPU's side of the machine; threads and data workers that it starts inherit that. Nothing changes
+    where the system does not say which cores these are, or has given the process none of them.
+    """
+    gpu = torch.cuda.get_device_properties(device)
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    with suppress(AttributeError, OSError, ValueError):  # another system than Linux has neither
+        listed = (_PCI / address / "local_cpulist").read_text().strip()
+        near = set()
+        for part in filter(None, listed.split(",")):  # such as 0-15,32-47
+            first, _, last = part.partition("-")
+            near |= set(range(int(first), int(last or first) + 1))
+        if mine := near & os.sched_getaffinity(0):
+            os.sched_setaffinity(0, mine)
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -27,7 +27,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
     before = Numerics.in_force()
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+            patched.setenv(name, "")  # so that it is put back as it was
+        yield
     before.apply()
 
 

@@ -18,13 +18,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
     before = Numerics.in_force(), torch.utils.deterministic.fill_uninitialized_memory
-    workspace = os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+            patched.setenv(name, "")  # so that it is put back as it was
+            patched.delenv(name)
+        yield
     before[0].apply()
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-    if workspace is not None:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,13 @@ def test_torch_is_set_up_whatever_it_was_before(numerics: Numerics, words: str) 
     assert str(numerics) == words
 
 
-def test_cublas_gets_workspaces_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_are_told_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
     Numerics(tf32=True).apply()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert "TORCHINDUCTOR_DETERMINISTIC" not in os.environ
     Numerics(deterministic=True).apply()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["TORCHINDUCTOR_DETERMINISTIC"] == "1"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     Numerics(deterministic=True).apply()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
