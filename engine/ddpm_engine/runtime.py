@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class Numerics:
         torch.backends.cudnn.deterministic = self.deterministic
         torch.use_deterministic_algorithms(self.deterministic)
         # It would fill whatever is allocated, to show what is read before it is written.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.deterministic:
             # cuBLAS is deterministic with a workspace of a known size for each stream only.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -157,7 +157,7 @@ def use_nearest_cores(device: torch.device) -> None:
     GPU's side of the machine; threads and data workers that it starts inherit that. Nothing changes
     where the system does not say which cores these are, or has given the process none of them.
     """
-    gpu = torch.cuda.get_device_properties(device)
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's types leave some out
     address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
     with suppress(AttributeError, OSError, ValueError):  # another system than Linux has neither
         listed = (_PCI / address / "local_cpulist").read_text().strip()

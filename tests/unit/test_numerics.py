@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    before = Numerics.in_force(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before, fills = Numerics.in_force(), settings.fill_uninitialized_memory
     with pytest.MonkeyPatch.context() as patched:
         for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
             patched.setenv(name, "")  # so that it is put back as it was
             patched.delenv(name)
         yield
-    before[0].apply()
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    before.apply()
+    settings.fill_uninitialized_memory = fills
 
 
 @pytest.mark.parametrize(
