@@ -65,35 +65,33 @@ class TrainingConfig:
     seed: int = 0
     """Seed of weights, data order and all noise."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
-    """Decay per step of the EMA of the weights, 0 to below 1 (it warms up from 0.1)."""
+    """Decay per step of the EMA of the weights, 0 to below 1, after a warm-up."""
     ema_sigma_rel: tuple[Annotated[float, Gt(0), Le(MAX_SIGMA_REL)], ...] = ()
-    """Relative lengths (sigma_rel) of further, power-function EMAs, above 0 and at most 0.2886, as
-    0.05 0.1; snapshots of them are kept, from which an EMA of any length is made afterwards."""
+    """Relative lengths (sigma_rel, above 0, at most 0.2886) of power-function EMAs, as 0.05 0.1,
+    whose snapshots make an EMA of any length afterwards."""
     label_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of labels, from 0 to below 1, replaced by the null class (class-conditional models)."""
+    """Share of labels, 0 to below 1, replaced by the null class, if there are any."""
     augmentation_levels: Annotated[int, Ge(1), Le(MAX_LEVEL + 1)] = 250
-    """Levels of noise-conditioning augmentation, 1 (none) to 1001 (super-resolution)."""
+    """Levels of noise augmentation, 1 (none) to 1001 (super-resolution)."""
     precision: Precision = "auto"
-    """Mixed precision of the network's arithmetic; no: float32; auto: what the run began with, at
-    first bf16 on GPUs that are made for it and no elsewhere."""
+    """Mixed precision of the network; no: float32; auto: what the run began with, at first bf16 on
+    GPUs that are made for it, else no."""
     allow_slow_bf16: bool = False
-    """Use of bf16 even on a CPU that has no fast path for it (a hundred times slower)."""
+    """Use of bf16 on a CPU that only emulates it (a hundred times slower)."""
     tf32: bool = False
-    """Rounding to TF32 (10 bits of mantissa) in a GPU's float32 products, which is faster."""
+    """Rounding to TF32 in a GPU's float32 products (10 bits of mantissa)."""
     cudnn_benchmark: bool = True
-    """Choice of cuDNN's convolution algorithms by timing them in the first step; it may differ from
-    start to start, and with it the last bits. None of it with training.deterministic."""
+    """Choice of cuDNN's algorithms by timing, but not if deterministic."""
     deterministic: bool = False
-    """Restriction to algorithms that give the same bits each time, on GPUs too, where such are
-    slower; an operation that has none ends the run."""
+    """Algorithms that give the same bits each time, also on GPUs (slower)."""
     compile: bool = False
     """Compilation of the network, block by block, with torch.compile."""
     activation_checkpointing: bool = False
-    """Recomputation of blocks in the backward pass instead of keeping their activations."""
+    """Recomputation of blocks in the backward pass, which saves memory."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
-    """Non-finite gradients in a row, each of them skipped, after which the run stops."""
+    """Non-finite gradients in a row, all of them skipped, that end the run."""
     timeout_seconds: Annotated[int, Ge(1), Le(10**9)] = 300
-    """Seconds without progress, after the first step, after which the watchdog ends the run."""
+    """Seconds without progress, after the first step, that end the run."""
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
