@@ -64,7 +64,8 @@ class Numerics:
         # The fastest algorithm may differ from start to start, and so would the bits.
         torch.backends.cudnn.benchmark = self.cudnn_benchmark and not self.deterministic
         torch.backends.cudnn.deterministic = self.deterministic
-        torch.use_deterministic_algorithms(self.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:
+            torch.use_deterministic_algorithms(self.deterministic)  # loads the compiler, too
         # It would fill whatever is allocated, to show what is read before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         if self.deterministic:
