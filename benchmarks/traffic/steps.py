@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from benchmarks.reference.ddpm import GaussianDiffusion
 from benchmarks.traffic.trace import Trace
-from ddpm_engine.training.inputs import DeviceNumbers
-from ddpm_engine.training.reports import Column
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -31,6 +29,8 @@ from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_engine.training.ema import decays
+from ddpm_engine.training.inputs import DeviceNumbers
+from ddpm_engine.training.reports import Column
 from ddpm_engine.training.step import device_step
 from ddpm_engine.training.strategies.replicated import Replicated
 

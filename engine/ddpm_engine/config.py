@@ -22,6 +22,7 @@ from ddpm_engine.locations import is_location, redacted, user_path
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.runtime import Precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.typed_json import Mismatch, plain, structure
 
@@ -64,29 +65,36 @@ class TrainingConfig:
     seed: int = 0
     """Seed of weights, data order and all noise."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
-    """Decay per step of the EMA of the weights, 0 to below 1 (it warms up from 0.1)."""
+    """Decay per step of the EMA of the weights, 0 to below 1, after a warm-up."""
     ema_sigma_rel: tuple[Annotated[float, Gt(0), Le(MAX_SIGMA_REL)], ...] = ()
-    """Relative lengths (sigma_rel) of further, power-function EMAs, above 0 and at most 0.2886, as
-    0.05 0.1; snapshots of them are kept, from which an EMA of any length is made afterwards."""
+    """Relative lengths (sigma_rel, above 0, at most 0.2886) of power-function EMAs, as 0.05 0.1,
+    whose snapshots make an EMA of any length afterwards."""
     label_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of labels, from 0 to below 1, replaced by the null class (class-conditional models)."""
+    """Share of labels, 0 to below 1, replaced by the null class, if there are any."""
     augmentation_levels: Annotated[int, Ge(1), Le(MAX_LEVEL + 1)] = 250
-    """Levels of noise-conditioning augmentation, 1 (none) to 1001 (super-resolution)."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the network's arithmetic; no: float32."""
+    """Levels of noise augmentation, 1 (none) to 1001 (super-resolution)."""
+    precision: Precision = "auto"
+    """Mixed precision of the network; no: float32; auto: what the run began with, at first bf16 on
+    GPUs that are made for it, else no."""
     allow_slow_bf16: bool = False
-    """Use of bf16 even on a CPU that has no fast path for it (a hundred times slower)."""
+    """Use of bf16 on a CPU that only emulates it (a hundred times slower)."""
+    tf32: bool = False
+    """Rounding to TF32 in a GPU's float32 products (10 bits of mantissa)."""
+    cudnn_benchmark: bool = True
+    """Choice of cuDNN's algorithms by timing, but not if deterministic."""
+    deterministic: bool = False
+    """Algorithms that give the same bits each time, also on GPUs (slower)."""
     compile: bool = False
     """Compilation of the network, block by block, with torch.compile."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Training steps as one CUDA graph, which the GPU runs without the host; auto: where possible.
     """
     activation_checkpointing: bool = False
-    """Recomputation of blocks in the backward pass instead of keeping their activations."""
+    """Recomputation of blocks in the backward pass, which saves memory."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
-    """Non-finite gradients in a row, each of them skipped, after which the run stops."""
+    """Non-finite gradients in a row, all of them skipped, that end the run."""
     timeout_seconds: Annotated[int, Ge(1), Le(10**9)] = 300
-    """Seconds without progress, after the first step, after which the watchdog ends the run."""
+    """Seconds without progress, after the first step, that end the run."""
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
@@ -108,8 +116,6 @@ class LogConfig:
     """Steps between log lines."""
     checkpoint_every: Annotated[int, Ge(1)] = 10_000
     """Steps between checkpoints."""
-    checkpoint_overlap: Annotated[int, Ge(0)] = 1
-    """Steps that training may be ahead of a checkpoint being written, before it waits for it."""
     keep_checkpoints: Annotated[int, Ge(2)] = 2
     """Number of newest checkpoints that are kept, 2 at least."""
     keep_every: Annotated[int, Ge(1)] | None = None
@@ -230,7 +236,7 @@ def _migrated(values: dict[str, Any], origin: str) -> dict[str, Any]:
             f"{known}, so use the one that wrote it, or a newer one"
         )
     for migrate in _MIGRATIONS[version:]:
-        migrate(_section(values, "training"))
+        migrate(_section(values, "training"), _section(values, "log"))
     return values
 
 
@@ -239,13 +245,19 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _to_version_1(training: dict[str, Any]) -> None:
+def _to_version_1(training: dict[str, Any], log: dict[str, Any]) -> None:
     """Rename `training.ema_profiles`."""
     if "ema_profiles" in training:
         training["ema_sigma_rel"] = training.pop("ema_profiles")
 
 
-_MIGRATIONS = (_to_version_1,)
+def _to_version_2(training: dict[str, Any], log: dict[str, Any]) -> None:
+    """Keep the precision that was the default, and drop the overlap of saves, which was bounded."""
+    training.setdefault("precision", "no")
+    log.pop("checkpoint_overlap", None)
+
+
+_MIGRATIONS = (_to_version_1, _to_version_2)
 """What turns a version into the next; configurations without a version are of version 0."""
 
 

@@ -1,16 +1,93 @@
-"""What this process runs on: device, threads, precision and the compilers' caches."""
+"""What this process runs on: device, threads, precision, rounding and the compilers' caches."""
 
 from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.errors import UserError
+
+Precision = Literal["auto", "no", "bf16", "fp16"]
+"""Precision of a network's arithmetic; see `choose_precision` for auto."""
+
+
+def choose_precision(precision: Precision, device: torch.device) -> Precision:
+    """Return the precision that is meant on a device; for `auto`, bf16 or no.
+
+    It is bf16 on GPUs with matrix units for it: NVIDIA's of compute capability 8.0 or more (Ampere)
+    and AMD's from MI200 on. Anything else, CPUs with bfloat16 instructions too, computes in
+    float32, so that what a CPU computes depends on no extension that it happens to have.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and has_fast_bf16(device) else "no"
+
+
+def has_precision(precision: Precision, device: torch.device) -> bool:
+    """Whether a device computes in a precision without emulating it slowly."""
+    if precision == "bf16":
+        return has_fast_bf16(device)
+    return precision != "fp16" or device.type != "cpu"
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How torch rounds on GPUs, and whether it does so alike each time.
+
+    The defaults are for sampling and evaluation: float32 means IEEE's, where torch's own default is
+    TF32 in convolutions, and what is chosen does not depend on timing.
+    """
+
+    tf32: bool = False
+    """TF32 in float32 products of matrices and in convolutions."""
+    cudnn_benchmark: bool = False
+    """Choice of convolution algorithms by timing them."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time, whatever `cudnn_benchmark` says."""
+
+    def apply(self) -> None:
+        """Set torch up like this, for the whole process, before it has used a GPU.
+
+        What is deterministic raises a RuntimeError where an operation has no such algorithm.
+        """
+        # Not the newer `fp32_precision`, which some of torch's own modules do not look at.
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        # The fastest algorithm may differ from start to start, and so would the bits.
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark and not self.deterministic
+        torch.backends.cudnn.deterministic = self.deterministic
+        if torch.are_deterministic_algorithms_enabled() != self.deterministic:
+            torch.use_deterministic_algorithms(self.deterministic)  # loads the compiler, too
+        # It would fill whatever is allocated, to show what is read before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if self.deterministic:
+            # cuBLAS is deterministic with a workspace of a known size for each stream only.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # Nor may the compiler choose between kernels by timing them.
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+
+    @classmethod
+    def in_force(cls) -> Numerics:
+        """Read how torch is set up."""
+        return cls(
+            torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
+            torch.backends.cudnn.benchmark,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def __str__(self) -> str:
+        choice = "deterministic algorithms"
+        if not self.deterministic:
+            choice = f"cuDNN's benchmark {'on' if self.cudnn_benchmark else 'off'}"
+        return f"TF32 {'on' if self.tf32 else 'off'}, {choice}"
 
 
 def check_precision(precision: str, name: str, remedy: str = "") -> None:
@@ -45,9 +122,17 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, (cores or 1) // ranks))
 
 
-def has_fast_bf16() -> bool:
-    """Whether there are bfloat16 instructions."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_fast_bf16(device: torch.device = torch.device("cpu")) -> bool:  # noqa: B008
+    """Whether a device has bfloat16 instructions: a GPU, for products of matrices."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is None:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # gfx90a is MI200, gfx942 MI300; RDNA's have four digits, as gfx1100.
+    family = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "gfx90a" <= family <= "gfx9ff" and len(family) == len("gfx90a")
 
 
 def local_device() -> torch.device:
@@ -58,7 +143,31 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
     torch.accelerator.set_device_index(device)
+    if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        use_nearest_cores(device)
     return device
+
+
+_PCI = Path("/sys/bus/pci/devices")
+
+
+def use_nearest_cores(device: torch.device) -> None:
+    """Keep this process on the cores that its GPU is attached to, as far as it may use them.
+
+    Its batches are copied from memory, and its work handed out by threads, that are then on the
+    GPU's side of the machine; threads and data workers that it starts inherit that. Nothing changes
+    where the system does not say which cores these are, or has given the process none of them.
+    """
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's types leave some out
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    with suppress(AttributeError, OSError, ValueError):  # another system than Linux has neither
+        listed = (_PCI / address / "local_cpulist").read_text().strip()
+        near = set()
+        for part in filter(None, listed.split(",")):  # such as 0-15,32-47
+            first, _, last = part.partition("-")
+            near |= set(range(int(first), int(last or first) + 1))
+        if mine := near & os.sched_getaffinity(0):
+            os.sched_setaffinity(0, mine)
 
 
 def device_memory(device: torch.device) -> int | None:

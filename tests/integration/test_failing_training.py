@@ -33,7 +33,7 @@ def short(config: RunConfig) -> RunConfig:
         config,
         training=replace(config.training, steps=12, ema_sigma_rel=(0.1,), max_bad_steps=4),
         log=replace(
-            config.log, every=1, checkpoint_every=3, snapshot_every=6, checkpoint_overlap=0,
+            config.log, every=1, checkpoint_every=3, snapshot_every=6,
             sample_every=12, sample_count=1, sample_steps=1,
         ),
     )  # fmt: skip

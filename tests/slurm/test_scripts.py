@@ -108,3 +108,15 @@ def test_nodes_are_not_at_fault_for_ever(play: Play) -> None:
         done = play.start(asked=(ANSWERS, SILENT), training="exit 3", variables=variables)
     assert play.requeued() == ["77", "77"]
     assert "training failed with status 3" in done.stderr
+
+
+@pytest.mark.parametrize(("gpus", "bound"), [("8", False), ("0", True), (None, True)])
+def test_slurm_deals_out_cores_only_where_there_are_no_gpus(
+    gpus: str | None, bound: bool, tmp_path: Path
+) -> None:
+    play = Play("train_direct.sbatch", tmp_path)
+    variables = {} if gpus is None else {"SLURM_GPUS_ON_NODE": gpus}
+    training = f'echo "$@" >{tmp_path}/words'
+    done = play.start(asked=(ANSWERS,), training=training, variables=variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("--cpu-bind=none" not in (tmp_path / "words").read_text().split()) == bound

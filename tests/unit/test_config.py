@@ -22,7 +22,8 @@ from ddpm_engine.samplers.config import SamplingConfig
 def version_0(config: RunConfig) -> dict[str, Any]:
     """What `to_dict` returned before there were versions."""
     values = deepcopy(to_dict(config))
-    del values["version"], values["sampling"]["clip_x0"]
+    del values["version"], values["sampling"]["clip_x0"], values["training"]["precision"]
+    values["log"]["checkpoint_overlap"] = 1
     values["training"]["ema_profiles"] = values["training"].pop("ema_sigma_rel")
     return values
 
@@ -31,21 +32,38 @@ def version_0(config: RunConfig) -> dict[str, Any]:
 def test_configurations_without_a_version_are_read(preset: Any) -> None:
     """Former names stand for the new ones."""
     config = preset()
-    config = replace(config, training=replace(config.training, ema_sigma_rel=(0.05, 0.1)))
+    training = replace(config.training, ema_sigma_rel=(0.05, 0.1), precision="no")
+    config = replace(config, training=training)
     old = version_0(config)
     assert from_dict(old, "old") == config
     assert old == version_0(config)  # it is left as it was
 
 
 def test_parts_of_configurations_without_a_version() -> None:
-    assert from_dict({}, "none") == RunConfig()
+    assert from_dict({}, "none") == RunConfig(training=TrainingConfig(precision="no"))
     assert from_dict({}, "none").clips_x0
     assert not from_dict({"diffusion": {"prediction": "edm"}}, "edm").clips_x0
 
 
+def test_earlier_versions_keep_the_precision_that_was_their_default() -> None:
+    values = to_dict(RunConfig()) | {"version": 1}
+    values["log"]["checkpoint_overlap"] = 7
+    values["training"]["precision"] = "bf16"
+    assert from_dict(values, "old") == RunConfig(training=TrainingConfig(precision="bf16"))
+    del values["training"]["precision"]
+    assert from_dict(values, "old").training.precision == "no"
+    del values["log"]["checkpoint_overlap"]
+    assert from_dict(values | {"version": 2}, "new").training.precision == "auto"
+
+
 @pytest.mark.parametrize(
     ("version", "section", "field"),
-    [(0, "training", "stepz"), (0, "log", "clip_x0"), (1, "training", "ema_profiles")],
+    [
+        (0, "training", "stepz"),
+        (0, "log", "clip_x0"),
+        (1, "training", "ema_profiles"),
+        (2, "log", "checkpoint_overlap"),
+    ],
 )
 def test_unknown_fields_are_reported(version: int, section: str, field: str) -> None:
     values = version_0(RunConfig()) if version == 0 else to_dict(RunConfig())
@@ -54,9 +72,9 @@ def test_unknown_fields_are_reported(version: int, section: str, field: str) -> 
         from_dict(values, "mine.json")
 
 
-@pytest.mark.parametrize("version", [2, -1, "one", None])
+@pytest.mark.parametrize("version", [3, -1, "one", None])
 def test_unknown_versions_are_refused(version: Any) -> None:
-    with pytest.raises(UserError, match=f"is of version {json.dumps(version)}; .* 0 to 1"):
+    with pytest.raises(UserError, match=f"is of version {json.dumps(version)}; .* 0 to 2"):
         from_dict(to_dict(RunConfig()) | {"version": version}, "mine.json")
 
 

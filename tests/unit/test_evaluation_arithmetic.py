@@ -16,29 +16,28 @@ from ddpm_engine.evaluation.feature_networks import InceptionFeatures
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.report import write_report
 
-CUDNN: Any = torch.backends.cudnn
-SWITCHES = (CUDNN.conv, torch.backends.cuda.matmul)
+SWITCHES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
 
 
-def precisions() -> list[str]:
-    return [switch.fp32_precision for switch in SWITCHES]
+def allowed() -> list[bool]:
+    return [switch.allow_tf32 for switch in SWITCHES]
 
 
-@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
-def test_tf32_is_off_within_and_as_before_afterwards(before: str) -> None:
-    kept = precisions()
+@pytest.mark.parametrize("before", [True, False])
+def test_tf32_is_off_within_and_as_before_afterwards(before: bool) -> None:
+    kept = allowed()
     try:
         for switch in SWITCHES:
-            switch.fp32_precision = before
+            switch.allow_tf32 = before
         with without_tf32():
-            assert precisions() == ["ieee", "ieee"]
-        assert precisions() == [before, before]
+            assert allowed() == [False, False]
+        assert allowed() == [before, before]
         with suppress(ValueError), without_tf32():
             raise ValueError
-        assert precisions() == [before, before]
+        assert allowed() == [before, before]
     finally:
-        for switch, precision in zip(SWITCHES, kept, strict=True):
-            switch.fp32_precision = precision
+        for switch, value in zip(SWITCHES, kept, strict=True):
+            switch.allow_tf32 = value
 
 
 def test_a_report_says_what_was_computed_in_what(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("optimizer.betas", "ab", 'optimizer.betas is "ab"; it must be a list'),
     ("optimizer.betas", [0.9], "optimizer.betas is [0.9]; it must be a list of 2"),
     ("optimizer.betas", [0.9, "0.9"], 'optimizer.betas[1] is "0.9"; it must be a number'),
-    ("training.precision", False, 'precision is false; it must be "no" or "bf16" or "fp16"'),
+    ("training.precision", False, 'is false; it must be "auto" or "no" or "bf16" or "fp16"'),
     ("model.block_out_channels", 64, "model.block_out_channels is 64; it must be a list"),
     ("model.stages", 3, "model.stages is unknown; leave it out"),
     ("training.batchsize", 3, "training.batchsize is unknown; did you mean training.batch_size?"),

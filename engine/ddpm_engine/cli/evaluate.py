@@ -41,7 +41,12 @@ from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
 from ddpm_engine.memory import check_fits
 from ddpm_engine.plots.curves import bound_figure
-from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.runtime import (
+    Numerics,
+    choose_precision,
+    local_device,
+    use_local_compile_cache,
+)
 from ddpm_engine.samplers.identity import Count
 
 METRICS = (*comparing.METRICS, "nll")
@@ -297,12 +302,14 @@ def main() -> None:
     with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
         check(options)
+        Numerics().apply()
+        share, device = WorkShare.from_environment(), local_device()
         generates = options.checkpoint is not None
         check_launched_precision(
-            vars(options.sampling)["precision"], "precision" if generates else None
+            choose_precision(vars(options.sampling)["precision"], device) if generates else "no",
+            "precision" if generates else None,
         )
         metrics = parse_metrics(options)
-        share, device = WorkShare.from_environment(), local_device()
         loaded = None
         if options.checkpoint is not None:
             loaded = load_model(options.checkpoint, device, options.sampling.weights)

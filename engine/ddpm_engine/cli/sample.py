@@ -37,7 +37,13 @@ from ddpm_engine.generation.sample_formats import Format
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
 from ddpm_engine.networks.half_weights import to_half
-from ddpm_engine.runtime import DTYPES, local_device, use_local_compile_cache
+from ddpm_engine.runtime import (
+    DTYPES,
+    Numerics,
+    choose_precision,
+    local_device,
+    use_local_compile_cache,
+)
 from ddpm_engine.samplers.identity import Count, Seed, distinct
 
 
@@ -203,14 +209,16 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with exit_on_error(Options, omit_prefixes=True, renamed=RENAMED):
         options = parse_options(Options, omit_prefixes=True)
-        check_launched_precision(options.of_request()["precision"], "precision")
+        Numerics().apply()
+        device = local_device()
+        precision = choose_precision(options.of_request()["precision"], device)
+        check_launched_precision(precision, "precision")
         check(options)
         ids = parse_ids(options)
-        model = load_model(options.checkpoint, local_device(), options.weights)
+        model = load_model(options.checkpoint, device, options.weights)
         # The network is this command's own: its weights need not be there twice.
-        half = DTYPES.get(options.of_request()["precision"])
-        if half is not None:
-            to_half(model.network, half)
+        if precision in DTYPES:
+            to_half(model.network, DTYPES[precision])
         asked = {**options.of_request(), "interpolate": parse_interpolation(options)}
         machine = options.machine
         generate(

@@ -27,7 +27,7 @@ from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_
 from ddpm_engine.figures.toy_2d import Plane
 from ddpm_engine.generation.input_images import InputImages
 from ddpm_engine.launched import check_launched_precision
-from ddpm_engine.runtime import local_device, use_local_compile_cache
+from ddpm_engine.runtime import Numerics, local_device, use_local_compile_cache
 from ddpm_engine.samplers.identity import SampleId, Seed
 
 
@@ -212,6 +212,7 @@ def main() -> None:
     with exit_on_error(Options):
         options = parse_options(Options)
         check_launched_precision("no", None)
+        Numerics().apply()
         if options.toy is not None and options.checkpoint is None:
             show_toy(options, options.toy)
         elif options.checkpoint is not None and options.toy is None:

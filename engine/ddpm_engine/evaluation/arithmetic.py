@@ -19,13 +19,12 @@ def without_tf32() -> Iterator[None]:
     TF32 keeps ten bits of each factor, and torch convolves in it by default: enough to move the
     features that a Fréchet distance is made of. Afterwards everything is as it was.
     """
-    cudnn: Any = torch.backends.cudnn  # whose stubs know no `conv`
-    switches = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:
-            switch.fp32_precision = "ieee"
+            switch.allow_tf32 = False
         yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed

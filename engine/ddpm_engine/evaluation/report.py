@@ -7,6 +7,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.arithmetic import ARITHMETIC
 from ddpm_engine.json_files import to_json
+from ddpm_engine.runtime import Numerics
 
 _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 
@@ -58,8 +60,14 @@ def write_report(
     path = out / f"result-{digest[:8]}.json"
     metrics = {**_earlier(path, inputs), **measured}
     found = {name: location for name, location in locations.items() if location is not None}
-    report = {"metrics": metrics, **inputs, "found_at": found}
-    report |= {"arithmetic": ARITHMETIC, "versions": versions()}
+    report = {
+        "metrics": metrics,
+        **inputs,
+        "found_at": found,
+        "arithmetic": ARITHMETIC,
+        "versions": versions(),
+        "numerics": asdict(Numerics.in_force()),
+    }
     try:
         for file, text in [
             (path, to_json(report, indent=2, ensure_ascii=False) + "\n"),

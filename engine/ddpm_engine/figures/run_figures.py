@@ -126,7 +126,7 @@ class Exhibit:
 
     def generated(self, count: int, sampling: SamplingConfig) -> np.ndarray:
         """Generate the first samples of the seed: uint8 `[count, H, W, C]`."""
-        request = SampleRequest(seed=self.seed, sampling=sampling)
+        request = SampleRequest(seed=self.seed, sampling=sampling, precision="no")
         sampler = Sampler(unrestricted(self.trained), request)
         return sampler.images(range(count), batch_size=_BATCH)
 
@@ -145,7 +145,7 @@ def check(exhibit: Exhibit, names: Collection[str]) -> None:
     if "real-and-drawn" in names and exhibit.samples is not None:
         _ = exhibit.drawn
     if "reverse" in names or ("real-and-drawn" in names and exhibit.samples is None):
-        request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
+        request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling, precision="no")
         Sampler(unrestricted(exhibit.trained), request)
     if "interpolation" in names and exhibit.ids[0] == exhibit.ids[1]:
         raise UserError(f"`ids` is {exhibit.ids}; interpolation needs two different ones", "ids")
@@ -185,7 +185,7 @@ def reverse(exhibit: Exhibit) -> list[Path]:
         UserError: steps that the schedule does not have, or samples that are not finite.
     """
     model = unrestricted(exhibit.trained)
-    request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling)
+    request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling, precision="no")
     still, moving = exhibit.out / "reverse.png", exhibit.out / "reverse.gif"
     first = exhibit.ids[0]
     reverse_figure(watch(model, request, [first], COLUMNS), still)

@@ -105,7 +105,8 @@ def reverse_states(model: PointNetwork, schedule: NoiseSchedule, seed: int, coun
     """
     ids = torch.arange(count)
     sampling = SamplingConfig(variance="fixed_small", clip_x0=False)
-    sampler = Sampler(DiffusionModel(model, schedule, "eps", sampling), SampleRequest(seed=seed))
+    request = SampleRequest(seed=seed, precision="no")
+    sampler = Sampler(DiffusionModel(model, schedule, "eps", sampling), request)
     states = [initial_noise(seed, ids, model.sample_shape)]
     states += [step.x.clone() for step in sampler.trajectory(ids)]
     return torch.stack(states).flatten(2)

@@ -13,6 +13,7 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.data_codec import Codec, PixelCodec
 from ddpm_engine.networks.conditioning import ConditioningSpec
+from ddpm_engine.runtime import choose_precision
 from ddpm_engine.samplers.config import SamplingConfig, refuse_unused
 from ddpm_engine.samplers.request import DEFAULT_STRENGTH, SampleRequest
 
@@ -111,4 +112,5 @@ class DiffusionModel:
             sampling=sampling,
             classes="none" if classes is None else classes,
             strength=strength,
+            precision=choose_precision(request.precision, self.device),
         )

@@ -15,11 +15,9 @@ from ddpm_engine.diffusion.config import MAX_LEVEL
 from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
+from ddpm_engine.runtime import Precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.identity import Seed, check_id, whole
-
-Precision = Literal["no", "bf16", "fp16"]
-"""Precision of the network's arithmetic."""
 
 DEFAULT_STRENGTH = 0.5
 """Fraction of the steps taken from a given image, unless a mask says what to keep of it."""
@@ -115,8 +113,9 @@ class SampleRequest:
     """First id, second id and count: samples 0 ... count - 1 lead from the one to the other."""
     cache_interval: Annotated[int, Ge(1)] = 1
     """Number of steps for which the network's deep features are reused; 1: none."""
-    precision: Precision = "no"
-    """Precision of the network's arithmetic; no: float32."""
+    precision: Precision = "auto"
+    """Precision of the network's arithmetic; no: float32; auto: bf16 on GPUs that are made for it,
+    no elsewhere."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "repeats", "augmentation_level", "cache_interval"):

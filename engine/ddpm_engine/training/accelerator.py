@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.distributed import of_main, raise_together, rank
 from ddpm_engine.errors import UserError
 from ddpm_engine.runtime import check_precision, use_all_cores
 from ddpm_engine.training.strategies.launcher_env import Request, without_plug_ins
@@ -34,7 +35,7 @@ def start_accelerator(
         use_all_cores()
         slow_bf16 = precision == "bf16" and config.training.allow_slow_bf16
         if not (any_precision or slow_bf16):
-            insist = ", or insist with `training.allow_slow_bf16`"
+            insist = " or auto, or insist with `training.allow_slow_bf16`"
             check_precision(precision, "`training.precision`", insist)
     with without_plug_ins():
         accelerator = Accelerator(
@@ -52,4 +53,11 @@ def start_accelerator(
             "launch --config_file launch/accelerate/ddp.yaml --num_processes N, on CPUs with "
             "ACCELERATE_USE_CPU=true before it"
         )
+    with raise_together(UserError):
+        if of_main(precision) != precision:
+            raise UserError(
+                f"`training.precision` auto is {precision} on {accelerator.device} of rank "
+                f"{rank()} but not on all ranks; name one that all of them have",
+                "training.precision",
+            )
     return accelerator

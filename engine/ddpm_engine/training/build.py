@@ -16,7 +16,7 @@ from ddpm_engine.networks.base import Network, has_dropout
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
-from ddpm_engine.runtime import autocast_forward
+from ddpm_engine.runtime import Numerics, autocast_forward, local_device
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_engine.training.callbacks.callback import Callback
@@ -26,6 +26,8 @@ from ddpm_engine.training.callbacks.metrics_file import MetricsFile
 from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
 from ddpm_engine.training.capture import choose_capture
+from ddpm_engine.training.memory_advice import advise_on_memory
+from ddpm_engine.training.precision import settle_precision
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.reports import Reports
 from ddpm_engine.training.run import Run
@@ -52,12 +54,18 @@ def build_run(
         UserError: the configuration, the data, the directory or the launch is wrong.
     """
     validate(config)
+    training = config.training
+    numerics = Numerics(training.tf32, training.cudnn_benchmark, training.deterministic)
+    numerics.apply()  # before anything uses a GPU
+    config = settle_precision(config, local_device())
     with raise_together(UserError):
         if is_main():
             check_run_directory(config)
     request = read_request(config.training)
     accelerator = start_accelerator(config, request, any_precision)
     device = accelerator.device
+    if is_main():
+        advise_on_memory(config, request, device)
 
     torch.manual_seed(config.training.seed)
     model = build_network(config.model).to(dtype)
@@ -89,8 +97,9 @@ def build_run(
         if is_main():
             lock = claim_run_directory(config, dataset.fingerprint, classes)
     logger.info(
-        "%s: %d process(es), first on %s, precision %s",
+        "%s: %d process(es), first on %s, precision %s%s",
         strategy.name, world_size(), device, config.training.precision,
+        "" if device.type == "cpu" else f", {numerics}",
     )  # fmt: skip
     watchdog = Watchdog(config.training.timeout_seconds)
     return Run(

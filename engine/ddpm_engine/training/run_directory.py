@@ -121,6 +121,21 @@ def is_run(directory: Path) -> bool:
     return (directory / _DATA).exists() or bool(CheckpointStore(directory / "checkpoints").steps())
 
 
+def begun_with(out: Path) -> RunConfig | None:
+    """Read the configuration of the run in a directory, if that has a step to protect.
+
+    Nothing is wrong with a directory that it returns None for, unless `check_run_directory` says
+    so.
+    """
+    with suppress(OSError, UserError, ValueError):
+        if _begun(out):
+            if (out / CONFIG).exists():
+                return load_record(out / CONFIG)[0]
+            newest = CheckpointStore(out / "checkpoints").newest_complete()
+            return None if newest is None else newest.config
+    return None
+
+
 def lock_run_directory(out: Path) -> BinaryIO:
     """Keep other processes from changing a run while this one does.
 

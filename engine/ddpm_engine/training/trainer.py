@@ -52,7 +52,7 @@ class Trainer:
         any_precision: bool = False,
     ) -> None:
         self.run: Run = build_run(config, dtype=dtype, any_precision=any_precision)
-        self.callbacks = [*build_callbacks(config), *callbacks]
+        self.callbacks = [*build_callbacks(self.run.config), *callbacks]
         self.run.on_log = partial(_log, self.callbacks)
 
     def fit(self) -> None:

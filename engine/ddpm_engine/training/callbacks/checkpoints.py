@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class _Saving(Callback):
-    """One kind of save: at most one is in flight, and training waits if it gets too far ahead.
+    """One kind of save: at most one is in flight, and training goes on until the next is due.
+
+    Waiting any earlier would gain nothing. Whoever is killed during a write has lost the time since
+    the step that the last whole save is of, whether it has been trained or waited meanwhile; and
+    one copy of the state is in memory either way.
 
     A save that fails is reported, and training goes on, since there will be another. The last of a
     process is tried once more, and its failure ends the run.
@@ -33,39 +37,33 @@ class _Saving(Callback):
     _saver: BackgroundSaver | None = None
 
     def on_step_begin(self, run: Run) -> None:
-        """See `Callback`: wait if the save in flight is `log.checkpoint_overlap` steps old."""
-        self._wait(run, ahead=run.config.log.checkpoint_overlap)
+        """See `Callback`: report the save in flight, if it is done."""
+        self._report(run, wait=False)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`: a `UserError` ends the run too, but not half-way through a save."""
         if isinstance(error, UserError):
             try:
-                self._wait(run)
+                self._report(run)
             except UserError as another:
                 logger.error("%s", another)
 
     def _start(self, run: Run, what: str, parts: State, state: dict[str, Any]) -> None:
         """Copy the tensors and begin to write them."""
         assert self._saver is not None, "on_start came first"
-        self._wait(run)
+        self._report(run)
         started = time.perf_counter()
         run.watchdog.doing(f"copying the {what} of step {run.step}", limited=False)
         self._saver.start(run.step, parts, state)
         run.meters.checkpoint_stall_seconds += time.perf_counter() - started
 
-    def _wait(self, run: Run, ahead: int = 0) -> None:
-        """Report the save in flight once it is done.
-
-        Args:
-            run: the run.
-            ahead: wait for the save if training is this many steps ahead of it, or more.
-        """
+    def _report(self, run: Run, wait: bool = True) -> None:
+        """Report the save in flight, if there is one, when it is done."""
         if self._saver is None or self._saver.step is None:
             return
-        step = self._saver.step
-        wait = run.step - step >= ahead
         if wait:
-            run.watchdog.doing(f"saving the {self.kind} of step {step}", limited=False)
+            what = f"saving the {self.kind} of step {self._saver.step}"
+            run.watchdog.doing(what, limited=False)
         started = time.perf_counter()
         saved = self._saver.finished(wait)
         run.meters.checkpoint_stall_seconds += time.perf_counter() - started

@@ -72,7 +72,8 @@ def _generate(run: Run, model: Network) -> Tensor:
     spec, given = model.conditioning, None
     if spec.low_resolution is not None:
         given = _Downsampled(run.dataset, spec.low_resolution)
-    request = SampleRequest(seed=config.training.seed, low_resolution=given)
+    # Its precision is that of training, below.
+    request = SampleRequest(seed=config.training.seed, low_resolution=given, precision="no")
     bound = DiffusionModel(model, run.schedule, config.diffusion.prediction, sampling)
     # A captured graph would outlast the memory that training wants back.
     sampler = Sampler(bound, request, capture=False)
