@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,12 @@ class Clipping:
             clip_norm: global norm that larger gradients are scaled down to.
             skip: not zero: the caller wants nothing to change, 0-dim.
         """
-        norm = norm / divisor
-        finite = norm.isfinite()
+        divides = isinstance(divisor, Tensor) or divisor != 1  # each of these is a launch
+        norm = norm / divisor if divides else norm
+        finite = norm < math.inf
         # As `torch.nn.utils.clip_grad_norm_`, which could otherwise divide by zero.
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0) / divisor
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = factor / divisor if divides else factor
         return cls(norm, factor, finite, (~finite | (skip != 0)).float())
 
 

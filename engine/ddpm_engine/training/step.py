@@ -56,7 +56,7 @@ def device_step(
         losses.append(loss.detach())
     numbers = inputs.numbers
     norm = strategy.step(numbers.learning_rate, numbers.ema_weights, numbers.skip)
-    loss = torch.stack(losses).mean()
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
     row[: Column.GRAD_NORM].copy_(ranks.sum(torch.cat([loss[None], numbers.counts])))
     # Gradients are the same on every rank by now.
     row[Column.GRAD_NORM].copy_(norm)
