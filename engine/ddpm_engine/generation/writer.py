@@ -50,6 +50,9 @@ class Writer:
     def submit(self, task: Callable[[], None]) -> None:
         """Hand over a task; waits while too many are under way.
 
+        Args:
+            task: called once, in the thread.
+
         Raises:
             Exception: of an earlier task.
         """

@@ -243,7 +243,7 @@ class Sampler:
             on_step: as in `sample`.
 
         Returns:
-            The images; of a GPU, a function that waits for them, so that the next batch can be
+            uint8 `[B, H, W, C]`; of a GPU, a function that waits for them, so that the next batch can be
             queued meanwhile.
 
         Raises:
