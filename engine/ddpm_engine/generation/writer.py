@@ -54,7 +54,7 @@ class Writer:
             task: called once, in the thread.
 
         Raises:
-            Exception: of an earlier task.
+            Exception: of an earlier task; of several `UserError`s, one that names them all.
         """
         self._raise([task for task in self._tasks if task.done()])
         self._tasks = [task for task in self._tasks if not task.done()]
