@@ -50,8 +50,11 @@ class Writer:
     def submit(self, task: Callable[[], None]) -> None:
         """Hand over a task; waits while too many are under way.
 
+        Args:
+            task: called once, in the thread.
+
         Raises:
-            Exception: of an earlier task.
+            Exception: of an earlier task; of several `UserError`s, one that names them all.
         """
         self._raise([task for task in self._tasks if task.done()])
         self._tasks = [task for task in self._tasks if not task.done()]

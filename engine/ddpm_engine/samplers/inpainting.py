@@ -82,7 +82,11 @@ def resampled(
 
 
 def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Refuse what is no mask for images of a shape (B, C, H, W).
+    """Refuse what is no mask for images.
+
+    Args:
+        mask: is to be bool, `[B or 1, C or 1, H, W]`.
+        shape: (B, C, H, W) of the images.
 
     Raises:
         UserError: a mask of another shape or dtype.

@@ -243,8 +243,8 @@ class Sampler:
             on_step: as in `sample`.
 
         Returns:
-            The images; of a GPU, a function that waits for them, so that the next batch can be
-            queued meanwhile.
+            uint8 `[B, H, W, C]`; of a GPU, a function that waits for them, so that the next batch
+            can be queued meanwhile.
 
         Raises:
             UserError: as `trajectory`; `NotFiniteError`, also by that function.
