@@ -106,7 +106,7 @@ def test_an_interruption_kills_what_runs(tmp_path: Path) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    simulated.wait = interrupt  # type: ignore[method-assign]
+    simulated.wait = interrupt  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         simulated.run([item("a", "x", takes=9)], 100)
     assert simulated.running == set()

@@ -125,7 +125,7 @@ def textbook_step(context: Context) -> None:
     config = config_for(context, "cifar10", 128, 32)
     device, batch = context.device, config.training.batch_size
     model = unet(config.model, device).train().requires_grad_()
-    model = model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(model.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0)
@@ -176,7 +176,8 @@ def peers(context: Context) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(batch, dtype=torch.int64, device=context.device)
     for name, network in networks.items():
-        network.train().requires_grad_().to(memory_format=torch.channels_last)
+        network.train().requires_grad_()
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         def step(network: Any = network) -> None:
             with torch.autocast(context.device.type, torch.bfloat16, enabled=not context.dry):

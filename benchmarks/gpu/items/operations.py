@@ -196,7 +196,8 @@ def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]
     """
     if not hasattr(ddpm_kernels, "adamw_step"):
         raise NotHereError("ddpm_kernels has no adamw_step in this build")
-    adamw_step, norm_of = ddpm_kernels.adamw_step, ddpm_kernels.gradient_norm
+    operations: Any = ddpm_kernels
+    adamw_step, norm_of = operations.adamw_step, operations.gradient_norm
     scalars = {
         "learning_rate": torch.tensor(1e-4, device=device),
         "ema_weights": torch.tensor([1e-4], device=device),

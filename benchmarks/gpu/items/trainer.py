@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from benchmarks.gpu.item import Context, FailedError
 from benchmarks.gpu.machine import ROOT
-from benchmarks.gpu.settings import with_training
+from benchmarks.gpu.settings import captures, with_training
 from torch import Tensor
 
 from ddpm_engine.config import RunConfig
@@ -85,7 +85,7 @@ def run_command(script: str, *arguments: str) -> None:
 def first_losses(context: Context) -> None:
     """Train digits on the CPU for a few steps: what the others' first losses are held to."""
     os.environ.update(dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), ""))
-    config = digits(context, "cpu", FIRST)
+    config = with_training(digits(context, "cpu", FIRST), precision="no")
     trainer = Trainer(config)
     if trainer.run.device.type != "cpu":
         raise FailedError(f"it runs on {trainer.run.device}")
@@ -129,9 +129,12 @@ def follow(context: Context, precision: str, **training: Any) -> None:
         training: other fields of `TrainingConfig`.
     """
     steps, killed = (DRY_STEPS, DRY_KILLED) if context.dry else (STEPS, KILLED)
-    chosen = {"precision": precision, **training}
+    chosen: dict[str, Any] = {"precision": precision, **training}
+    if captures():
+        chosen.setdefault("capture", "off")
     if context.dry:
         chosen |= {"precision": "no", "compile": False}
+        chosen |= {"capture": "off"} if captures() else {}
     whole, broken = (
         with_training(digits(context, out, steps), **chosen) for out in ("whole", "broken")
     )
@@ -143,7 +146,8 @@ def follow(context: Context, precision: str, **training: Any) -> None:
     after = largest_difference(resumed, standard)
     on_cpu = context.rows("first losses on a CPU")
     beside = None
-    if on_cpu and not math.isnan(standard[0]):  # fp16 may skip steps that a CPU takes
+    skipped = any(map(math.isnan, standard[:FIRST]))  # by fp16; a CPU takes every step
+    if on_cpu and not skipped:
         beside = largest_difference(
             standard[:FIRST], [float(on_cpu[0][name] or 0) for name in FIRST_LOSSES]
         )
