@@ -40,7 +40,10 @@ class Layers(nn.Module):
         self.conv = nn.Conv2d(3, 5, 3)
         self.one = nn.Conv2d(5, 7, 1)
         self.linear = nn.Linear(7, 3)
-        nn.Module.to(self.double(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.double()
+        for layer in (self.conv, self.one):  # as networks lay themselves out
+            weight = layer.weight.data
+            layer.weight.data = weight.contiguous(memory_format=torch.channels_last)
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class Clipping:
 
         Args:
             norm: global norm of the gradients that there are, 0-dim, float32 or wider.
-            divisor: number that they must be divided by, as the loss scale.
+            divisor: number that they must be divided by, as the loss scale; 0-dim if a tensor.
             clip_norm: global norm that larger gradients are scaled down to.
             skip: not zero: the caller wants nothing to change, 0-dim.
         """
@@ -58,7 +58,7 @@ class AdamW:
 
     Args:
         config: of the run.
-        weights: float32 or wider, updated.
+        weights: of any shapes, dense, float32 or wider; updated.
         exp_avg: first moments, shaped like them; updated.
         exp_avg_sq: second moments, shaped like them; updated.
         step: updates done, 0-dim float32; updated.
@@ -81,7 +81,7 @@ class AdamW:
         """Take one step; the gradients are used up.
 
         Args:
-            gradients: in the precision and memory order of the weights.
+            gradients: shaped like the weights, in their precision and memory order.
             clipping: of these gradients.
             learning_rate: 0-dim, float32 or wider.
         """

@@ -43,8 +43,9 @@ class FlatOptimizer:
         """Take one step, without waiting for a GPU; the gradients are used up.
 
         Args:
-            gradients: in the precision of their weights, master or shadow, or of the masters.
-            divisor: number that they must be divided by.
+            gradients: as `Gradients.take` returns them, in the precision of their weights, master
+                or shadow.
+            divisor: number that they must be divided by; 0-dim if a tensor.
             learning_rate: 0-dim, float32 or wider.
             ema_weights: `[K]`, float32 or wider: share of the new weights in each average.
             skip: not zero: nothing changes, 0-dim float32.

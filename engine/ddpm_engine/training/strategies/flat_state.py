@@ -31,7 +31,7 @@ class Segment:
         return self.offset + self.shape.numel()
 
     def view(self, flat: Tensor) -> Tensor:
-        """The parameter's part of a flat buffer, one-dimensional, in the parameter's shape."""
+        """The parameter's part of a flat buffer `[N]`, in any shape that the parameter has."""
         return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.offset)
 
 
@@ -112,7 +112,7 @@ class FlatState:
         self.refresh()
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Parts of a flat buffer by the parameters' names."""
+        """Parts of a flat buffer `[N]` by the parameters' names."""
         return {segment.name: segment.view(flat) for segment in self.segments}
 
     def named_averages(self) -> dict[str, dict[str, Tensor]]:
