@@ -87,7 +87,7 @@ def memory(tensor: Tensor) -> int:
 
 def is_work(value: Any) -> bool:
     """Whether an operation returned something to wait for."""
-    return isinstance(value, torch.ScriptObject) and value._type().name() == "Work"
+    return isinstance(value, torch.ScriptObject) and value._type().name() == "Work"  # type: ignore[attr-defined]
 
 
 class AsOnAGpu(Callback):

@@ -90,9 +90,10 @@ class Trainer:
                 "the last %d steps were skipped, so the weights are those of step %d; a run that "
                 "goes on like this has diverged", run.step - run.changed, run.changed,
             )  # fmt: skip
+        main = is_main()  # of a group that is left, every rank would be the first
         self._leave()
         if run.interrupted:
-            if is_main():
+            if main:
                 self._mark(marker)
             logger.info("stopped at step %d; run the same command to go on", run.step)
 
