@@ -117,7 +117,8 @@ def test_a_writer_takes_no_more_than_fits_and_keeps_the_order() -> None:
 def test_errors_are_raised_in_order_and_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, computed = store_in(tmp_path), []
+    store = store_in(tmp_path)
+    computed: list[int] = []
     write = SampleDir.write
 
     def failing(self: SampleDir, ids: Sequence[int], items: np.ndarray) -> None:

@@ -88,7 +88,8 @@ def build_run(
     if device.type != "cpu" and world_size() > 1:
         # What the first process of a node compiles, the others find in the cache.
         with accelerator.local_main_process_first():
-            precompile(model, objective, config, device)
+            replicated = request.deepspeed is None and not request.fsdp
+            precompile(model, objective, config, device, half_weights=replicated)
     strategy = start_strategy(model.train(), request, config, accelerator)
     capture = choose_capture(config, model, objective, strategy, device)
     lock = None
