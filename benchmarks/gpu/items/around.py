@@ -18,7 +18,7 @@ from ddpm_engine.evaluation.inception import InceptionNetwork
 
 def host(context: Context) -> None:
     """Time the host's part of each operation, with its launches left out."""
-    for name, took in host_overhead.measure(20 if context.dry else 500).items():
+    for name, took in host_overhead.measure(*((20, 0) if context.dry else (500, 60))).items():
         context.add({"what": name, "µs": took})
 
 

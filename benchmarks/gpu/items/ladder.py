@@ -13,7 +13,7 @@ from benchmarks.gpu.item import Context, NotHereError, Row
 from benchmarks.gpu.items.ceilings import MATMUL
 from benchmarks.gpu.measured_run import Measured, measured_run, measured_steps, random_shards
 from benchmarks.gpu.networks import config_of, training_flop, unet
-from benchmarks.gpu.settings import captures, with_training
+from benchmarks.gpu.settings import with_training
 
 from ddpm_engine.config import RunConfig
 
@@ -25,11 +25,7 @@ WORKERS = 8
 def config_for(
     context: Context, preset: str, batch: int, size: int, precision: str = "bf16", **training: Any
 ) -> RunConfig:
-    """Return a preset over random images, without accumulation.
-
-    Raises:
-        NotHereError: a field of `training` that this build does not have.
-    """
+    """Return a preset over random images, without accumulation."""
     config = config_of(preset, context.dry)
     size = config.model.sample_size if context.dry else size
     shards = random_shards(context.shared, size, 64 if context.dry else 2048 if size < 64 else 256)
@@ -96,8 +92,7 @@ def engine(
         classes: add a table by class of kernel, and keep the trace.
     """
     training: dict[str, Any] = {"compile": compiled and not context.dry}
-    if captured or captures():
-        training["capture"] = "on" if captured and not context.dry else "off"
+    training["capture"] = "on" if captured and not context.dry else "off"
     config = config_for(context, preset, batch, size, precision, **training)
     warm, steps = (1, 2) if context.dry else (WARM, STEPS) if batch >= 64 else (4, 8)
     trace = context.out / "trace.json.gz" if classes else None

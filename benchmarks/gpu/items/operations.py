@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from benchmarks.gpu import textbook
-from benchmarks.gpu.item import Context, NotHereError
+from benchmarks.gpu.item import Context
 from benchmarks.gpu.networks import NormCall, heaviest_norms
 from benchmarks.gpu.timing import (
     BEYOND_CACHES,
@@ -24,8 +24,15 @@ from benchmarks.gpu.timing import (
 )
 from torch import Tensor
 
-import ddpm_kernels
-from ddpm_kernels import Column, denoising_loss, group_norm_silu, q_sample, reverse_step
+from ddpm_kernels import (
+    Column,
+    adamw_step,
+    denoising_loss,
+    gradient_norm,
+    group_norm_silu,
+    q_sample,
+    reverse_step,
+)
 from ddpm_kernels.dispatch import force_ops
 
 Shapes = Sequence[tuple[int, ...]]
@@ -190,15 +197,8 @@ def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]
     """Must read gradient, weights, moments and an average, and write all but the first, and a half.
 
     The gradient is bfloat16: 38 bytes a weight. Torch's own: norm, clip, AdamW, average, copy.
-
-    Raises:
-        NotHereError: this build has no such operation.
     """
-    if not hasattr(ddpm_kernels, "adamw_step"):
-        raise NotHereError("ddpm_kernels has no adamw_step in this build")
-    operations: Any = ddpm_kernels
-    adamw_step, norm_of = operations.adamw_step, operations.gradient_norm
-    scalars = {
+    scalars: dict[str, Any] = {
         "learning_rate": torch.tensor(1e-4, device=device),
         "ema_weights": torch.tensor([1e-4], device=device),
         "skip": torch.zeros((), device=device),
@@ -219,7 +219,7 @@ def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]
             }
 
         def ours(gradient: Tensor, **state: Tensor) -> None:
-            scale = norm_of([gradient]).clamp(min=1)
+            scale = gradient_norm([gradient]).clamp(min=1)
             adamw_step([gradient], [0], **state, **scalars, gradient_scale=scale, **settings)
 
         def theirs(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from benchmarks.gpu.item import Context, FailedError
 from benchmarks.gpu.machine import ROOT
-from benchmarks.gpu.settings import captures, with_training
+from benchmarks.gpu.settings import with_training
 from torch import Tensor
 
 from ddpm_engine.config import RunConfig
@@ -129,12 +129,9 @@ def follow(context: Context, precision: str, **training: Any) -> None:
         training: other fields of `TrainingConfig`.
     """
     steps, killed = (DRY_STEPS, DRY_KILLED) if context.dry else (STEPS, KILLED)
-    chosen: dict[str, Any] = {"precision": precision, **training}
-    if captures():
-        chosen.setdefault("capture", "off")
+    chosen: dict[str, Any] = {"precision": precision, "capture": "off", **training}
     if context.dry:
-        chosen |= {"precision": "no", "compile": False}
-        chosen |= {"capture": "off"} if captures() else {}
+        chosen |= {"precision": "no", "compile": False, "capture": "off"}
     whole, broken = (
         with_training(digits(context, out, steps), **chosen) for out in ("whole", "broken")
     )
@@ -185,21 +182,20 @@ def determinism(context: Context, deterministic: bool, precision: str = "bf16") 
 
     Raises:
         FailedError: they differ though `training.deterministic` is on.
-        NotHereError: this build has no such field.
     """
     found: list[dict[str, Tensor]] = []
     for out in ("once", "again"):
         config = digits(context, out, 3 if context.dry else 20)
-        chosen: dict[str, Any] = {"precision": "no" if context.dry else precision}
-        if deterministic:
-            chosen["deterministic"] = True
-        trainer = Trainer(with_training(config, **chosen))
+        chosen = "no" if context.dry else precision
+        trainer = Trainer(
+            with_training(config, precision=chosen, deterministic=deterministic)
+        )
         trainer.fit()
         weights = trainer.run.strategy.state()["model"]
         found.append({name: value.detach().cpu().clone() for name, value in weights.items()})
     same = sum(torch.equal(value, found[1][name]) for name, value in found[0].items())
     context.add({
-        "run": f"digits twice, {chosen['precision']}", "deterministic": deterministic,
+        "run": f"digits twice, {chosen}", "deterministic": deterministic,
         "tensors equal to the bit": f"{same} of {len(found[0])}",
         "to the bit": same == len(found[0]),
     })  # fmt: skip
