@@ -140,7 +140,8 @@ def no_convolutions() -> Iterator[None]:
     def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
         return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(len(weight))
 
-    with warnings.catch_warnings(action="ignore"):  # of what is replaced
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is replaced
         library.impl("convolution", convolution, "CPU")
         library.impl("convolution_backward", convolution_backward, "CPU")
     try:
