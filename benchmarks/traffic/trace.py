@@ -76,7 +76,7 @@ class Trace(TorchDispatchMode):
         if name.startswith("ddpm."):
             return self._own(name, func, args, kwargs)
         # This one has no meta kernel, and returns nothing.
-        out = None if name == "aten._fused_adamw_" else func(*args, **kwargs)
+        out: Any = None if name == "aten._fused_adamw_" else func(*args, **kwargs)
         if name == "aten.convolution":
             self._convolution(func, args, out)
             out = _as_cudnn(out)
