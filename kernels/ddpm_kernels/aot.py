@@ -295,7 +295,7 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
         narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
         for (width, groups), film, activation, rows in (
             (narrow, False, "silu", side), (wide, True, "silu", side), (wide, False, "none", side),
-            (narrow, True, "silu", 4),  # one slab covers a sample
+            (narrow, True, "silu", 8),  # one slab covers a sample
         ):  # fmt: skip
             activations = _tensor((batch, width, rows, rows), dtype, aligned).requires_grad_()
             affine = torch.ones(width)
