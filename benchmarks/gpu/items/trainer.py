@@ -187,9 +187,7 @@ def determinism(context: Context, deterministic: bool, precision: str = "bf16") 
     for out in ("once", "again"):
         config = digits(context, out, 3 if context.dry else 20)
         chosen = "no" if context.dry else precision
-        trainer = Trainer(
-            with_training(config, precision=chosen, deterministic=deterministic)
-        )
+        trainer = Trainer(with_training(config, precision=chosen, deterministic=deterministic))
         trainer.fit()
         weights = trainer.run.strategy.state()["model"]
         found.append({name: value.detach().cpu().clone() for name, value in weights.items()})
