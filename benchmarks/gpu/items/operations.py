@@ -218,7 +218,7 @@ def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]
                 "step": torch.ones((), device=device),
             }
 
-        def ours(gradient: Tensor, **state: Tensor) -> None:
+        def ours(gradient: Tensor, **state: Any) -> None:
             scale = gradient_norm([gradient]).clamp(min=1)
             adamw_step([gradient], [0], **state, **scalars, gradient_scale=scale, **settings)
 
