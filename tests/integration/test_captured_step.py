@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.forked import PATHS, ROOT
 from tests.integration.test_resume import assert_same_run, loss_log
 from tests.ranks import Poisoned
 from tests.recorder import AsOnAGpu, Recorded
 
 from ddpm_engine.checkpoints.store import CheckpointStore
-from ddpm_engine.config import RunConfig
+from ddpm_engine.config import RunConfig, load_config
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
@@ -81,13 +84,19 @@ def test_a_signal_a_kill_and_a_resumption_change_nothing(config: RunConfig, tmp_
     fit(eager, AsOnAGpu())
     fit(config, Recorded(), Signal(signal.SIGTERM, 1))
     assert (config.out / "requeue").read_text() == "stopped at step 3\n"
-    child = os.fork()
-    if child == 0:
-        fit(config, Recorded(), Signal(signal.SIGKILL, 6))
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # Not in a fork of this process, which has computed by several threads.
+    path = os.pathsep.join([PATHS, str(ROOT)])
+    killed = subprocess.run(
+        [sys.executable, __file__, str(config.out)],
+        env={**os.environ, "PYTHONPATH": path}, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
     assert CheckpointStore(config.out / "checkpoints").steps() in ([3], [3, 4])
     recorded = Recorded()
     fit(config, recorded)
     assert recorded.recorder.replays in (STEPS - 3, STEPS - 4)
     assert_same_run(config.out, eager.out, STEPS)
+
+
+if __name__ == "__main__":
+    fit(load_config(Path(sys.argv[1])), Recorded(), Signal(signal.SIGKILL, 6))

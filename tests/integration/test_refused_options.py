@@ -185,7 +185,7 @@ def test_folders_that_are_files(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_nothing_is_refused_that_is_a_default(refused: Refused) -> None:
-    defaults = ("--seed", 0, "--weights", "ema", "--batch-size", 64, "--precision", "auto")
+    defaults = ("--seed", 0, "--weights", "ema", "--batch-size", "auto", "--precision", "auto")
     wrong = ("--samples", "nowhere", "--data", "nowhere", *defaults)
     assert "no folder --samples nowhere" in refused("evaluate", *wrong)
 
