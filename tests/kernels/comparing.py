@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -48,18 +44,3 @@ def assert_equal(got: Tensor | None, expected: Tensor | None, what: str = "") ->
     if got is not None and expected is not None:
         assert got.dtype == expected.dtype, what
         assert torch.equal(got.cpu(), expected.cpu()), what
-
-
-class OnTheHost(TorchDispatchMode):
-    """Collects the operations that read or make a CPU tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        if any(t.device.type == "cpu" for t in tensors):
-            self.found.append(str(func))
-        return out

@@ -19,7 +19,7 @@ from tests.kernels.adamw_inputs import (
     mapped,
     of_adamw_step,
 )
-from tests.kernels.comparing import OnTheHost, assert_equal
+from tests.kernels.comparing import assert_equal
 from tests.kernels.conftest import (
     INTERPRETED,
     ON_COMPILERS,
@@ -29,6 +29,7 @@ from tests.kernels.conftest import (
     Backend,
 )
 from tests.kernels.inputs import FLOATS, Arguments
+from tests.watching import OnTheHost, Watched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,18 +71,6 @@ def test_opcheck(backend: Backend, optional: bool) -> None:
         operations.adamw_step_.default, (*given_.values(), *REFERENCE_NUMBERS.values())
     )
     torch.library.opcheck(operations.gradient_norm.default, (given_["gradients"],))
-
-
-class Watched(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @ON_OPERATIONS

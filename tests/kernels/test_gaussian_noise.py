@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.kernels.comparing import EPS32, OnTheHost, assert_equal, assert_within
+from tests.kernels.comparing import EPS32, assert_equal, assert_within
 from tests.kernels.conftest import ON_OPERATIONS, Backend, Guarded
+from tests.watching import OnTheHost
 from torch import Tensor
 
 from ddpm_kernels import Stream, gaussian_noise, philox

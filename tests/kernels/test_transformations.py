@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.comparing import OnTheHost, assert_equal
+from tests.kernels.comparing import assert_equal
 from tests.kernels.conftest import (
     INTERPRETED,
     ON_COMPILERS,
@@ -28,9 +28,9 @@ from tests.kernels.inputs import (
     of_reverse_step,
     of_training_draws,
 )
+from tests.watching import OnTheHost, Watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
 from ddpm_kernels.dispatch import force_ops, skips_dispatcher
@@ -177,18 +177,6 @@ def test_the_dispatcher_is_taken_where_something_watches(backend: Backend, case:
     for got, right in zip(found, expected, strict=True):
         assert_equal(got, right)
         assert got.stride() == right.stride()
-
-
-class Watched(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_what_takes_the_dispatcher() -> None:

@@ -49,7 +49,7 @@ def test_nothing_changes_where_none_are_known(
 def test_a_process_with_the_machine_to_itself_keeps_all(
     ranks: str | None, expected: int, set_to: list[set[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
