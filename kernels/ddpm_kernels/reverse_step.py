@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
-from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.gaussian_noise import gaussian_noise_reference
+from ddpm_kernels.philox import Stream, interleave4, normals4
 from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import (
     as_scalar,
@@ -149,8 +150,9 @@ def reverse_step_reference_(
     # On a CPU the scale can be read before generating noise; elsewhere that would synchronize.
     may_read = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if not may_read or noise_scale != 0:
-        image = (x.shape[1], x.shape[2], x.shape[3])
-        noise = gaussian_noise(seed, sample_ids, image, row, Stream.SAMPLER_NOISE)
+        noise = gaussian_noise_reference(
+            seed, sample_ids, *x.shape[1:], row, int(Stream.SAMPLER_NOISE)
+        )
         if variance.shape[1]:
             fraction = (variance + 1) / 2
             log_variance = (

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_kernels.philox import Stream, random_normals
+from ddpm_kernels.tiling import as_scalar
+
 EPS32 = torch.finfo(torch.float32).eps
 
 
@@ -20,6 +23,16 @@ def rounding(got: Tensor, exact: Tensor, times: float = 1) -> Tensor:
     truncated = got.dtype == torch.bfloat16 and not got.is_cuda
     ulps = 1.0 if truncated else 0.5
     return times * ulps * precision.eps * exact.abs().clamp(min=precision.tiny)
+
+
+def reference_noise(
+    seed: int, ids: Tensor, shape: tuple[int, int, int], step: int, stream: Stream
+) -> Tensor:
+    """The counter map's noise, `[B, C, H, W]`, whichever way the operations take."""
+    channels, height, width = shape
+    place = as_scalar(seed, ids.device), ids, channels * height * width
+    noise = random_normals(*place, as_scalar(step, ids.device), stream)
+    return noise.view(len(ids), height, width, channels).permute(0, 3, 1, 2)
 
 
 def assert_within(got: Tensor, exact: Tensor, allowed: Tensor | float, what: str = "") -> None:

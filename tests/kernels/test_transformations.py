@@ -35,7 +35,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
 from ddpm_kernels.dispatch import force_ops, skips_dispatcher
 from ddpm_kernels.draws import training_draws
-from ddpm_kernels.philox import Stream, gaussian_noise
+from ddpm_kernels.gaussian_noise import gaussian_noise_reference
+from ddpm_kernels.philox import Stream
+from ddpm_kernels.tiling import as_scalar
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -264,6 +266,7 @@ def test_nothing_is_taken_from_the_host() -> None:
             assert host.found == [], function
         ids = torch.arange(3, device=meta)
         with OnTheHost() as host:
-            gaussian_noise(3, ids, (3, 4, 5), 7, Stream.SAMPLER_NOISE)
+            seed, step = as_scalar(3, meta), as_scalar(7, meta)
+            gaussian_noise_reference(seed, ids, 3, 4, 5, step, Stream.SAMPLER_NOISE)
             random_integers(3, ids, 10, 7, Stream.TRAINING_TIMESTEP)
         assert host.found == []
