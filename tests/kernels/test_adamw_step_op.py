@@ -39,12 +39,7 @@ from ddpm_kernels.tiles import Tile, trying
 
 tables = importlib.import_module("ddpm_kernels.adamw_step.tables")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with trying("adamw_step", Tile(128, 1)), trying("gradient_norm", Tile(128, 1)):
-        yield
+pytestmark = pytest.mark.usefixtures("small_step_tiles")
 
 
 def given_on(device: torch.device, **options: Any) -> Arguments:

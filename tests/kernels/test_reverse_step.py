@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from ddpm_kernels import Column, Stream, reverse_step
-from ddpm_kernels.reverse_step import reverse_step_reference_
+from ddpm_kernels.reverse_step.op import reverse_step_reference_
 
 IMAGES = ("x", "output", "unconditional", "history")
 EVERYTHING = {k: v for k, v in REVERSE["everything"].items() if k != "output_dtype"}
