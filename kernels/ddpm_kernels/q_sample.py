@@ -95,8 +95,9 @@ def training_noise(
     stream: Stream = Stream.TRAINING_NOISE,
 ) -> Tensor:
     """Return the ε that belongs to each sample of a training batch, `[B, C, H, W]`."""
+    _, channels, height, width = images.shape
     step = as_scalar(0, sample_ids.device)
-    noise = gaussian_noise_reference(seed, sample_ids, *images.shape[1:], step, int(stream))
+    noise = gaussian_noise_reference(seed, sample_ids, channels, height, width, step, int(stream))
     return noise.to(dtype)
 
 

@@ -126,8 +126,9 @@ def reverse_step_reference_(
     # On a CPU the scale can be read before generating noise; elsewhere that would synchronize.
     may_read = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if not may_read or noise_scale != 0:
+        _, channels, height, width = x.shape
         noise = gaussian_noise_reference(
-            seed, sample_ids, *x.shape[1:], row, int(Stream.SAMPLER_NOISE)
+            seed, sample_ids, channels, height, width, row, int(Stream.SAMPLER_NOISE)
         )
         if variance.shape[1]:
             fraction = (variance + 1) / 2
