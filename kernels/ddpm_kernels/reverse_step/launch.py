@@ -261,7 +261,7 @@ def launch_reverse_step(
     history: Tensor | None,
     clip: bool,
 ) -> None:
-    """Launch a step of a float32 state of any strides; arguments as in `reverse_step_reference_`."""
+    """Launch a step of a float32 state of any strides; see `reverse_step_reference_`."""
     if history is not None and history.dtype != x.dtype:
         raise ValueError("history needs the dtype of x")
     planned = plan(
