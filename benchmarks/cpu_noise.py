@@ -1,7 +1,7 @@
 """Time of the noise on a CPU: `python benchmarks/cpu_noise.py`.
 
 Times the noise of the counter map alone, and q_sample with denoising_loss and its gradient, which
-draw it twice, once with `gaussian_noise_reference` and once with `gaussian_noise_in_blocks`, in
+generate it twice, once as `philox` specifies it and once in blocks as `ddpm_kernels.cpu_noise`, in
 turn, and reports the ratio of each pair's times. The two give the same values.
 """
 
@@ -19,11 +19,12 @@ import torch
 from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import Positive, parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_kernels import Stream, denoising_loss, gaussian_noise, philox, q_sample
+from ddpm_kernels import Stream, cpu_noise, denoising_loss, gaussian_noise, q_sample
+from ddpm_kernels.philox import random_normals
 
 WAYS = {
-    "reference": philox.gaussian_noise_reference,
-    "blocks": philox.gaussian_noise_in_blocks,
+    "reference": random_normals,
+    "blocks": cpu_noise.random_normals_in_blocks,
 }
 
 
@@ -44,7 +45,7 @@ def measure(name: str, work: Callable[[], object], options: Options) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for pair in range(-3, options.pairs):
         for way, draw in WAYS.items():
-            with mock.patch.object(philox, "gaussian_noise_in_blocks", draw):
+            with mock.patch.object(cpu_noise, "random_normals_in_blocks", draw):
                 start = time.perf_counter()
                 work()
                 elapsed = time.perf_counter() - start

@@ -37,13 +37,14 @@ class Recording(TorchDispatchMode):
         if str(func).startswith(READS):
             self.reads.append(str(func))
         result = func(*args, **kwargs)
-        if not func.is_view:
-            given = {memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            fresh = [
-                (place, leaf)
-                for place, leaf in enumerate(tree_leaves(result))
-                if isinstance(leaf, Tensor) and memory(leaf) not in given
-            ]
+        given = {memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        fresh = [
+            (place, leaf)
+            for place, leaf in enumerate(tree_leaves(result))
+            if isinstance(leaf, Tensor) and memory(leaf) not in given
+        ]
+        # What may be a view can be a copy, such as a reshape.
+        if fresh or not func.is_view:
             self.operations.append((func, args, kwargs, fresh))
         return result
 

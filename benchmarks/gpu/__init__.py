@@ -7,7 +7,7 @@ once, and what no longer fits the budget is named. A second call goes on where t
 | file             | what is in it                                                               |
 |------------------|-----------------------------------------------------------------------------|
 | `registry`       | the items, in order, with their estimates                                   |
-| `items`          | what they do                                                                |
+| `item`, `items`  | what they are, and what they do                                             |
 | `schedule`       | which runs when                                                             |
 | `processes`      | a process for each, and its end                                             |
 | `results`        | the file that they append to                                                |

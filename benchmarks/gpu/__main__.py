@@ -20,6 +20,7 @@ from benchmarks.gpu.report import write_page
 from benchmarks.gpu.results import End, Results
 from benchmarks.gpu.schedule import pending, run
 
+from ddpm_engine.runtime import CACHES
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 
 INCOMPLETE, NO_GPU = 1, 3
@@ -29,7 +30,6 @@ STATUS = f"""exit status:
   {NO_GPU}  there is no GPU, or no Triton: nothing was run
 """
 DRY_PATIENCE = 5
-CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The networks that are measured, and what they compute, counted on meta tensors."""
+"""The networks that are measured, their runs, and what they compute, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def config_of(preset: str, dry: bool) -> RunConfig:
         norm_num_groups=4,
     )
     return replace(config, model=model)
+
+
+def with_training(config: RunConfig, **values: Any) -> RunConfig:
+    """Replace fields of `config.training`."""
+    return replace(config, training=replace(config.training, **values))
 
 
 def unet(config: UNetConfig, device: torch.device) -> UNet:

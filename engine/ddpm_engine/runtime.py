@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import nn
 
 from ddpm_engine.cache_directories import node_cache
 from ddpm_engine.errors import UserError
+from ddpm_engine.threads import share_of_cores
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 """Precision of a network's arithmetic; see `choose_precision` for auto."""
@@ -90,6 +92,24 @@ class Numerics:
         return f"TF32 {'on' if self.tf32 else 'off'}, {choice}"
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 convolutions and matrix products of NVIDIA GPUs in float32, not in TF32.
+
+    For what must not depend on `Numerics`, such as the features that a Fréchet distance is made of:
+    TF32 keeps ten bits of each factor. Afterwards everything is as it was.
+    """
+    switches: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
+
 def check_precision(precision: str, name: str, remedy: str = "") -> None:
     """Refuse half precisions that this processor does not have or runs a hundred times slower.
 
@@ -117,9 +137,7 @@ def use_all_cores() -> None:
     """Undo `accelerate launch`'s default of one thread, sharing the cores among local ranks."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (cores or 1) // ranks))
+        torch.set_num_threads(share_of_cores())
 
 
 def has_fast_bf16(device: torch.device = torch.device("cpu")) -> bool:  # noqa: B008

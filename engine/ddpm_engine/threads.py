@@ -1,4 +1,4 @@
-"""Work that a few threads share, such as encoding and decoding of images."""
+"""The cores of this process, and work that a few threads share, such as decoding images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ R = TypeVar("R")
 _MOST = 16
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_of_cores() -> int:
+    """Return the number of cores for each of the ranks that were started here, at least 1."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def threads_to_use() -> int:
     """Return this process's share of the cores, at least 1 and at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST, (cores or 1) // ranks))
+    return min(_MOST, share_of_cores())
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:

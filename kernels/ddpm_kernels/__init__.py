@@ -17,13 +17,14 @@ elementwise ones share.
 """
 
 from ddpm_kernels.adamw_step.op import adamw_step, gradient_norm
-from ddpm_kernels.denoising_loss import denoising_loss
+from ddpm_kernels.denoising_loss.op import denoising_loss
 from ddpm_kernels.draws import training_draws
 from ddpm_kernels.gaussian_noise import gaussian_noise
 from ddpm_kernels.group_norm_silu.op import group_norm_silu
 from ddpm_kernels.philox import Stream, bernoulli, random_integers
 from ddpm_kernels.q_sample import q_sample
-from ddpm_kernels.reverse_step import Column, reverse_step
+from ddpm_kernels.reverse_step.columns import Column
+from ddpm_kernels.reverse_step.op import reverse_step
 
 __all__ = [
     "Column",

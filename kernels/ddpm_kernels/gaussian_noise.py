@@ -6,14 +6,15 @@ it, and inpainting adds it to what is known.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_kernels import philox
+from ddpm_kernels import cpu_noise
 from ddpm_kernels.dispatch import runs_triton, takes_op
-from ddpm_kernels.philox import Stream, interleave4, normals4
+from ddpm_kernels.philox import Stream, interleave4, normals4, random_normals
 from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.tiling import as_scalar, is_wide, packed, tile_of
 from ddpm_kernels.triton_shim import tl, triton
@@ -26,14 +27,25 @@ def gaussian_noise(
     step: int | Tensor,
     stream: Stream,
 ) -> Tensor:
-    """Generate noise; arguments and result as `philox.gaussian_noise`, which specifies it."""
-    if not takes_op(sample_ids):
-        return philox.gaussian_noise(seed, sample_ids, shape, step, stream)
+    """Generate standard normal noise for a batch of images.
+
+    Args:
+        seed: any 64-bit integer, signed or not, or a 0-dim int64 tensor of its bits.
+        sample_ids: int64 `[B]` in [0, 2⁵⁶).
+        shape: `(channels, height, width)` of one sample.
+        step: the sampler's step, an integer or a 0-dim int64 tensor; or 0 in training, where the id
+            is the sample's position.
+        stream: what the noise is for.
+
+    Returns:
+        float32 `[B, C, H, W]` in channels-last memory format. Each value depends only on the seed,
+        stream, step, its sample's id and its place (channel, row, column, and C and W).
+    """
     device = sample_ids.device
-    noise: Tensor = torch.ops.ddpm.gaussian_noise.default(
-        as_scalar(seed, device), sample_ids, *shape, as_scalar(step, device), int(stream)
-    )
-    return noise
+    call: Callable[..., Tensor] = gaussian_noise_reference
+    if takes_op(sample_ids):
+        call = torch.ops.ddpm.gaussian_noise.default
+    return call(as_scalar(seed, device), sample_ids, *shape, as_scalar(step, device), int(stream))
 
 
 # --- Reference
@@ -49,8 +61,11 @@ def gaussian_noise_reference(
     stream: int,
 ) -> Tensor:
     """Compute what `gaussian_noise` specifies with torch's operations."""
-    shape = (channels, height, width)
-    return philox.gaussian_noise(seed, sample_ids, shape, step, Stream(stream))
+    # Inductor fuses the plain form, and needs no blocks.
+    in_blocks = sample_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    normals = cpu_noise.random_normals_in_blocks if in_blocks else random_normals
+    noise = normals(seed, sample_ids, channels * height * width, step, Stream(stream))
+    return noise.view(len(sample_ids), height, width, channels).permute(0, 3, 1, 2)
 
 
 # --- Triton

@@ -19,8 +19,9 @@ pairs (0, 1) and (2, 3) by Box–Muller:
 Everything after the rounding of u is computed here in float64 and rounded once, so the reference is
 within half an ulp of the exact value. The smallest u is 2⁻³³: tails reach 6.76σ.
 
-The noise is computed in three places: by `gaussian_noise_reference`, which specifies it; by
-`gaussian_noise_in_blocks`, the same in less time and memory on a CPU; and by `normals4` in kernels.
+The noise is computed in three places: by `random_normals`, which specifies it; by
+`cpu_noise.random_normals_in_blocks`, the same in less time and memory on a CPU; and by `normals4`
+in kernels.
 
 Source: Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the
 constants are those of Random123, whose published known answers the tests reproduce.
@@ -38,15 +39,12 @@ from torch import Tensor
 from ddpm_kernels.tiling import as_scalar
 from ddpm_kernels.triton_shim import tl, triton
 
-_ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
-_MASK = 0xFFFFFFFF
-_STREAM_BITS = 8
+ROUND_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+STREAM_BITS = 8
 
-MAX_SAMPLE_ID = 2 ** (32 + 32 - _STREAM_BITS) - 1
-
-COUNTERS_A_THREAD = 2**15
-"""Elements per block on a CPU: 256 KiB per operand, and torch's smallest share for a thread."""
+MAX_SAMPLE_ID = 2 ** (32 + 32 - STREAM_BITS) - 1
 
 
 class Stream(IntEnum):
@@ -87,13 +85,13 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     k0, k1 = key.unbind(-1)
     for _ in range(rounds):
         # int64 products wrap modulo 2⁶⁴, which keeps exactly the 64 bits that are wanted.
-        p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        c0 = (p1 >> 32 & _MASK) ^ c1 ^ k0
-        c1 = p1 & _MASK
-        c2 = (p0 >> 32 & _MASK) ^ c3 ^ k1
-        c3 = p0 & _MASK
-        k0 = k0 + _KEY_INCREMENTS[0] & _MASK
-        k1 = k1 + _KEY_INCREMENTS[1] & _MASK
+        p0, p1 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
+        c0 = (p1 >> 32 & MASK) ^ c1 ^ k0
+        c1 = p1 & MASK
+        c2 = (p0 >> 32 & MASK) ^ c3 ^ k1
+        c3 = p0 & MASK
+        k0 = k0 + KEY_INCREMENTS[0] & MASK
+        k1 = k1 + KEY_INCREMENTS[1] & MASK
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
 
 
@@ -118,11 +116,11 @@ def random_words(
     ids = sample_ids.to(torch.int64)[:, None]
     counter = torch.stack(
         torch.broadcast_tensors(
-            blocks, step & _MASK, ids & _MASK, int(stream) | (ids >> 32) << _STREAM_BITS
+            blocks, step & MASK, ids & MASK, int(stream) | (ids >> 32) << STREAM_BITS
         ),
         dim=-1,
     )
-    words = philox4x32(counter, torch.stack([seed & _MASK, seed >> 32 & _MASK]))
+    words = philox4x32(counter, torch.stack([seed & MASK, seed >> 32 & MASK]))
     return words.flatten(1)[:, :count]
 
 
@@ -144,15 +142,15 @@ def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[S
     device = sample_ids.device
     # x is (c0, c2), which are multiplied, and y is (c1, c3): int64 [2, S, B].
     stream = torch.stack([torch.full_like(sample_ids, one) for one in streams])
-    x = torch.stack([torch.zeros_like(stream), (sample_ids & _MASK).expand_as(stream)])
-    y = torch.stack([torch.full_like(stream, step), sample_ids >> 32 << _STREAM_BITS | stream])
+    x = torch.stack([torch.zeros_like(stream), (sample_ids & MASK).expand_as(stream)])
+    y = torch.stack([torch.full_like(stream, step), sample_ids >> 32 << STREAM_BITS | stream])
     half = torch.arange(2, device=device)
-    factors = _from_pair(half, _ROUND_MULTIPLIERS)[:, None, None]
+    factors = _from_pair(half, ROUND_MULTIPLIERS)[:, None, None]
     rounds = torch.arange(10, device=device)[:, None]
-    keys = torch.stack([seed, seed >> 32]) + rounds * _from_pair(half, _KEY_INCREMENTS)
+    keys = torch.stack([seed, seed >> 32]) + rounds * _from_pair(half, KEY_INCREMENTS)
     for key in keys[:, :, None, None].unbind():
         products = (x * factors).flip(0)
-        x = (products >> 32).bitwise_xor_(y).bitwise_xor_(key).bitwise_and_(_MASK)
+        x = (products >> 32).bitwise_xor_(y).bitwise_xor_(key).bitwise_and_(MASK)
         y = products  # whose high halves the mask removes in the next round
     return x[0]
 
@@ -180,38 +178,7 @@ def bernoulli(
     return random_words(seed, sample_ids, 1, step, stream)[:, 0] < threshold
 
 
-def gaussian_noise(
-    seed: int | Tensor,
-    sample_ids: Tensor,
-    shape: tuple[int, int, int],
-    step: int | Tensor,
-    stream: Stream,
-) -> Tensor:
-    """Draw standard normal noise for a batch of images.
-
-    Args:
-        seed: any 64-bit integer, signed or not, or a 0-dim int64 tensor of its bits.
-        sample_ids: int64 `[B]` in [0, 2⁵⁶).
-        shape: `(channels, height, width)` of one sample.
-        step: the sampler's step, an integer or a 0-dim int64 tensor; or 0 in training, where the id
-            is the sample's position.
-        stream: what the noise is for.
-
-    Returns:
-        float32 `[B, C, H, W]` in channels-last memory format. Each value depends only on the seed,
-        stream, step, its sample's id and its place (channel, row, column, and C and W).
-    """
-    channels, height, width = shape
-    device = sample_ids.device
-    seed, step = as_scalar(seed, device), as_scalar(step, device)
-    # Inductor fuses the reference, and needs no blocks.
-    in_blocks = device.type == "cpu" and not torch.compiler.is_compiling()
-    draw = gaussian_noise_in_blocks if in_blocks else gaussian_noise_reference
-    noise = draw(seed, sample_ids, channels * height * width, step, stream)
-    return noise.view(len(sample_ids), height, width, channels).permute(0, 3, 1, 2)
-
-
-def gaussian_noise_reference(
+def random_normals(
     seed: Tensor, sample_ids: Tensor, count: int, step: Tensor, stream: Stream
 ) -> Tensor:
     """Draw `count` standard normals per sample, in the order of elements: float32 `[B, count]`."""
@@ -234,81 +201,6 @@ def normals_of_words(words: Tensor) -> Tensor:
     x = torch.where(quadrant + 1 & 2 == 2, -x, x)
     y = torch.where(quadrant & 2 == 2, -y, y)
     return torch.stack([radius * x, radius * y], dim=-1).flatten(1).to(torch.float32)
-
-
-def gaussian_noise_in_blocks(
-    seed: Tensor, sample_ids: Tensor, count: int, step: Tensor, stream: Stream
-) -> Tensor:
-    """What `gaussian_noise_reference` computes, on a CPU, in a third of the time.
-
-    Eager operations pay for memory, so counters are taken in blocks whose operands stay in a core's
-    cache, most operations work in place, and normals go straight to their places in the result.
-
-    The words are the reference's, and the normals equal its normals but where the last bits of
-    float64 decide a rounding to float32: expected of one in 10⁸, not seen in 2.5·10⁸. Operations
-    are elementwise and, but for logarithm and sine, correctly rounded, so that where blocks and
-    threads divide the batch matters no more than that.
-    """
-    counters = (count + 3) // 4
-    noise = torch.empty(len(sample_ids), counters, 4, dtype=torch.float32, device="cpu")
-    block = COUNTERS_A_THREAD * torch.get_num_threads()
-    columns = max(1, min(counters, block))
-    rows = block // columns
-    blocks = torch.arange(counters, device="cpu")
-    for ids, samples in zip(sample_ids.split(rows), noise.split(rows), strict=True):
-        for c0, out in zip(blocks.split(columns), samples.split(columns, dim=1), strict=True):
-            w0, w1, w2, w3 = _words4(seed, ids, c0, step, stream)
-            write_normals(w0, w1, out[..., 0], out[..., 1])
-            write_normals(w2, w3, out[..., 2], out[..., 3])
-    return noise.flatten(1)[:, :count].contiguous()
-
-
-def _words4(
-    seed: Tensor, sample_ids: Tensor, blocks: Tensor, step: Tensor, stream: Stream
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words of the counters that differ in sample and element: four int64 `[B, len(blocks)]`.
-
-    The low 32 bits are the word. In the first and third, all others are zero.
-    """
-    rounds = torch.arange(10, device="cpu")
-    k0 = (seed + rounds * _KEY_INCREMENTS[0] & _MASK).unbind()
-    k1 = ((seed >> 32) + rounds * _KEY_INCREMENTS[1] & _MASK).unbind()
-    ids = sample_ids.to(torch.int64)[:, None]
-    # [N], [], [B, 1] and [B, 1]: the first rounds, which have yet to mix them, cost little.
-    c0, c1, c2, c3 = blocks, step, ids & _MASK, ids >> 32 << _STREAM_BITS | int(stream)
-    for a, b in zip(k0, k1, strict=True):
-        p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
-        c0, c1, c2, c3 = _mix(p1, c1, a), p1, _mix(p0, c3, b), p0
-    return c0, c1, c2, c3
-
-
-def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    """High half of the product ^ low half of the word ^ key."""
-    high = product >> 32
-    high = high.bitwise_xor_(word) if high.shape == word.shape else high ^ word
-    return high.bitwise_xor_(key).bitwise_and_(_MASK)
-
-
-def write_normals(radius_word: Tensor, angle_word: Tensor, n0: Tensor, n1: Tensor) -> None:
-    """Apply Box–Muller as `normals_of_words`, in place: words int64, `n0` and `n1` float32.
-
-    Bits of the angle's word above the low 32 are ignored; in the radius's there must be none.
-    """
-    u = radius_word.to(torch.float32).mul_(2.0**-32).add_(2.0**-33)
-    radius = u.to(torch.float64).log_().mul_(-2.0).sqrt_()
-    # As int32 the angle is in [-π, π), and wraps around like one.
-    angle = angle_word.to(torch.int32)
-    n0.copy_(_cosine(angle).mul_(radius))
-    n1.copy_(_cosine(angle.sub_(2**30)).mul_(radius))
-
-
-def _cosine(angle: Tensor) -> Tensor:
-    """cos(2π · angle / 2³²) in float64, of an int32 angle.
-
-    As sin(π/2 − |θ|), subtracted as integers, so that zeros are exact, and precise near them.
-    |−2³¹| overflows to −2³¹, and the subtraction back to 2³⁰, which is right: cos(−π) = sin(−π/2).
-    """
-    return angle.abs().sub_(2**30).to(torch.float64).mul_(-2.0 * math.pi / 2**32).sin_()
 
 
 @triton.jit

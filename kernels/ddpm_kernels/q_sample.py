@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
-from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
+from ddpm_kernels.gaussian_noise import gaussian_noise_reference
+from ddpm_kernels.philox import Stream, interleave4, normals4
 from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import (
     as_scalar,
@@ -94,8 +95,10 @@ def training_noise(
     stream: Stream = Stream.TRAINING_NOISE,
 ) -> Tensor:
     """Return the ε that belongs to each sample of a training batch, `[B, C, H, W]`."""
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    return gaussian_noise(seed, sample_ids, shape, 0, stream).to(dtype)
+    _, channels, height, width = images.shape
+    step = as_scalar(0, sample_ids.device)
+    noise = gaussian_noise_reference(seed, sample_ids, channels, height, width, step, int(stream))
+    return noise.to(dtype)
 
 
 def q_sample_reference(

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu.networks import unet
-from tests.kernels.comparing import OnTheHost, largest
+from tests.kernels.comparing import largest
 from tests.sampling import sample
+from tests.watching import OnTheHost
 from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance

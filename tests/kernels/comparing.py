@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ddpm_kernels.philox import Stream, random_normals
+from ddpm_kernels.tiling import as_scalar
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -24,6 +23,16 @@ def rounding(got: Tensor, exact: Tensor, times: float = 1) -> Tensor:
     truncated = got.dtype == torch.bfloat16 and not got.is_cuda
     ulps = 1.0 if truncated else 0.5
     return times * ulps * precision.eps * exact.abs().clamp(min=precision.tiny)
+
+
+def reference_noise(
+    seed: int, ids: Tensor, shape: tuple[int, int, int], step: int, stream: Stream
+) -> Tensor:
+    """The counter map's noise, `[B, C, H, W]`, whichever way the operations take."""
+    channels, height, width = shape
+    place = as_scalar(seed, ids.device), ids, channels * height * width
+    noise = random_normals(*place, as_scalar(step, ids.device), stream)
+    return noise.view(len(ids), height, width, channels).permute(0, 3, 1, 2)
 
 
 def assert_within(got: Tensor, exact: Tensor, allowed: Tensor | float, what: str = "") -> None:
@@ -48,18 +57,3 @@ def assert_equal(got: Tensor | None, expected: Tensor | None, what: str = "") ->
     if got is not None and expected is not None:
         assert got.dtype == expected.dtype, what
         assert torch.equal(got.cpu(), expected.cpu()), what
-
-
-class OnTheHost(TorchDispatchMode):
-    """Collects the operations that read or make a CPU tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        if any(t.device.type == "cpu" for t in tensors):
-            self.found.append(str(func))
-        return out

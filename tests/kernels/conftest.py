@@ -179,7 +179,7 @@ def _forget_plans() -> None:
     launch.plan.cache_clear()
     launch._forward_launches.cache_clear()
     launch._backward_launches.cache_clear()
-    for module in ("q_sample", "denoising_loss", "reverse_step"):
+    for module in ("q_sample", "denoising_loss.launch", "reverse_step.launch"):
         importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
 
@@ -195,3 +195,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ):
         yield
     _forget_plans()
+
+
+@pytest.fixture
+def small_step_tiles() -> Iterator[None]:
+    """Tiles of `adamw_step` so small that `adamw_inputs.SIZES` takes several."""
+    with trying("adamw_step", Tile(128, 1)), trying("gradient_norm", Tile(128, 1)):
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,15 +26,9 @@ from torch import Tensor, nn
 
 from ddpm_kernels import adamw_step, gradient_norm
 from ddpm_kernels.adamw_step.op import adamw_step_reference_, gradient_norm_reference
-from ddpm_kernels.tiles import Tile, trying
 
 launch = importlib.import_module("ddpm_kernels.adamw_step.launch")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with trying("adamw_step", Tile(128, 1)), trying("gradient_norm", Tile(128, 1)):
-        yield
+pytestmark = pytest.mark.usefixtures("small_step_tiles")
 
 
 def in_float64(arguments: Arguments) -> Arguments:

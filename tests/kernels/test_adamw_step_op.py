@@ -19,7 +19,7 @@ from tests.kernels.adamw_inputs import (
     mapped,
     of_adamw_step,
 )
-from tests.kernels.comparing import OnTheHost, assert_equal
+from tests.kernels.comparing import assert_equal
 from tests.kernels.conftest import (
     INTERPRETED,
     ON_COMPILERS,
@@ -29,6 +29,7 @@ from tests.kernels.conftest import (
     Backend,
 )
 from tests.kernels.inputs import FLOATS, Arguments
+from tests.watching import OnTheHost, Watched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,12 +39,7 @@ from ddpm_kernels.tiles import Tile, trying
 
 tables = importlib.import_module("ddpm_kernels.adamw_step.tables")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _small_tiles() -> Iterator[None]:
-    with trying("adamw_step", Tile(128, 1)), trying("gradient_norm", Tile(128, 1)):
-        yield
+pytestmark = pytest.mark.usefixtures("small_step_tiles")
 
 
 def given_on(device: torch.device, **options: Any) -> Arguments:
@@ -70,18 +66,6 @@ def test_opcheck(backend: Backend, optional: bool) -> None:
         operations.adamw_step_.default, (*given_.values(), *REFERENCE_NUMBERS.values())
     )
     torch.library.opcheck(operations.gradient_norm.default, (given_["gradients"],))
-
-
-class Watched(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @ON_OPERATIONS

@@ -34,7 +34,7 @@ from tests.kernels.test_q_sample import clean_and_noise
 from torch import Tensor
 
 from ddpm_kernels import denoising_loss, q_sample
-from ddpm_kernels.denoising_loss import denoising_loss_reference
+from ddpm_kernels.denoising_loss.op import denoising_loss_reference
 from ddpm_kernels.tiles import Tile, trying
 
 NOISING = ("images", "timesteps", "seed", "sample_ids", "flip")
@@ -298,7 +298,7 @@ def test_a_sample_does_not_depend_on_its_batch_and_runs_repeat(backend: Backend)
 def test_more_tiles_than_are_added_at_once(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["ddpm_kernels.denoising_loss"], "SUM_TILE", 4)
+    monkeypatch.setattr(sys.modules["ddpm_kernels.denoising_loss.launch"], "SUM_TILE", 4)
     plain = of_denoising_loss((2, 1, 1, 8 * 4 * 2 + 5), "x0")
     with trying("denoising_loss", Tile(8, 1)):
         check(*differentiate(backend.moved(plain)), plain)

@@ -15,16 +15,14 @@ from tests.kernels.conftest import Backend
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ddpm_kernels import Stream, bernoulli, gaussian_noise, random_integers
-from ddpm_kernels import philox as philox_module
+from ddpm_kernels import Stream, bernoulli, cpu_noise, gaussian_noise, random_integers
+from ddpm_kernels.cpu_noise import random_normals_in_blocks, write_normals
 from ddpm_kernels.philox import (
     MAX_SAMPLE_ID,
-    gaussian_noise_in_blocks,
-    gaussian_noise_reference,
     normals_of_words,
     philox4x32,
+    random_normals,
     random_words,
-    write_normals,
 )
 
 MASK = 2**32 - 1
@@ -201,25 +199,25 @@ def test_blocks_equal_the_reference(
     place = torch.tensor(seed), torch.tensor(ids, dtype=torch.int64), count
     time = torch.tensor(step), stream
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(philox_module, "COUNTERS_A_THREAD", block)
-        noise = gaussian_noise_in_blocks(*place, *time)
+        patch.setattr(cpu_noise, "COUNTERS_A_THREAD", block)
+        noise = random_normals_in_blocks(*place, *time)
     assert noise.is_contiguous()
     # Equal, with no tolerance, though one in 10⁸ is free to differ: the examples are always these.
-    torch.testing.assert_close(noise, gaussian_noise_reference(*place, *time), rtol=0, atol=0)
+    torch.testing.assert_close(noise, random_normals(*place, *time), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_of_full_size_equal_the_reference(threads: int) -> None:
-    count = 4 * philox_module.COUNTERS_A_THREAD + 1001  # two blocks a sample, or many samples one
+    count = 4 * cpu_noise.COUNTERS_A_THREAD + 1001  # two blocks a sample, or many samples one
     zero = torch.tensor(0)
     given_ = torch.tensor(7), torch.tensor([5, 2**40]), count, zero, NOISE
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        noise = gaussian_noise_in_blocks(*given_)
+        noise = random_normals_in_blocks(*given_)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(noise, gaussian_noise_reference(*given_), rtol=0, atol=0)
+    torch.testing.assert_close(noise, random_normals(*given_), rtol=0, atol=0)
 
 
 def test_eager_cpu_takes_blocks_and_compiled_code_the_reference(
@@ -228,7 +226,7 @@ def test_eager_cpu_takes_blocks_and_compiled_code_the_reference(
     given_ = 3, torch.arange(5), (3, 4, 5), 2, NOISE
     eager = gaussian_noise(*given_)
     torch._dynamo.reset()
-    monkeypatch.setattr(philox_module, "gaussian_noise_in_blocks", None)
+    monkeypatch.setattr(cpu_noise, "random_normals_in_blocks", None)
     compiled = torch.compile(gaussian_noise, fullgraph=True, backend="aot_eager")(*given_)
     assert torch.equal(compiled, eager)
     with pytest.raises(TypeError):

@@ -8,7 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.comparing import EPS32, assert_equal, assert_within, rounding
+from tests.kernels.comparing import (
+    EPS32,
+    assert_equal,
+    assert_within,
+    reference_noise,
+    rounding,
+)
 from tests.kernels.conftest import Backend, Guarded
 from tests.kernels.inputs import (
     FLOATS,
@@ -25,7 +31,6 @@ from tests.kernels.inputs import (
 from torch import Tensor
 
 from ddpm_kernels import Stream, q_sample
-from ddpm_kernels.philox import gaussian_noise
 from ddpm_kernels.tiles import TILES
 
 PER_SAMPLE = ("images", "timesteps", "sample_ids", "flip")
@@ -38,7 +43,7 @@ def clean_and_noise(arguments: Arguments) -> tuple[Tensor, Tensor]:
     if arguments["flip"] is not None:
         x_0 = torch.where(per_pixel(arguments["flip"]), x_0.flip(-1), x_0)
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    noise = gaussian_noise(
+    noise = reference_noise(
         int(arguments["seed"]), arguments["sample_ids"], shape, 0, Stream.TRAINING_NOISE
     )
     return x_0, noise.double()
@@ -169,7 +174,7 @@ def test_noise_is_that_of_the_counter_map_and_stream(backend: Backend, count: in
             "sample_ids": ids,
         }
         noise = q_sample(**backend.moved(given_), seed=seed, stream=stream)
-        expected = gaussian_noise(seed, ids, (1, 1, count), 0, stream).double()
+        expected = reference_noise(seed, ids, (1, 1, count), 0, stream).double()
         assert_within(noise, expected, 4 * EPS32 * expected.abs())
 
 

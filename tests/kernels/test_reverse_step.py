@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kernels.comparing import EPS32, assert_equal, assert_no_worse, assert_within, largest
+from tests.kernels.comparing import (
+    EPS32,
+    assert_equal,
+    assert_no_worse,
+    assert_within,
+    largest,
+    reference_noise,
+)
 from tests.kernels.conftest import ON_COMPILERS, ON_KERNELS, Backend, Guarded
 from tests.kernels.inputs import (
     FLOATS,
@@ -28,8 +35,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from ddpm_kernels import Column, Stream, reverse_step
-from ddpm_kernels.philox import gaussian_noise
-from ddpm_kernels.reverse_step import reverse_step_reference_
+from ddpm_kernels.reverse_step.op import reverse_step_reference_
 
 IMAGES = ("x", "output", "unconditional", "history")
 EVERYTHING = {k: v for k, v in REVERSE["everything"].items() if k != "output_dtype"}
@@ -37,7 +43,7 @@ EVERYTHING = {k: v for k, v in REVERSE["everything"].items() if k != "output_dty
 
 def noise_of(arguments: Arguments) -> np.ndarray:
     _, channels, height, width = arguments["x"].shape
-    noise = gaussian_noise(
+    noise = reference_noise(
         int(arguments["seed"]), arguments["sample_ids"], (channels, height, width),
         int(arguments["row"]), Stream.SAMPLER_NOISE,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.comparing import OnTheHost, assert_equal
+from tests.kernels.comparing import assert_equal
 from tests.kernels.conftest import (
     INTERPRETED,
     ON_COMPILERS,
@@ -28,14 +28,16 @@ from tests.kernels.inputs import (
     of_reverse_step,
     of_training_draws,
 )
+from tests.watching import OnTheHost, Watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
 from ddpm_kernels.dispatch import force_ops, skips_dispatcher
 from ddpm_kernels.draws import training_draws
-from ddpm_kernels.philox import Stream, gaussian_noise
+from ddpm_kernels.gaussian_noise import gaussian_noise_reference
+from ddpm_kernels.philox import Stream
+from ddpm_kernels.tiling import as_scalar
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -179,18 +181,6 @@ def test_the_dispatcher_is_taken_where_something_watches(backend: Backend, case:
         assert got.stride() == right.stride()
 
 
-class Watched(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_what_takes_the_dispatcher() -> None:
     plain = torch.ones(2)
     seen: list[bool] = []
@@ -276,6 +266,7 @@ def test_nothing_is_taken_from_the_host() -> None:
             assert host.found == [], function
         ids = torch.arange(3, device=meta)
         with OnTheHost() as host:
-            gaussian_noise(3, ids, (3, 4, 5), 7, Stream.SAMPLER_NOISE)
+            seed, step = as_scalar(3, meta), as_scalar(7, meta)
+            gaussian_noise_reference(seed, ids, 3, 4, 5, step, Stream.SAMPLER_NOISE)
             random_integers(3, ids, 10, 7, Stream.TRAINING_TIMESTEP)
         assert host.found == []

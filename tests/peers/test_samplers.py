@@ -24,7 +24,7 @@ from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Stream, gaussian_noise
-from ddpm_kernels.reverse_step import reverse_step_reference_
+from ddpm_kernels.reverse_step.op import reverse_step_reference_
 
 diffusers: Any = pytest.importorskip("diffusers")
 scheduling_ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.comparing import OnTheHost
+from tests.recorder import Recorder
 from tests.sampling import sample
 from tests.tiny import TINY
+from tests.watching import OnTheHost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold
 from ddpm_engine.diffusion.schedule import NoiseSchedule
@@ -112,58 +112,32 @@ def test_a_step_takes_nothing_from_the_host(unet: UNet, request_name: str, captu
 # --- Nothing frozen
 
 
-class Recorder(TorchDispatchMode):
-    """Stands for a CUDA graph: records operations, and replays just those on the same memory."""
+class Restoring:
+    """A capture that records a step and undoes it, as a graph does not take it either."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.recorder = Recorder()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read = [leaf for leaf in tree_leaves(out) if not isinstance(leaf, Tensor | None)]
-        assert not read, f"{func} hands {read} to the host"
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        made: dict[int, Tensor] = {}
-
-        def current(tensor: Tensor) -> Tensor:
-            return made.get(id(tensor), tensor)
-
-        for func, args, kwargs, out in self.calls:
-            again = func(
-                *tree_map_only(Tensor, current, args), **tree_map_only(Tensor, current, kwargs)
-            )
-            pairs = zip(tree_leaves(out), tree_leaves(again), strict=True)
-            made |= {id(old): new for old, new in pairs}
-
-
-class Recording:
-    """A capture: records a step without taking it, as a graph does."""
-
-    def __init__(self) -> None:
-        self.count = 0
+    @property
+    def count(self) -> int:
+        return len(self.recorder.recordings)
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         runner: StepRunner = work.func.__self__  # type: ignore[attr-defined]
         kept = [runner.x, runner._row, *([] if runner._history is None else [runner._history])]
         kept += [*runner._features.values()]
         before = [tensor.clone() for tensor in kept]
-        with Recorder() as recorder:
-            work()
+        replay = self.recorder(work)
         for tensor, value in zip(kept, before, strict=True):
             tensor.copy_(value)
-        self.count += 1
-        return torch.inference_mode()(recorder.replay)
+        return torch.inference_mode()(replay)
 
 
 @pytest.mark.parametrize("request_name", REQUESTS)
 def test_replayed_operations_take_the_same_steps(
     unet: UNet, monkeypatch: pytest.MonkeyPatch, request_name: str
 ) -> None:
-    recording = Recording()
+    recording = Restoring()
     monkeypatch.setattr(sampler_module, "captured", recording)
     request = {**REQUESTS[request_name], "batch_size": 2}
     with force_ops():  # as on a GPU: on a CPU, references read numbers
@@ -177,7 +151,7 @@ def test_a_batch_that_is_given_up_leaves_the_next_at_its_first_step(unet: UNet) 
     table = build_table(SCHEDULE, "ddpm", STEPS)
     conditions = Conditioning(LABELS)
     runner = StepRunner(
-        unet, table, (4, *SHAPE), conditions, torch.device("cpu"), capture=Recording()
+        unet, table, (4, *SHAPE), conditions, torch.device("cpu"), capture=Restoring()
     )
     ends = []
     with torch.inference_mode(), force_ops():
@@ -194,7 +168,7 @@ def test_a_batch_that_is_given_up_leaves_the_next_at_its_first_step(unet: UNet) 
 def test_memory_that_ends_during_a_capture_makes_two_passes(
     unet: UNet, monkeypatch: pytest.MonkeyPatch, cache_interval: int
 ) -> None:
-    recording = Recording()
+    recording = Restoring()
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
         runner = work.func.__self__  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.samplers.timesteps import karras_timesteps
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_kernels import Column, Stream, gaussian_noise
-from ddpm_kernels.reverse_step import reverse_step_reference_
+from ddpm_kernels.reverse_step.op import reverse_step_reference_
 
 SIGMA_DATA = 0.5
 SCHEDULE = NoiseSchedule.edm()

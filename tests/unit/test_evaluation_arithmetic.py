@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_engine.evaluation.arithmetic import ARITHMETIC, without_tf32
 from ddpm_engine.evaluation.feature_networks import InceptionFeatures
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
-from ddpm_engine.evaluation.report import write_report
+from ddpm_engine.evaluation.report import ARITHMETIC, write_report
+from ddpm_engine.runtime import without_tf32
 
 SWITCHES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from tests.kernels.comparing import OnTheHost
 from tests.tiny import TINY
+from tests.watching import OnTheHost
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor

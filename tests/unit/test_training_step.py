@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.kernels.comparing import OnTheHost
+from tests.watching import OnTheHost, Uploads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -31,23 +31,6 @@ from ddpm_engine.training.strategies.replicated import Replicated
 from ddpm_kernels.dispatch import force_ops
 
 META = torch.device("meta")
-
-
-class Uploads(TorchFunctionMode):
-    """Collects the calls that make a tensor elsewhere of numbers of the host.
-
-    Below, such a tensor is made in one piece, so that nothing could be seen of the copy.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor, torch.asarray):
-            self.found.append(func.__name__)
-        return func(*args, **kwargs)
 
 
 class Half(TorchFunctionMode):

@@ -12,8 +12,7 @@ from benchmarks.gpu import textbook
 from benchmarks.gpu.item import Context, NotHereError, Row
 from benchmarks.gpu.items.ceilings import MATMUL
 from benchmarks.gpu.measured_run import Measured, measured_run, measured_steps, random_shards
-from benchmarks.gpu.networks import config_of, training_flop, unet
-from benchmarks.gpu.settings import with_training
+from benchmarks.gpu.networks import config_of, training_flop, unet, with_training
 
 from ddpm_engine.config import RunConfig
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from benchmarks.gpu.item import Context, FailedError
 from benchmarks.gpu.machine import ROOT
-from benchmarks.gpu.settings import with_training
+from benchmarks.gpu.networks import with_training
 from torch import Tensor
 
 from ddpm_engine.config import RunConfig

@@ -23,13 +23,13 @@ from ddpm_engine.bounds import Ge, Le
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.data.packing.index import index_shards
 from ddpm_engine.data.packing.pack import write_shards
-from ddpm_engine.data.packing.process_map import usable_cores
 from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.shards.manifest import Manifest, Shard
 from ddpm_engine.data.shards.verify import verify as find_damage
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.folder import in_words
 from ddpm_engine.printable import printable
+from ddpm_engine.threads import usable_cores
 
 Processes = Annotated[int, Ge(1), Le(1024)] | None
 

@@ -20,13 +20,13 @@ from ddpm_engine.data.classes import match_classes
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.arithmetic import without_tf32
 from ddpm_engine.evaluation.features_store import FeatureStore
 from ddpm_engine.evaluation.report import write_report
 from ddpm_engine.evaluation.sources import RULE, RealImages
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
 from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.runtime import without_tf32
 
 
 @dataclass(frozen=True, eq=False)

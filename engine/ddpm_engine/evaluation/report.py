@@ -14,10 +14,11 @@ from typing import Any
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.arithmetic import ARITHMETIC
 from ddpm_engine.json_files import to_json
 from ddpm_engine.runtime import Numerics
 
+ARITHMETIC = {"convolutions": "float32", "matrix products": "float32", "distances": "float64"}
+"""Of feature networks, of the likelihood and of what is computed of features; for reports."""
 _LIBRARIES = ("torch", "numpy", "pillow", "scikit-learn")
 
 

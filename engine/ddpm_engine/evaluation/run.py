@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ddpm_engine.data.classes import match_classes
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.arithmetic import without_tf32
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.features_store import (
     FeatureStore,
@@ -38,6 +37,7 @@ from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import WorkShare, chunks, fill_missing
 from ddpm_engine.images.transfer import Pending
 from ddpm_engine.memory import check_fits
+from ddpm_engine.runtime import without_tf32
 from ddpm_engine.samplers.identity import whole
 
 logger = logging.getLogger(__name__)

@@ -24,13 +24,6 @@ _PROCESS_BYTES = 4 << 20  # of its own, at least
 _function: Callable[[Any], Any] | None = None
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def check_count(value: int, name: str, most: int | None = None) -> None:
     """Refuse what is no whole number from 1 to `most`.
 

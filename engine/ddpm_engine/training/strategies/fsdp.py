@@ -22,7 +22,7 @@ from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.ema import decays, move_towards
 from ddpm_engine.training.optimizer import AdamW, Clipping
 from ddpm_engine.training.strategies.flat_state import is_channels_last
-from ddpm_engine.training.strategies.loss_scale import LossScale
+from ddpm_engine.training.strategies.loss_scale import LossScale, backward
 from ddpm_engine.training.strategies.strategy import State
 
 _PREFETCHED = 2
@@ -199,9 +199,7 @@ class FullySharded:
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy`."""
-        if self._accumulation > 1:
-            loss = loss / self._accumulation
-        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+        backward(loss, self._accumulation, self.loss_scale)
 
     @torch.no_grad()
     def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:

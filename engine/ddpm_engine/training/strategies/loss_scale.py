@@ -63,3 +63,16 @@ class LossScale:
         value, steps = float(state["value"]), int(state["steps"])
         self.value.fill_(value)
         self._steps.fill_(steps)
+
+
+def backward(loss: Tensor, pieces: int, scale: LossScale | None) -> None:
+    """Add the gradients of a micro-batch to those of its step.
+
+    Args:
+        loss: mean loss of the micro-batch, 0-dim.
+        pieces: micro-batches of the step, whose gradients are averaged.
+        scale: multiplies the loss, and so the gradients; None: nothing does.
+    """
+    if pieces > 1:  # each of these is a launch
+        loss = loss / pieces
+    (loss if scale is None else loss * scale.value).backward()

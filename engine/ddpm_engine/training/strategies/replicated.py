@@ -18,7 +18,7 @@ from ddpm_engine.training.ema import decays
 from ddpm_engine.training.strategies.flat_optimizer import FlatOptimizer
 from ddpm_engine.training.strategies.flat_state import FlatState
 from ddpm_engine.training.strategies.gradients import Gradients, LocalGradients, SummedGradients
-from ddpm_engine.training.strategies.loss_scale import LossScale
+from ddpm_engine.training.strategies.loss_scale import LossScale, backward
 from ddpm_engine.training.strategies.strategy import State
 
 
@@ -69,9 +69,7 @@ class Replicated:
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy`."""
-        if self._accumulation > 1:
-            loss = loss / self._accumulation
-        (loss if self.loss_scale is None else loss * self.loss_scale.value).backward()
+        backward(loss, self._accumulation, self.loss_scale)
 
     @torch.no_grad()
     def step(self, learning_rate: Tensor, ema_weights: Tensor, skip: Tensor) -> Tensor:
