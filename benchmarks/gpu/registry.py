@@ -70,6 +70,8 @@ ITEMS: tuple[Item, ...] = (
     _check("kernels: transformations", "kernels", 50, file="test_transformations.py"),
     _check("kernels: the others", "kernels", 40),
     _check("graphs", "graphs", 30),
+    _check("captured training", "captured_training", 60, keyword="eagerly"),
+    _check("captured training, bits", "captured_training", 60, keyword="not eagerly"),
     _check("poisoned memory", "poisoned", 50),
     _check("memcheck", "sanitized", 50, tool="memcheck"),
     _check("racecheck", "sanitized", 50, tool="racecheck"),
