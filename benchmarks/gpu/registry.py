@@ -106,7 +106,7 @@ ITEMS: tuple[Item, ...] = (
         {"preset": "celebahq256", "batch": 16, "ways": _UNCOMPILED},
     ),
     Item("loader", _AROUND, "around.loader", 12, 25),
-    Item("host", _AROUND, "around.host", 10, 20),
+    Item("host", _AROUND, "around.host", 20, 40),
     Item("features", _AROUND, "around.features", 15, 30),
     _large("256 px, compiled", 80, 120, {"batch": 16, "compiled": True}),
     Item("diffusers", _LADDER, "ladder.peers", 15, 30),
