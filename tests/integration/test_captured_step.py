@@ -18,6 +18,7 @@ from tests.recorder import AsOnAGpu, Recorded, Recording
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
+from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import Work
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
@@ -148,3 +149,21 @@ def test_no_graph_is_left_when_ranks_part(
     monkeypatch.setattr(Trainer, "_leave", watched)
     fit(config, captured, *([Signal(signal.SIGTERM, 1)] if stopped else []))
     assert left == [[True]]
+
+
+class NotCaptured(AsOnAGpu):
+    """Let a capture fail."""
+
+    def on_start(self, run: Run) -> None:
+        super().on_start(run)
+
+        def capture(work: Work) -> Work:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        run.capture = capture
+
+
+def test_what_cannot_be_captured_says_what_to_do(config: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"not permitted .*let `training.capture` be off") as failed:
+        fit(config, NotCaptured())
+    assert failed.value.field == "training.capture"
