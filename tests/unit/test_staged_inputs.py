@@ -10,7 +10,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ class Stream:
 
 
 class Device(TorchFunctionMode):
-    """Tensors are the host's; copies are queued, unless one writes to page-locked memory at once."""
+    """Its tensors are the host's; copies are queued, but for those to page-locked memory."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
