@@ -17,7 +17,7 @@ from ddpm_engine.training.strategies.strategy import Strategy
 logger = logging.getLogger(__name__)
 
 _WARM_UP_STEPS = 3
-"""Until libraries have chosen their algorithms and DDP its buckets."""
+"""Until libraries and compilers have chosen their algorithms."""
 
 
 def choose_capture(
