@@ -193,13 +193,14 @@ def in_tree(tree: Path, calls: int, steps: int) -> dict[str, float]:
     """
     if not (tree / "kernels/ddpm_kernels").is_dir():
         raise UserError(f"`before` {tree} is no checkout: it has no kernels/ddpm_kernels", "before")
-    paths = os.pathsep.join([str(tree / "engine"), str(tree / "kernels")])
+    others = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # wheels may lie there
+    paths = os.pathsep.join([str(tree / "engine"), str(tree / "kernels"), *filter(None, others)])
     measured = subprocess.run(
         [
             sys.executable, __file__,
             "--calls", str(calls), "--steps", str(steps), "--rounds", "1",
         ],
-        env={**os.environ, "PYTHONPATH": paths, _INSIDE: "1", **_ZEROS},
+        env={**os.environ, "PYTHONPATH": paths, _INSIDE: "1", **_ZEROS, **_NO_GPU},
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     found = json.loads(measured.stdout.splitlines()[-1])
@@ -209,6 +210,8 @@ def in_tree(tree: Path, calls: int, steps: int) -> dict[str, float]:
 _INSIDE = "HOST_OVERHEAD_MEASURES"
 _ZEROS = {"MALLOC_PERTURB_": "255", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 """What no kernel has written is zero, so that gradients are finite and no step is skipped."""
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+"""It would be trained on, if there is one."""
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ import torch
 from benchmarks.gpu.item import Row
 from torch import Tensor
 
+from ddpm_engine import graphs
+
 T = TypeVar("T")
 Arguments = dict[str, Any]
 
@@ -67,21 +69,22 @@ def captured(function: Callable[[], T], device: torch.device) -> Callable[[], T]
     """
     if device.type != "cuda":
         return function
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
+    outputs: list[T] = []
+
+    def work() -> None:
+        outputs[:] = [function()]
+
+    with graphs.as_captured(device):
         for _ in range(3):
-            function()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = function()
+            work()
+    outputs.clear()
+    replay = graphs.captured(work)
 
-    def replay() -> T:
-        graph.replay()
-        return outputs
+    def replayed() -> T:
+        replay()
+        return outputs[0]
 
-    return replay
+    return replayed
 
 
 def cuda_timer(function: Callable[[], object]) -> float:

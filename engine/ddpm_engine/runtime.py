@@ -177,8 +177,8 @@ def use_nearest_cores(device: torch.device) -> None:
     where the system does not say which cores these are, or has given the process none of them.
     """
     gpu: Any = torch.cuda.get_device_properties(device)  # torch's types leave some out
-    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    with suppress(AttributeError, OSError, ValueError):  # another system than Linux has neither
+    with suppress(AttributeError, OSError, ValueError):  # nor has every torch, or system, them all
+        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
         listed = (_PCI / address / "local_cpulist").read_text().strip()
         near = set()
         for part in filter(None, listed.split(",")):  # such as 0-15,32-47

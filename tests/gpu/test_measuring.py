@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,23 @@ def test_ways_see_the_same_values() -> None:
     gradients: Any = both.ways["engine"](**made)
     theirs: Any = both.ways["torch, NCHW"](**made)
     assert torch.allclose(gradients[1][0].float(), theirs[1][1].float(), atol=0.05)
+
+
+def test_a_replay_returns_what_the_captured_call_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    held: list[bool] = []
+
+    def function() -> list[int]:
+        calls.append(len(calls))
+        return calls[-1:]
+
+    def capture(work: Any) -> Any:
+        work()
+        return lambda: held.append(True)
+
+    monkeypatch.setattr(timing.graphs, "as_captured", lambda _: nullcontext())
+    monkeypatch.setattr(timing.graphs, "captured", capture)
+    replay = timing.captured(function, torch.device("cuda"))
+    assert [replay(), replay()] == [[3], [3]]
+    assert calls == [0, 1, 2, 3]
+    assert held == [True, True]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ import pytest
 from tests.forked import PATHS, ROOT
 from tests.integration.test_resume import assert_same_run, loss_log
 from tests.ranks import Poisoned
-from tests.recorder import AsOnAGpu, Recorded
+from tests.recorder import AsOnAGpu, Recorded, Recording
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, load_config
+from ddpm_engine.errors import UserError
+from ddpm_engine.graphs import Work
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
@@ -96,6 +101,77 @@ def test_a_signal_a_kill_and_a_resumption_change_nothing(config: RunConfig, tmp_
     fit(config, recorded)
     assert recorded.recorder.replays in (STEPS - 3, STEPS - 4)
     assert_same_run(config.out, eager.out, STEPS)
+
+
+class Graph:
+    """Stands in for a graph, and can be seen to go."""
+
+    def __init__(self, work: Work) -> None:
+        with Recording() as self.recording:
+            work()
+
+    def replay(self) -> None:
+        self.recording.replay()
+
+
+class Captured(AsOnAGpu):
+    """Let a run capture `Graph`s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs: list[weakref.ref[Graph]] = []
+
+    def on_start(self, run: Run) -> None:
+        super().on_start(run)
+        run.capture = self.capture
+
+    def capture(self, work: Work) -> Work:
+        graph = Graph(work)
+        self.graphs.append(weakref.ref(graph))
+        return graph.replay
+
+
+@pytest.fixture
+def _no_collection() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collection")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_graph_is_left_when_ranks_part(
+    stopped: bool, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would wait for the end of every graph that it has a part in."""
+    captured, left = Captured(), []
+    leave = Trainer._leave
+
+    def watched(trainer: Trainer) -> None:
+        left.append([graph() is None for graph in captured.graphs])
+        leave(trainer)
+
+    monkeypatch.setattr(Trainer, "_leave", watched)
+    fit(config, captured, *([Signal(signal.SIGTERM, 1)] if stopped else []))
+    assert left == [[True]]
+
+
+class NotCaptured(AsOnAGpu):
+    """Let a capture fail."""
+
+    def on_start(self, run: Run) -> None:
+        super().on_start(run)
+
+        def capture(work: Work) -> Work:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        run.capture = capture
+
+
+def test_what_cannot_be_captured_says_what_to_do(config: RunConfig) -> None:
+    with pytest.raises(UserError, match=r"not permitted .*let `training.capture` be off") as failed:
+        fit(config, NotCaptured())
+    assert failed.value.field == "training.capture"
 
 
 if __name__ == "__main__":

@@ -303,6 +303,25 @@ def test_a_capture_copies_from_memory_that_nothing_writes_again(
     captured.zero_()
     target.copy_(source)
     assert captured.tolist() == [gradient.data_ptr() for gradient in second]
-    # Nothing has run since the last capture.
-    with pytest.raises(RuntimeError, match="before each capture"), capturing():
-        addresses_of(first)
+
+
+def test_a_capture_may_step_several_sets_of_gradients(
+    uploads: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [[torch.zeros(n) for n in SIZES] for _ in range(tables.SPARES + 1)]
+
+    def found(gradients: list[Tensor]) -> list[int]:
+        addresses: list[int] = tables.divide(gradients, None, 0, 0, 64, 8, CPU)[1].tolist()
+        return addresses
+
+    for _ in range(2):  # of two captures, each after a call outside of it
+        monkeypatch.setattr(tables, "_capturing", lambda device: False)
+        found(sets[0])
+        monkeypatch.setattr(tables, "_capturing", lambda device: True)
+        for gradients in sets[: tables.SPARES]:
+            assert found(gradients) == [gradient.data_ptr() for gradient in gradients]
+    fresh = [[torch.zeros(n) for n in SIZES] for _ in range(tables.SPARES)]
+    for gradients in fresh:
+        found(gradients)
+    with pytest.raises(RuntimeError, match="before each capture"):
+        found(sets[-1])

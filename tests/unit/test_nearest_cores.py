@@ -45,6 +45,14 @@ def test_nothing_changes_where_none_are_known(
     assert set_to == []
 
 
+def test_nothing_changes_where_torch_does_not_say_where_a_gpu_is(
+    set_to: list[set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
+    use_nearest_cores(GPU)
+    assert set_to == []
+
+
 @pytest.mark.parametrize(("ranks", "expected"), [(None, 0), ("1", 0), ("8", 1)])
 def test_a_process_with_the_machine_to_itself_keeps_all(
     ranks: str | None, expected: int, set_to: list[set[int]], monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tiny import TINY
 from tests.watching import OnTheHost, Uploads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -103,6 +104,51 @@ def test_the_host_reads_nothing_in_a_step(
     monkeypatch.setattr(replicated, "autocast_forward", autocast_on_meta)
     preset = PRESETS[name]()
     assert found_on_the_host(replace(preset, training=replace(preset.training, **training))) == []
+
+
+def accumulators(network: nn.Module) -> list[Any]:
+    """The nodes of autograd that gradients of the weights end in: made where there are none."""
+    return [
+        weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        for weight in network.parameters()
+    ]
+
+
+def outlived(training: dict[str, Any], held: list[Tensor] | None = None) -> bool:
+    """Whether such a node of a step is still there after it; `held` keeps its losses."""
+    cpu = torch.device("cpu")
+    config = RunConfig(model=TINY)
+    config = replace(config, training=replace(config.training, batch_size=4, **training))
+    network = build_network(config.model)
+    if config.training.activation_checkpointing:
+        network.enable_activation_checkpointing()
+    objective = build_objective(config, config.diffusion.build_schedule())
+    strategy = Replicated(network.train(), config, cpu)
+    inputs = StaticInputs(cpu, len(decays(config.training)))
+    count = config.training.batch_size // config.training.accumulation
+    images = torch.zeros(count, *network.sample_shape, dtype=torch.uint8)
+    inputs.batches = [Batch(images, None, torch.arange(count))] * config.training.accumulation
+
+    def mark(loss: Tensor) -> None:
+        for node in accumulators(network):
+            node.metadata["of the step"] = True
+        if held is not None:
+            held.append(loss)
+
+    with force_ops():
+        device_step(Reading(objective, mark), strategy, inputs, Reports(cpu).row, Ranks())
+    return any(node.metadata for node in accumulators(network))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"accumulation": 2}, {"activation_checkpointing": True}],
+    ids=["plain", "accumulation", "checkpointing"],
+)
+def test_nothing_of_autograd_outlives_a_step(training: dict[str, Any]) -> None:
+    """What does would belong to the stream of that step, which ends a capture of the next."""
+    assert not outlived(training)
+    assert outlived(training, held=[])
 
 
 class Reading(Objective):

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks import host_overhead
 from benchmarks.gpu.item import Context
 from benchmarks.gpu.items.ladder import config_for
+from benchmarks.gpu.machine import ROOT
 
 from ddpm_engine.data.loader import BatchPositions, make_batches
 from ddpm_engine.data.open import open_dataset
@@ -17,8 +18,9 @@ from ddpm_engine.evaluation.inception import InceptionNetwork
 
 
 def host(context: Context) -> None:
-    """Time the host's part of each operation, with its launches left out."""
-    for name, took in host_overhead.measure(*((20, 0) if context.dry else (500, 60))).items():
+    """Time the host's part of each operation and of a step, with launches left out."""
+    calls, steps = (20, 0) if context.dry else (500, 60)
+    for name, took in host_overhead.in_tree(ROOT, calls, steps).items():
         context.add({"what": name, "µs": took})
 
 

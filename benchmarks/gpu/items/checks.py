@@ -86,6 +86,11 @@ def graphs(context: Context) -> None:
     _run_tests(context, [ROOT / "tests" / "gpu" / "test_capture.py"])
 
 
+def captured_training(context: Context, keyword: str) -> None:
+    """Run some of the tests of captured training steps."""
+    _run_tests(context, [ROOT / "tests" / "gpu" / "test_captured_training.py"], keyword)
+
+
 def poisoned(context: Context) -> None:
     """Run the kernels' tests with NaN in all memory that nothing has written."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -36,6 +36,8 @@ def _calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
         ):  # fmt: skip
             for job in jobs(device, (shape,)):
                 yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
+    for job in operations.adamw_step_jobs(device, (1024,)):
+        yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
 
 
 def ahead(context: Context, share: int, of: int) -> None:

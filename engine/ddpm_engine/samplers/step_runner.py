@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.guidance import Guidance, combine, dynamic_threshold, rescale_factor
 from ddpm_engine.errors import UserError
-from ddpm_engine.graphs import Capture, Work
+from ddpm_engine.graphs import Capture, Work, as_captured
 from ddpm_engine.networks.conditioning import Conditioning, cat
 from ddpm_engine.samplers.inpainting import KnownPixels
 from ddpm_engine.samplers.table import CoefficientTable
@@ -212,7 +212,8 @@ class StepRunner:
         if replay is None:
             # Run once uncaptured: compilers and libraries set themselves up, which no graph may.
             self._replays[kind] = None
-            self._run_and_count(kind)
+            with as_captured(self.x.device):
+                self._run_and_count(kind)
         else:
             replay()
 

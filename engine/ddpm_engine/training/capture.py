@@ -8,7 +8,7 @@ import torch
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.graphs import Capture, Work, captured
+from ddpm_engine.graphs import Capture, Work, as_captured, captured
 from ddpm_engine.networks.base import Network, has_dropout
 from ddpm_engine.objectives.base import Objective
 from ddpm_engine.rules import not_capturable
@@ -17,7 +17,7 @@ from ddpm_engine.training.strategies.strategy import Strategy
 logger = logging.getLogger(__name__)
 
 _WARM_UP_STEPS = 3
-"""Until libraries have chosen their algorithms and DDP its buckets."""
+"""Until libraries and compilers have chosen their algorithms."""
 
 
 def choose_capture(
@@ -80,17 +80,7 @@ def _obstacle(
 
 
 def warm_up(work: Work, device: torch.device) -> None:
-    """Run work that changes nothing as often as it takes until it can be captured.
-
-    On a GPU it runs on a side stream, as what is captured does.
-    """
-    if device.type != "cuda":
+    """Run work that changes nothing as often as it takes until it can be captured."""
+    with as_captured(device):
         for _ in range(_WARM_UP_STEPS):
             work()
-        return
-    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_STEPS):
-            work()
-    main.wait_stream(stream)

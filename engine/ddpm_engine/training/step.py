@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.distributed import Ranks, rank, world_size
+from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import Work
 from ddpm_engine.objectives.base import Objective
 from ddpm_engine.training.capture import warm_up
@@ -89,6 +90,7 @@ class TrainingStep:
             Stopped: a signal has asked to stop while the data were waited for; the step is not
                 taken.
             NotFiniteError, UserError: what the step before reports ends the run; see `Run.settle`.
+            UserError: the step cannot be captured.
         """
         run, started = self._run, time.perf_counter()
         run.watchdog.doing(f"reading data for step {run.step + 1}", limited)
@@ -117,12 +119,26 @@ class TrainingStep:
         device_step(run.objective, run.strategy, self._inputs, run.reports.row, run.ranks)
 
     def _captured(self) -> Work:
-        """Capture the device's half, after steps that change nothing."""
+        """Capture the device's half, after steps that change nothing.
+
+        Raises:
+            UserError: something in it cannot be captured.
+        """
         assert self._run.capture is not None
         self._replay = None  # its memory is needed
         self._inputs.numbers.skip.fill_(1)
         warm_up(self._on_device, self._run.device)
-        replay = self._run.capture(self._on_device)
+        try:
+            replay = self._run.capture(self._on_device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"a training step ran, but could not be captured as a CUDA graph ({reason}); let "
+                "`training.capture` be off",
+                "training.capture",
+            ) from error
         self._inputs.numbers.skip.fill_(0)
         return replay
 

@@ -7,7 +7,7 @@ again after the copy, as it does with the device's memory after the kernels that
 
 A graph repeats its copies at every replay, so a call that is captured copies addresses from a
 pinned buffer of its own, which is kept and never written again. Not every torch can allocate pinned
-memory in a capture: the call before, outside of one, has left the buffer.
+memory in a capture: the call before, outside of one, has left buffers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 from ddpm_kernels.adamw_step.checks import check_dense, check_segments
 
 GRADIENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPARES = 16
+"""Sets of gradients that may be new in captures, between two calls outside of them."""
 
 
 class Share(NamedTuple):
@@ -147,7 +149,7 @@ class _Addresses:
         self._device = device
         self._latest: list[int] = []
         self._table = torch.empty(0)
-        self._spare: Tensor | None = None
+        self._spares: list[Tensor] = []
         self._captured: dict[tuple[int, ...], Tensor] = {}
 
     def on_device(self, addresses: list[int], gradients: Sequence[Tensor]) -> Tensor:
@@ -155,8 +157,9 @@ class _Addresses:
         if _capturing(self._device):
             host = self._host_of_capture(addresses)
             return torch.empty_like(host, device=self._device).copy_(host, non_blocking=True)
-        if self._spare is None:
-            self._spare = _pinned(torch.empty(self._count, dtype=torch.int64), self._device)
+        if len(self._spares) < SPARES:
+            block = torch.empty(SPARES, self._count, dtype=torch.int64)
+            self._spares = list(_pinned(block, self._device))
         if addresses != self._latest:
             # Looked at only here: autograd lays gradients out as their weights.
             for gradient in gradients:
@@ -169,12 +172,12 @@ class _Addresses:
         """A pinned buffer of these addresses, now and forever."""
         key = tuple(addresses)
         if key not in self._captured:
-            if self._spare is None:
+            if not self._spares:
                 raise RuntimeError(
-                    "adamw_step and gradient_norm must run once before each capture, outside of it"
+                    "adamw_step and gradient_norm must run once before each capture, outside of "
+                    f"it, and capture at most {SPARES} sets of gradients"
                 )
-            self._captured[key] = self._spare.copy_(torch.tensor(addresses))
-            self._spare = None
+            self._captured[key] = self._spares.pop().copy_(torch.tensor(addresses))
         return self._captured[key]
 
 
