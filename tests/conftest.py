@@ -39,3 +39,12 @@ def _fresh_accelerate() -> Iterator[None]:
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A test that leaves torch with several threads lets a later fork wait for them forever."""
+    yield
+    if (torch := sys.modules.get("torch")) and (threads := torch.get_num_threads()) != 1:
+        torch.set_num_threads(1)
+        pytest.fail(f"this test leaves torch with {threads} threads")
