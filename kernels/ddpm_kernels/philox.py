@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +84,12 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     Returns:
         int64 `[..., 4]`, entries in [0, 2³²).
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
+    words = _rounds(*counter.unbind(-1), *key.unbind(-1), rounds)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
+
+
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, rounds: int) -> tuple[Any, ...]:
+    """The same of words each apart, int64 tensors or integers."""
     for _ in range(rounds):
         # int64 products wrap modulo 2⁶⁴, which keeps exactly the 64 bits that are wanted.
         p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
@@ -94,7 +99,7 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
         c3 = p0 & _MASK
         k0 = k0 + _KEY_INCREMENTS[0] & _MASK
         k1 = k1 + _KEY_INCREMENTS[1] & _MASK
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    return c0, c1, c2, c3
 
 
 def random_words(
@@ -124,6 +129,22 @@ def random_words(
     )
     words = philox4x32(counter, torch.stack([seed & _MASK, seed >> 32 & _MASK]))
     return words.flatten(1)[:, :count]
+
+
+def random_integer(seed: int, sample_id: int, step: int, stream: Stream) -> int:
+    """Draw one uniform 64-bit integer on the host: the first two of `random_words`, low one first.
+
+    Args:
+        seed: any 64-bit integer, signed or not.
+        sample_id: in [0, 2⁵⁶).
+        step: in [0, 2³²).
+        stream: what the integer is for.
+    """
+    last = int(stream) | sample_id >> 32 << _STREAM_BITS
+    low, high, _, _ = _rounds(
+        0, step, sample_id & _MASK, last, seed & _MASK, seed >> 32 & _MASK, rounds=10
+    )
+    return low | high << 32
 
 
 def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[Stream]) -> Tensor:

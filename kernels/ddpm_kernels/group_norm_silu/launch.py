@@ -70,12 +70,16 @@ def launch_backward(
     statistics: Tensor,
     activation: str,
     needs_dx: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward pass; see `group_norm_silu_backward_reference`."""
+) -> tuple[Tensor | None, ...]:
+    """Launch the backward pass; see `group_norm_silu_backward_reference`.
+
+    Returns:
+        dx, dγ, dβ, ds and dt; None where the reference returns an empty tensor.
+    """
     weight, bias = weight.contiguous(), bias.contiguous()
     if scale is None or shift is None:
-        film, scale, shift = None, weight, weight  # which are not read
-        d_scale, d_shift = x.new_empty(0), x.new_empty(0)
+        film = None
+        scale = shift = d_scale = d_shift = weight  # which are neither read nor written
     else:
         d_scale, d_shift = torch.empty_like(scale), torch.empty_like(scale)
         film = (*scale.stride(), *shift.stride(), *d_scale.stride())
@@ -97,8 +101,8 @@ def launch_backward(
             dx = dx if dense is x else _contiguous(dx)
         else:
             launches.affine(*both, *affine, dense, d_weight, d_bias)
-            dx = x.new_empty(0)
-    return dx, d_weight, d_bias, d_scale, d_shift
+            dx = None
+    return dx, d_weight, d_bias, *((None, None) if film is None else (d_scale, d_shift))
 
 
 class _Forward(NamedTuple):
