@@ -36,7 +36,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import differentiable, runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import (
+    differentiable,
+    on_device_of,
+    runs_triton,
+    skips_dispatcher,
+    takes_op,
+)
 from ddpm_kernels.philox import Stream
 from ddpm_kernels.q_sample import clean_elements, clean_images, noise_elements, training_noise
 from ddpm_kernels.tiles import Tile, tile_for
@@ -418,7 +424,7 @@ def _launch(
     # Each partial sum has one writer, and they are added in a fixed order: the loss of a sample is
     # the same to the bit in every batch.
     partial_sums = loss.new_empty(batch, launches.tiles)
-    with torch.cuda.device_of(prediction):
+    with on_device_of(prediction):
         launches.error(
             slope, partial_sums, prediction, images, packed(timesteps), packed(target_x0),
             packed(target_noise), seed, packed(sample_ids), packed(weights), packed(flip),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,19 @@ def runs_triton(tensor: Tensor) -> bool:
     return HAS_TRITON and (tensor.is_cuda or bool(_gpu_assumed) or triton.knobs.runtime.interpret)
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Let kernels be launched on the device of a tensor of any shape.
+
+    As `torch.cuda.device_of`, which takes longer to find that nothing is to be done.
+    """
+    device = tensor.get_device()
+    here = device < 0 or device == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
+
+
+_HERE = nullcontext()
+
+
 def skips_dispatcher(tensor: Tensor) -> bool:
     """Whether a registered operation on this tensor, of any shape, may be called as a function.
 
@@ -40,12 +53,15 @@ def skips_dispatcher(tensor: Tensor) -> bool:
     where something traces, transforms or watches operations, or stands in for a tensor.
     """
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in _PLAIN
         and not tensor.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def differentiable(

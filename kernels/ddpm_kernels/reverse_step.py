@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import on_device_of, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.philox import Stream, gaussian_noise, interleave4, normals4
 from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import (
@@ -424,7 +424,7 @@ def _launch(
     )  # fmt: skip
     if planned.programs == 0:
         return
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _reverse_step_kernel[(planned.programs,)](
             x,
             output,

@@ -6,12 +6,13 @@ What a call launches follows from the shape of x and a few options; it is worked
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_kernels.dispatch import on_device_of
 from ddpm_kernels.group_norm_silu.backward import combine_kernel, dx_kernel, sums_kernel
 from ddpm_kernels.group_norm_silu.forward import forward_kernel, moments_kernel
 from ddpm_kernels.group_norm_silu.plan import Plan, plan, power_of_two
@@ -49,7 +50,7 @@ def launch_forward(
     y = torch.empty_like(dense, memory_format=NHWC)
     statistics = x.new_empty(launches.statistics, dtype=torch.float32)
     moments = statistics
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if launches.moments is not None:
             moments = statistics.new_empty(launches.slab_moments)
             launches.moments(dense, moments)
@@ -91,7 +92,7 @@ def launch_backward(
     statistics = statistics.contiguous()
     workspace = statistics.new_empty(launches.workspace)
     affine = weight, bias, scale, shift, statistics, workspace
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         launches.sums(*both, *affine, d_scale, d_shift)
         if launches.combine is not None:
             launches.combine(workspace, weight, bias, scale, statistics, d_scale, d_shift)
@@ -196,8 +197,9 @@ def _values(
 def _launch(kernel: Any, grid: tuple[int], tile: Tile, values: dict[str, Any]) -> Launch:
     """Bind all but a kernel's tensors, which come first; by position, which is quicker."""
     rest = [values[name] for name in kernel.arg_names if name in values]
-    run = partial(kernel[grid], **tile.options())
-    return lambda *tensors: run(*tensors, *rest)
+    options = tile.options()
+    # `kernel[grid]` without the function that it would make.
+    return lambda *tensors: kernel.run(*tensors, *rest, grid=grid, warmup=False, **options)
 
 
 def _contiguous(channels_last: Tensor) -> Tensor:
