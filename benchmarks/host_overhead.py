@@ -8,8 +8,9 @@ to a few channels and pixels: as many layers, parameters, operations and casts, 
 to compute.
 
 * Python, torch's dispatcher and autograd are all in it.
-* Linear layers, attention, dropout and additions are torch's CPU operations on a few numbers each,
-  in place of what it takes to launch them. Some are more here: dropout is three operations.
+* Linear layers, additions and so on are torch's CPU operations on a few numbers each, in place of
+  what it takes to launch them. Attention and dropout, for which a CPU does far more than to launch
+  one kernel each way, are a product and a sum.
 * Convolutions are functions that allocate their results. These are written in Python, as no
   convolution is: what they take is a row of its own, to be subtracted.
 * Nothing is launched: what Triton, cuDNN and CUDA need for it is not in it. The launches that
@@ -44,6 +45,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
@@ -155,6 +157,17 @@ class StepTimes(Callback):
 
 
 @contextmanager
+def little_to_compute() -> Iterator[None]:
+    """Let what a GPU does in one launch be little more on a CPU, gradients included."""
+    with (
+        no_convolutions(),
+        patch.object(F, "dropout", lambda x, p, *_, **__: x * (1 - p)),
+        patch.object(F, "scaled_dot_product_attention", torch.addcmul),
+    ):
+        yield
+
+
+@contextmanager
 def no_convolutions() -> Iterator[None]:
     """Let convolutions compute nothing."""
     library = torch.library.Library("aten", "IMPL")
@@ -201,7 +214,7 @@ def training_step(steps: int) -> dict[str, float]:
     """Microseconds of the main thread's work for a training step: the lower quartile."""
     times = StepTimes()
     channels_last = patch.object(unet, "_memory_format", lambda _: torch.channels_last)
-    with tempfile.TemporaryDirectory() as folder, channels_last, no_convolutions():
+    with tempfile.TemporaryDirectory() as folder, channels_last, little_to_compute():
         read_before = patch.object(trainer, "make_batches", _read_before)
         run = Trainer(tiny_cifar10(Path(folder), steps + 5), [times], any_precision=True)
         with read_before:

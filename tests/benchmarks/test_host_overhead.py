@@ -35,7 +35,8 @@ def test_convolutions_compute_nothing_and_come_back() -> None:
         y = layer(x)
         assert y.shape == computed.shape
         y.sum().backward()
-        assert x.grad is not None and x.grad.shape == x.shape
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
         assert stand_ins(nn.Sequential(layer, layer), calls=2) > 0
     assert torch.equal(layer(x), computed)
 
