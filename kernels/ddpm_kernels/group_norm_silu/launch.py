@@ -75,7 +75,8 @@ def launch_backward(
     """Launch the backward pass; see `group_norm_silu_backward_reference`.
 
     Returns:
-        dx, dγ, dβ, ds and dt; None where the reference returns an empty tensor.
+        dx `[N, C, H, W]`, dγ and dβ `[C]`, ds and dt `[N, C]`; None where the reference returns an
+        empty tensor.
     """
     weight, bias = weight.contiguous(), bias.contiguous()
     if scale is None or shift is None:
