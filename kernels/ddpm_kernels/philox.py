@@ -84,12 +84,14 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     Returns:
         int64 `[..., 4]`, entries in [0, 2³²).
     """
-    words = _rounds(*counter.unbind(-1), *key.unbind(-1), rounds)
+    words = _rounds(counter.unbind(-1), key.unbind(-1), rounds)
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
 
-def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, rounds: int) -> tuple[Any, ...]:
-    """The same of words each apart, int64 tensors or integers."""
+def _rounds(counter: Sequence[Any], key: Sequence[Any], rounds: int) -> tuple[Any, ...]:
+    """The same of four words and two, each an int64 tensor or an integer."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(rounds):
         # int64 products wrap modulo 2⁶⁴, which keeps exactly the 64 bits that are wanted.
         p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
@@ -140,10 +142,8 @@ def random_integer(seed: int, sample_id: int, step: int, stream: Stream) -> int:
         step: in [0, 2³²).
         stream: what the integer is for.
     """
-    last = int(stream) | sample_id >> 32 << _STREAM_BITS
-    low, high, _, _ = _rounds(
-        0, step, sample_id & _MASK, last, seed & _MASK, seed >> 32 & _MASK, rounds=10
-    )
+    counter = 0, step, sample_id & _MASK, int(stream) | sample_id >> 32 << _STREAM_BITS
+    low, high, _, _ = _rounds(counter, (seed & _MASK, seed >> 32 & _MASK), rounds=10)
     return low | high << 32
 
 
