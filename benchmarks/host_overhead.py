@@ -3,13 +3,23 @@
 On a GPU the host must hand out work faster than the device does it. Here nothing is launched: the
 path that a GPU's tensors take is followed to the last line of Python, on a CPU, and timed.
 
-`training step` is a step of the Trainer with the CIFAR-10 network of the preset, cut to a few
-channels and pixels: as many layers, parameters, operations and casts, but next to nothing to
-compute. Convolutions are replaced by functions that allocate their results. In it are Python,
-torch's dispatcher and autograd, and torch's own CPU operations on a few
-numbers each, in place of what it takes to launch them on a GPU; not in it is what Triton, cuDNN and
-CUDA take to launch a kernel. The launches that `step_traffic.py` counts, times 5 µs, are a model of
-the latter, not a measurement.
+`training step` is a step of the Trainer, not captured, with the CIFAR-10 network of the preset, cut
+to a few channels and pixels: as many layers, parameters, operations and casts, but next to nothing
+to compute.
+
+* Python, torch's dispatcher and autograd are all in it.
+* Linear layers, additions and so on are torch's CPU operations on a few numbers each, in place of
+  what it takes to launch them. Attention and dropout, for which a CPU does far more than to launch
+  one kernel each way, are a product and a sum.
+* Convolutions are functions that allocate their results. These are written in Python, as no
+  convolution is: what they take is a row of its own, to be subtracted.
+* Nothing is launched: what Triton, cuDNN and CUDA need for it is not in it. The launches that
+  `step_traffic.py` counts, times 5 µs, are a model of that, not a measurement.
+* Batches have been read before, as by a thread of the loader's where there is a GPU.
+* Garbage is collected in few of the steps, of which a quartile shows nothing.
+
+`one of 50 group_norm_silu …` is what a norm adds to the forward and backward passes of a network;
+with one norm alone, half of the time is `torch.autograd.grad`'s.
 
 With `--before TREE`, a checkout of another commit, the two are measured in turn:
 
@@ -35,20 +45,26 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ddpm_engine.cli.options import Positive, exit_on_error, parse_options
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.config import DataConfig
+from ddpm_engine.data.loader import make_batches
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.unet import unet
 from ddpm_engine.presets import cifar10
+from ddpm_engine.training import trainer
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.trainer import Trainer
 from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, reverse_step
 from ddpm_kernels.dispatch import assume_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
+
+IN_A_ROW = 50
+ONE_OF_MANY = f"one of {IN_A_ROW} group_norm_silu in a row and its gradients"
 
 
 @dataclass(frozen=True)
@@ -78,12 +94,23 @@ def operations() -> dict[str, Callable[[], object]]:
     dy = _channels_last(batch, channels)
     prediction = _channels_last(batch, 3).requires_grad_()
     state, table = _channels_last(batch, 3).float(), torch.rand(10, 16)
+    pixel = torch.rand(1, channels, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    norms = [tuple(torch.rand(2, channels).unbind()) for _ in range(IN_A_ROW)]
+    affine = [parameter.requires_grad_() for norm in norms for parameter in norm]
 
     def norm() -> torch.Tensor:
         return group_norm_silu(x, 32, weight, bias)
 
     def norm_and_gradient() -> None:
         torch.autograd.grad(norm(), [x, weight, bias], dy)
+
+    def norms_and_gradients() -> None:
+        y = pixel
+        for weight, bias in norms:
+            y = group_norm_silu(y, 32, weight, bias)
+        y.backward(pixel.detach())
+        for parameter in affine:
+            parameter.grad = None
 
     def loss_and_gradient() -> None:
         loss = denoising_loss(prediction, images, timesteps, None, ones, seed, ids)
@@ -92,6 +119,7 @@ def operations() -> dict[str, Callable[[], object]]:
     return {
         "group_norm_silu": norm,
         "group_norm_silu and gradient": norm_and_gradient,
+        ONE_OF_MANY: norms_and_gradients,
         "q_sample": lambda: q_sample(images, timesteps, signal, sigma, seed, ids),
         "denoising_loss and gradient": loss_and_gradient,
         "reverse_step": lambda: reverse_step(state, state, table, row, seed, ids, in_place=True),
@@ -129,16 +157,27 @@ class StepTimes(Callback):
 
 
 @contextmanager
+def little_to_compute() -> Iterator[None]:
+    """Let what a GPU does in one launch be little more on a CPU, gradients included."""
+    with (
+        no_convolutions(),
+        patch.object(F, "dropout", lambda x, p, *_, **__: x * (1 - p)),
+        patch.object(F, "scaled_dot_product_attention", torch.addcmul),
+    ):
+        yield
+
+
+@contextmanager
 def no_convolutions() -> Iterator[None]:
     """Let convolutions compute nothing."""
     library = torch.library.Library("aten", "IMPL")
 
     def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], *_: Any) -> Tensor:
-        shape = len(x), len(weight), x.shape[2] // stride[0], x.shape[3] // stride[1]
-        return x.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+        shape = x.shape[0], weight.shape[0], x.shape[2] // stride[0], x.shape[3] // stride[1]
+        return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
     def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(len(weight))
+        return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is replaced
@@ -150,13 +189,46 @@ def no_convolutions() -> Iterator[None]:
         library._destroy()
 
 
-def training_step(steps: int) -> float:
+def stand_ins(network: nn.Module, calls: int) -> float:
+    """Microseconds of what stands in for a network's convolutions, both ways, and calling it."""
+    ones, zeros, found = [1, 1], [0, 0], 0.0
+    for layer in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
+        weight = layer.weight.detach()
+        x = torch.zeros(1, layer.in_channels, 2, 2, dtype=weight.dtype)
+        times = []
+        for _ in range(calls):
+            start = time.thread_time_ns()
+            y = torch.ops.aten.convolution.default(
+                x, weight, layer.bias, ones, ones, ones, False, zeros, 1
+            )
+            torch.ops.aten.convolution_backward.default(
+                y, x, weight, [weight.shape[0]], ones, ones, ones, False, zeros, 1, [True] * 3
+            )
+            times.append(time.thread_time_ns() - start)
+        found += sorted(times)[calls // 4] / 1e3
+    return found
+
+
+def training_step(steps: int) -> dict[str, float]:
     """Microseconds of the main thread's work for a training step: the lower quartile."""
     times = StepTimes()
     channels_last = patch.object(unet, "_memory_format", lambda _: torch.channels_last)
-    with tempfile.TemporaryDirectory() as folder, channels_last, no_convolutions():
-        Trainer(tiny_cifar10(Path(folder), steps + 5), [times], any_precision=True).fit()
-    return sorted(times.found[5:])[steps // 4] / 1e3
+    with tempfile.TemporaryDirectory() as folder, channels_last, little_to_compute():
+        read_before = patch.object(trainer, "make_batches", _read_before)
+        run = Trainer(tiny_cifar10(Path(folder), steps + 5), [times], any_precision=True)
+        with read_before:
+            run.fit()
+        with torch.no_grad():
+            strategy: Any = run.run.strategy  # of either commit: both know its model
+            idle = stand_ins(strategy.model, calls=20)
+    return {
+        "training step": sorted(times.found[5:])[steps // 4] / 1e3,
+        "convolutions' stand-ins": idle,
+    }
+
+
+def _read_before(*arguments: Any, **options: Any) -> Iterator[Any]:
+    return iter(list(make_batches(*arguments, **options)))
 
 
 def measure(calls: int, steps: int) -> dict[str, float]:
@@ -169,14 +241,16 @@ def measure(calls: int, steps: int) -> dict[str, float]:
     with assume_gpu("sm_90"):
         for name, call in operations().items():
             times = []
-            for k in range(-calls // 10, calls):
-                start = time.perf_counter_ns()
+            repeats = max(calls // IN_A_ROW, 1) if name == ONE_OF_MANY else calls
+            for k in range(-repeats // 10, repeats):
+                start = time.thread_time_ns()
                 call()
                 if k >= 0:
-                    times.append(time.perf_counter_ns() - start)
-            found[name] = sorted(times)[calls // 4] / 1e3
+                    times.append(time.thread_time_ns() - start)
+            found[name] = sorted(times)[len(times) // 4] / 1e3
+        found[ONE_OF_MANY] /= IN_A_ROW
         if steps:
-            found["training step"] = training_step(steps)
+            found |= training_step(steps)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,19 @@ def runs_triton(tensor: Tensor) -> bool:
     return HAS_TRITON and (tensor.is_cuda or bool(_gpu_assumed) or triton.knobs.runtime.interpret)
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Let kernels be launched on the device of a tensor of any shape.
+
+    As `torch.cuda.device_of`, which takes longer to find that nothing is to be done.
+    """
+    device = tensor.get_device()
+    here = device < 0 or device == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
+
+
+_HERE = nullcontext()
+
+
 def skips_dispatcher(tensor: Tensor) -> bool:
     """Whether a registered operation on this tensor, of any shape, may be called as a function.
 
@@ -40,7 +53,7 @@ def skips_dispatcher(tensor: Tensor) -> bool:
     where something traces, transforms or watches operations, or stands in for a tensor.
     """
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in _PLAIN
         and not tensor.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -48,33 +61,56 @@ def skips_dispatcher(tensor: Tensor) -> bool:
     )
 
 
-def as_function(
-    run: Callable[..., Any], save: Callable[..., None], differentiate: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Make an operation differentiable, once, without the dispatcher.
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def differentiable(
+    op: torch.library.CustomOpDef,
+    run: Callable[..., tuple[Tensor, Tensor]],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+) -> Callable[..., Tensor]:
+    """Make an operation differentiable, once, and return it as a function without the dispatcher.
 
     Args:
-        run: the operation.
-        save: `setup_context` of its `register_autograd`.
-        differentiate: its backward pass.
+        op: returns its result, and a tensor that only its backward pass needs.
+        run: the same without the dispatcher.
+        save: given a context, the arguments and both results, keeps what is needed.
+        differentiate: given that context and the gradient of the result, or None where there is
+            none, returns the gradients of the arguments.
+
+    Returns:
+        A function that returns the result alone.
     """
 
+    def save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros would be made for its gradient
+        save(ctx, inputs, output)
+
+    def differentiate_op(ctx: Any, gradient: Tensor | None, _: None) -> Any:
+        return differentiate(ctx, gradient)
+
+    op.register_autograd(differentiate_op, setup_context=save_of_op)
     refuse_twice = once_differentiable(differentiate)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
             output = run(*arguments)
+            ctx.set_materialize_grads(False)
             save(ctx, arguments, output)
-            return output
+            return output[0]
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        def backward(ctx: Any, gradient: Tensor | None) -> Any:
             # Gradients are enabled where a graph of the backward pass is wanted.
             call = refuse_twice if torch.is_grad_enabled() else differentiate
-            return call(ctx, *gradients)
+            return call(ctx, gradient)
 
-    return Function.apply
+    # `Function.apply` itself first looks for functorch, which would have taken the dispatcher.
+    apply: Callable[..., Tensor] = super(torch.autograd.Function, Function).apply
+    return apply
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import on_device_of, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.philox import Stream, first_word, first_words
 from ddpm_kernels.tiles import Tile
 from ddpm_kernels.tiling import as_scalar, check_per_sample, packed
@@ -219,7 +219,7 @@ def _launch(*arguments: Any) -> list[Tensor]:
     drawn = _empty(*arguments)
     left = iter(drawn)
     batch = len(positions)
-    with torch.cuda.device_of(positions):
+    with on_device_of(positions):
         _training_draws_kernel[(triton.cdiv(batch, _TILE.elements),)](
             None if integers is None else next(left),
             packed(next(left)) if flip else None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels import cpu_noise
-from ddpm_kernels.dispatch import runs_triton, takes_op
+from ddpm_kernels.dispatch import on_device_of, runs_triton, takes_op
 from ddpm_kernels.philox import Stream, interleave4, normals4, random_normals
 from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.tiling import as_scalar, is_wide, packed, tile_of
@@ -113,7 +113,7 @@ def _launch(
         return out
     # As q_sample, which does this and more.
     tile = tile_for("q_sample", out).fitted(count)
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         _gaussian_noise_kernel[(len(out) * triton.cdiv(count, tile.elements),)](
             out,
             seed,

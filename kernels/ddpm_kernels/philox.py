@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +82,14 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     Returns:
         int64 `[..., 4]`, entries in [0, 2³²).
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
+    words = _rounds(counter.unbind(-1), key.unbind(-1), rounds)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
+
+
+def _rounds(counter: Sequence[Any], key: Sequence[Any], rounds: int) -> tuple[Any, ...]:
+    """The same of four words and two, each an int64 tensor or an integer."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
     for _ in range(rounds):
         # int64 products wrap modulo 2⁶⁴, which keeps exactly the 64 bits that are wanted.
         p0, p1 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
@@ -92,7 +99,7 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
         c3 = p0 & MASK
         k0 = k0 + KEY_INCREMENTS[0] & MASK
         k1 = k1 + KEY_INCREMENTS[1] & MASK
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)
+    return c0, c1, c2, c3
 
 
 def random_words(
@@ -122,6 +129,20 @@ def random_words(
     )
     words = philox4x32(counter, torch.stack([seed & MASK, seed >> 32 & MASK]))
     return words.flatten(1)[:, :count]
+
+
+def random_integer(seed: int, sample_id: int, step: int, stream: Stream) -> int:
+    """Draw one uniform 64-bit integer on the host: the first two of `random_words`, low one first.
+
+    Args:
+        seed: any 64-bit integer, signed or not.
+        sample_id: in [0, 2⁵⁶).
+        step: in [0, 2³²).
+        stream: what the integer is for.
+    """
+    counter = 0, step, sample_id & MASK, int(stream) | sample_id >> 32 << STREAM_BITS
+    low, high, _, _ = _rounds(counter, (seed & MASK, seed >> 32 & MASK), rounds=10)
+    return low | high << 32
 
 
 def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[Stream]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_kernels.dispatch import runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import on_device_of, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.gaussian_noise import gaussian_noise_reference
 from ddpm_kernels.philox import Stream, interleave4, normals4
 from ddpm_kernels.tiles import Tile, tile_for
@@ -241,7 +241,7 @@ def _launch(
 ) -> Tensor:
     launch = plan(tile_for("q_sample", images), images.shape, images.stride(), stream)
     out = _empty_x_t(images, dtype)
-    with torch.cuda.device_of(images):
+    with on_device_of(images):
         launch(
             out, images, packed(timesteps), packed(sqrt_alpha_bar),
             packed(sqrt_one_minus_alpha_bar), seed, packed(sample_ids), packed(flip),

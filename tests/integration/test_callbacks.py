@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.training import trainer
 from ddpm_engine.training.callbacks import preview
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run, Values
@@ -66,6 +68,24 @@ def test_the_points_of_a_run(config: RunConfig) -> None:
     assert second.calls == ["start 3", "begin 3", "log 4", "end 4 finished", "over 4 None"]
     Trainer(shortened(config, 4), [third]).fit()
     assert third.calls == []
+
+
+def test_the_collector_passes_over_what_lives(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Frozen(Callback):
+        def __init__(self) -> None:
+            self.found: list[bool] = []
+
+        def on_step_end(self, run: Run) -> None:
+            self.found.append(gc.get_freeze_count() > 0)
+
+    monkeypatch.setattr(trainer, "STEPS_UNTIL_FROZEN", 2)
+    gc.unfreeze()
+    frozen = Frozen()
+    Trainer(shortened(config, 3), [frozen]).fit()
+    assert frozen.found == [False, True, True]
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_run_that_is_interrupted(config: RunConfig) -> None:

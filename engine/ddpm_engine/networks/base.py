@@ -99,10 +99,10 @@ class Recomputed(nn.Module):
     checkpoint: Any = None
     """`torch.utils.checkpoint.checkpoint` with its options; None: activations are kept."""
 
-    def run(self, function: Any, *inputs: Tensor | int) -> Tensor:
+    def run(self, function: Any, *inputs: Any) -> Tensor:
         """Call `function`, keeping only its inputs for the backward pass if checkpointing.
 
-        Any shape goes in and out.
+        Tensors of any shape go in and out.
         """
         if self.checkpoint is None or not torch.is_grad_enabled():
             output: Tensor = function(*inputs)

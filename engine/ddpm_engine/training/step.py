@@ -30,7 +30,7 @@ from ddpm_engine.training.run import Run
 from ddpm_engine.training.signals import StopRequest
 from ddpm_engine.training.strategies.strategy import Strategy
 from ddpm_kernels import Stream
-from ddpm_kernels.philox import random_words
+from ddpm_kernels.philox import random_integer
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,11 @@ class TrainingStep:
         self._decays = list(decays(run.config.training).values())
         self._inputs = make_inputs(run.device, len(self._decays), static=run.capture is not None)
         self._replay: Work | None = None
+        # `torch.manual_seed` seeds those of all devices, which takes longer.
+        self._seed_dropout = {
+            "cpu": torch.default_generator.manual_seed,
+            "cuda": torch.cuda.manual_seed,
+        }.get(run.device.type, torch.manual_seed)
 
     def take(self, limited: bool) -> None:
         """Start one optimizer step, count it, and read what the step before has reported.
@@ -103,7 +108,7 @@ class TrainingStep:
             self._replay = self._captured()
         if run.has_dropout:
             # The network's only randomness; seeding it here leaves no state to save.
-            torch.manual_seed(_dropout_seed(run))
+            self._seed_dropout(_dropout_seed(run))
         (self._replay or self._on_device)()
         run.step += 1
         run.reports.send(run.step)
@@ -171,6 +176,4 @@ class TrainingStep:
 
 def _dropout_seed(run: Run) -> int:
     """A function of the seed, the rank and the step."""
-    own = torch.tensor([rank()])
-    low, high = random_words(run.config.training.seed, own, 2, run.step, Stream.DROPOUT)[0]
-    return int(low) | int(high) << 32
+    return random_integer(run.config.training.seed, rank(), run.step, Stream.DROPOUT)

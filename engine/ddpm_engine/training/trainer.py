@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 REQUEUE_MARKER = "requeue"
 """Name of the file in the run directory that marks an interrupted run to be requeued."""
+
+STEPS_UNTIL_FROZEN = 100
+"""After so many steps, what lives is taken to live to the end. Python's collector passes over it:
+else it looks at all of it every few hundred steps, for as long as several steps take."""
 
 
 class Trainer:
@@ -99,6 +104,7 @@ class Trainer:
 
     def _end(self, error: BaseException | None) -> None:
         with ExitStack() as endings:  # all of them, even if one raises
+            endings.callback(gc.unfreeze)
             for callback in reversed(self.callbacks):
                 endings.callback(callback.on_end, self.run, error)
 
@@ -130,6 +136,9 @@ class Trainer:
                     for callback in self.callbacks:
                         callback.on_stop(run)
                 return
+            if run.step == first + STEPS_UNTIL_FROZEN:
+                gc.collect()
+                gc.freeze()
             if run.finished or run.interrupted:
                 run.settle()
             for callback in self.callbacks:

@@ -16,6 +16,7 @@ from ddpm_kernels.adamw_step.kernels import (
     update_kernel,
 )
 from ddpm_kernels.adamw_step.tables import GRADIENT_DTYPES, divide
+from ddpm_kernels.dispatch import on_device_of
 from ddpm_kernels.tiles import tile_for
 from ddpm_kernels.triton_shim import tl
 
@@ -36,7 +37,7 @@ def launch_gradient_norm(gradients: list[Tensor]) -> Tensor:
     norm = torch.empty((), dtype=torch.float32, device=first.device)
     if total == 0:
         return norm.zero_()
-    with torch.cuda.device_of(first):
+    with on_device_of(first):
         for share, count, part in zip(shares, programs, sums.split(programs), strict=True):
             squares_kernel[(count,)](
                 addresses,
@@ -72,7 +73,7 @@ def launch_adamw_step(
         gradients, offsets, weights.numel(), half, tile.elements, 4, weights.device
     )
     numbers = torch.empty(4, dtype=torch.float32, device=weights.device)
-    with torch.cuda.device_of(weights):
+    with on_device_of(weights):
         begin_kernel[(1,)](
             step,
             learning_rate,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_kernels.dispatch import on_device_of
 from ddpm_kernels.philox import Stream
 from ddpm_kernels.q_sample import clean_elements, noise_elements
 from ddpm_kernels.tiles import Tile, tile_for
@@ -205,7 +206,7 @@ def launch_denoising_loss(
     # Each partial sum has one writer, and they are added in a fixed order: the loss of a sample is
     # the same to the bit in every batch.
     partial_sums = loss.new_empty(batch, launches.tiles)
-    with torch.cuda.device_of(prediction):
+    with on_device_of(prediction):
         launches.error(
             slope, partial_sums, prediction, images, packed(timesteps), packed(target_x0),
             packed(target_noise), seed, packed(sample_ids), packed(weights), packed(flip),

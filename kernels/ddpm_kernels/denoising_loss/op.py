@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.denoising_loss.launch import launch_denoising_loss
-from ddpm_kernels.dispatch import as_function, runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import differentiable, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.q_sample import clean_images, training_noise
 from ddpm_kernels.tiling import as_scalar, check_per_sample
 from ddpm_kernels.variational_bound import BoundColumn, variational_bound
@@ -86,8 +86,9 @@ def denoising_loss(
         sample_ids, weights, flip, bound_table, bound_weights,
     )  # fmt: skip
     if takes_op(prediction):
-        call = _function if skips_dispatcher(prediction) else torch.ops.ddpm.denoising_loss.default
-        loss: Tensor = call(*arguments)[0]
+        if skips_dispatcher(prediction):
+            return _function(*arguments)
+        loss, _ = torch.ops.ddpm.denoising_loss.default(*arguments)
         return loss
     return denoising_loss_reference(*arguments)
 
@@ -236,13 +237,11 @@ def _(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, images, _, _, _, _, _, weights, _, _, bound_weights = inputs
     _, slope = output
-    ctx.mark_non_differentiable(slope)
-    ctx.set_materialize_grads(False)  # or zeros would be made for a gradient of the slope
     ctx.channels = images.shape[1]
     ctx.save_for_backward(slope, weights, bound_weights)
 
 
-def _differentiate(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, d_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 11
     slope, weights, bound_weights = ctx.saved_tensors
@@ -262,5 +261,4 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, _: None) -> tuple[Tensor | N
     return gradient, *[None] * 10
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-_function = as_function(_loss_and_slope, _save, _differentiate)
+_function = differentiable(_op, _loss_and_slope, _save, _differentiate)

@@ -6,12 +6,13 @@ What a call launches follows from the shape of x and a few options; it is worked
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_kernels.dispatch import on_device_of
 from ddpm_kernels.group_norm_silu.backward import combine_kernel, dx_kernel, sums_kernel
 from ddpm_kernels.group_norm_silu.forward import forward_kernel, moments_kernel
 from ddpm_kernels.group_norm_silu.plan import Plan, plan, power_of_two
@@ -49,7 +50,7 @@ def launch_forward(
     y = torch.empty_like(dense, memory_format=NHWC)
     statistics = x.new_empty(launches.statistics, dtype=torch.float32)
     moments = statistics
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if launches.moments is not None:
             moments = statistics.new_empty(launches.slab_moments)
             launches.moments(dense, moments)
@@ -70,12 +71,17 @@ def launch_backward(
     statistics: Tensor,
     activation: str,
     needs_dx: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward pass; see `group_norm_silu_backward_reference`."""
+) -> tuple[Tensor | None, ...]:
+    """Launch the backward pass; see `group_norm_silu_backward_reference`.
+
+    Returns:
+        dx `[N, C, H, W]`, dγ and dβ `[C]`, ds and dt `[N, C]`; None where the reference returns an
+        empty tensor.
+    """
     weight, bias = weight.contiguous(), bias.contiguous()
     if scale is None or shift is None:
-        film, scale, shift = None, weight, weight  # which are not read
-        d_scale, d_shift = x.new_empty(0), x.new_empty(0)
+        film = None
+        scale = shift = d_scale = d_shift = weight  # which are neither read nor written
     else:
         d_scale, d_shift = torch.empty_like(scale), torch.empty_like(scale)
         film = (*scale.stride(), *shift.stride(), *d_scale.stride())
@@ -87,7 +93,7 @@ def launch_backward(
     statistics = statistics.contiguous()
     workspace = statistics.new_empty(launches.workspace)
     affine = weight, bias, scale, shift, statistics, workspace
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         launches.sums(*both, *affine, d_scale, d_shift)
         if launches.combine is not None:
             launches.combine(workspace, weight, bias, scale, statistics, d_scale, d_shift)
@@ -97,8 +103,8 @@ def launch_backward(
             dx = dx if dense is x else _contiguous(dx)
         else:
             launches.affine(*both, *affine, dense, d_weight, d_bias)
-            dx = x.new_empty(0)
-    return dx, d_weight, d_bias, d_scale, d_shift
+            dx = None
+    return dx, d_weight, d_bias, *((None, None) if film is None else (d_scale, d_shift))
 
 
 class _Forward(NamedTuple):
@@ -192,8 +198,9 @@ def _values(
 def _launch(kernel: Any, grid: tuple[int], tile: Tile, values: dict[str, Any]) -> Launch:
     """Bind all but a kernel's tensors, which come first; by position, which is quicker."""
     rest = [values[name] for name in kernel.arg_names if name in values]
-    run = partial(kernel[grid], **tile.options())
-    return lambda *tensors: run(*tensors, *rest)
+    options = tile.options()
+    # `kernel[grid]` without the function that it would make.
+    return lambda *tensors: kernel.run(*tensors, *rest, grid=grid, warmup=False, **options)
 
 
 def _contiguous(channels_last: Tensor) -> Tensor:

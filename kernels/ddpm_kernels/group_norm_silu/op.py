@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_kernels.dispatch import as_function, runs_triton, skips_dispatcher, takes_op
+from ddpm_kernels.dispatch import differentiable, runs_triton, skips_dispatcher, takes_op
 from ddpm_kernels.group_norm_silu.launch import launch_backward, launch_forward
 
 NEAR = 8.0
@@ -72,8 +72,9 @@ def group_norm_silu(
         raise ValueError("scale and shift must be given together")
     arguments = x, groups, weight, bias, scale, shift, eps, activation
     if takes_op(x):
-        call = _function if skips_dispatcher(x) else torch.ops.ddpm.group_norm_silu.default
-        y, _ = call(*arguments)
+        if skips_dispatcher(x):
+            return _function(*arguments)
+        y, _ = torch.ops.ddpm.group_norm_silu.default(*arguments)
         return y
     y = _by_torch(*arguments)
     if y is None:
@@ -237,9 +238,15 @@ def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return y.contiguous(memory_format=_channels_last_if(x)), statistics
 
 
-def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     run = launch_backward if _takes_kernel(x) else group_norm_silu_backward_reference
     return run(dy, x, *rest)
+
+
+def _backward_of_op(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """The same with empty tensors for None, which an operation cannot return."""
+    gradients = _backward(dy, *rest)
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 _op = torch.library.custom_op(
@@ -250,7 +257,7 @@ _op = torch.library.custom_op(
 )
 _backward_op = torch.library.custom_op(
     "ddpm::group_norm_silu_backward",
-    _backward,
+    _backward_of_op,
     mutates_args=(),
     schema=torch.library.infer_schema(group_norm_silu_backward_reference, mutates_args=()),
 )
@@ -280,12 +287,10 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, ctx.groups, weight, bias, scale, shift, _, ctx.activation = inputs
     _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)  # or zeros would be made for a gradient of the statistics
     ctx.save_for_backward(x, weight, bias, scale, shift, statistics)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
     x, weight, bias, scale, shift, statistics = ctx.saved_tensors
@@ -301,5 +306,4 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None,
     return dx, None, d_weight, d_bias, d_scale, d_shift, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-_function = as_function(_forward, _save, _differentiate)
+_function = differentiable(_op, _forward, _save, _differentiate)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_kernels.dispatch import on_device_of
 from ddpm_kernels.philox import Stream, interleave4, normals4
 from ddpm_kernels.reverse_step.columns import Column
 from ddpm_kernels.tiles import Tile, tile_for
@@ -271,7 +272,7 @@ def launch_reverse_step(
     )  # fmt: skip
     if planned.programs == 0:
         return
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _reverse_step_kernel[(planned.programs,)](
             x,
             output,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import zip_longest
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +56,7 @@ class ResidualBlock(nn.Module):
         if self.scale_shift:
             h = self.norm2(h, *condition.chunk(2, dim=1))
         else:
-            h = self.norm2(h + condition[:, :, None, None])
+            h = self.norm2(h + condition.view(*condition.shape, 1, 1))
         h = self.conv2(self.dropout(h))
         y: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
         return y if self.divisor == 1 else y / self.divisor
@@ -107,11 +110,18 @@ class Level(Recomputed):
             if attend is not None
         )
 
-    def layer(self, index: int, embedding: Tensor, *features: Tensor) -> Tensor:
+    def layers(self) -> Iterable[tuple[nn.Module, nn.Module | None]]:
+        """Each residual block with the attention that follows it, if any."""
+        return zip_longest(self.resnets, self.attentions)
+
+    def layer(
+        self, resnet: nn.Module, attention: nn.Module | None, embedding: Tensor, *features: Tensor
+    ) -> Tensor:
         """Apply one layer to the concatenation of `features`.
 
         Args:
-            index: of the layer.
+            resnet: its residual block.
+            attention: the attention that follows, or None.
             embedding: of the timestep, `[B, E]`.
             features: `[B, C_i, H, W]` each.
 
@@ -120,8 +130,8 @@ class Level(Recomputed):
         """
         # The concatenation happens in here so that checkpointing need not keep its result.
         x = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-        x = self.resnets[index](x, embedding)
-        return self.attentions[index](x) if len(self.attentions) else x
+        x = resnet(x, embedding)
+        return x if attention is None else attention(x)
 
 
 class DownLevel(Level):
@@ -153,8 +163,8 @@ class DownLevel(Level):
             `[B, C', H, W]` of each layer, and `[B, C', H / 2, W / 2]` for the next level.
         """
         outputs = []
-        for index in range(len(self.resnets)):
-            x = self.run(self.layer, index, embedding, x)
+        for resnet, attention in self.layers():
+            x = self.run(self.layer, resnet, attention, embedding, x)
             outputs.append(x)
         for downsampler in self.downsamplers if downsample else ():
             outputs.append(downsampler(x))
@@ -201,8 +211,8 @@ class UpLevel(Level):
         Returns:
             `[B, C', H, W]`, twice as high and wide if a level follows.
         """
-        for index, skip in enumerate(reversed(skips)):
-            x = self.run(self.layer, index, embedding, x, skip)
+        for (resnet, attention), skip in zip(self.layers(), reversed(skips), strict=True):
+            x = self.run(self.layer, resnet, attention, embedding, x, skip)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x

@@ -60,7 +60,7 @@ class LocalGradients:
 
     def take(self) -> list[Tensor]:
         """See `Gradients`."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        return [torch.zeros_like(p) if (g := p.grad) is None else g for p in self._parameters]
 
     def clear(self) -> None:
         """See `Gradients`."""
