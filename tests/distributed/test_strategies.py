@@ -120,6 +120,8 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    # Accelerate's launcher sets it to 1, which a run undoes.
+    monkeypatch.delenv("OMP_NUM_THREADS")
     with pytest.raises(UserError, match=re.escape(message)):
         Trainer(config)
     assert not config.out.exists()
