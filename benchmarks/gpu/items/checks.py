@@ -38,6 +38,7 @@ class _Counting:
         self.failures: list[str] = []
         self._few = few
 
+    @pytest.hookimpl(trylast=True)  # of those that the keyword leaves
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self._few:
             counted: Counter[Path] = Counter()
