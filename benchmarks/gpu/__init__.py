@@ -2,7 +2,7 @@
 
 Independent items, the most valuable first: is it right, does it train, how fast is it and what
 holds it back. Each runs in a process of its own with a limit of its own; what it finds is kept at
-once, and what no longer fits the budget is named. A second call goes on where the first stopped.
+once, and what no longer fits the budget is named. The next call continues where this one stopped.
 
 | file             | what is in it                                                               |
 |------------------|-----------------------------------------------------------------------------|

@@ -30,8 +30,9 @@ REQUEUE_MARKER = "requeue"
 """Name of the file in the run directory that marks an interrupted run to be requeued."""
 
 STEPS_UNTIL_FROZEN = 100
-"""After so many steps, what lives is taken to live to the end. Python's collector passes over it:
-else it looks at all of it every few hundred steps, for as long as several steps take."""
+"""Step, counted from the start of the process, after which garbage collection skips all objects
+that exist by then. Most of them last as long as the run, and a full collection of them takes as
+long as several steps."""
 
 
 class Trainer:

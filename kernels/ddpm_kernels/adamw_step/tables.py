@@ -32,7 +32,7 @@ class Share(NamedTuple):
     dtype: torch.dtype
     """Of the gradients."""
     alignment: int
-    """1, 2, 4 or 8: each piece begins at a multiple of so many elements in every tensor."""
+    """1, 2, 4 or 8 elements: in every tensor, each piece begins at a multiple of this."""
     rows: Tensor
     """int64 `[programs, 4]` on the device: the index of a program's gradient, its first element in
     the gradient and in the flat buffers, and how many it takes."""

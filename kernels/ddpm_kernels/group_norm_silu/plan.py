@@ -74,7 +74,7 @@ def plan(
     rows = min(max(1, tile // width), power_of_two(pixels))
     tiles = -(-pixels // rows)
     # Two tiles are worth a program's fixed work, where multiprocessors would be idle without it.
-    # Otherwise a slab must be worth that a second launch reads the sample again.
+    # Otherwise a slab must outweigh another launch, which reads the sample again.
     least = 2 if batch * chunks < FEW else 8
     slabs = max(1, min(MAX_SLABS, programs // (batch * chunks), tiles // least))
     slab_pixels = -(-tiles // slabs) * rows
