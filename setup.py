@@ -14,6 +14,7 @@ setup(
     entry_points={
         "console_scripts": [
             "ddpm-train = ddpm_engine.cli.start:train",
+            "ddpm-train-autoencoder = ddpm_engine.cli.start:train_autoencoder",
             "ddpm-sample = ddpm_engine.cli.start:sample",
             "ddpm-evaluate = ddpm_engine.cli.start:evaluate",
             "ddpm-distill = ddpm_engine.cli.start:distill",
@@ -43,6 +44,8 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "xformers": ["xformers>=0.0.33"],
         "huggingface": ["datasets>=3.0"],
+        "text": ["transformers>=4.56"],
+        "latents": ["diffusers>=0.34"],
         "peers": ["diffusers>=0.34"],
         "test": [
             "datasets>=3.0",
@@ -54,6 +57,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "scipy>=1.11",
+            "transformers>=4.56",
         ],
     },
 )

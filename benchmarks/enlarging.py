@@ -36,6 +36,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.generation.input_images import SamplesAsInput
 from ddpm_engine.images.grid import grid, save_png
 from ddpm_engine.runtime import local_device
+from ddpm_engine.sizes import height_and_width
 
 COLUMNS = 12
 
@@ -90,7 +91,7 @@ def main() -> None:
         if options.small is None:
             inputs = downsample(originals, side)
         else:
-            inputs = SamplesAsInput(options.small, (channels, side, side)).of(ids)
+            inputs = SamplesAsInput(options.small, (channels, *height_and_width(side))).of(ids)
         inputs = inputs.to(device)
 
         def measured(samples: Tensor) -> dict[str, Any]:
@@ -121,8 +122,9 @@ def main() -> None:
             points.append({"level": level, **measured(samples)})
             print(row(f"level {level}", points[-1]), flush=True)
             if not rows:
-                pixels = inputs.repeat_interleave(size // side, 2)
-                rows = [pixels.repeat_interleave(size // side, 3), interpolated, samples]
+                factor = size // inputs.shape[2]
+                pixels = inputs.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+                rows = [pixels, interpolated, samples]
         if options.picture is not None:
             images = [model.codec.decode(row[:COLUMNS]) for row in rows]
             if options.small is None:

@@ -78,7 +78,7 @@ TRAINING = {
     "train/ema-profiles": f"train {DIGITS} --training.ema-profiles 0.05 0.2 --log.snapshot-every 5",
     "train/scale-shift": f"train --preset digits-classes {DIGITS} --model.dropout 0.1 "
     "--model.resnet-time-scale-shift scale_shift --model.attention-head-dim 16 "
-    "--training.accumulation 2 --training.activation-checkpointing --data.horizontal-flip",
+    "--training.accumulation 2 --training.recompute blocks --data.horizontal-flip",
     "train/edm-classes": f"train --preset digits-edm {DIGITS} --model.num-class-embeds 11",
     # The same run, stopped after the tenth step and resumed.
     "train/resumed-0": f"train --out train/resumed {DIGITS} --training.steps 10",

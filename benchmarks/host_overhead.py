@@ -116,13 +116,47 @@ def operations() -> dict[str, Callable[[], object]]:
         loss = denoising_loss(prediction, images, timesteps, None, ones, seed, ids)
         torch.autograd.grad(loss.sum(), prediction)
 
-    return {
+    return fused_operations(batch, channels) | {
         "group_norm_silu": norm,
         "group_norm_silu and gradient": norm_and_gradient,
         ONE_OF_MANY: norms_and_gradients,
         "q_sample": lambda: q_sample(images, timesteps, signal, sigma, seed, ids),
         "denoising_loss and gradient": loss_and_gradient,
         "reverse_step": lambda: reverse_step(state, state, table, row, seed, ids, in_place=True),
+    }
+
+
+def fused_operations(batch: int, channels: int) -> dict[str, Callable[[], object]]:
+    """What ends a residual block, and the norms of the next; none for a commit without them."""
+    try:
+        from ddpm_kernels import group_norm_silu_residual, residual_sum
+        from ddpm_kernels.dropout import Dropout
+    except ImportError:
+        return {}
+    x, skip, dy = (_channels_last(batch, channels) for _ in range(3))
+    x, skip, both = x.requires_grad_(), skip.requires_grad_(), _channels_last(batch, 2 * channels)
+    gamma, beta = (weight.requires_grad_() for weight in torch.rand(2, 2 * channels).unbind())
+    before = torch.rand(batch, channels, dtype=torch.bfloat16, requires_grad=True)
+    owed = torch.rand(channels, dtype=torch.bfloat16, requires_grad=True)
+    dropout = Dropout(0.1, torch.arange(batch))
+    weight, bias = gamma[:channels], beta[:channels]
+
+    def first_norm() -> None:
+        outputs: Any = group_norm_silu_residual(x, 32, gamma, beta, skip=skip, owed=(owed, None))
+        torch.autograd.grad(outputs, [x, skip, owed, gamma, beta], [both, dy, dy])
+
+    def second_norm() -> None:
+        y = group_norm_silu(x, 32, weight, bias, before=before, dropout=dropout)
+        torch.autograd.grad(y, [x, before, gamma, beta], dy)
+
+    def end() -> None:
+        y, _ = residual_sum(x, skip, owed)
+        torch.autograd.grad(y, [x, skip], dy)
+
+    return {
+        "norm of two maps, residual and owed bias, and gradients": first_norm,
+        "norm with vector and dropout, and gradients": second_norm,
+        "residual_sum and gradients": end,
     }
 
 
@@ -172,8 +206,13 @@ def no_convolutions() -> Iterator[None]:
     """Let convolutions compute nothing."""
     library = torch.library.Library("aten", "IMPL")
 
-    def convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], *_: Any) -> Tensor:
-        shape = x.shape[0], weight.shape[0], x.shape[2] // stride[0], x.shape[3] // stride[1]
+    def convolution(
+        x: Tensor, weight: Tensor, bias: Tensor, stride: list[int], padding: list[int], *_: Any
+    ) -> Tensor:
+        height, width = (
+            (x.shape[i + 2] + 2 * padding[i] - weight.shape[i + 2]) // stride[i] + 1 for i in (0, 1)
+        )
+        shape = x.shape[0], weight.shape[0], height, width
         return torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
 
     def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -302,9 +341,10 @@ def main() -> None:
                 found[name].append(in_tree(tree.resolve(), options.calls, options.steps))
     for operation in found["now"][0]:
         row: dict[str, object] = {"operation": operation}
-        for name, rounds in found.items():
+        with_it = {name: rounds for name, rounds in found.items() if operation in rounds[0]}
+        for name, rounds in with_it.items():
             row[f"{name}_us"] = round(median(one[operation] for one in rounds), 1)
-        if "before" in found:
+        if "before" in with_it:
             pairs = zip(found["before"], found["now"], strict=True)
             row["ratio"] = round(median(a[operation] / b[operation] for a, b in pairs), 2)
         print(json.dumps(row))

@@ -2,12 +2,14 @@
 
 Each trains the same network on the same batches from the same seeds and generates samples with the
 same sampler; reported is their Fréchet distance to the real digits (features of the small digit
-classifier, which compare with each other only). The best fixed variances and the learned one are
+classifier, which compare with each other only), and that of few and of many network evaluations.
+The best fixed variances and the learned one are
 compared by their bits per dimension, too.
 
 Runs go side by side, one thread each, in processes of their own. Results are kept in `--out`, so
 that the command can be interrupted, repeated, and given more seeds. It writes
-benchmarks/results/objectives.json and the table in docs/objectives.md, and its exit status is 1 if
+benchmarks/results/objectives.json, the tables in docs/objectives.md and the curves in
+docs/pictures/objectives.png, and its exit status is 1 if
 an objective ends more than 1.5 times as far from the real digits as the simple one, or if the
 hybrid objective does not take fewer bits.
 """
@@ -44,6 +46,7 @@ from ddpm_engine.data.packing.pack import prepare_shards
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import digit_classifier
+from ddpm_engine.plots.style import COLOURS, MARKS, saved
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.samplers.config import SamplerName, SamplingConfig
 from ddpm_engine.training.trainer import Trainer
@@ -51,6 +54,8 @@ from ddpm_engine.training.trainer import Trainer
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 DOCUMENT = ROOT / "docs" / "objectives.md"
+PICTURE = "pictures/objectives.png"
+"""Beside the document."""
 
 ENTRIES: dict[str, dict[str, Any]] = {
     "simple ε": {},
@@ -67,9 +72,29 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "importance": {"objective.timestep_sampling": "importance"},
     "logit-normal": {"objective.timestep_sampling": "logit-normal"},
     "EDM": {"preset": "digits-edm"},
+    "flow": {"diffusion.schedule": "flow", "diffusion.prediction": "flow"},
+    "flow, logit-normal": {"preset": "digits-flow"},
+    "x_0, velocity loss": {
+        "diffusion.schedule": "flow",
+        "diffusion.prediction": "x0",
+        "objective.loss": "flow",
+        "objective.loss_limit": 400.0,
+        "objective.timestep_sampling": "logit-normal",
+    },
+    "transformer": {"preset": "digits-dit"},
 }
 """What differs from the digits preset."""
 BEFORE, AFTER = "simple ε", "hybrid"
+CURVES = (
+    BEFORE,
+    "simple x_0",
+    "simple v",
+    "EDM",
+    "flow, logit-normal",
+    "x_0, velocity loss",
+    "transformer",
+)
+"""Objectives in the figure."""
 BITS: dict[str, tuple[str, ...]] = {
     BEFORE: ("fixed_small", "fixed_large"),
     "bound": ("fixed_small", "fixed_large"),
@@ -92,6 +117,10 @@ class Budget:
     """Name of the sampler."""
     sampling_steps: Positive = 18
     """Steps per sample; with heun each but the last is two evaluations."""
+    evaluations: tuple[Positive, ...] = (5, 10, 25, 100)
+    """Network evaluations per sample of the further distances."""
+    curve_sampler: SamplerName = "dpm++2m"
+    """Name of their sampler, one evaluation a step."""
     likelihoods: Positive = 48
     """Real digits whose likelihood is measured, T evaluations each."""
 
@@ -154,21 +183,22 @@ def measure(options: Options, name: str, seed: int) -> dict[str, Any]:
     budget = options.budget
     if trained.step != budget.steps:
         raise UserError(f"stopped at step {trained.step} of {budget.steps}; run it again to go on")
-    sampling = SamplingConfig(
-        sampler=budget.sampler,
-        steps=budget.sampling_steps,
-        clip_x0=trained.sampling.clip_x0,
-    )
-    samples = trained.sample(
-        budget.samples, batch_size=250, progress=False, seed=seed, sampling=sampling
-    )
     digits = DigitMetrics.of_size(config.model.sample_size, options.out / "classifier")
+
+    def distance(sampler: SamplerName, steps: int) -> float:
+        sampling = SamplingConfig(sampler, steps, clip_x0=trained.sampling.clip_x0)
+        samples = trained.sample(
+            budget.samples, batch_size=250, progress=False, seed=seed, sampling=sampling
+        )
+        return digits.distance(trained.codec.decode(samples.tensor))
+
     real = digits.digits.images
     chosen = real[np.linspace(0, len(real) - 1, budget.likelihoods).astype(int)]
     images = torch.from_numpy(chosen).permute(0, 3, 1, 2).contiguous()
     return {
-        "budget": asdict(budget),
-        "distance": digits.distance(trained.codec.decode(samples.tensor)),
+        "budget": _plain(budget),
+        "distance": distance(budget.sampler, budget.sampling_steps),
+        "by_evaluations": [distance(budget.curve_sampler, n) for n in budget.evaluations],
         "bits_per_dim": {
             variance: bits(trained, images, variance) for variance in BITS.get(name, ())
         },
@@ -195,7 +225,7 @@ def finished(options: Options, name: str, seed: int) -> dict[str, Any] | None:
     if not file.exists():
         return None
     found: dict[str, Any] = json.loads(file.read_text())
-    return found if found["budget"] == asdict(options.budget) else None
+    return found if found["budget"] == _plain(options.budget) else None
 
 
 def run_apart(options: Options, todo: tuple[str, int]) -> str:
@@ -205,8 +235,10 @@ def run_apart(options: Options, todo: tuple[str, int]) -> str:
         UserError: it failed; the message has the end of its output.
     """
     name, seed = todo
-    given = asdict(options.budget).items()
-    budget = [word for key, value in given for word in (f"--budget.{_flag(key)}", str(value))]
+    budget = []
+    for key, value in asdict(options.budget).items():
+        values = value if isinstance(value, tuple) else (value,)
+        budget += [f"--budget.{_flag(key)}", *map(str, values)]
     own = ["--entry", name, "--seed", str(seed), "--out", str(options.out)]
     done = subprocess.run(
         [sys.executable, __file__, *own, *budget],
@@ -224,6 +256,12 @@ def run_apart(options: Options, todo: tuple[str, int]) -> str:
     for variance, value in found["bits_per_dim"].items():
         said += f", {value:.3f} bits/dim {variance}"
     return f"{said} (trained in {found['training_seconds']:.0f} s)"
+
+
+def _plain(budget: Budget) -> dict[str, Any]:
+    """The budget as JSON values."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(budget)))
+    return values
 
 
 def _flag(name: str) -> str:
@@ -245,13 +283,17 @@ def summary(options: Options, names: list[str]) -> dict[str, Any]:
             "distances": distances,
             "distance": mean(distances),
             "times_simple": mean(distances) / base,
+            "by_evaluations": [
+                [run["by_evaluations"][i] for run in found]
+                for i in range(len(options.budget.evaluations))
+            ],
             "bits_per_dim": {
                 variance: [run["bits_per_dim"][variance] for run in found]
                 for variance in BITS.get(name, ())
             },
             "training_seconds": [run["training_seconds"] for run in found],
         }
-    return {"budget": asdict(options.budget), "seeds": options.seeds, "objectives": objectives}
+    return {"budget": _plain(options.budget), "seeds": options.seeds, "objectives": objectives}
 
 
 def bits_fall(objectives: dict[str, Any]) -> bool | None:
@@ -264,7 +306,7 @@ def bits_fall(objectives: dict[str, Any]) -> bool | None:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Two Markdown tables, and the machine and command that made them."""
+    """Three Markdown tables, the figure, and the machine and command that made them."""
     budget, machine, objectives = found["budget"], found["machine"], found["objectives"]
 
     def spread(values: list[float]) -> str:
@@ -285,6 +327,15 @@ def table(found: dict[str, Any]) -> list[str]:
             f"| {name} | {changes} | {each} | {spread(entry['distances'])} | "
             f"{entry['times_simple']:.2f} |"
         )
+    counts = budget["evaluations"]
+    lines += [
+        "",
+        f"| distance by {budget['curve_sampler']}, evaluations: | {' | '.join(map(str, counts))} |",
+        f"|---|{'---|' * len(counts)}",
+    ]
+    for name, entry in objectives.items():
+        lines.append(f"| {name} | {' | '.join(map(spread, entry['by_evaluations']))} |")
+    lines += ["", f"![Distance against evaluations]({PICTURE})"]
     lines += ["", "| objective | variance | bits/dim of each seed | mean |", "|---|---|---|---|"]
     for name, entry in objectives.items():
         for variance, values in entry["bits_per_dim"].items():
@@ -299,6 +350,25 @@ def table(found: dict[str, Any]) -> list[str]:
         f"{budget['likelihoods']} real digits, T = 1000. `{machine['command']}`, "
         f"{machine['date'][:10]}, {machine['device']}, commit {machine['commit'][:12]}.",
     ]
+
+
+def curves(found: dict[str, Any], path: Path) -> None:
+    """Plot distance against network evaluations, a line for each of `CURVES`; `path` of the PNG."""
+    objectives, counts = found["objectives"], found["budget"]["evaluations"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with saved(path, 6.4, 4) as (_, axes):
+        axis = axes[0, 0]
+        shown = [name for name in CURVES if name in objectives]
+        for name, colour, mark in zip(shown, COLOURS, MARKS, strict=False):
+            means = [mean(values) for values in objectives[name]["by_evaluations"]]
+            axis.plot(counts, means, mark + "-", color=colour, label=name.replace("x_0", "$x_0$"))
+        axis.set(
+            xscale="log", yscale="log", xlabel="network evaluations a sample",
+            ylabel="Fréchet distance",
+        )  # fmt: skip
+        axis.set_xticks(counts, list(map(str, counts)))
+        axis.grid()
+        axis.legend()
 
 
 def compare(options: Options) -> int:
@@ -329,6 +399,7 @@ def compare(options: Options) -> int:
     lines = table(found)
     print("\n" + "\n".join(lines))
     write_json(options.result, found)
+    curves(found, options.document.parent / PICTURE)
     write_between_marks(options.document, "benchmarks/objectives.py", lines)
 
     far = [name for name, entry in found["objectives"].items() if entry["times_simple"] > WITHIN]

@@ -25,7 +25,7 @@ from ddpm_engine.bounds import Ge
 from ddpm_engine.cli.errors import exit_in_one_line
 from ddpm_engine.cli.options import parse_options
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import reverse_step
@@ -65,7 +65,7 @@ def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
 
 def reference(schedule: NoiseSchedule, start: np.ndarray) -> np.ndarray:
     """The probability-flow ODE from the largest σ to the smallest, as VP states."""
-    first, last = log_sigma(schedule)[[-1, 0]].exp().tolist()
+    first, last = schedule.log_sigma[[-1, 0]].exp().tolist()
     solution = solve_ivp(
         lambda sigma, x: (x - denoise(x, sigma)) / sigma, (first, last),
         start * math.hypot(1, first), "DOP853", rtol=1e-12, atol=1e-12,
@@ -93,7 +93,7 @@ def main() -> None:
     """Measure, print and plot."""
     options = parse_options(Options)
     schedule = NoiseSchedule.linear()
-    known = log_sigma(schedule).numpy()
+    known = schedule.log_sigma.numpy()
     start = np.linspace(-2.5, 2.5, PIXELS)
     exact = reference(schedule, start)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=110)

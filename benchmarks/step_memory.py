@@ -58,7 +58,8 @@ def rows(name: str, config: RunConfig, card: float) -> Iterator[dict[str, Any]]:
                 break
         else:
             yield _row(name, _with(plain, accumulation=pieces), card)
-        yield _row(name, _with(plain, activation_checkpointing=True), card)
+        for recompute in ("norms", "blocks"):
+            yield _row(name, _with(plain, recompute=recompute), card)
 
 
 def _with(config: RunConfig, **values: Any) -> RunConfig:
@@ -72,7 +73,7 @@ def _row(name: str, config: RunConfig, card: float) -> dict[str, Any]:
         "precision": training.precision,
         "batch": training.batch_size,
         "accumulation": training.accumulation,
-        "checkpointing": training.activation_checkpointing,
+        "recompute": training.recompute,
         "state_gb": round(memory.state / 1e9, 2),
         "kept_gb": round(memory.kept / 1e9, 2),
         "backward_gb": round(memory.backward / 1e9, 2),

@@ -15,9 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_engine.config import RunConfig
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.features import Features
 from ddpm_engine.networks.unet.norm import GroupNorm
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.presets import PRESETS
+from ddpm_engine.sizes import height_and_width
+from ddpm_kernels.dispatch import force_ops
 
 HEAVIEST = 8
 """Shapes of GroupNorm that are measured."""
@@ -31,6 +34,22 @@ class NormCall:
     groups: int
     eps: float
     activation: str
+    skip: int = 0
+    """Channels of the skip connection, which are a map of their own."""
+    before: bool = False
+    """Whether a vector is added first."""
+    dropout: float = 0.0
+    kept: bool = False
+    """Whether the moments of the maps are known."""
+
+    @property
+    def options(self) -> str:
+        """What is fused with it, for people."""
+        named = {
+            "two maps": self.skip, "vector": self.before, "dropout": self.dropout,
+            "moments kept": self.kept,
+        }  # fmt: skip
+        return "".join(f", {name}" for name, present in named.items() if present)
 
 
 def config_of(preset: str, dry: bool) -> RunConfig:
@@ -72,9 +91,10 @@ def evaluate_on_meta(
     meta = torch.device("meta")
     with meta:
         model = model or UNet(config)
-        x = torch.empty(batch, config.in_channels, config.sample_size, config.sample_size)
-        labels = None if config.num_class_embeds is None else torch.zeros(batch, dtype=torch.int64)
-        output = model(x, torch.zeros(batch, dtype=torch.int64), Conditioning(labels))
+        x = torch.empty(batch, config.in_channels, *height_and_width(config.sample_size))
+        index = torch.zeros(batch, dtype=torch.int64)
+        labels = None if config.num_class_embeds is None else index
+        output = model(x, index, Conditioning(labels, dropout_key=index))
         if backward:
             output.sum().backward()
 
@@ -87,19 +107,28 @@ def training_flop(config: UNetConfig, batch: int) -> int:
 
 
 def norm_calls(config: UNetConfig, batch: int) -> Counter[NormCall]:
-    """Count the calls of GroupNorm in one evaluation."""
+    """Count the calls of GroupNorm in one evaluation while training, on a GPU."""
     with torch.device("meta"):
         model = UNet(config)
     found: Counter[NormCall] = Counter()
 
-    def note(module: Any, given: tuple[Any, ...]) -> None:
-        n, c, h, w = given[0].shape
-        found[NormCall((n, c, h, w), module.groups, module.eps, module.activation)] += 1
+    def note(module: Any, maps: tuple[Features, ...], options: dict[str, Any]) -> None:
+        n, _, h, w = maps[0].map.shape
+        dropout = options.get("dropout")
+        call = NormCall(
+            (n, len(module.weight), h, w), module.groups, module.eps, module.activation,
+            skip=sum(each.map.shape[1] for each in maps[1:]),
+            before=options.get("before") is not None,
+            dropout=0.0 if dropout is None else dropout.probability,
+            kept=all(each.moments is not None for each in maps),
+        )  # fmt: skip
+        found[call] += 1
 
     for module in model.modules():
         if isinstance(module, GroupNorm):
-            module.register_forward_pre_hook(note)
-    evaluate_on_meta(config, batch, backward=False, model=model)
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    with force_ops():
+        evaluate_on_meta(config, batch, backward=False, model=model)
     return found
 
 

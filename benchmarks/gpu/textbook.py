@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_engine.networks.unet import norm
 from ddpm_kernels import Column
 
 
@@ -23,7 +18,18 @@ def q_sample(
     images: Tensor, signal: Tensor, sigma: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return x_t, and the noise, which the loss will want."""
-    x_0 = images.to(dtype) / 127.5 - 1
+    return mix(images.to(dtype) / 127.5 - 1, signal, sigma, dtype)
+
+
+def latents(moments: Tensor, latent_scale: float, latent_shift: float) -> Tensor:
+    """Return latents drawn from the moments of an autoencoder, in float32."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    sampled = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+    return (sampled - latent_shift) * latent_scale
+
+
+def mix(x_0: Tensor, signal: Tensor, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x_t, and the noise, which the loss will want."""
     noise = torch.randn_like(x_0)
     return (per_pixel(signal) * x_0 + per_pixel(sigma) * noise).to(dtype), noise
 
@@ -40,25 +46,18 @@ def reverse_step(x: Tensor, output: Tensor, row: Tensor) -> Tensor:
     return mean + row[Column.NOISE] * torch.randn_like(x)
 
 
+def modulate(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute what `ddpm_kernels.modulate` does with LayerNorm."""
+    r = x + gate.unsqueeze(1) * y
+    normalised = F.layer_norm(r, r.shape[-1:], eps=1e-6)
+    return r, normalised * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
 def group_norm_silu(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str
 ) -> Tensor:
     """Compute what `ddpm_kernels.group_norm_silu` does without scale and shift."""
     z = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     return F.silu(z) if activation == "silu" else z
-
-
-@contextmanager
-def plain_norms() -> Iterator[None]:
-    """Let networks normalise by torch's own operations, in eager code and in compiled."""
-
-    def plain(
-        x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None = None,
-        shift: Tensor | None = None, eps: float = 1e-6, activation: str = "silu",
-    ) -> Tensor:  # fmt: skip
-        assert scale is None
-        assert shift is None
-        return group_norm_silu(x, groups, weight, bias, eps, activation)
-
-    with mock.patch.object(norm, "group_norm_silu", plain):
-        yield

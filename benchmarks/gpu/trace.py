@@ -16,7 +16,10 @@ LARGEST = 16 * 10**6
 ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 """Categories of what a GPU does."""
 CLASSES = (
-    ("normalisation", r"group_norm|moments|^_(forward|sums|combine|dx|statistics|affine)"),
+    (
+        "normalisation",
+        r"group_norm|layer_norm|modulate|moments|^_(forward|sums|combine|dx|statistics|affine)",
+    ),
     ("attention", r"flash|fmha|attention|softmax"),
     ("layout", r"nchwToNhwc|nhwcToNchw|transpose"),
     ("convolution", r"conv|cudnn|xmma|wgrad|dgrad|fprop|implicit"),

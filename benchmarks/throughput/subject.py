@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -63,8 +64,8 @@ class Subject:
         """
         from diffusers import UNet2DModel
 
-        fields = asdict(self.config.model)
-        del fields["attention"], fields["low_resolution"]
+        known = signature(UNet2DModel).parameters
+        fields = {k: v for k, v in asdict(self.config.model).items() if k in known}
         model: nn.Module = UNet2DModel(**fields)
         model.load_state_dict(self.weights)
         return model.to(self.device).eval().requires_grad_(False)

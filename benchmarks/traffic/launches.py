@@ -41,12 +41,14 @@ ONE = frozenset(
         "index", "index_select", "gather", "embedding", "cat", "stack", "sum", "mean", "amax",
         "amin", "any", "all", "linalg_vector_norm", "_softmax", "mse_loss",
         # matrices, attention, resampling, dropout
-        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
+        "mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention", "upsample_nearest2d",
         "upsample_nearest2d_backward", "native_dropout", "native_dropout_backward",
     )
 )  # fmt: skip
 SEVERAL = {
+    # zeros; copy
+    "aten.slice_backward": 2,
     # moments of the groups; scale and offset of each channel; y
     "aten.native_group_norm": 3,
     # sums of each channel; factors of each channel; dx; dγ and dβ

@@ -8,33 +8,39 @@ from torch import Tensor
 
 CONVOLUTIONS = "convolutions"
 MATRICES = "linear layers, attention"
+ACCUMULATED = "accumulating products"
 CONV_BIAS = "convolution biases"
 BIAS_GRADIENTS = "bias gradients"
 LAYOUT = "layout copies"
 NORM, NORM_BACKWARD = "norm forward", "norm backward"
-RESIDUAL, CONDITION = "residual adds", "condition adds"
+RESIDUAL, CONDITION = "residual sums", "condition adds"
 ACCUMULATION, CONDITION_GRADIENTS = "gradient accumulation", "condition gradients"
 CASTS = "casts"
 OPTIMIZER = "optimizer, averages"
 NOISE = "draws, noise, loss"
+MODULATE, MODULATE_BACKWARD = "residual, norm, modulation", "residual, norm, modulation backward"
 OTHER = "other"
 
 _BY_NAME = {
+    "ddpm.modulate": MODULATE,
+    "ddpm.modulate_backward": MODULATE_BACKWARD,
     "aten.cat": "concatenation",
     "aten.native_dropout": "dropout",
     "aten.native_dropout_backward": "dropout",
     "aten.upsample_nearest2d": "resampling",
     "aten.upsample_nearest2d_backward": "resampling",
     "aten.constant_pad_nd": "resampling",
+    "aten.slice_backward": "resampling",
     "aten.native_group_norm": NORM,
     "aten.native_group_norm_backward": NORM_BACKWARD,
+    "ddpm.residual_sum": RESIDUAL,
     "ddpm.group_norm_silu": NORM,
     "ddpm.group_norm_silu_backward": NORM_BACKWARD,
 }
 _MATRICES = frozenset(
     f"aten.{name}"
     for name in (
-        "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
+        "mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_efficient_attention_backward",
     )
@@ -74,7 +80,7 @@ def pass_of(name: str, arguments: tuple[Any, ...], out: Any, part: str) -> str:
     if part == "backward" and name == "aten.add" and len(tensors) > 1:
         return ACCUMULATION
     if part == "backward" and name == "aten.sum":
-        return CONDITION_GRADIENTS if features else BIAS_GRADIENTS
+        return CONDITION_GRADIENTS if features and out.dim() > 1 else BIAS_GRADIENTS
     if name == "aten.silu" and features:
         return NORM
     if name == "aten.silu_backward" and features:

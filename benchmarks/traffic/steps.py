@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import MethodType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from benchmarks.reference.ddpm import GaussianDiffusion
+from benchmarks.reference.plain_network import plain_network
 from benchmarks.traffic.trace import Trace
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -23,7 +23,6 @@ from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.half_weights import to_half
-from ddpm_engine.networks.unet.norm import GroupNorm
 from ddpm_engine.runtime import DTYPES
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.step_runner import StepRunner
@@ -151,19 +150,10 @@ class CudaAutocast(TorchFunctionMode):
         return self._kept[id(tensor)]
 
 
-def _plain_norm(
-    self: GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-) -> Tensor:
-    y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-    if scale is not None and shift is not None:
-        y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    return F.silu(y) if self.activation == "silu" else y
-
-
 @contextmanager
 def _textbook(precision: str) -> Iterator[None]:
-    """Torch's own norm; autocast over float32 weights."""
-    with patch.object(GroupNorm, "forward", _plain_norm):
+    """Torch's own operations; autocast over float32 weights."""
+    with plain_network():
         if precision in DTYPES:
             with CudaAutocast(DTYPES[precision]):
                 yield
@@ -192,9 +182,9 @@ def textbook_training(config: RunConfig, trace: Trace) -> Step:
         noise = torch.randn_like(images)
         kept = alpha_bar[t][:, None, None, None]
         x = kept.sqrt() * images + (1 - kept).sqrt() * noise
-        labels = None if batch.labels is None else Conditioning(labels=batch.labels)
+        conditions = Conditioning(batch.labels, dropout_key=batch.positions)
         with trace.during("network"):
-            output = model(x, t, labels)
+            output = model(x, t, conditions)
         return F.mse_loss(output.float(), noise)
 
     def step() -> None:

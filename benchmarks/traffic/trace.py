@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from benchmarks.traffic.launches import HOST_READS, NONE, is_channels_last, launches_of
 from benchmarks.traffic.passes import (
+    ACCUMULATED,
     BIAS_GRADIENTS,
     CONV_BIAS,
     CONVOLUTIONS,
@@ -100,6 +101,8 @@ class Trace(TorchDispatchMode):
         moved = 0 if compute or not launches else _traffic(name, func, args, kwargs, out)
         flop = _flop(func, args, kwargs, out) if compute else 0
         self._add(pass_of(name, args, out, self.part), name, launches, moved, flop)
+        if name == "aten.addmm_":  # reads and writes once more what a product before it wrote
+            self._add(ACCUMULATED, name, 0, 2 * _nbytes(out))
 
     def _copies(self, name: str, *tensors: Tensor) -> None:
         """Copies that cuDNN needs where tensors are not channels-last."""
@@ -163,15 +166,21 @@ def tracing(trace: Trace, architecture: str = "sm_90") -> Iterator[None]:
         yield
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Torch's choice on CUDA: flash attention, which takes half precision and heads up to 256."""
-    flash = query.dtype != torch.float32 and query.shape[-1] <= 256
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
+    """Torch's choice on CUDA: flash attention takes half precision, heads up to 256 and no mask."""
+    flash = query.dtype != torch.float32 and query.shape[-1] <= 256 and attn_mask is None
     if flash:
         out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
     else:
         needs_sums = torch.is_grad_enabled()
         attend = torch.ops.aten._scaled_dot_product_efficient_attention
-        out = attend(query, key, value, None, needs_sums)[0]
+        bias = None
+        if attn_mask is not None:
+            shape = (*query.shape[:-1], key.shape[-2])
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype).expand(shape)
+        out = attend(query, key, value, bias, needs_sums)[0]
     return out
 
 
@@ -208,12 +217,17 @@ def _traffic(name: str, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         read.pop(id(table), None)  # of which only what is looked up is read
     written = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)} | changed
     moved = sum(map(_nbytes, read.values())) + sum(map(_nbytes, written.values()))
+    if name in _FILLED_FIRST and args[0].numel() < out.numel():
+        moved += _nbytes(args[0])
     return moved + (sum(map(_nbytes, written.values())) if name in _LOOK_UPS else 0)
 
 
+_FILLED_FIRST = {"aten.constant_pad_nd", "aten.slice_backward"}
+"""Operations that write their first argument, where it belongs, into what they filled before."""
 _LOOK_UPS = {"aten.embedding", "aten.index", "aten.index_select", "aten.gather"}
 
 
 def _flop(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    count = flop_registry[func._overloadpacket]
+    in_place = func is torch.ops.aten.addmm_.default
+    count = flop_registry[torch.ops.aten.addmm if in_place else func._overloadpacket]
     return int(count(*args, **kwargs, out_val=out))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ddpm_engine.diffusion.guidance import Guidance
     from ddpm_engine.diffusion.schedule import NoiseSchedule
     from ddpm_engine.errors import UserError
+    from ddpm_engine.generation.chain import Cascade
     from ddpm_engine.networks.base import Network
     from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
     from ddpm_engine.networks.unet.config import UNetConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ddpm_engine.training.trainer import Trainer
 
 _MODULES = {
+    "Cascade": "generation.chain",
     "Conditioning": "networks.conditioning",
     "ConditioningSpec": "networks.conditioning",
     "DiffusionModel": "samplers.model",
@@ -48,6 +50,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Cascade",
     "Conditioning",
     "ConditioningSpec",
     "DiffusionModel",

@@ -19,9 +19,13 @@ from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
 from ddpm_engine.json_files import described, read_json
 from ddpm_engine.locations import is_location, redacted, user_path
-from ddpm_engine.networks.registry import NETWORKS
+from ddpm_engine.networks.registry import CONFIGURATIONS, NETWORKS, NetworkConfig
 from ddpm_engine.networks.unet.config import UNetConfig
-from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
+from ddpm_engine.objectives.config import (
+    AutoencodingConfig,
+    DistillationConfig,
+    ObjectiveConfig,
+)
 from ddpm_engine.runtime import Precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.typed_json import Mismatch, plain, structure
@@ -62,6 +66,8 @@ class TrainingConfig:
     """Global batch: images per optimizer step, over all ranks and accumulation."""
     accumulation: Annotated[int, Ge(1), Le(2**24)] = 1
     """Micro-batches that each rank divides its share of the batch into."""
+    init: Path | None = None
+    """Run, or folder of a diffusers pipeline, whose weights this run starts from; None: none."""
     seed: int = 0
     """Seed of weights, data order and all noise."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
@@ -69,8 +75,9 @@ class TrainingConfig:
     ema_sigma_rel: tuple[Annotated[float, Gt(0), Le(MAX_SIGMA_REL)], ...] = ()
     """Relative lengths (sigma_rel, above 0, at most 0.2886) of power-function EMAs, as 0.05 0.1,
     whose snapshots make an EMA of any length afterwards."""
-    label_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """Share of labels, 0 to below 1, replaced by the null class, if there are any."""
+    condition_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Probability, from 0 to below 1, of training a sample without its class, text and vector, as
+    classifier-free guidance needs."""
     augmentation_levels: Annotated[int, Ge(1), Le(MAX_LEVEL + 1)] = 250
     """Levels of noise augmentation, 1 (none) to 1001 (super-resolution)."""
     precision: Precision = "auto"
@@ -89,8 +96,9 @@ class TrainingConfig:
     capture: Literal["auto", "on", "off"] = "auto"
     """Training steps as one CUDA graph, which the GPU runs without the host; auto: where possible.
     """
-    activation_checkpointing: bool = False
-    """Recomputation of blocks in the backward pass, which saves memory."""
+    recompute: Literal["none", "norms", "blocks"] = "none"
+    """What the backward pass computes again, to save memory: outputs of norms (about two fifths,
+    a few per cent slower), or all inside blocks (most, a third slower)."""
     max_bad_steps: Annotated[int, Ge(1)] = 10
     """Non-finite gradients in a row, all of them skipped, that end the run."""
     timeout_seconds: Annotated[int, Ge(1), Le(10**9)] = 300
@@ -99,6 +107,12 @@ class TrainingConfig:
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
         yield from out_of_bounds(self)
+        if self.compile and self.recompute == "norms":
+            yield UserError(
+                "`recompute` is norms, but with `compile` the compiler decides what a block keeps; "
+                "use none or blocks",
+                "recompute",
+            )
         lengths = self.ema_sigma_rel
         # Checkpoints name their parts like this.
         if len({f"{length:g}" for length in lengths}) < len(lengths):
@@ -128,12 +142,20 @@ class LogConfig:
     """Samples in a grid, always the same ids; at most 10000."""
     sample_steps: Annotated[int, Ge(1)] = 100
     """Sampling steps of those grids, at most T."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of those samples, in turn, for a network conditioned on text; default: the captions
+    of the first samples of the data."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Tracker that Accelerate sends the metrics to, besides the run's metrics.jsonl."""
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
-        return out_of_bounds(self)
+        yield from out_of_bounds(self)
+        if any("\n" in prompt or not prompt.strip() for prompt in self.prompts):
+            yield UserError(
+                "`prompts` has one that is empty or longer than a line; give one line for each",
+                "prompts",
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +165,7 @@ class RunConfig:
     out: Path = Path("runs/run")
     """Directory of the run: configuration, metrics, checkpoints, samples. Run again to resume."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: UNetConfig = field(default_factory=UNetConfig)  # or of another class in `NETWORKS`
+    model: NetworkConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -151,11 +173,13 @@ class RunConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    autoencoding: AutoencodingConfig = field(default_factory=AutoencodingConfig)
 
     @property
     def clips_x0(self) -> bool:
-        """Whether samplers clip estimates of x_0."""
-        return clips_x0(self.diffusion.prediction, self.sampling.clip_x0)
+        """Whether samplers clip estimates of x_0, which they do not of latents."""
+        bounded = self.data.autoencoder is None
+        return bounded and clips_x0(self.diffusion.prediction, self.sampling.clip_x0)
 
 
 RECORDED_IN = "recorded_in"
@@ -180,7 +204,7 @@ def _read_location(value: Any, where: str) -> Path | str:
 
 
 def _network_config(name: Any) -> type[Any]:
-    known = {kind.__name__: kind for kind in NETWORKS}
+    known = {kind.__name__: kind for kind in (*CONFIGURATIONS, *NETWORKS)}
     if not isinstance(name, str) or name not in known:
         raise UserError(
             f"`model` is a {name}, which describes no known network; import the module that adds "
@@ -212,7 +236,7 @@ def from_dict(values: dict[str, Any], origin: str) -> RunConfig:
     Raises:
         UserError: naming `origin` and the entries at fault.
     """
-    special = {UNetConfig: _read_model, Path | str: _read_location}
+    special = {NetworkConfig: _read_model, Path | str: _read_location}
     try:
         config: RunConfig = structure(RunConfig, _migrated(values, origin), special=special)
         return config
@@ -257,7 +281,20 @@ def _to_version_2(training: dict[str, Any], log: dict[str, Any]) -> None:
     log.pop("checkpoint_overlap", None)
 
 
-_MIGRATIONS = (_to_version_1, _to_version_2)
+def _to_version_3(training: dict[str, Any], log: dict[str, Any]) -> None:
+    """Rename `training.activation_checkpointing`, which was all or nothing."""
+    if "activation_checkpointing" in training:
+        blocks = training.pop("activation_checkpointing")
+        training["recompute"] = {True: "blocks", False: "none"}.get(blocks, blocks)
+
+
+def _to_version_4(training: dict[str, Any], log: dict[str, Any]) -> None:
+    """Rename `training.label_dropout`, which drops further conditions, too."""
+    if "label_dropout" in training:
+        training["condition_dropout"] = training.pop("label_dropout")
+
+
+_MIGRATIONS = (_to_version_1, _to_version_2, _to_version_3, _to_version_4)
 """What turns a version into the next; configurations without a version are of version 0."""
 
 

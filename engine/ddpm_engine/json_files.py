@@ -120,6 +120,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_UNBOUNDED = ("lambda_min_clipped",)
+"""Bounds that diffusers writes as -Infinity where there are none."""
+
+
 def _check(values: Any, origin: str) -> None:
     """Refuse numbers that are not finite, and more levels than any file has."""
     # By the nearest key: longer names of many entries could take more memory than the file.
@@ -131,6 +135,8 @@ def _check(values: Any, origin: str) -> None:
                 if isinstance(entry, dict | list):
                     below.append((key, entry))
                 elif isinstance(entry, float) and not math.isfinite(entry):
+                    if key in _UNBOUNDED and math.isinf(entry):
+                        continue
                     raise UserError(
                         f"{key} is {json.dumps(entry)} in {origin}, which is no JSON number; "
                         "write a finite one"

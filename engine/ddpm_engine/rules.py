@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from ddpm_engine.autoencoder_rules import autoencoder
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.mixture import Mixture
+from ddpm_engine.data_rules import embeddings, latents, text
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.errors import UserError
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.samplers.registry import build_table
@@ -83,50 +86,95 @@ def weighting(config: RunConfig) -> Iterator[UserError]:
             "asks for is that of independent noise",
             "objective.offset_noise",
         )
-    if config.diffusion.zero_terminal_snr and objective.weighting in ("min-snr", "p2"):
+    if objective.weighting in ("min-snr", "p2") and (end := _noise_alone(config)):
         yield UserError(
             f"`objective.weighting` is {objective.weighting}, which gives no weight to the "
-            "last timestep with `diffusion.zero_terminal_snr`, where sampling begins; take "
-            "simple or vlb",
+            f"last timestep with {end}, where sampling begins; take simple or vlb",
             "objective.weighting",
         )
 
 
-def edm(config: RunConfig) -> Iterator[UserError]:
-    """EDM's prediction comes with its own schedule, weighting and noise levels."""
+def loss_space(config: RunConfig) -> Iterator[UserError]:
+    """The space of the loss weighs every level that is trained, and nothing else weighs it too."""
+    objective = config.objective
+    for name in ("loss", "loss_limit"):
+        value = getattr(objective, name)
+        if value is not None and objective.weighting != "simple":
+            yield UserError(
+                f"`objective.{name}` is {value}, but `objective.weighting` "
+                f"{objective.weighting} says what the error of x0 weighs, whatever is predicted; "
+                "leave one of them out",
+                f"objective.{name}",
+            )
+    loss, end = objective.loss, _noise_alone(config)
+    if end and loss is not None and PARAMETERIZATIONS[loss].needs_signal:
+        yield UserError(
+            f"`objective.loss` is {loss}, which gives no weight to the last timestep with {end}, "
+            "where sampling begins; take v, x0 or flow",
+            "objective.loss",
+        )
+
+
+def _noise_alone(config: RunConfig) -> str | None:
+    """Return what makes the schedule end in pure noise, or None."""
+    diffusion = config.diffusion
+    if diffusion.zero_terminal_snr:
+        return "`diffusion.zero_terminal_snr`"
+    if diffusion.schedule == "flow" and diffusion.betas is None:
+        return "`diffusion.schedule` flow"
+    return None
+
+
+_OWN_LEVELS = {"edm": ("p_mean", "p_std"), "flow": ("timestep_sampling", "logit_mean", "logit_std")}
+"""Fields of the objective for the levels that a prediction with its own schedule is trained at."""
+_ANYWHERE = {"edm": ("loss", "loss_limit"), "flow": ("loss", "loss_limit", "offset_noise")}
+"""Further fields of the objective that mean something with such a prediction."""
+
+
+def own_levels(config: RunConfig) -> Iterator[UserError]:
+    """A prediction that is trained at any noise level comes with its own schedule and levels."""
     diffusion, objective, plain = config.diffusion, config.objective, ObjectiveConfig()
-    own = ("p_mean", "p_std")
-    if diffusion.prediction != "edm":
-        for name in own:
+    prediction = diffusion.prediction
+    own = PARAMETERIZATIONS[prediction].own_schedule
+    if own != "edm":
+        for name in _OWN_LEVELS["edm"]:
             if getattr(objective, name) != getattr(plain, name):
                 yield UserError(
                     f"`objective.{name}` does nothing unless `diffusion.prediction` is edm",
                     f"objective.{name}",
                 )
+    if own is None:
         return
-    if diffusion.schedule != "edm" or diffusion.betas is not None:
+    if diffusion.schedule != own or diffusion.betas is not None:
         yield UserError(
-            "`diffusion.prediction` is edm, whose samplers need noise levels that are even in log "
-            "sigma: `diffusion.schedule` edm, without `diffusion.betas`",
+            f"`diffusion.prediction` is {prediction}, which is trained at any noise level and "
+            f"sampled at those of `diffusion.schedule` {own}, without `diffusion.betas`",
             "diffusion.schedule",
         )
     if diffusion.zero_terminal_snr:
         yield UserError(
-            "`diffusion.prediction` is edm, whose network takes the log of sigma; it cannot be "
-            "infinite, as with `diffusion.zero_terminal_snr`",
+            f"`diffusion.prediction` is {prediction}, whose own schedule is not rescaled: leave "
+            "out `diffusion.zero_terminal_snr`"
+            + (", since the log of sigma, which it is given, cannot be infinite"
+               if PARAMETERIZATIONS[prediction].needs_signal else ""),
             "diffusion.zero_terminal_snr",
-        )
+        )  # fmt: skip
     if config.sampling.variance == "learned_range":
         yield UserError(
-            "`sampling.variance` is learned_range, but `diffusion.prediction` edm predicts no "
-            "variance",
+            f"`sampling.variance` is learned_range, but `diffusion.prediction` {prediction} "
+            "predicts no variance",
             "sampling.variance",
         )
+    fields_of_levels = " and ".join(f"`objective.{name}`" for name in _OWN_LEVELS[own])
     for name, value in asdict(objective).items():
-        if name not in own and value != getattr(plain, name):
+        if name == "timestep_sampling" and value == "importance":
+            used = False  # levels of a continuum have no histories
+        else:
+            used = name in (*_OWN_LEVELS[own], *_ANYWHERE[own], *_OWN_LEVELS["edm"])
+        if not used and value != getattr(plain, name):
             yield UserError(
-                f"`objective.{name}` is {value}, but `diffusion.prediction` edm has its own "
-                "weighting and noise levels (`objective.p_mean`, `objective.p_std`); leave it out",
+                f"`objective.{name}` is {value}, but `diffusion.prediction` {prediction} has its "
+                f"own weighting and noise levels ({fields_of_levels}); leave it out",
                 f"objective.{name}",
             )
 
@@ -134,7 +182,8 @@ def edm(config: RunConfig) -> Iterator[UserError]:
 def coefficient_tables(config: RunConfig) -> Iterator[UserError]:
     """The sampler has a table for the schedule, in the steps of sampling and of previews."""
     diffusion, sampling = config.diffusion, config.sampling
-    reported = [*diffusion.problems(), *sampling.problems(), *config.log.problems(), *edm(config)]
+    reported = [*diffusion.problems(), *sampling.problems(), *config.log.problems()]
+    reported += own_levels(config)
     if reported:
         return
     schedule = diffusion.build_schedule()
@@ -177,6 +226,12 @@ def distillation(config: RunConfig) -> Iterator[UserError]:
     plan, sampling = config.distillation, config.sampling
     if plan.teacher is None or list(plan.problems()):
         return
+    if config.training.init is not None:
+        yield UserError(
+            f"`training.init` is {config.training.init}, but a student starts from the weights of "
+            "`distillation.teacher`; leave it out",
+            "training.init",
+        )
     if plan.start_steps > config.diffusion.timesteps:
         yield UserError(
             f"`distillation.start_steps` is {plan.start_steps}; there are only "
@@ -189,10 +244,13 @@ def distillation(config: RunConfig) -> Iterator[UserError]:
             f"{plan.steps} there are {plan.stages} stages, and each needs one at least",
             "training.steps",
         )
-    if plan.guidance_scale is not None and config.model.num_class_embeds is None:
+    conditions = ("num_class_embeds", "text_channels", "vector_channels")
+    if plan.guidance_scale is not None and not any(
+        getattr(config.model, name, None) is not None for name in conditions
+    ):
         yield UserError(
             f"`distillation.guidance_scale` is {plan.guidance_scale}, but the teacher was "
-            "trained without classes; leave it out",
+            "trained without classes, text or vectors; leave it out",
             "distillation.guidance_scale",
         )
     made_for = replace(plan.sampling, clip_x0=sampling.clip_x0)
@@ -258,13 +316,18 @@ def not_capturable(config: RunConfig) -> str | None:
 RULES: tuple[Rule, ...] = (
     output_channels,
     weighting,
-    edm,
+    loss_space,
+    own_levels,
     coefficient_tables,
+    text,
+    embeddings,
+    latents,
     sample_ids,
     mixture,
     distillation,
     moment_matching,
     capture,
+    autoencoder,
 )
 
 

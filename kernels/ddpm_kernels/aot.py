@@ -4,21 +4,18 @@
 
 There is no second list of signatures: the operations are called on CPU tensors, each launch is
 caught before it reaches a device, and what would have been launched is compiled, specialised as
-Triton would have specialised it. The table has, for each kernel and target, registers, spills,
-bytes of local memory, the widest global load and store in bits, and instructions.
+Triton would have specialised it. The table has, for each kernel, its options and target: registers,
+spills, bytes of local memory, the widest global load and store in bits, instructions of the whole,
+and instructions and bytes an element, loop by loop (`machine_code` says how they are counted).
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,17 +23,23 @@ from torch import Tensor
 
 from ddpm_kernels import (
     Column,
+    Moments,
     Stream,
     adamw_step,
     denoising_loss,
     gaussian_noise,
     gradient_norm,
     group_norm_silu,
+    group_norm_silu_residual,
+    modulate,
     q_sample,
+    residual_sum,
     reverse_step,
 )
 from ddpm_kernels.dispatch import assume_gpu
 from ddpm_kernels.draws import training_draws
+from ddpm_kernels.dropout import Dropout
+from ddpm_kernels.machine_code import Code, read_amdgcn, read_cubin
 from ddpm_kernels.triton_shim import HAS_TRITON, triton
 from ddpm_kernels.variational_bound import BoundColumn
 
@@ -60,10 +63,13 @@ _TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-_AMD_BITS = {
-    "ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16,
-    "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128,
+
+
+_PRESENT = {
+    "SKIP": "skip", "THRESHOLD": "dropout", "RESIDUALS": "residuals", "COLUMNS": "columns",
+    "SCALE": "latents",
 }  # fmt: skip
+"""Constants above zero where something is present, and what that is."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +92,18 @@ class Launch:
         """Of the kernel."""
         return str(self.kernel.fn.__name__).strip("_")
 
+    @property
+    def variant(self) -> str:
+        """Switches that are on, and what else is present, as `film+silu+skip`."""
+        found = [name.lower() for name, value in self.constants if value is True]
+        found += [_PRESENT[name] for name, value in self.constants if _PRESENT.get(name) and value]
+        return "+".join(found)
 
-@dataclass(frozen=True)
-class Code:
-    """What the compiler made of a launch for one target."""
-
-    registers: int
-    """Per thread (vector registers on AMD)."""
-    spills: int
-    """Instructions, or registers on AMD, that go to local memory because registers ran out."""
-    local_bytes: int
-    """Stack or scratch bytes per thread."""
-    widest_load: int
-    """Bits of the widest global load of one thread."""
-    widest_store: int
-    """Bits of the widest global store of one thread."""
-    instructions: int
-    """Instructions of the whole kernel, each counted once."""
+    def elements(self, warp: int) -> float | None:
+        """Elements of a tile for each thread of warps of this size; None: it has no tile."""
+        constants, options = dict(self.constants), dict(self.options)
+        tile = constants.get("TILE") or constants.get("ROWS", 0) * constants.get("WIDTH", 0)
+        return tile / (options["num_warps"] * warp) if tile else None
 
 
 @contextmanager
@@ -174,67 +175,18 @@ def compile_launch(launch: Launch, target: str) -> Code:
         source, target=GPUTarget(*TARGETS[target]), options=dict(launch.options)
     )
     if TARGETS[target][0] == "cuda":
-        return _read_cubin(compiled.asm["cubin"])
-    return _read_amdgcn(compiled.asm["amdgcn"])
+        return read_cubin(compiled.asm["cubin"])
+    return read_amdgcn(compiled.asm["amdgcn"])
 
 
-def _nvidia_tool(name: str, *arguments: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run(
-        [str(tool), *arguments], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def _read_cubin(cubin: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _nvidia_tool("cuobjdump", "-res-usage", file.name)
-        text = _nvidia_tool("nvdisasm", file.name)
-    # A line has an address, an optional predicate, and the mnemonic with its modifiers.
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text, re.M)
-
-    def widest(mnemonic: str) -> int:
-        # LDG.E.128 moves 128 bits, LDG.E 32, LDG.E.U16 16.
-        found = [name for name in names if name.split(".")[0] == mnemonic]
-        sizes = [re.search(r"\.[US]?(8|16|64|128|256)\b", name) for name in found]
-        return max((int(size[1]) if size else 32 for size in sizes), default=0)
-
-    return Code(
-        registers=_number(r"REG:(\d+)", usage),
-        spills=sum(name.startswith(("LDL", "STL")) for name in names),
-        local_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        widest_load=widest("LDG"),
-        widest_store=widest("STG"),
-        instructions=sum(name != "NOP" for name in names),
-    )
-
-
-def _read_amdgcn(text: str) -> Code:
-    code = text.split(".section", 1)[0]
-    names = re.findall(r"^\s+((?:[vs]|ds|global|buffer|flat|scratch)_\w+)", code, re.M)
-
-    def widest(kind: str) -> int:
-        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z]+?(?:x\d)?)(?:_|$)"
-        sizes = [match[1] for name in names if (match := re.match(pattern, name))]
-        return max((_AMD_BITS.get(size, 0) for size in sizes), default=0)
-
-    return Code(
-        registers=_number(r"\.vgpr_count:\s+(\d+)", text),
-        spills=_number(r"\.vgpr_spill_count:\s+(\d+)", text)
-        + _number(r"\.sgpr_spill_count:\s+(\d+)|\Z", text),
-        local_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        widest_load=widest("load"),
-        widest_store=widest("store"),
-        instructions=sum(name not in ("s_nop", "s_code_end") for name in names),
-    )
-
-
-def _number(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"nothing matches {pattern!r} in the compiler's output")
-    return int(match[1] or 0)
+def each_element(launch: Launch, code: Code, target: str) -> str:
+    """Instructions and bytes an element: `12.5 + 18.0, 2.0 + 4.0` of a kernel with two loops."""
+    elements = launch.elements(TARGETS[target][2])
+    if elements is None:
+        return "-"
+    instructions = (f"{each.instructions / elements:.1f}" for each in code.stretches)
+    moved = (f"{each.moved_bits / 8 / elements:.1f}" for each in code.stretches)
+    return f"{' + '.join(instructions)}, {' + '.join(moved)}"
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
@@ -243,6 +195,23 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor
     like = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
     memory = torch.zeros(like.numel() + 1, dtype=dtype)
     return memory.as_strided(like.shape, like.stride(), 0 if aligned else 1)
+
+
+def _modulate(dtype: torch.dtype, aligned: bool) -> None:
+    """Join a transformer's branches, and begin with no branch, with either norm."""
+    batch, length = (4, 64) if aligned else (3, 49)
+    for channels, gated, norm in ((768, True, "layer"), (1152, False, "rms")):
+        channels -= 0 if aligned else 3
+        x, y = (_tensor((batch, length, channels), dtype, aligned) for _ in range(2))
+        rows = _tensor((batch, 6 * channels), dtype, aligned)
+        gate, scale, shift = rows.chunk(6, 1)[:3]
+        x = x.requires_grad_()
+        if gated:
+            r, m = modulate(x, y, gate, scale, shift, norm=norm)
+            (r + m).sum().backward()
+        else:
+            weight = torch.ones(channels, requires_grad=True)
+            modulate(x, None, None, scale, shift, weight=weight, norm=norm)[1].sum().backward()
 
 
 def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[Launch]:
@@ -261,10 +230,12 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
     seed, row = torch.tensor(0), torch.tensor(0)
     coefficients = torch.zeros(10, Column.HISTORY + 2)
     with recorded_launches(target) as launches:
+        _modulate(dtype, aligned)
         training_draws(
             seed, ids, integers=1000, flip=True, labels=timesteps, label_dropout=0.1,
-            null_class=10, augmentation_levels=251,
+            null_class=10, augmentation_levels=251, dropout_key=True,
         )  # fmt: skip
+        training_draws(seed, ids, integers=1000, dropout_key=True, dropped=True)
         gaussian_noise(seed, ids, (channels, side, side), row, Stream.INITIAL_NOISE)
         prediction = _tensor(shape, dtype, aligned)
         stored = _tensor(shape, torch.uint8, aligned), _tensor(shape, torch.float32, aligned)
@@ -285,6 +256,18 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             both, stored[0], timesteps, None, table, seed, ids, weights, flip,
             bound_table=torch.zeros(1000, len(BoundColumn)), bound_weights=weights,
         )  # fmt: skip
+        # As they are stored, channels first.
+        numbers = _tensor((batch, 2 * channels * side**2), torch.float16, aligned)
+        moments = numbers.view(batch, 2 * channels, side, side)
+        latent: dict[str, Any] = {"latent_scale": 0.3611, "latent_shift": 0.1159}
+        q_sample(moments, timesteps, table, table, seed, ids, None, dtype, **latent)
+        denoising_loss(
+            prediction, moments, timesteps, table, table, seed, ids, weights, **latent
+        )  # fmt: skip
+        denoising_loss(
+            both, moments, timesteps, table, table, seed, ids, weights, None,
+            torch.zeros(1000, len(BoundColumn)), weights, **latent,
+        )  # fmt: skip
         history = torch.zeros(2, batch, side, side, channels).permute(0, 1, 4, 2, 3)
         reverse_step(x, output, coefficients, row, seed, ids, in_place=True)
         reverse_step(x, both, coefficients, row, seed, ids, unconditional=both, in_place=True)
@@ -292,18 +275,59 @@ def production_launches(dtype: torch.dtype, aligned: bool, target: str) -> list[
             x, output, coefficients, row, seed, ids, unconditional=output, rescale=weights,
             threshold=weights, history=history, in_place=True,
         )  # fmt: skip
-        narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
-        for (width, groups), film, activation, rows in (
-            (narrow, False, "silu", side), (wide, True, "silu", side), (wide, False, "none", side),
-            (narrow, True, "silu", 8),  # one slab covers a sample
-        ):  # fmt: skip
-            activations = _tensor((batch, width, rows, rows), dtype, aligned).requires_grad_()
-            affine = torch.ones(width)
-            scale = torch.zeros(batch, width, dtype=dtype) if film else None
-            y = group_norm_silu(activations, groups, affine, affine, scale, scale, 1e-6, activation)
-            y.sum().backward()
+        _normalize(dtype, aligned)
+        _add(dtype, aligned)
         _optimize(dtype, aligned)
     return launches
+
+
+def _add(dtype: torch.dtype, aligned: bool) -> None:
+    """End residual branches, with and without moments, a bias and another branch."""
+    channels, side = (320, 64) if aligned else (7, 33)
+    for pixels in (side, 16):
+        h, x = (_tensor((2, channels, pixels, pixels), dtype, aligned) for _ in range(2))
+        bias = torch.zeros(channels, dtype=dtype)
+        residual_sum(h, x, bias)
+        residual_sum(h, x, bias, divisor=2**0.5)
+        residual_sum(h, None, bias)
+
+
+def _normalize(dtype: torch.dtype, aligned: bool) -> None:
+    """Take norms forward and back: plain ones, and the two of a residual block, fused.
+
+    Of sides that leave a sample's chunk on chip, and of one that does not.
+    """
+    batch, small, large = (4, (8, 32), 64) if aligned else (3, (8, 15), 45)
+    narrow, wide = ((64, 32), (320, 32)) if aligned else ((30, 6), (7, 1))
+    for (width, groups), film, activation, side in (
+        (narrow, False, "silu", large), (wide, True, "silu", large),
+        (wide, False, "none", small[1]), (narrow, True, "silu", small[0]),
+    ):  # fmt: skip
+        x = _tensor((batch, width, side, side), dtype, aligned).requires_grad_()
+        affine = torch.ones(width)
+        scale = torch.zeros(batch, width, dtype=dtype) if film else None
+        y = group_norm_silu(x, groups, affine, affine, scale, scale, 1e-6, activation)
+        y.sum().backward()
+
+    # A group of channels of both maps.
+    first, second, groups = (40, 24, 4) if aligned else (13, 17, 6)
+    affine, owed = torch.ones(first + second), torch.zeros(first, requires_grad=True)
+    key = torch.zeros(batch, dtype=torch.int64)
+    for side in (small[1], large):
+        x = _tensor((batch, first, side, side), dtype, aligned).requires_grad_()
+        skip = _tensor((batch, second, side, side), dtype, aligned).requires_grad_()
+        y, *same = group_norm_silu_residual(
+            x, groups, affine, affine, skip=skip, owed=(owed, None)
+        )  # fmt: skip
+        sum((one.sum() for one in same if one is not None), y.sum()).backward()
+        kept = [Moments(torch.zeros(batch, 4, 3, n), side**2 // 4) for n in (first, second)]
+        group_norm_silu(x, groups, affine, affine, skip=skip, moments=(kept[0], kept[1]))
+        x = _tensor((batch, narrow[0], side, side), dtype, aligned).requires_grad_()
+        before = torch.zeros(batch, narrow[0], dtype=dtype, requires_grad=True)
+        group_norm_silu(
+            x, narrow[1], affine[: narrow[0]], affine[: narrow[0]],
+            before=before, dropout=Dropout(0.1, key),
+        ).sum().backward()  # fmt: skip
 
 
 def _optimize(dtype: torch.dtype, aligned: bool) -> None:
@@ -348,7 +372,8 @@ def main() -> None:
     _check_known("target", targets, TARGETS)
     _check_known("dtype", dtypes, ("float32", "float16", "bfloat16"))
     print(
-        f"{'kernel':24} {'network':9} {'aligned':8} {'target':7} regs spills local load store code"
+        f"{'kernel':24} {'options':36} {'network':9} {'aligned':7} {'target':7} regs spills local "
+        "load store code  instructions, bytes an element"
     )
     failures = 0
     for name in dtypes:
@@ -358,9 +383,10 @@ def main() -> None:
                     code = compile_launch(launch, target)
                     failures += code.spills > 0 or code.local_bytes > 0
                     print(
-                        f"{launch.name:24} {name:9} {aligned!s:8} {target:7} {code.registers:4} "
-                        f"{code.spills:6} {code.local_bytes:5} {code.widest_load:4} "
-                        f"{code.widest_store:5} {code.instructions:4}",
+                        f"{launch.name:24} {launch.variant:36} {name:9} {aligned!s:7} {target:7} "
+                        f"{code.registers:4} {code.spills:6} {code.local_bytes:5} "
+                        f"{code.widest_load:4} {code.widest_store:5} {code.instructions:4}  "
+                        f"{each_element(launch, code, target)}",
                         flush=True,
                     )
     if failures:

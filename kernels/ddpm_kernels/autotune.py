@@ -5,7 +5,7 @@
 Each operation is run on images (or activations) of several sizes; a tile's figure is the geometric
 mean, over the sizes, of its time relative to that of the table's tile. A graph of many calls is
 timed, so that the kernels are measured and not the host. First the size of a tile and its warps
-vary; then, of `group_norm_silu`, the stages of its loops and the number of programs.
+vary; then, of the norms, the stages of their loops and the number of programs.
 Nothing else tunes by itself: a tile decides in which order sums are taken, so all ranks of a run
 must use the same file.
 """
@@ -28,6 +28,7 @@ from ddpm_kernels import (
     denoising_loss,
     gradient_norm,
     q_sample,
+    residual_sum,
     reverse_step,
 )
 from ddpm_kernels.tiles import (
@@ -51,8 +52,10 @@ CANDIDATES = tuple(
 STAGES = (1, 2, 3)
 PROGRAMS = (256, 512, 1024, 2048)
 IMAGES = ((64, 3, 32, 32), (256, 3, 64, 64), (64, 3, 256, 256))
+TOKENS = ((256, 64, 384), (256, 256, 768), (64, 256, 1152))
 WEIGHTS = (100_000, 35_000_000)
-ACTIVATIONS = ((128, 128, 32, 32), (128, 256, 16, 16), (16, 128, 128, 128))
+ACTIVATIONS = ((64, 256, 64, 64), (64, 128, 128, 128), (16, 128, 256, 256))
+"""None fits on chip: there no tile is chosen."""
 
 Work = Callable[[], object]
 
@@ -60,6 +63,15 @@ Work = Callable[[], object]
 def workloads(device: torch.device) -> dict[str, list[Work]]:
     """Calls of each operation, on bfloat16 as a network in mixed precision has it."""
     works: dict[str, list[Work]] = {operation: [] for operation in TILES["default"]}
+    for batch, length, channels in TOKENS:
+        x, y = torch.randn(2, batch, length, channels, dtype=torch.bfloat16, device=device)
+        gate, scale, shift = torch.randn(3, batch, channels, dtype=torch.bfloat16, device=device)
+        works["modulate"].append(
+            partial(torch.ops.ddpm.modulate, x, y, gate, scale, shift, None, "layer", 1e-6)
+        )
+        works["modulate_backward"].append(
+            partial(torch.ops.ddpm.modulate_backward, x, y, x, y, gate, scale, None, "layer", 1e-6)
+        )
     for shape in IMAGES:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -82,6 +94,7 @@ def workloads(device: torch.device) -> dict[str, list[Work]]:
         rest = (32, gain, gain, None, None)
         y, statistics = torch.ops.ddpm.group_norm_silu(x, *rest, 1e-6, "silu")
         operations = torch.ops.ddpm
+        works["residual_sum"].append(partial(residual_sum, x, x.clone(), gain))
         works["group_norm_silu"].append(partial(operations.group_norm_silu, x, *rest, 1e-6, "silu"))
         works["group_norm_silu_backward"].append(
             partial(operations.group_norm_silu_backward, y, x, *rest, statistics, "silu")
@@ -135,7 +148,7 @@ def fastest(
         return min(ratios, key=lambda tile: ratios[tile])
 
     best = try_all(table_tile._replace(elements=c.elements, warps=c.warps) for c in CANDIDATES)
-    if operation.startswith("group_norm_silu"):
+    if operation.startswith(("group_norm_silu", "modulate")):
         best = try_all(
             best._replace(stages=stages, programs=programs)
             for stages, programs in product(STAGES, PROGRAMS)

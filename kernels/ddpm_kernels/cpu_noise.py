@@ -55,12 +55,12 @@ def _words4(
     c0, c1, c2, c3 = blocks, step, ids & MASK, ids >> 32 << STREAM_BITS | int(stream)
     for a, b in zip(k0, k1, strict=True):
         p0, p1 = c0 * ROUND_MULTIPLIERS[0], c2 * ROUND_MULTIPLIERS[1]
-        c0, c1, c2, c3 = _mix(p1, c1, a), p1, _mix(p0, c3, b), p0
+        c0, c1, c2, c3 = mix(p1, c1, a), p1, mix(p0, c3, b), p0
     return c0, c1, c2, c3
 
 
-def _mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
-    """High half of the product ^ low half of the word ^ key."""
+def mix(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """High half of the product ^ low half of the word ^ key, int64, elementwise."""
     high = product >> 32
     high = high.bitwise_xor_(word) if high.shape == word.shape else high ^ word
     return high.bitwise_xor_(key).bitwise_and_(MASK)

@@ -64,52 +64,67 @@ def skips_dispatcher(tensor: Tensor) -> bool:
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def traces_gradients(tensor: Tensor) -> bool:
+    """Whether something traces or transforms what becomes of a tensor of any shape.
+
+    It is then to see registered operations and torch's own, not an `autograd.Function`. What only
+    watches operations, a dispatch mode, sees those that are called inside of one.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in _PLAIN
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def differentiable(
     op: torch.library.CustomOpDef,
-    run: Callable[..., tuple[Tensor, Tensor]],
+    run: Callable[..., tuple[Tensor, ...]],
     save: Callable[..., None],
     differentiate: Callable[..., Any],
-) -> Callable[..., Tensor]:
+    results: int = 1,
+) -> Callable[..., Any]:
     """Make an operation differentiable, once, and return it as a function without the dispatcher.
 
     Args:
-        op: returns its result, and a tensor that only its backward pass needs.
-        run: the same without the dispatcher.
-        save: given a context, the arguments and both results, keeps what is needed.
-        differentiate: given that context and the gradient of the result, or None where there is
+        op: returns its results, and tensors that only its backward pass needs.
+        run: the same without the dispatcher; a result may be an argument.
+        save: given a context, the arguments and all that is returned, keeps what is needed.
+        differentiate: given that context and the gradients of the results, None where there is
             none, returns the gradients of the arguments.
+        results: how many of what the operation returns are results; they come first.
 
     Returns:
-        A function that returns the result alone.
+        A function that returns the results alone: a tensor, or a tuple of several.
     """
 
-    def save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros would be made for its gradient
+    def save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[results:])
+        ctx.set_materialize_grads(False)  # or zeros would be made for their gradients
         save(ctx, inputs, output)
 
-    def differentiate_op(ctx: Any, gradient: Tensor | None, _: None) -> Any:
-        return differentiate(ctx, gradient)
+    def differentiate_op(ctx: Any, *gradients: Tensor | None) -> Any:
+        return differentiate(ctx, *gradients[:results])
 
     op.register_autograd(differentiate_op, setup_context=save_of_op)
     refuse_twice = once_differentiable(differentiate)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
+        def forward(ctx: Any, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
             output = run(*arguments)
             ctx.set_materialize_grads(False)
             save(ctx, arguments, output)
-            return output[0]
+            return output[0] if results == 1 else output[:results]
 
         @staticmethod
-        def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
             # Gradients are enabled where a graph of the backward pass is wanted.
             call = refuse_twice if torch.is_grad_enabled() else differentiate
-            return call(ctx, gradient)
+            return call(ctx, *gradients)
 
     # `Function.apply` itself first looks for functorch, which would have taken the dispatcher.
-    apply: Callable[..., Tensor] = super(torch.autograd.Function, Function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, Function).apply
     return apply
 
 

@@ -1,13 +1,15 @@
 """Everything that is decided about a training batch before its noise, in one launch.
 
-For each sample, from the first word w of its counter in a stream of its own (`philox`):
+For each sample, from the first words w, w′ of its counter in a stream of its own (`philox`):
 
 | drawn              | value                                     | stream               |
 |--------------------|-------------------------------------------|----------------------|
 | integers           | floor(w n / 2³²), uniform in [0, n)       | `TRAINING_TIMESTEP`  |
 | flip               | w < 2³¹, true with probability one half   | `HORIZONTAL_FLIP`    |
-| labels             | the null class where w < p 2³²            | `LABEL_DROPOUT`      |
+| dropped            | w < p 2³², true with probability p        | `LABEL_DROPOUT`      |
+| labels             | the null class where dropped              | `LABEL_DROPOUT`      |
 | augmentation level | as the integers, with the number of levels| `AUGMENTATION_LEVEL` |
+| dropout key        | w + 2³² w′, 64 bits                       | `DROPOUT`            |
 
 Only integers are computed with, so the results are the same to the bit on every device, and those
 of `random_integers` and `bernoulli`.
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.dispatch import on_device_of, runs_triton, skips_dispatcher, takes_op
-from ddpm_kernels.philox import Stream, first_word, first_words
+from ddpm_kernels.philox import Stream, first_pair, first_pairs
 from ddpm_kernels.tiles import Tile
 from ddpm_kernels.tiling import as_scalar, check_per_sample, packed
 from ddpm_kernels.triton_shim import tl, triton
@@ -44,6 +46,10 @@ class Draws(NamedTuple):
     """int64 `[B]`, some of them the null class."""
     augmentation_levels: Tensor | None
     """int64 `[B]`."""
+    dropout_key: Tensor | None
+    """int64 `[B]`, any 64 bits: what `dropout` follows from."""
+    dropped: Tensor | None
+    """bool `[B]`: whether a sample loses its conditions, of which the label is one."""
 
 
 def training_draws(
@@ -56,6 +62,8 @@ def training_draws(
     label_dropout: float = 0.0,
     null_class: int = 0,
     augmentation_levels: int | None = None,
+    dropout_key: bool = False,
+    dropped: bool = False,
     step: int = 0,
 ) -> Draws:
     """Draw what is asked for, for each sample of a batch.
@@ -66,18 +74,23 @@ def training_draws(
         integers: number n of equally likely integers, 1 to 2³²; None: none are drawn.
         flip: whether to draw which samples are mirrored.
         labels: int64 `[B]`, or None.
-        label_dropout: probability of replacing a label, to 2⁻³².
-        null_class: what replaces it.
+        label_dropout: probability of dropping a sample's conditions, to 2⁻³².
+        null_class: what replaces the label then.
         augmentation_levels: number of equally likely levels, 1 to 2³²; None: none are drawn.
+        dropout_key: whether to draw keys of dropout.
+        dropped: whether to draw whose conditions are dropped, for those that are not labels.
         step: counter step, in [0, 2³²).
 
     Raises:
         ValueError: `labels` does not have one value per sample.
     """
     check_per_sample(len(positions), labels=labels)
-    asked = (integers is not None, flip, labels is not None, augmentation_levels is not None)
+    asked = (
+        integers is not None, flip, labels is not None, augmentation_levels is not None,
+        dropout_key, dropped,
+    )  # fmt: skip
     if not any(asked):
-        return Draws(None, None, None, None)
+        return Draws(None, None, None, None, None, None)
     call: Callable[..., list[Tensor]] = training_draws_reference
     if takes_op(positions):
         direct = skips_dispatcher(positions)
@@ -86,7 +99,7 @@ def training_draws(
     drawn = iter(
         call(
             as_scalar(seed, positions.device), positions, labels, integers, flip, threshold,
-            null_class, augmentation_levels, step,
+            null_class, augmentation_levels, dropout_key, dropped, step,
         )
     )  # fmt: skip
     return Draws(*(next(drawn) if is_asked else None for is_asked in asked))
@@ -104,21 +117,25 @@ def training_draws_reference(
     threshold: int,
     null_class: int,
     augmentation_levels: int | None,
+    dropout_key: bool,
+    dropped: bool,
     step: int,
 ) -> list[Tensor]:
     """Compute what `training_draws` specifies, by one pass of Philox over all streams.
 
-    Arguments as there; `threshold` is that of dropped labels. The results are those asked for, in
-    the order of `Draws`.
+    Arguments as there; `threshold` is that of dropped conditions. The results are those asked for,
+    in the order of `Draws`.
     """
     wanted = {
         Stream.TRAINING_TIMESTEP: integers is not None,
         Stream.HORIZONTAL_FLIP: flip,
-        Stream.LABEL_DROPOUT: labels is not None,
+        Stream.LABEL_DROPOUT: labels is not None or dropped,
         Stream.AUGMENTATION_LEVEL: augmentation_levels is not None,
+        Stream.DROPOUT: dropout_key,
     }
     streams = [stream for stream, is_wanted in wanted.items() if is_wanted]
-    words = dict(zip(streams, first_words(seed, positions, step, streams), strict=True))
+    first, second = first_pairs(seed, positions, step, streams)
+    words = dict(zip(streams, first, strict=True))
     drawn = []
     if integers is not None:
         drawn.append(_scaled(words[Stream.TRAINING_TIMESTEP], integers))
@@ -128,6 +145,10 @@ def training_draws_reference(
         drawn.append(labels.masked_fill(words[Stream.LABEL_DROPOUT] < threshold, null_class))
     if augmentation_levels is not None:
         drawn.append(_scaled(words[Stream.AUGMENTATION_LEVEL], augmentation_levels))
+    if dropout_key:
+        drawn.append(words[Stream.DROPOUT] | second[-1] << 32)
+    if dropped:
+        drawn.append(words[Stream.LABEL_DROPOUT] < threshold)
     return drawn
 
 
@@ -151,6 +172,8 @@ def _training_draws_kernel(  # type: ignore[no-untyped-def]
     flip_out,
     labels_out,
     levels_out,
+    keys_out,
+    dropped_out,
     seed,
     positions,
     labels,
@@ -164,6 +187,7 @@ def _training_draws_kernel(  # type: ignore[no-untyped-def]
     OF_FLIP: tl.constexpr,
     OF_LABELS: tl.constexpr,
     OF_LEVELS: tl.constexpr,
+    OF_KEYS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     sample = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -171,19 +195,25 @@ def _training_draws_kernel(  # type: ignore[no-untyped-def]
     position = tl.load(positions + sample, mask=inside, other=0)
     key = tl.load(seed)
     if integers_out is not None:
-        word = first_word(key, position, STEP, OF_INTEGERS)
+        word, _ = first_pair(key, position, STEP, OF_INTEGERS)
         tl.store(integers_out + sample, _scaled_words(word, INTEGERS), mask=inside)
     if flip_out is not None:
-        word = first_word(key, position, STEP, OF_FLIP)
+        word, _ = first_pair(key, position, STEP, OF_FLIP)
         tl.store(flip_out + sample, 1 - (word >> 31).to(tl.uint8), mask=inside)
-    if labels_out is not None:
-        word = first_word(key, position, STEP, OF_LABELS)
-        label = tl.load(labels + sample, mask=inside, other=0)
+    if labels_out is not None or dropped_out is not None:
+        word, _ = first_pair(key, position, STEP, OF_LABELS)
         dropped = word.to(tl.int64) < THRESHOLD
-        tl.store(labels_out + sample, tl.where(dropped, NULL_CLASS, label), mask=inside)
+        if labels_out is not None:
+            label = tl.load(labels + sample, mask=inside, other=0)
+            tl.store(labels_out + sample, tl.where(dropped, NULL_CLASS, label), mask=inside)
+        if dropped_out is not None:
+            tl.store(dropped_out + sample, dropped.to(tl.uint8), mask=inside)
     if levels_out is not None:
-        word = first_word(key, position, STEP, OF_LEVELS)
+        word, _ = first_pair(key, position, STEP, OF_LEVELS)
         tl.store(levels_out + sample, _scaled_words(word, LEVELS), mask=inside)
+    if keys_out is not None:
+        low, high = first_pair(key, position, STEP, OF_KEYS)
+        tl.store(keys_out + sample, low.to(tl.int64) | high.to(tl.int64) << 32, mask=inside)
 
 
 # --- Launcher
@@ -198,6 +228,8 @@ def _empty(
     threshold: int,
     null_class: int,
     augmentation_levels: int | None,
+    dropout_key: bool,
+    dropped: bool,
     step: int,
 ) -> list[Tensor]:
     """Memory for the results, in their order."""
@@ -206,6 +238,8 @@ def _empty(
         (flip, torch.bool),
         (labels is not None, torch.int64),
         (augmentation_levels is not None, torch.int64),
+        (dropout_key, torch.int64),
+        (dropped, torch.bool),
     )
     return [
         torch.empty(positions.shape, dtype=dtype, device=positions.device)
@@ -215,7 +249,9 @@ def _empty(
 
 
 def _launch(*arguments: Any) -> list[Tensor]:
-    seed, positions, labels, integers, flip, threshold, null_class, levels, step = arguments
+    (
+        seed, positions, labels, integers, flip, threshold, null_class, levels, keys, dropped, step
+    ) = arguments  # fmt: skip
     drawn = _empty(*arguments)
     left = iter(drawn)
     batch = len(positions)
@@ -225,6 +261,8 @@ def _launch(*arguments: Any) -> list[Tensor]:
             packed(next(left)) if flip else None,
             None if labels is None else next(left),
             None if levels is None else next(left),
+            next(left) if keys else None,
+            packed(next(left)) if dropped else None,
             seed,
             packed(positions),
             packed(labels),
@@ -238,6 +276,7 @@ def _launch(*arguments: Any) -> list[Tensor]:
             OF_FLIP=int(Stream.HORIZONTAL_FLIP),
             OF_LABELS=int(Stream.LABEL_DROPOUT),
             OF_LEVELS=int(Stream.AUGMENTATION_LEVEL),
+            OF_KEYS=int(Stream.DROPOUT),
             TILE=_TILE.elements,
             **_TILE.options(),
         )

@@ -69,6 +69,8 @@ class Stream(IntEnum):
     AUGMENTATION_LEVEL = 16
     AUGMENTATION_NOISE = 17
     EVALUATION_ORDER = 24
+    CAPTION = 25
+    LATENT = 26
 
 
 def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
@@ -131,22 +133,10 @@ def random_words(
     return words.flatten(1)[:, :count]
 
 
-def random_integer(seed: int, sample_id: int, step: int, stream: Stream) -> int:
-    """Draw one uniform 64-bit integer on the host: the first two of `random_words`, low one first.
-
-    Args:
-        seed: any 64-bit integer, signed or not.
-        sample_id: in [0, 2⁵⁶).
-        step: in [0, 2³²).
-        stream: what the integer is for.
-    """
-    counter = 0, step, sample_id & MASK, int(stream) | sample_id >> 32 << STREAM_BITS
-    low, high, _, _ = _rounds(counter, (seed & MASK, seed >> 32 & MASK), rounds=10)
-    return low | high << 32
-
-
-def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[Stream]) -> Tensor:
-    """Draw the first word of each sample in several streams, as `random_words` does one by one.
+def first_pairs(
+    seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[Stream]
+) -> tuple[Tensor, Tensor]:
+    """Draw the first two words of each sample in several streams, as `random_words` one by one.
 
     The two halves of a counter block are rows of one tensor, and pass through a round together: a
     few numbers cost as many operations as a batch, and an operation more than what it computes.
@@ -158,7 +148,8 @@ def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[S
         streams: S of them, none twice.
 
     Returns:
-        int64 `[S, B]`, entries in [0, 2³²).
+        The first words, int64 `[S, B]` in [0, 2³²), and the second ones, likewise, with other bits
+        above the low 32.
     """
     device = sample_ids.device
     # x is (c0, c2), which are multiplied, and y is (c1, c3): int64 [2, S, B].
@@ -173,7 +164,7 @@ def first_words(seed: Tensor, sample_ids: Tensor, step: int, streams: Sequence[S
         products = (x * factors).flip(0)
         x = (products >> 32).bitwise_xor_(y).bitwise_xor_(key).bitwise_and_(MASK)
         y = products  # whose high halves the mask removes in the next round
-    return x[0]
+    return x[0], y[0]
 
 
 def _from_pair(half: Tensor, pair: tuple[int, int]) -> Tensor:
@@ -239,15 +230,15 @@ def normals4(seed, block, step, sample_id, stream: tl.constexpr):  # type: ignor
         Four float32 tensors shaped as `block`, for elements 4·block, … + 1, … + 2 and … + 3.
     """
     high = ((sample_id >> 32) << 8).to(tl.uint32) | stream
-    w0, w1, w2, w3 = _philox(seed, block, step.to(tl.uint32), sample_id.to(tl.uint32), high)
+    w0, w1, w2, w3 = philox_words(seed, block, step.to(tl.uint32), sample_id.to(tl.uint32), high)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return n0, n1, n2, n3
 
 
 @triton.jit
-def first_word(seed, sample_id, STEP: tl.constexpr, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The first word of a sample in a stream, uint32 shaped as `sample_id`, as `first_words`.
+def first_pair(seed, sample_id, STEP: tl.constexpr, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first two words of a sample in a stream, uint32 shaped as `sample_id`, as `first_pairs`.
 
     Args:
         seed: int64 scalar.
@@ -257,19 +248,19 @@ def first_word(seed, sample_id, STEP: tl.constexpr, STREAM: tl.constexpr):  # ty
     """
     low = sample_id.to(tl.uint32)
     high = ((sample_id >> 32) << 8).to(tl.uint32) | STREAM
-    word, _, _, _ = _philox(seed, low * 0, low * 0 + STEP, low, high)
-    return word
+    w0, w1, _, _ = philox_words(seed, low * 0, low * 0 + STEP, low, high)
+    return w0, w1
 
 
 @triton.jit
-def _philox(seed, c0, c1, c2, c3):  # type: ignore[no-untyped-def]
+def philox_words(seed, c0, c1, c2, c3, ROUNDS: tl.constexpr = 10):  # type: ignore[no-untyped-def]
     """`philox4x32` of uint32 counter words that broadcast against each other.
 
     tl.philox takes the two halves of each product by two instructions; a 64-bit product is one.
     """
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0

@@ -37,12 +37,12 @@ class Tile(NamedTuple):
     warps: int
     """Of 32 threads, or 64 on AMD."""
     stages: int = 1
-    """Tiles that a program of `group_norm_silu` has under way at a time: those that it loads while
-    it computes on one. One leaves that to the other programs of a multiprocessor."""
+    """Tiles that a program of a norm has under way at a time: those that it loads while it
+    computes on one. One leaves that to the other programs of a multiprocessor."""
     programs: int = 512
-    """Slabs of `group_norm_silu` are cut until there are this many: a wave of four per
-    multiprocessor on 132, which keeps enough loads in flight. More would only repeat a program's
-    fixed work."""
+    """Slabs of `group_norm_silu`, and blocks of tokens of `modulate`, are cut until there are this
+    many: a wave of four per multiprocessor on 132, which keeps enough loads in flight. More would
+    only repeat a program's fixed work."""
 
     def fitted(self, count: int) -> Tile:
         """No larger than samples of `count` elements need, with as much work a thread."""
@@ -70,21 +70,31 @@ TILES: dict[str, Table] = {
         "q_sample": Tile(1024, 2),
         "denoising_loss": Tile(1024, 2),
         "reverse_step": Tile(1024, 2),
-        # Twice as many spill on sm_100.
-        "group_norm_silu": Tile(2048, 4),
+        # Twice as many spill on sm_100. The next is loaded while one is computed on: as many
+        # programs as there are keep too little under way by themselves.
+        "group_norm_silu": Tile(2048, 4, stages=2),
         # Half as many programs: each reads two tensors.
-        "group_norm_silu_backward": Tile(2048, 4, programs=256),
+        "group_norm_silu_backward": Tile(2048, 4, stages=2, programs=256),
+        # Eight elements a thread, as below; sixteen spill on sm_120.
+        "residual_sum": Tile(2048, 8),
         # Eight elements a thread: 16 bytes of a gradient in half precision.
         "gradient_norm": Tile(1024, 4),
         "adamw_step": Tile(1024, 4),
+        # Likewise of each tensor. Each program of the backward pass leaves sums to be added: few
+        # and large ones, two a multiprocessor.
+        "modulate": Tile(1024, 4, programs=1024),
+        "modulate_backward": Tile(2048, 8, programs=256),
     },
     # The same work a thread, with 64 threads a warp.
     "gfx": {
         "q_sample": Tile(1024, 1),
         "denoising_loss": Tile(1024, 1),
         "reverse_step": Tile(1024, 1),
+        "residual_sum": Tile(2048, 4),
         "gradient_norm": Tile(1024, 2),
         "adamw_step": Tile(1024, 2),
+        "modulate": Tile(1024, 2, programs=2048),
+        "modulate_backward": Tile(2048, 4, programs=512),  # of 304 units
     },
 }
 """By architecture, most general first: `default`, then the letters of its name, then its name."""

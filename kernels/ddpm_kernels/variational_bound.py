@@ -13,7 +13,8 @@ predicted, the mean is linear in it. The gradient of ℓ goes to r alone; e coun
 
 The decoder term, that of t = 0, is the approximation of Nichol & Dhariwal's code, with
 Φ(z) ≈ σ(2 sqrt(2/π) (z + 0.044715 z³)), the tanh approximation, and a bin's mass of at least 10⁻¹².
-It is a training signal. The likelihood that the engine reports takes the exact Φ instead.
+It is a training signal. The likelihood that the engine reports takes the exact Φ instead. A latent
+has bins of the same width, in place of its density, and no outermost ones.
 
 Source: Ho et al. 2020, equations 5 and 13; Nichol & Dhariwal 2021, equations 15 and 16.
 """
@@ -45,14 +46,15 @@ class BoundColumn(IntEnum):
 
 
 def variational_bound(
-    error: Tensor, r: Tensor, x_0: Tensor, timesteps: Tensor, table: Tensor
+    error: Tensor, r: Tensor, x_0: Tensor | None, timesteps: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute ℓ of each element, and ∂ℓ/∂r, in the precision of `error`, a constant here.
 
     Args:
         error: e, `[B, C, H, W]`.
         r: the network's second half, shaped as `error`.
-        x_0: the clean images, shaped as `error`.
+        x_0: the clean images, shaped as `error`, whose outermost bins reach to infinity; None for
+            latents, which have no range.
         timesteps: int64 `[B]`.
         table: `[T, 3]`, see `BoundColumn`.
 
@@ -74,9 +76,9 @@ def variational_bound(
     inverse_deviation = (-0.5 * log_variance).exp()
     upper, lower = (inverse_deviation * (end / 255 - difference) for end in (1, -1))
     above, below = _normal_distribution(upper), _normal_distribution(lower)
-    # The outermost bins reach to infinity.
-    above = torch.where(x_0 > 0.999, 1, above)
-    below = torch.where(x_0 < -0.999, 0, below)
+    if x_0 is not None:
+        above = torch.where(x_0 > 0.999, 1, above)
+        below = torch.where(x_0 < -0.999, 0, below)
     mass = (above - below).clamp(min=1e-12)
     # The bin's ends, in deviations, shrink by half of what the log-variance grows.
     decoder_slope = 0.5 * (upper * _density(upper, above) - lower * _density(lower, below)) / mass
@@ -129,12 +131,15 @@ def kl_elements(difference, low, excess):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def decoder_elements(x_0, difference, log_variance):  # type: ignore[no-untyped-def]
-    """ℓ at t = 0 and its derivative by the log-variance."""
+    """ℓ at t = 0 and its derivative by the log-variance; x_0 is None for latents."""
     inverse_deviation = tl.exp2(log_variance * (-0.5 * _LOG2_E))
     upper = inverse_deviation * (0.00392156862745098 - difference)
     lower = inverse_deviation * (-0.00392156862745098 - difference)
-    above = tl.where(x_0 > 0.999, 1.0, _distribution_elements(upper))
-    below = tl.where(x_0 < -0.999, 0.0, _distribution_elements(lower))
+    if x_0 is None:
+        above, below = _distribution_elements(upper), _distribution_elements(lower)
+    else:
+        above = tl.where(x_0 > 0.999, 1.0, _distribution_elements(upper))
+        below = tl.where(x_0 < -0.999, 0.0, _distribution_elements(lower))
     mass = above - below
     bounded = tl.maximum(mass, 1e-12)
     slope = upper * _density_elements(upper, above) - lower * _density_elements(lower, below)

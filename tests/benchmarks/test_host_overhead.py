@@ -41,6 +41,7 @@ def test_convolutions_compute_nothing_and_come_back() -> None:
     assert torch.equal(layer(x), computed)
 
 
+@pytest.mark.slow
 def test_a_tree_is_measured() -> None:
     """Of a step, the stand-ins are a part."""
     found = in_tree(ROOT, calls=50, steps=4)

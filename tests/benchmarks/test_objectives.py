@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from benchmarks import objectives
 from benchmarks.objectives import Options, bits_fall, compare, configuration, finished, folder
+from PIL import Image
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.rules import validate
@@ -31,8 +32,9 @@ def pretend(options: Options, distances: dict[str, float], hybrid: float) -> Non
         for seed in range(options.seeds):
             bits = {"fixed_small": 3.0, "fixed_large": 2.9, "learned_range": hybrid}
             found = {
-                "budget": asdict(options.budget),
+                "budget": json.loads(json.dumps(asdict(options.budget))),
                 "distance": distances.get(name, 1.0) + 0.01 * seed,
+                "by_evaluations": [4.0, 2.0, 1.5, 1.0 + seed],
                 "bits_per_dim": {v: bits[v] for v in objectives.BITS.get(name, ())},
                 "training_seconds": 1.0,
             }
@@ -46,7 +48,10 @@ def test_every_objective_is_a_run_that_differs_in_nothing_else(name: str, option
     validate(config)
     assert config.training == plain.training
     assert config.optimizer == plain.optimizer
-    assert replace(config.model, out_channels=1) == plain.model
+    if name == "transformer":
+        assert config == replace(plain, model=config.model, out=config.out)
+    else:
+        assert replace(config.model, out_channels=1) == plain.model
     assert config.out.name.isascii()
 
 
@@ -74,7 +79,7 @@ def test_what_is_finished_is_reported(
     pretend(options, distances, hybrid)
     assert compare(options) == status
     printed = capsys.readouterr().out
-    assert "22 of 22 runs are finished" in printed
+    assert "30 of 30 runs are finished" in printed
     assert message in printed
     document = options.document.read_text()
     assert document.startswith("before\n")
@@ -83,6 +88,10 @@ def test_what_is_finished_is_reported(
     assert "| hybrid | `--objective.learned-variance --model.out-channels 2` |" in document
     found: dict[str, Any] = json.loads(options.result.read_text())["objectives"]
     assert found["min-SNR"]["distances"] == [1.0, 1.01]
+    assert found["flow"]["by_evaluations"] == [[4.0, 4.0], [2.0, 2.0], [1.5, 1.5], [1.0, 2.0]]
+    assert "| flow | 4.000 ± 0.000 | 2.000 ± 0.000 | 1.500 ± 0.000 | 1.500 ± 0.707 |" in document
+    with Image.open(options.document.parent / objectives.PICTURE) as image:
+        image.verify()
 
 
 def test_another_budget_is_another_measurement(options: Options) -> None:

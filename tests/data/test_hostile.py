@@ -6,6 +6,7 @@ Nothing of them is executed or written elsewhere, memory stays bounded, and ever
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -28,9 +29,18 @@ from hypothesis import strategies as st
 from tests.data.sets import PIXELS, Bomb, pack, write_tar
 
 from ddpm_engine.data.dataset import Sample, ShardDataset
+from ddpm_engine.data.members import (
+    EncodedCaption,
+    StoredText,
+    encode_captions,
+    encode_embedding,
+    encode_text,
+    parse_captions,
+    parse_embedding,
+)
 from ddpm_engine.data.packing.index import index_shards
-from ddpm_engine.data.shards.index import index_dtype, parse_index
-from ddpm_engine.data.shards.manifest import Shard, parse_manifest
+from ddpm_engine.data.shards.index import BESIDE, index_dtype, parse_index
+from ddpm_engine.data.shards.manifest import Shard, TextEmbeddings, parse_manifest
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.data.shards.verify import verify
 from ddpm_engine.data.tar import MAX_HEADER, scan_tar
@@ -262,13 +272,13 @@ def test_any_bytes_are_a_tar_or_refused(tmp_path: Path, examples: int) -> None:
         samples = []
         with suppress(UserError):
             samples = list(scan_tar(path))
-        assert all(0 <= s.image.offset_data <= len(content) for s in samples)
+        assert all(s.image is None or 0 <= s.image.offset_data <= len(content) for s in samples)
 
     search(check, tars, examples, TAR)
 
 
 SHARD = Shard("0.tar", 3, 10_000, "0" * 64, "0" * 64)
-ROWS = np.zeros(3, index_dtype(4))
+ROWS = np.zeros(3, index_dtype(4, ("captions", "embedding")))
 STREAM = io.BytesIO()
 np.save(STREAM, ROWS)
 INDEX = STREAM.getvalue()
@@ -286,10 +296,12 @@ def reads_or_refuses(content: bytes) -> None:
         rows = parse_index(content, SHARD, classes=2)
     except ValueError:
         return
-    assert rows.dtype == index_dtype(rows.dtype["key"].itemsize)
+    names = rows.dtype.names or ()
+    assert rows.dtype == index_dtype(rows.dtype["key"].itemsize, names)
     assert len(rows) == 3
-    ends = rows["offset"].astype(object) + rows["size"].astype(object)
-    assert all(end <= SHARD.bytes for end in ends)
+    for places in (rows, *(rows[name] for name in BESIDE if name in names)):
+        ends = places["offset"].astype(object) + places["size"].astype(object)
+        assert all(end <= SHARD.bytes for end in ends)
     assert set(rows["label"]) <= {-1, 0, 1}
 
 
@@ -312,6 +324,7 @@ shards = st.fixed_dictionaries(
         "index_sha256": st.one_of(st.just("0" * 64), values),
     }
 )
+TEXT_FIELDS = [field.name for field in dataclasses.fields(TextEmbeddings)]
 manifests = st.one_of(
     st.binary(max_size=200),
     values.map(lambda value: json.dumps(value).encode()),
@@ -325,6 +338,8 @@ manifests = st.one_of(
             "width": st.just(8),
             "channels": st.just(3),
             "classes": st.one_of(st.none(), values),
+            "captions": st.one_of(st.booleans(), values),
+            "text": st.one_of(values, st.fixed_dictionaries(dict.fromkeys(TEXT_FIELDS, values))),
         }
     ).map(lambda value: json.dumps(value).encode()),
 )
@@ -340,6 +355,50 @@ def parses_or_refuses(content: bytes) -> None:
 def test_any_bytes_are_a_manifest_or_refused(examples: int) -> None:
     outside = b'{"format": 1, "shards": [{"name": "..\\u0000/a.tar"}]}'
     search(parses_or_refuses, manifests, examples, b"[" * 100_000, outside)
+
+
+TOKENS = np.ones((2, 3), np.float16)
+TEXT = encode_text([EncodedCaption(TOKENS, TOKENS[0])] * 2, "f")
+EMBEDDING = encode_embedding(np.ones(5, np.float32))
+
+
+def edited(content: bytes) -> st.SearchStrategy[bytes]:
+    edits = st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=6)
+    return st.one_of(
+        st.binary(max_size=300),
+        st.tuples(edits, st.integers(0, len(content))).map(lambda d: _edited(content, *d)),
+    )
+
+
+def text_is_read_or_refused(content: bytes) -> None:
+    with suppress(ValueError):
+        for caption in StoredText(content):
+            assert caption.tokens.ndim == 2
+            assert np.isfinite(caption.tokens).all()
+            assert caption.pooled.ndim == 1
+
+
+def embedding_is_read_or_refused(content: bytes) -> None:
+    with suppress(ValueError):
+        embedding = parse_embedding(content)
+        assert embedding.dtype == np.float32
+        assert embedding.ndim == 1
+        assert np.isfinite(embedding).all()
+
+
+def captions_are_read_or_refused(content: bytes) -> None:
+    with suppress(ValueError):
+        captions = parse_captions(content)
+        assert captions
+        assert all(parse_captions(encode_captions([one])) == (one,) for one in captions)
+
+
+@EFFORTS
+def test_any_bytes_are_embeddings_or_captions_or_refused(examples: int) -> None:
+    search(text_is_read_or_refused, edited(TEXT), examples, TEXT)
+    search(embedding_is_read_or_refused, edited(EMBEDDING), examples, EMBEDDING)
+    lines = st.text().map(str.encode)
+    search(captions_are_read_or_refused, st.one_of(st.binary(), lines), examples, b"a")
 
 
 def test_a_manifest_points_to_nothing_outside_its_folder(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from unittest import mock
 import fsspec
 import numpy as np
 import pytest
+import torch
+from tests.data import captioned
 from tests.data.conftest import Server
 from tests.data.sets import PIXELS, pack
 
-from ddpm_engine.data.dataset import ShardDataset
+from ddpm_engine.data.dataset import ShardDataset, collate
 from ddpm_engine.data.remote import fetch
 from ddpm_engine.data.remote.cache import ShardCache
 from ddpm_engine.data.remote.fetch import ATTEMPTS, FetchError
@@ -58,11 +60,24 @@ def test_a_remote_set_reads_as_a_local_one(server: Server, cache: ShardCache) ->
         assert ours.label == theirs.label
         assert np.array_equal(ours.image, theirs.image)
     assert remote.fingerprint == local.fingerprint
+
     # Each file was fetched once, and another reader fetches none.
     assert len(server.requests) == len(set(server.requests)) == 7
     again = ShardDataset(open_shards(f"{server.url}/set", cache), seed=6)
     assert sorted(again[p].label for p in range(20)) == list(range(20))
     assert len(server.requests) == 8
+
+
+def test_captions_and_embeddings_are_read_from_a_remote_set(
+    server: Server, cache: ShardCache
+) -> None:
+    folder = captioned.pack(server.folder / "set", captioned.WordEncoder(), embedder=True)
+    local = ShardDataset(folder, seed=5)
+    remote = ShardDataset(open_shards(f"{server.url}/set/", cache), seed=5)
+    ours, theirs = (collate(one.__getitems__(range(12))) for one in (remote, local))
+    assert ours.captions == theirs.captions
+    assert set(ours.tensors()) == set(theirs.tensors())
+    assert all(torch.equal(t, theirs.tensors()[name]) for name, t in ours.tensors().items())
 
 
 @pytest.mark.parametrize(

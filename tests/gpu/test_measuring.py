@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import machine, timing, trace
-from benchmarks.gpu.networks import heaviest_norms, norm_calls, training_flop
+from benchmarks.gpu.items import norms
+from benchmarks.gpu.networks import NormCall, heaviest_norms, norm_calls, training_flop
 from benchmarks.gpu.timing import Job
 from torch import Tensor
 
 from ddpm_engine.presets import PRESETS
+from ddpm_kernels.dispatch import force_ops
 
 CPU = torch.device("cpu")
 
@@ -126,8 +128,11 @@ def test_norms_and_flop_of_the_networks() -> None:
     calls = norm_calls(config, 128)
     assert sum(calls.values()) == 51
     assert all(call.shape[0] == 128 for call in calls)
+    # The second norm of 22 residual blocks; the first of the 12 on the way up.
+    assert sum(calls[call] for call in calls if call.before and call.dropout == 0.1) == 22
+    assert sum(calls[call] for call in calls if call.skip) == 12
     largest, *_ = heaviest_norms(dry=False)
-    assert largest.shape == (16, 128, 256, 256)
+    assert (largest.shape, largest.skip, largest.kept) == ((16, 256, 256, 256), 128, True)
 
 
 def test_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,20 +161,31 @@ def test_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.asked("driver_version") == {}
 
 
-def test_ways_see_the_same_values() -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        NormCall((2, 8, 4, 4), 4, 1e-6, "silu"),
+        NormCall((2, 8, 4, 4), 4, 1e-6, "silu", skip=4, before=True),
+        NormCall((2, 8, 36, 36), 4, 1e-6, "silu", kept=True),
+    ],
+    ids=lambda call: call.options or "plain",
+)
+def test_ways_see_the_same_values(call: NormCall) -> None:
     """The engine's and torch's ways of each job agree where no noise is drawn."""
-    from benchmarks.gpu.items.operations import norm_jobs
-    from benchmarks.gpu.networks import NormCall
-
-    (job, both) = norm_jobs(CPU, [NormCall((2, 8, 4, 4), 4, 1e-6, "silu")])
-    made = job.make()
-    ours: Any = job.ways["engine"](**made)
-    for way in ("torch, NHWC", "torch, NCHW"):
-        assert torch.allclose(ours.float(), job.ways[way](**made).float(), atol=0.05)  # type: ignore[attr-defined]
-    made = both.make()
-    gradients: Any = both.ways["engine"](**made)
-    theirs: Any = both.ways["torch, NCHW"](**made)
-    assert torch.allclose(gradients[1][0].float(), theirs[1][1].float(), atol=0.05)
+    with force_ops():
+        job, both = norms.norm_jobs(CPU, [call])
+        made = job.make()
+        ours: Any = job.ways["engine"](**made)
+        for way in job.ways:
+            assert torch.allclose(ours.float(), job.ways[way](**made).float(), atol=0.05), way  # type: ignore[attr-defined]
+        made = both.make()
+        results: list[Any] = [both.ways[way](**made) for way in ("engine", "torch, NHWC")]
+    (_, gradients), (_, theirs) = results
+    for gradient, expected in zip(gradients, theirs, strict=True):
+        assert (gradient is None) == (expected is None)
+        if expected is not None:
+            error = (gradient.float() - expected.float()).abs().max()
+            assert error < 0.05 * max(1, expected.float().abs().max())
 
 
 def test_a_replay_returns_what_the_captured_call_returned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,8 +110,8 @@ def test_an_error_is_handed_over_and_the_checkpoint_in_flight_is_finished(
 def test_a_preview_that_is_not_finite_is_reported_and_training_goes_on(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def diverged(run: Run, model: object) -> torch.Tensor:
-        return torch.full((4, 1, 8, 8), torch.nan)
+    def diverged(run: Run, model: object) -> tuple[torch.Tensor, None]:
+        return torch.full((4, 1, 8, 8), torch.nan), None
 
     monkeypatch.setattr(preview, "_generate", diverged)
     config = shortened(config, 2)

@@ -18,6 +18,7 @@ from tests.forked import PATHS, ROOT
 from tests.integration.test_resume import assert_same_run, loss_log
 from tests.ranks import Poisoned
 from tests.recorder import AsOnAGpu, Recorded, Recording
+from tests.tiny import of_family
 
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig, load_config
@@ -61,21 +62,26 @@ def fit(config: RunConfig, *callbacks: Callback) -> None:
 
 
 @pytest.mark.parametrize(
-    "training",
+    ("family", "training"),
     [
-        {},
-        {"accumulation": 2},
-        {"activation_checkpointing": True},
-        {"precision": "bf16"},
+        pytest.param("unet", {}, id="plain"),
+        pytest.param("unet", {"accumulation": 2}, id="accumulation"),
+        pytest.param("unet", {"recompute": "norms"}, id="norms recomputed"),
+        pytest.param("unet", {"recompute": "blocks"}, id="blocks recomputed"),
+        pytest.param("unet", {"precision": "bf16"}, id="bf16"),
+        pytest.param("dit", {"accumulation": 2}, id="transformer, accumulation"),
+        pytest.param("dit", {"recompute": "blocks"}, id="transformer, blocks recomputed"),
+        pytest.param("dit", {"precision": "bf16"}, id="transformer, bf16"),
     ],
-    ids=["plain", "accumulation", "checkpointing", "bf16"],
 )
 def test_replayed_steps_are_the_same(
-    training: dict[str, Any], config: RunConfig, tmp_path: Path
+    family: str, training: dict[str, Any], config: RunConfig, tmp_path: Path
 ) -> None:
-    config = replace(config, training=replace(config.training, **training))
-    if "activation_checkpointing" in training:
-        config = replace(config, model=replace(config.model, dropout=0.0))
+    config = replace(
+        config,
+        model=of_family(family, config.model),
+        training=replace(config.training, **training),
+    )
     eager, recorded = replace(config, out=tmp_path / "eager"), Recorded()
     fit(eager, AsOnAGpu())
     fit(config, recorded)

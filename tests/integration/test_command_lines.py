@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COLUMNS, LINES = 100, 45
+COLUMNS, LINES = 100, 64
 """The window that a section of the help must fit into."""
 
 SCRIPTS = [
@@ -61,12 +61,16 @@ def module_of(script: str) -> ModuleType:
 
 @pytest.fixture
 def call(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Call:
     """Run a script's `main` in this process, where torch is loaded once for all."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    cache = str(tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+    monkeypatch.setenv("TRITON_CACHE_DIR", cache)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     monkeypatch.chdir(tmp_path)
 

@@ -346,7 +346,7 @@ def test_the_bound_is_refused(
             "evaluate", "--checkpoint", student, "--metrics", "nll", "--out", tmp_path / "e",
             "--count", 4,
         )  # fmt: skip
-    assert "nll, which is a bound over all timesteps" in capsys.readouterr().err
+    assert "nll, which looks at all timesteps" in capsys.readouterr().err
 
 
 def test_teachers_that_cannot_be(student: Path, teacher: Path, tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tests.autoencoders import kl_folder
+from tests.data.captioned import MeanEmbedder, WordEncoder
 from tests.data.sets import PIXELS, contents, flip
 
+from ddpm_engine.cli import make_shards
 from ddpm_engine.data.shards.shard_set import open_shards
 from ddpm_engine.images.codec import encode
 
@@ -107,6 +111,52 @@ def test_every_option_is_used(script: Terminal, images: Path, tmp_path: Path) ->
     manifest = open_shards(out).manifest
     assert (manifest.height, manifest.width, manifest.channels) == (4, 4, 1)
     assert set(open_shards(out).indexes[0]["extension"]) == {b"npy"}
+
+
+def test_height_and_width_are_given_together(
+    script: Terminal, images: Path, tmp_path: Path
+) -> None:
+    assert script(images, "--out", tmp_path / "set", "--size", 4, 8).status == 0
+    manifest = open_shards(tmp_path / "set").manifest
+    assert (manifest.height, manifest.width) == (4, 8)
+    assert "--size" in script(images, "--out", tmp_path / "none", "--size", 4, 0).err
+
+
+def test_captions_and_embeddings_are_packed_and_reported(
+    script: Terminal, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_shards, "open_text_encoder", lambda place: WordEncoder(int(place)))
+    monkeypatch.setattr(make_shards, "image_embedder", lambda name, size: MeanEmbedder())
+    out, packed = tmp_path / "set", tmp_path / "packed"
+    assert "6 of 6 images" in script.refused(images, "--out", out, "--captions")
+    for image in images.rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"image {image.stem}")
+    result = script(images, "--out", out, "--captions")
+    assert result.status == 0
+    assert "captions without embeddings\n" in result.out
+    assert script("verify", out).status == 0
+    options = ("--text-encoder", "5", "--image-features", "digits", "--processes", "1")
+    result = script(images, "--out", packed, *options)
+    assert "captions embedded by words of 5 channels: 5 channels, the longest of 2" in result.out
+    assert "images embedded by means: 4 channels" in result.out
+    assert script("verify", packed).status == 0
+    assert "no captions" in script.refused("digits", "--out", tmp_path / "none", "--captions")
+
+
+def test_latents_are_packed_and_reported(script: Terminal, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    place, out = kl_folder(tmp_path / "vae"), tmp_path / "set"
+    options = (images, "--out", out, "--autoencoder", place, "--processes", "1")
+    assert "--channels is 1, but" in script.refused(*options, "--channels", "1")
+    assert "multiples of 4" in script.refused(*options, "--size", "6")
+    assert "without an autoencoder" in script.refused(images, "--out", out, "--flips")
+    if not torch.cuda.is_available():
+        assert "no GPU is found" in script.refused(*options, "--device", "cuda")
+    result = script(*options, "--flips")
+    assert result.status == 0
+    latents = f"latents by {place}: 4 channels of 2×2, of images of 8×8 and mirrored ones"
+    assert latents in result.out
+    assert script("verify", out).status == 0
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

@@ -49,7 +49,7 @@ PARSERS: dict[str, Parse] = {
 FLOATS = {
     "train": [
         "--optimizer.learning-rate", "--optimizer.eps", "--optimizer.clip-norm",
-        "--training.ema-decay", "--training.ema-sigma-rel", "--training.label-dropout",
+        "--training.ema-decay", "--training.ema-sigma-rel", "--training.condition-dropout",
         "--objective.logit-mean", "--objective.p-mean", "--diffusion.sigma-data",
         "--diffusion.betas", "--model.norm-eps", "--data.cache-gb", "--sampling.eta",
         "--distillation.guidance-scale",

@@ -19,12 +19,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tests.tiny import of_family
 from torch import Tensor
 
 from ddpm_engine.checkpoints.load import config_of, load_model
 from ddpm_engine.checkpoints.store import CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.base import Recompute
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run as TrainingRun
 from ddpm_engine.training.trainer import Trainer
@@ -238,10 +240,17 @@ def test_the_configuration_needs_no_weights(
         config_of(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "family"),
+    [(signal.SIGTERM, "unet"), (signal.SIGUSR1, "unet"), (signal.SIGTERM, "dit")],
+)
 def test_a_signal_stops_the_run_between_steps(
-    number: signal.Signals, config: RunConfig, reference: Path
+    number: signal.Signals, family: str, config: RunConfig, reference: Path, tmp_path: Path
 ) -> None:
+    if family != "unet":
+        config, reference = replace(config, model=of_family(family, config.model)), tmp_path / "one"
+        Trainer(replace(config, out=reference)).fit()
+
     class Signal(Callback):
         def on_step_begin(self, run: TrainingRun) -> None:
             # Step 16 meets the signal, and step 17 is on its way when that is known.
@@ -263,10 +272,8 @@ def test_workers_do_not_change_the_run(config: RunConfig, reference: Path) -> No
 
 
 def test_accumulation_changes_only_the_rounding(config: RunConfig) -> None:
-    # Dropout is random in each piece, so it is off here.
     config = replace(
         config,
-        model=replace(config.model, dropout=0.0),
         training=replace(config.training, steps=6),
         log=replace(config.log, every=1),
     )
@@ -280,6 +287,13 @@ def test_accumulation_changes_only_the_rounding(config: RunConfig) -> None:
     Trainer(pieces).fit()
     for ours, theirs in zip(loss_log(pieces.out), loss_log(config.out), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["norms", "blocks"])
+def test_recomputation_changes_nothing(what: Recompute, config: RunConfig, reference: Path) -> None:
+    """Of a network with dropout, whose elements are dropped once more alike."""
+    Trainer(replace(config, training=replace(config.training, recompute=what))).fit()
+    assert_same_run(config.out, reference)
 
 
 def test_a_failed_checkpoint_does_not_end_training_unless_it_is_the_last(

@@ -126,6 +126,7 @@ def folders(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Outcome = tuple[str, dict[str, bytes | str | None]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_result_is_that_of_the_folder_without_them(
     name: str, folders: Path, tmp_path: Path

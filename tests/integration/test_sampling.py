@@ -423,6 +423,7 @@ def test_ranks_divide_the_samples_and_agree_with_one(
     assert sorted(os.listdir(one / "shards")) == sorted(os.listdir(tmp_path / "two" / "shards"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["tar", "png"])
 def test_killed_ranks_are_followed_by_another_number(
     format: str, trained: Path, sample: Sample, tmp_path: Path

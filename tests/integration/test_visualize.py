@@ -69,9 +69,12 @@ def test_a_toy(
     monkeypatch.setattr("ddpm_engine.cli.visualize.STEPS", 3)
     visualize(monkeypatch, "--toy", "moons", "--out", tmp_path / "figures")
     output = capsys.readouterr().out.split()
-    assert output == [str(tmp_path / "figures" / name) for name in ("moons.png", "moons.gif")]
+    assert output == [str(tmp_path / "figures" / name) for name in (
+        "moons.png", "moons.gif", "moons-straight-lines.png",
+    )]  # fmt: skip
     assert Image.open(output[0]).width > 1000
     assert Image.open(output[1]).n_frames > 20  # type: ignore[attr-defined]
+    assert Image.open(output[2]).width > 1000
 
 
 REFUSED = [

@@ -166,7 +166,7 @@ def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
     """Call it to have every launch take 64-bit offsets."""
 
     def widen() -> None:
-        for module in ("tiling", "group_norm_silu.launch"):
+        for module in ("tiling", "group_norm_silu.launching", "residual_sum.launch"):
             monkeypatch.setattr(importlib.import_module(f"ddpm_kernels.{module}"), "INDEX_LIMIT", 0)
         _forget_plans()
 
@@ -175,10 +175,11 @@ def wide_offsets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
 
 
 def _forget_plans() -> None:
-    launch = importlib.import_module("ddpm_kernels.group_norm_silu.launch")
-    launch.plan.cache_clear()
-    launch._forward_launches.cache_clear()
-    launch._backward_launches.cache_clear()
+    norm = "ddpm_kernels.group_norm_silu"
+    importlib.import_module(f"{norm}.plan").plan.cache_clear()
+    importlib.import_module(f"{norm}.launch_forward")._forward_launches.cache_clear()
+    importlib.import_module(f"{norm}.launch_backward")._backward_launches.cache_clear()
+    importlib.import_module("ddpm_kernels.residual_sum.launch")._plan.cache_clear()
     for module in ("q_sample", "denoising_loss.launch", "reverse_step.launch"):
         importlib.import_module(f"ddpm_kernels.{module}").plan.cache_clear()
 
@@ -188,13 +189,25 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that little tensors take several slabs and chunks of `group_norm_silu`."""
     planning = importlib.import_module("ddpm_kernels.group_norm_silu.plan")
     monkeypatch.setattr(planning, "WIDTHS", (8, 16))
+    monkeypatch.setattr(planning, "ON_CHIP", 0)
     _forget_plans()
     with (
         trying("group_norm_silu", Tile(128, 4)),
         trying("group_norm_silu_backward", Tile(64, 4)),
+        trying("residual_sum", Tile(64, 4)),
     ):
         yield
     _forget_plans()
+
+
+@pytest.fixture
+def small_token_tiles() -> Iterator[None]:
+    """Tiles of `modulate` so small that few tokens take several tiles and programs."""
+    with (
+        trying("modulate", Tile(128, 1, programs=5)),
+        trying("modulate_backward", Tile(128, 1, programs=5)),
+    ):
+        yield
 
 
 @pytest.fixture

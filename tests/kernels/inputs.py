@@ -76,11 +76,36 @@ def stored_images(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return levels.to(torch.uint8) if dtype == torch.uint8 else (levels / 127.5 - 1).to(dtype)
 
 
+LATENT = {"latent_scale": 0.3611, "latent_shift": 0.1159}
+
+
+def stored_moments(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Tensor:
+    """Means and log-variances of latents of a shape, the least of the latter and −∞ among them."""
+    batch, channels, *pixels = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    mean = 5 * torch.randn(batch, channels, *pixels, generator=generator)
+    log_variance = -12 + 14 * torch.rand(batch, channels, *pixels, generator=generator)
+    log_variance.flatten()[::7], log_variance.flatten()[2::19] = -30, -torch.inf
+    return torch.cat([mean, log_variance], dim=1).to(dtype)
+
+
 def of_q_sample(
-    shape: tuple[int, ...] = (3, 3, 5, 4), stored: torch.dtype = torch.uint8, flip: bool = True
+    shape: tuple[int, ...] = (3, 3, 5, 4),
+    stored: torch.dtype = torch.uint8,
+    flip: bool = True,
+    *,
+    latent: bool = False,
 ) -> Arguments:
-    """What `q_sample` takes, without the dtype of its result and the stream."""
+    """What `q_sample` takes, without the dtype of its result and the stream.
+
+    If `latent`, moments of latents of the shape, in half precision unless `stored` is another.
+    """
     batch = shape[0]
+    if latent:
+        kept = stored if stored != torch.uint8 else torch.float16
+        return {
+            **of_q_sample(shape, flip=False), "images": stored_moments(shape, kept), **LATENT
+        }  # fmt: skip
     return {
         "images": stored_images(shape, stored),
         "timesteps": (torch.arange(batch) * 17 + 3) % STEPS,
@@ -89,6 +114,8 @@ def of_q_sample(
         "seed": torch.tensor(-5),
         "sample_ids": torch.arange(batch) + 2**33 - 1,
         "flip": torch.arange(batch) % 2 == 0 if flip else None,
+        "latent_scale": None,
+        "latent_shift": 0.0,
     }
 
 
@@ -103,6 +130,8 @@ def of_training_draws() -> Arguments:
         "label_dropout": 0.5,
         "null_class": 10,
         "augmentation_levels": 251,
+        "dropout_key": True,
+        "dropped": True,
         "step": 0,
     }
 
@@ -135,13 +164,15 @@ def of_denoising_loss(
     *,
     optional: bool = True,
     learned: bool = False,
+    latent: bool = False,
 ) -> Arguments:
     """What `denoising_loss` takes, in its order.
 
-    Weights and flips if `optional`; a learned variance, and timestep 0 first, if `learned`.
+    Weights and flips if `optional`; a learned variance, and timestep 0 first, if `learned`; moments
+    in place of images if `latent`.
     """
     batch = shape[0]
-    shared = of_q_sample(shape, stored, flip=optional)
+    shared = of_q_sample(shape, stored, flip=optional, latent=latent)
     generator = torch.Generator().manual_seed(shape[-1])
     channels = shape[1] * (1 + learned)
     prediction = torch.randn(batch, channels, *shape[2:], generator=generator)
@@ -158,6 +189,8 @@ def of_denoising_loss(
         "flip": shared["flip"],
         "bound_table": bound_table(target).float() if learned else None,
         "bound_weights": torch.arange(batch) + 1.5 if learned else None,
+        "latent_scale": shared["latent_scale"],
+        "latent_shift": shared["latent_shift"],
     }
 
 
@@ -211,6 +244,28 @@ def of_reverse_step(
     }
 
 
+def of_residual_sum(
+    shape: tuple[int, ...] = (3, 6, 5, 4),
+    dtype: torch.dtype = torch.float32,
+    *,
+    slab_pixels: int = 8,
+    optional: bool = True,
+) -> Arguments:
+    """What the registered operation of `residual_sum` takes; x and bias are `optional`."""
+    generator = torch.Generator().manual_seed(shape[1] + 31 * shape[-1])
+
+    def draw(*size: int) -> Tensor:
+        return (torch.randn(size, generator=generator) * 2 + 0.5).to(dtype)
+
+    return {
+        "h": draw(*shape),
+        "x": draw(*shape) if optional else None,
+        "bias": draw(shape[1]) if optional else None,
+        "divisor": 2**0.5,
+        "slab_pixels": slab_pixels,
+    }
+
+
 def of_group_norm_silu(
     shape: tuple[int, ...] = (3, 6, 5, 4),
     groups: int = 3,
@@ -238,4 +293,34 @@ def of_group_norm_silu(
         "shift": shift if film else None,
         "eps": eps,
         "activation": activation,
+    }
+
+
+def of_modulate(
+    shape: tuple[int, int, int] = (3, 5, 6),
+    dtype: torch.dtype = torch.float32,
+    *,
+    gated: bool = True,
+    weighted: bool = False,
+    norm: str = "layer",
+    branch_dtype: torch.dtype | None = None,
+    eps: float = 1e-2,  # two nearly equal channels have a steep norm
+) -> Arguments:
+    """What `modulate` takes; gate, scale and shift are slices of one product."""
+    batch, length, channels = shape
+    generator = torch.Generator().manual_seed(length + 31 * channels)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    gate, scale, shift = draw(batch, 6 * channels).to(branch_dtype or dtype).chunk(6, dim=1)[1:4]
+    return {
+        "x": draw(*shape) * 2 + 0.5,
+        "y": draw(*shape).to(branch_dtype or dtype) if gated else None,
+        "gate": gate if gated else None,
+        "scale": scale,
+        "shift": shift,
+        "weight": draw(channels) if weighted else None,
+        "norm": norm,
+        "eps": eps,
     }

@@ -30,16 +30,19 @@ from tests.kernels.inputs import (
     of_denoising_loss,
     per_pixel,
 )
-from tests.kernels.test_q_sample import clean_and_noise
+from tests.kernels.test_q_sample import clean_and_noise, clean_is_off_by
 from torch import Tensor
 
 from ddpm_kernels import denoising_loss, q_sample
 from ddpm_kernels.denoising_loss.op import denoising_loss_reference
+from ddpm_kernels.latents import channels_of
 from ddpm_kernels.tiles import Tile, trying
 
-NOISING = ("images", "timesteps", "seed", "sample_ids", "flip")
+NOISING = ("images", "timesteps", "seed", "sample_ids", "flip", "latent_scale", "latent_shift")
 """What q_sample takes as well."""
-SHARED = ("target_x0", "target_noise", "seed", "bound_table")
+SHARED = (
+    "target_x0", "target_noise", "seed", "bound_table", "latent_scale", "latent_shift"
+)  # fmt: skip
 """What a batch has one of."""
 
 
@@ -49,7 +52,9 @@ def differentiate(
     """The losses, and the gradient of their sum, weighted so that it is of order one."""
     prediction = arguments["prediction"].detach().requires_grad_()
     loss = function(*{**arguments, "prediction": prediction}.values())
-    upstream = upstream_of(arguments["images"]).to(loss)
+    images = arguments["images"]
+    channels = channels_of(images, arguments["latent_scale"])
+    upstream = upstream_of(images[:, :channels]).to(loss)
     (gradient,) = torch.autograd.grad(loss, prediction, upstream)
     return loss.detach(), gradient
 
@@ -65,7 +70,8 @@ def target_of(arguments: Arguments) -> tuple[Tensor, Tensor]:
         0.0 if table is None else per_pixel(table.double()[arguments["timesteps"]])
         for table in (arguments["target_x0"], arguments["target_noise"])
     )
-    return u * x_0 + w * noise, EPS32 * ((u * x_0).abs() + 4 * (w * noise).abs() + 1)
+    off = EPS32 * ((u * x_0).abs() + 4 * (w * noise).abs() + 1)
+    return u * x_0 + w * noise, off + (u * clean_is_off_by(arguments)).abs()
 
 
 def check(loss: Tensor, gradient: Tensor, arguments: Arguments) -> None:
@@ -127,7 +133,9 @@ def test_tiles_are_covered_and_nothing_else_is_touched(
     at = SHAPES.index(shape)
     for i, target in enumerate(TARGETS):
         plain = of_denoising_loss(shape, target, FLOATS[(at + i) % 3], optional=(at + i) % 2 == 0)
-        inside: Arguments = {k: None if v is None else guarded(v) for k, v in plain.items()}
+        inside: Arguments = {
+            k: guarded(v) if isinstance(v, Tensor) else v for k, v in plain.items()
+        }
         inside["prediction"] = guarded(lay_out(plain["prediction"], LAYOUTS[(at + i) % 4]))
         inside["images"] = guarded(lay_out(plain["images"], LAYOUTS[(at + 2 * i + 1) % 4]))
         check(*differentiate(inside), plain)
@@ -266,7 +274,9 @@ def test_learned_variance_on_kernels(
     own = {**plain, "prediction": plain["prediction"].float()}
     own_loss, own_gradient = differentiate(own, denoising_loss_reference)
     inside: Arguments = {
-        name: None if v is None else guarded(lay_out(v, LAYOUTS[at % 4]) if v.ndim == 4 else v)
+        name: guarded(lay_out(v, LAYOUTS[at % 4]) if v.ndim == 4 else v)
+        if isinstance(v, Tensor)
+        else v
         for name, v in plain.items()
     }
     loss, gradient = differentiate(inside)
@@ -323,7 +333,7 @@ def test_strides_do_not_change_a_bit(backend: Backend) -> None:
     plain = of_denoising_loss()
     strided = dict(plain)
     for name, value in plain.items():
-        if value is not None and value.ndim == 1:
+        if isinstance(value, Tensor) and value.ndim == 1:
             strided[name] = torch.stack([value, value.flip(0)], dim=-1)[:, 0]
     for ours, expected in zip(
         differentiate(backend.moved(strided)), differentiate(backend.moved(plain)), strict=True

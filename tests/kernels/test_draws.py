@@ -19,7 +19,7 @@ from ddpm_kernels.philox import MAX_SAMPLE_ID, random_words
 
 EVERYTHING: dict[str, Any] = {
     "integers": 1000, "flip": True, "label_dropout": 0.3, "null_class": 10,
-    "augmentation_levels": 251,
+    "augmentation_levels": 251, "dropout_key": True, "dropped": True,
 }  # fmt: skip
 
 
@@ -35,7 +35,15 @@ def expected(seed: int, ids: Tensor, labels: Tensor | None, **asked: Any) -> Dra
         None if labels is None else labels.masked_fill(dropped, asked.get("null_class", 0)),
         None if levels is None
         else random_integers(seed, ids, levels, step, Stream.AUGMENTATION_LEVEL),
+        keys(seed, ids, step) if asked.get("dropout_key") else None,
+        dropped if asked.get("dropped") else None,
     )  # fmt: skip
+
+
+def keys(seed: int, ids: Tensor, step: int) -> Tensor:
+    """The first two words of the stream of dropout, the low one first, as 64 signed bits."""
+    low, high = random_words(seed, ids, 2, step, Stream.DROPOUT).unbind(1)
+    return torch.where(high < 2**31, high, high - 2**32) * 2**32 + low
 
 
 @given(
@@ -52,7 +60,8 @@ def test_draws_are_those_of_one_stream_after_the_other(
     labels = positions % 10
     asked: dict[str, Any] = {
         "integers": count, "flip": True, "label_dropout": dropout, "null_class": 10,
-        "augmentation_levels": 1 + count % 1000, "step": step,
+        "augmentation_levels": 1 + count % 1000, "dropout_key": True, "dropped": True,
+        "step": step,
     }  # fmt: skip
     right = expected(seed, positions, labels, **asked)
     got = training_draws(
@@ -62,10 +71,10 @@ def test_draws_are_those_of_one_stream_after_the_other(
         assert_equal(one, other, name)
 
 
-@pytest.mark.parametrize("wanted", [*product((False, True), repeat=4)])
+@pytest.mark.parametrize("wanted", [*product((False, True), repeat=6)])
 def test_what_was_not_asked_for_is_not_drawn(backend: Backend, wanted: tuple[bool, ...]) -> None:
     ids = torch.tensor([7, 2**40, 0])
-    names = ("integers", "flip", "labels", "augmentation_levels")
+    names = ("integers", "flip", "labels", "augmentation_levels", "dropout_key", "dropped")
     asked = {
         name: {**EVERYTHING, "labels": ids % 10}[name]
         for name, is_wanted in zip(names, wanted, strict=True)

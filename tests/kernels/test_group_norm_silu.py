@@ -21,13 +21,14 @@ from tests.kernels.inputs import (
     in_float64,
     lay_out,
     of_group_norm_silu,
-    per_pixel,
 )
+from tests.kernels.norm_definition import definition
 from torch import Tensor
 
 from ddpm_kernels import group_norm_silu
-from ddpm_kernels.group_norm_silu.op import NEAR, group_norm_silu_reference
+from ddpm_kernels.group_norm_silu.op import NEAR
 from ddpm_kernels.group_norm_silu.plan import MAX_SLABS, plan
+from ddpm_kernels.group_norm_silu.reference import group_norm_silu_reference
 from ddpm_kernels.tiles import TILES
 
 DIFFERENTIABLE = ("x", "weight", "bias", "scale", "shift")
@@ -44,20 +45,6 @@ SHAPES = (
     ((3, 5, 1, 1), 5),
     ((1, 1, 31, 37), 1),
 )
-
-
-def definition(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, eps: float, activation: str,
-) -> Tensor:  # fmt: skip
-    """The operation in float64, differentiable."""
-    grouped = x.double().reshape(x.shape[0], groups, -1)
-    mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, unbiased=False, keepdim=True)
-    z = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
-    z = z * weight.double().reshape(-1, 1, 1) + bias.double().reshape(-1, 1, 1)
-    if scale is not None and shift is not None:
-        z = z * (1 + per_pixel(scale.double())) + per_pixel(shift.double())
-    return z / (1 + torch.exp(-z)) if activation == "silu" else z
 
 
 def reference(**arguments: Any) -> Tensor:

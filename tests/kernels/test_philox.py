@@ -21,7 +21,6 @@ from ddpm_kernels.philox import (
     MAX_SAMPLE_ID,
     normals_of_words,
     philox4x32,
-    random_integer,
     random_normals,
     random_words,
 )
@@ -41,12 +40,6 @@ def words_at(seed: int, sample_id: int, block: int, step: int, stream: Stream) -
 def sample_words(seed: int, sample_id: int, count: int, step: int, stream: Stream) -> list[int]:
     blocks = (words_at(seed, sample_id, b, step, stream) for b in range(-(-count // 4)))
     return [word for block in blocks for word in block][:count]
-
-
-def test_an_integer_of_the_host_is_the_first_two_words() -> None:
-    for seed, sample_id, step in ((0, 0, 0), (-3, 7, 2**32 - 1), (2**64 - 1, MAX_SAMPLE_ID, 5)):
-        low, high = sample_words(seed, sample_id, 2, step, Stream.DROPOUT)
-        assert random_integer(seed, sample_id, step, Stream.DROPOUT) == low + 2**32 * high
 
 
 def normal_pair(u_word: int, angle_word: int) -> tuple[float, float]:

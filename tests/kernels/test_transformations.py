@@ -24,7 +24,9 @@ from tests.kernels.inputs import (
     lay_out,
     of_denoising_loss,
     of_group_norm_silu,
+    of_modulate,
     of_q_sample,
+    of_residual_sum,
     of_reverse_step,
     of_training_draws,
 )
@@ -32,7 +34,15 @@ from tests.watching import OnTheHost, Watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpm_kernels import denoising_loss, group_norm_silu, q_sample, random_integers, reverse_step
+from ddpm_kernels import (
+    denoising_loss,
+    group_norm_silu,
+    modulate,
+    q_sample,
+    random_integers,
+    residual_sum,
+    reverse_step,
+)
 from ddpm_kernels.dispatch import force_ops, skips_dispatcher
 from ddpm_kernels.draws import training_draws
 from ddpm_kernels.gaussian_noise import gaussian_noise_reference
@@ -60,25 +70,46 @@ def stepped(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tens
     return (new,) if history is None else (new, history)
 
 
-def differentiated(*names: str) -> Callable[[Callable[..., Tensor], Arguments], tuple[Any, ...]]:
-    """The result and its gradients against a cotangent that is not constant."""
+def differentiated(*names: str) -> Callable[[Callable[..., Any], Arguments], tuple[Any, ...]]:
+    """The results and their gradients against a cotangent that is not constant."""
 
-    def run(function: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, ...]:
+    def run(function: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
         leaves = {
             k: arguments[k].detach().requires_grad_() for k in names if arguments[k] is not None
         }
         out = function(**{**arguments, **leaves})
-        cotangent = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out)
-        return out.detach(), *torch.autograd.grad(out, list(leaves.values()), cotangent)
+        results = out if isinstance(out, tuple) else (out,)
+        cotangents = [
+            torch.linspace(-1, 1, one.numel(), device=one.device).view(one.shape).to(one)
+            for one in results
+        ]
+        gradients = torch.autograd.grad(results, list(leaves.values()), cotangents)
+        return *(one.detach() for one in results), *gradients
 
     return run
 
 
+def added(function: Callable[..., Any], arguments: Arguments) -> tuple[Tensor, ...]:
+    """The sum, its moments where there are any, and the gradients of both branches."""
+    moments = None
+
+    def sum_of(**named: Any) -> Tensor:
+        nonlocal moments
+        y, moments = function(**named)
+        return y
+
+    arguments = {k: v for k, v in arguments.items() if k != "slab_pixels"}
+    found = differentiated("h", "x")(sum_of, arguments)
+    return found if moments is None else (*found, moments.values)
+
+
 NORM = ("x", "weight", "bias", "scale", "shift")
+MODULATE = ("x", "y", "gate", "scale", "shift", "weight")
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Arguments]] = {
     "training_draws": (training_draws, drawn, of_training_draws()),
     "q_sample": (q_sample, noised, of_q_sample()),
     "q_sample, plain": (q_sample, noised, of_q_sample(stored=torch.float32, flip=False)),
+    "q_sample, latents": (q_sample, noised, of_q_sample(latent=True)),
     **{
         f"denoising_loss, {target}": (
             denoising_loss, differentiated("prediction"), of_denoising_loss(target=target)
@@ -88,6 +119,13 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Arguments]] = {
     "denoising_loss, learned": (
         denoising_loss, differentiated("prediction"),
         of_denoising_loss(target="eps", learned=True, optional=False),
+    ),
+    "denoising_loss, latents": (
+        denoising_loss, differentiated("prediction"), of_denoising_loss(latent=True)
+    ),
+    "denoising_loss, latents, learned": (
+        denoising_loss, differentiated("prediction"),
+        of_denoising_loss(target="eps", learned=True, latent=True),
     ),
     "denoising_loss, bfloat16": (
         denoising_loss, differentiated("prediction"), of_denoising_loss(predicted=torch.bfloat16)
@@ -104,12 +142,27 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Arguments]] = {
         group_norm_silu, differentiated(*NORM),
         of_group_norm_silu((2, 12, 5, 7), 2, torch.bfloat16, affine_dtype=torch.float32),
     ),
+    "residual_sum": (residual_sum, added, of_residual_sum()),
+    "residual_sum, moments": (
+        residual_sum, added, of_residual_sum((2, 6, 33, 32), slab_pixels=256)
+    ),
+    "modulate": (modulate, differentiated(*MODULATE), of_modulate()),
+    "modulate, first": (
+        modulate, differentiated(*MODULATE), of_modulate(gated=False, weighted=True, norm="rms")
+    ),
+    "modulate, bfloat16": (
+        modulate, differentiated(*MODULATE),
+        of_modulate((2, 9, 40), torch.bfloat16, weighted=True),
+    ),
 }  # fmt: skip
 
 
 ONE_OF_EACH = (
-    "training_draws", "q_sample", "denoising_loss, v", "denoising_loss, learned",
+    "training_draws", "q_sample", "q_sample, latents", "denoising_loss, v",
+    "denoising_loss, latents", "denoising_loss, learned",
     "reverse_step, everything", "group_norm_silu", "group_norm_silu, plain",
+    "residual_sum, moments",
+    "modulate", "modulate, first",
 )  # fmt: skip
 
 
@@ -128,13 +181,14 @@ def test_opcheck(backend: Backend, case: str) -> None:
     function, _, plain = CASES[case]
     given_ = backend.moved(in_layout(plain, LAYOUTS[list(CASES).index(case) % 4]))
     given_ = {
-        k: v.requires_grad_() if k in ("prediction", *NORM) and isinstance(v, Tensor)
+        k: v.requires_grad_()
+        if k in ("prediction", "h", *NORM, *MODULATE) and isinstance(v, Tensor)
         and function not in (q_sample, reverse_step, training_draws) else v
         for k, v in copied_with_strides(given_).items()
     }  # fmt: skip
     values: tuple[Any, ...] = tuple(given_.values())
     if function is q_sample:
-        values += (torch.bfloat16, int(Stream.TRAINING_NOISE))
+        values = (*values[:7], torch.bfloat16, int(Stream.TRAINING_NOISE), *values[7:])
     if function is reverse_step:
         values += ("plain" in case,)
     if function is training_draws:
@@ -163,6 +217,18 @@ def test_opcheck_of_the_gradient_of_group_norm(backend: Backend, film: bool, lay
     torch.library.opcheck(
         torch.ops.ddpm.group_norm_silu_backward.default,
         (dy, x, groups, weight, bias, scale, shift, statistics, activation, film),
+    )
+
+
+@ON_OPERATIONS
+@pytest.mark.parametrize("gated", [True, *([] if INTERPRETED else [False])])
+def test_opcheck_of_the_gradient_of_modulate(backend: Backend, gated: bool) -> None:
+    given_ = backend.moved(of_modulate(gated=gated, weighted=not gated))
+    x, y, gate, scale, _, weight, *norm = given_.values()
+    dm = torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape)
+    torch.library.opcheck(
+        torch.ops.ddpm.modulate_backward.default,
+        (dm.flip(1) if gated else None, dm, x, y, gate, scale, weight, *norm),
     )
 
 

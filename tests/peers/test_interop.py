@@ -24,7 +24,7 @@ from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.files import read_config
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.objectives.config import DistillationConfig
-from ddpm_engine.samplers.config import SamplingConfig
+from ddpm_engine.samplers.config import SamplerName, SamplingConfig
 from ddpm_kernels import Stream, gaussian_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -233,6 +233,11 @@ def test_classes(tmp_path: Path) -> None:
 
 # --- Sampling
 
+EDM = DiffusionConfig(
+    schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
+)
+FLOW = DiffusionConfig(schedule="flow", prediction="flow", shift=3.0)
+
 
 def run_card(folder: Path, initial: Tensor, monkeypatch: pytest.MonkeyPatch, **names: Any) -> Any:
     """Run the Python code of the model card, with this initial noise: its variables."""
@@ -289,15 +294,22 @@ def test_the_pipeline_generates_our_samples(
     assert_same_images(unit_range(samples), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("labelled", [False, True])
-def test_the_card_of_an_edm_network_generates_our_samples(
-    labelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("diffusion", "sampler", "labelled"),
+    [
+        (EDM, "euler", False), (EDM, "euler", True),
+        (FLOW, "euler", True), (FLOW, "heun", False), (replace(FLOW, shift=1.0), "euler", False),
+    ],
+)  # fmt: skip
+def test_the_card_of_a_network_without_a_pipeline_generates_our_samples(
+    diffusion: DiffusionConfig,
+    sampler: SamplerName,
+    labelled: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = UNetConfig(**TINY, num_class_embeds=5 if labelled else None)
-    diffusion = DiffusionConfig(
-        schedule="edm", prediction="edm", sigma_min=0.01, sigma_max=40.0, sigma_data=0.7
-    )
-    sampling = SamplingConfig(sampler="euler", steps=9)
+    sampling = SamplingConfig(sampler=sampler, steps=9)
     pretrained = ours(model, diffusion=diffusion, sampling=sampling)
     export_pipeline(pretrained, tmp_path / "export")
     assert not (tmp_path / "export" / "model_index.json").exists()
@@ -315,7 +327,7 @@ def test_the_card_of_an_edm_network_generates_our_samples(
     assert back.config.sampling == replace(sampling, steps=None)
     assert_same_bits(back.network, pretrained.network)
     classes = None if labels is None else tuple(labels.tolist())
-    samples = back.sample(ids, seed=6, sampler="euler", steps=9, classes=classes).tensor
+    samples = back.sample(ids, seed=6, sampler=sampler, steps=9, classes=classes).tensor
     assert_same_images(samples, names["x"])
 
 
@@ -404,6 +416,10 @@ def test_the_card_of_a_distilled_network_with_classes_generates_our_samples(
         (
             lambda: distilled(4, schedule="edm", prediction="edm"),
             "EDMEulerScheduler visits other noise levels",
+        ),
+        (
+            lambda: distilled(4, schedule="flow", prediction="flow"),
+            "FlowMatchEulerDiscreteScheduler visits other noise levels",
         ),
         (
             lambda: distilled(4, UNetConfig(**TINY, out_channels=6), prediction="v"),

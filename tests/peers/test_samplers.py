@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.flow_schedule import FlowSchedule
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
-from ddpm_engine.samplers.registry import build_table
+from ddpm_engine.samplers.noise_levels import noise_levels
+from ddpm_engine.samplers.registry import SAMPLERS, build_table
 from ddpm_engine.samplers.step_runner import StepRunner
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_kernels import Stream, gaussian_noise
@@ -56,7 +57,7 @@ class Network:
 
     def __init__(self, schedule: NoiseSchedule, prediction: Any, variance: bool = False) -> None:
         self.prediction, self.variance = prediction, variance
-        self.log_sigma = log_sigma(schedule).clamp(max=20).numpy()
+        self.log_sigma = schedule.log_sigma.clamp(max=20).numpy()
 
     def __call__(self, x: Tensor, timesteps: Tensor, conditioning: object = None) -> Tensor:
         t = timesteps.double().reshape(-1, 1, 1, 1)
@@ -111,7 +112,7 @@ def in_float64(peer: Any, schedule: NoiseSchedule) -> Any:
     if hasattr(peer, "final_alpha_cumprod"):
         peer.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     if hasattr(peer, "sigmas"):
-        sigmas = log_sigma(schedule).exp()[peer.timesteps]
+        sigmas = schedule.log_sigma.exp()[peer.timesteps]
         peer.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     return peer
 
@@ -293,7 +294,7 @@ def test_karras(sampler: str, prediction: Any, steps: int) -> None:
         peer.set_timesteps(steps)
         dtype = torch.float64 if exact else torch.float32
         if exact:
-            first, last = (log_sigma(schedule)[[-1, 0]] / 7).exp().tolist()
+            first, last = (schedule.log_sigma[[-1, 0]] / 7).exp().tolist()
             sigmas = torch.from_numpy(np.append(np.linspace(first, last, steps) ** 7, 0.0))
             if sampler == "heun":
                 inner = sigmas[1:-1].repeat_interleave(2)
@@ -350,3 +351,70 @@ def test_edm_euler(low: float, high: float, data: float, steps: int) -> None:
     chain = ours(table, model, False)
     compare(chain, run(exact=False), ROUNDED)
     compare(chain, run(exact=True), 2 * EXACT)
+
+
+# --- Flow matching
+
+
+def flow_network(x: Tensor, level: Tensor, conditioning: object = None) -> Tensor:
+    """A velocity that bends with place and level, given as the scheduler's timestep."""
+    return (0.8 * x).sin() - (level.to(x) / 700).cos().reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.7])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("steps", [1, 3, 7, 28])
+def test_flow_matching(sampler: str, steps: int, shift: float) -> None:
+    """Step by step; their state is z = x / (a + s), which is also the loop's."""
+    peer = getattr(diffusers, f"FlowMatch{sampler.title()}DiscreteScheduler")(shift=shift)
+    peer.set_timesteps(steps)
+    table = build_table(FlowSchedule.build(1000, shift), sampler, steps, prediction="flow")
+    torch.testing.assert_close(table.noise_input.float(), peer.timesteps, rtol=1e-5, atol=1e-4)
+    states = []
+    z = initial()
+    for t in peer.timesteps:
+        z = peer.step(flow_network(z, t.expand(2)), t, z).prev_sample
+        states.append(z)
+    runner = StepRunner(
+        flow_network, table, (2, *SHAPE), Conditioning(), torch.device("cpu"), clip=False
+    )
+    runner.begin(initial(), SEED, IDS, Conditioning())
+    chain = []
+    for _ in range(runner.steps):
+        runner.step()
+        chain.append(runner.x.clone())
+    # From pure noise to the last level, Heun's method multiplies rounding by half their ratio.
+    compare(chain, states, EXACT if sampler == "euler" else 1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_on_levels_that_pipelines_list(shift: float) -> None:
+    """Pipelines give sigmas of their own, from 1 to 1 / S: trailing spacing."""
+    steps = 20
+    peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    peer.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    table = build_table(
+        FlowSchedule.build(1000, shift), "ddim", steps, "trailing", prediction="flow"
+    )
+    torch.testing.assert_close(table.noise_input.float(), peer.timesteps, rtol=1e-5, atol=1e-4)
+    z = initial()
+    for t in peer.timesteps:
+        z = peer.step(flow_network(z, t.expand(2)), t, z).prev_sample
+    compare(ours(table, flow_network, False)[-1:], [z], EXACT)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++1", "dpm++2m", "unipc"])
+def test_flow_matching_by_multistep_solvers(sampler: str) -> None:
+    """On their levels, which begin below pure noise."""
+    scheduler, options = SOLVERS[sampler]
+    peer = scheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, thresholding=False,
+        lower_order_final=True, final_sigmas_type="zero", **options,
+    )  # fmt: skip
+    peer.set_timesteps(10)
+    visited = peer.sigmas[:-1].double() * 1000 - 1
+    table = SAMPLERS[sampler](FlowSchedule.build(), visited, "flow")
+    z = initial()
+    for level, t in zip(table.noise_input.float(), peer.timesteps, strict=True):
+        z = peer.step(flow_network(z, level.expand(2)), t, z).prev_sample
+    compare(ours(table, flow_network, False)[-1:], [z], ROUNDED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.files import config_entries
 from ddpm_engine.networks.unet.unet import UNet
 
 UNet2DModel = pytest.importorskip("diffusers").UNet2DModel
@@ -61,9 +62,9 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-11}
 
 
 def peer_of(config: UNetConfig) -> nn.Module:
-    fields = asdict(config)
-    del fields["attention"], fields["low_resolution"]
-    peer: nn.Module = UNet2DModel(**fields)
+    peer: nn.Module = UNet2DModel(
+        **{name: value for name, value in config_entries(config).items() if name != "_class_name"}
+    )
     return peer.eval()
 
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from tests.recorder import Recorder
 from tests.sampling import sample
-from tests.tiny import TINY
+from tests.tiny import TINY, TINY_DIT
 from tests.watching import OnTheHost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_engine.diffusion.guidance import Guidance, dynamic_threshold
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.conditioning import Conditioning
+from ddpm_engine.networks.dit.dit import DiT
 from ddpm_engine.networks.half_weights import half_names, in_half
 from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers import sampler as sampler_module
@@ -36,9 +38,23 @@ META = torch.device("meta")
 STEPS = 7
 
 
+def randomised(config: Any) -> Any:
+    """Build the network, always the same, without any zero among its weights."""
+    torch.manual_seed(0)
+    network = build_network(config).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    return network
+
+
+@pytest.fixture(scope="module")
+def dit() -> DiT:
+    network: DiT = randomised(replace(TINY_DIT, num_class_embeds=4))
+    return network
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet:
-    torch.manual_seed(0)
     config = replace(
         TINY,
         block_out_channels=(8, 16, 16),
@@ -46,9 +62,7 @@ def unet() -> UNet:
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         num_class_embeds=4,
     )
-    network = UNet(config).eval().requires_grad_(False)
-    for parameter in network.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape))
+    network: UNet = randomised(config)
     return network
 
 
@@ -80,12 +94,16 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "inpainting": {"images": KNOWN, "mask": MASK},
     "inpainting, repeated": {"images": KNOWN, "mask": MASK.expand(4, -1, -1, -1), "repeats": 3},
 }
+CASES = [
+    *(("unet", name) for name in REQUESTS),
+    *(("dit", name) for name in ("history", "guided", "two passes", "inpainting")),
+]
 
 
 # --- Nothing from the host
 
 
-def runner_on_meta(unet: UNet, request: dict[str, Any], capture: Any) -> StepRunner:
+def runner_on_meta(network: Any, request: dict[str, Any], capture: Any) -> StepRunner:
     options = dict(request)
     table = build_table(SCHEDULE, options.pop("sampler", "ddpm"), STEPS)
     table, levels = resampled(table, levels_of(SCHEDULE, table), options.pop("repeats", 1))
@@ -93,16 +111,19 @@ def runner_on_meta(unet: UNet, request: dict[str, Any], capture: Any) -> StepRun
     if options.pop("images", None) is not None:
         known = KnownPixels(levels, (4, *SHAPE), options.pop("mask").shape, META)
     return StepRunner(
-        copy.deepcopy(unet).to(META), table, (4, *SHAPE), Conditioning(LABELS.to(META)), META,
+        copy.deepcopy(network).to(META), table, (4, *SHAPE), Conditioning(LABELS.to(META)), META,
         alpha_bar=levels.before, known=known, capture=capture, **options,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("capture", [None, lambda step: step], ids=["eager", "captured"])
-@pytest.mark.parametrize("request_name", REQUESTS)
-def test_a_step_takes_nothing_from_the_host(unet: UNet, request_name: str, capture: Any) -> None:
+@pytest.mark.parametrize(("family", "request_name"), CASES)
+def test_a_step_takes_nothing_from_the_host(
+    family: str, request_name: str, capture: Any, request: pytest.FixtureRequest
+) -> None:
     """A copy from the host waits and ends a capture; meta tensors stand for those of a GPU."""
-    runner = runner_on_meta(unet, REQUESTS[request_name], capture)
+    network = request.getfixturevalue(family)
+    runner = runner_on_meta(network, REQUESTS[request_name], capture)
     with torch.inference_mode(), force_ops(), OnTheHost() as host:
         for _ in range(runner.steps):
             runner.step()
@@ -133,16 +154,19 @@ class Restoring:
         return torch.inference_mode()(replay)
 
 
-@pytest.mark.parametrize("request_name", REQUESTS)
+@pytest.mark.parametrize(("family", "request_name"), CASES)
 def test_replayed_operations_take_the_same_steps(
-    unet: UNet, monkeypatch: pytest.MonkeyPatch, request_name: str
+    family: str,
+    request_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    recording = Restoring()
+    recording, network = Restoring(), request.getfixturevalue(family)
     monkeypatch.setattr(sampler_module, "captured", recording)
-    request = {**REQUESTS[request_name], "batch_size": 2}
+    options = {**REQUESTS[request_name], "batch_size": 2}
     with force_ops():  # as on a GPU: on a CPU, references read numbers
-        eager = generate(unet, capture=False, **request)
-        assert torch.equal(eager, generate(unet, capture=True, **request))
+        eager = generate(network, capture=False, **options)
+        assert torch.equal(eager, generate(network, capture=True, **options))
     kinds = {"cached features": 3, "guided in an interval": 2, "inpainting, repeated": 2}
     assert recording.count == kinds.get(request_name, 1)
 
@@ -219,14 +243,17 @@ def test_half_precision_casts_no_weights_and_changes_no_bit(
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     options: dict[str, Any] = {"precision": "bf16", "guidance": Guidance(2.0)}
     casts = WeightCasts()
-    with half_precision_allowed(monkeypatch):
+    # On a CPU, convolutions would add their biases, and convert them.
+    with force_ops(), half_precision_allowed(monkeypatch):
         halved = generate(unet, **options)
         with monkeypatch.context() as without:
             without.setattr(sampler_module, "in_half", lambda network, _: network)
             casts.addresses = {p.data_ptr() for p in unet.parameters()}
             with casts:
                 autocast = generate(unet, **options)
-            assert casts.count >= STEPS * len(half_names(unet))  # what it is about
+            # What it is about. Those of linear layers applied together are joined before.
+            names = [name for name in half_names(unet) if unet.get_parameter(name).dim() == 4]
+            assert casts.count >= STEPS * len(names)
 
         def watched(network: UNet, dtype: torch.dtype) -> UNet:
             copied = in_half(network, dtype)

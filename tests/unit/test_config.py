@@ -33,7 +33,7 @@ def test_configurations_without_a_version_are_read(preset: Any) -> None:
     """Former names stand for the new ones."""
     config = preset()
     training = replace(config.training, ema_sigma_rel=(0.05, 0.1), precision="no")
-    config = replace(config, training=training)
+    config = replace(config, training=training, sampling=replace(config.sampling, clip_x0=None))
     old = version_0(config)
     assert from_dict(old, "old") == config
     assert old == version_0(config)  # it is left as it was
@@ -56,6 +56,14 @@ def test_earlier_versions_keep_the_precision_that_was_their_default() -> None:
     assert from_dict(values | {"version": 2}, "new").training.precision == "auto"
 
 
+def test_earlier_versions_recomputed_all_or_nothing() -> None:
+    values = to_dict(RunConfig()) | {"version": 2}
+    del values["training"]["recompute"]
+    assert from_dict(values, "old").training.recompute == "none"
+    values["training"]["activation_checkpointing"] = True
+    assert from_dict(values, "old").training.recompute == "blocks"
+
+
 @pytest.mark.parametrize(
     ("version", "section", "field"),
     [
@@ -72,9 +80,9 @@ def test_unknown_fields_are_reported(version: int, section: str, field: str) -> 
         from_dict(values, "mine.json")
 
 
-@pytest.mark.parametrize("version", [3, -1, "one", None])
+@pytest.mark.parametrize("version", [5, -1, "one", None])
 def test_unknown_versions_are_refused(version: Any) -> None:
-    with pytest.raises(UserError, match=f"is of version {json.dumps(version)}; .* 0 to 2"):
+    with pytest.raises(UserError, match=f"is of version {json.dumps(version)}; .* 0 to 4"):
         from_dict(to_dict(RunConfig()) | {"version": version}, "mine.json")
 
 

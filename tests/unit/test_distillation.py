@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ddpm_engine.config import RunConfig, TrainingConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Edm, Prediction
+from ddpm_engine.diffusion.flow_schedule import FlowSchedule
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Edm, Flow, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
@@ -37,7 +38,8 @@ from ddpm_engine.training.teacher import student_config
 from ddpm_kernels import Column
 
 KINDS: list[tuple[Prediction, Prediction]] = [
-    ("eps", "eps"), ("x0", "x0"), ("v", "v"), ("edm", "edm"), ("eps", "v"), ("v", "x0"),
+    ("eps", "eps"), ("x0", "x0"), ("v", "v"), ("edm", "edm"), ("flow", "flow"), ("eps", "v"),
+    ("v", "x0"),
 ]  # fmt: skip
 """What teacher and student predict."""
 MEAN, DEVIATION = 0.2, 0.3
@@ -45,6 +47,8 @@ CLASSES = TrainingInputs(0, ConditioningSpec(classes=10))
 
 
 def schedule_of(kind: Prediction) -> NoiseSchedule:
+    if kind == "flow":
+        return FlowSchedule.build(1000, 2.0)
     return NoiseSchedule.edm(1000) if kind == "edm" else NoiseSchedule.linear(1000, 1e-4, 0.02)
 
 
@@ -64,6 +68,10 @@ class Optimal(nn.Module):
             row, one = Edm(self.schedule.sigma_data), torch.ones_like(sigma)
             y = x / row.state_scale(one, sigma)
             return row.from_x0(posterior_mean(y, one, sigma), x, one, sigma)
+        if self.prediction == "flow":
+            tau = (t.double() / self.schedule.timesteps)[:, None, None, None]
+            a, s = 1 - tau, tau
+            return Flow().from_x0(posterior_mean(x, a, s), x, a, s)
         a = self.schedule.sqrt_alpha_bar[t][:, None, None, None]
         s = self.schedule.sqrt_one_minus_alpha_bar[t][:, None, None, None]
         return PARAMETERIZATIONS[self.prediction]().from_x0(posterior_mean(x, a, s), x, a, s)
@@ -142,17 +150,19 @@ def test_one_step_to_the_target_is_two_steps(
 ) -> None:
     ours = method(teacher, student)
     schedule = ours.schedule
-    visited = build_table(schedule, "ddim", 16).timesteps
+    visited = build_table(schedule, "ddim", 16, prediction="x0").timesteps
     a, s = noise_levels(schedule, visited)
     # The student's own steps are among the teacher's.
     steps = ours.config.student_steps(stage_of(ours))
-    assert torch.equal(build_table(schedule, "ddim", steps).timesteps, visited[:: 16 // steps])
+    assert torch.equal(
+        build_table(schedule, "ddim", steps, prediction="x0").timesteps, visited[:: 16 // steps]
+    )
     generator = torch.Generator().manual_seed(0)
     for level, end in begins(ours):
         x_0 = MEAN + DEVIATION * torch.randn(4, 2, 3, 3, generator=generator).double()
         noise = torch.randn(4, 2, 3, 3, generator=generator).double()
         x = a[level] * x_0 + s[level] * noise
-        scale = ours.tables.signal[level] / a[level]
+        scale = ours.tables.student.state_scale[level]
         target = ours.target(optimal_student(ours), scale * x, torch.full((4,), level))
         after = ddim(x, posterior_mean(x, a[level], s[level]), a, s, level, level + 1)
         if end > level + 1:
@@ -165,7 +175,7 @@ def test_one_step_to_the_target_is_two_steps(
         torch.testing.assert_close(target, written, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 def test_the_samplers_table_leads_to_the_end_of_the_teachers_steps(kind: Prediction) -> None:
     # The rows that sampling executes, scaled states of EDM and all.
     ours = progressive(kind, kind)
@@ -196,7 +206,7 @@ def test_clipping_keeps_the_target_in_range(method: Make) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["eps", "x0", "v", "edm"])
+@pytest.mark.parametrize("kind", PARAMETERIZATIONS)
 def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: Make) -> None:
     ours = method(kind, kind)
     images = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(4)).double() * 2 - 1
@@ -218,6 +228,10 @@ def test_the_loss_is_the_error_of_x0_by_truncated_snr(kind: Prediction, method: 
         deviation = (sigma**2 + sigma_data**2).sqrt()
         x0 = sigma_data**2 / deviation * seen["x"] + sigma * sigma_data / deviation * seen["output"]
         assert torch.allclose(seen["noise_level"], sigma.flatten().log() / 4)
+    elif kind == "flow":
+        tau = s / (a + s)
+        x0 = seen["x"] - tau * seen["output"]
+        assert torch.allclose(seen["noise_level"], 1000 * tau.flatten())
     else:
         p, q = {"eps": (1 / a, -s / a), "x0": (0 * a, 0 * a + 1), "v": (a, -s)}[kind]
         x0 = p * seen["x"] + q * seen["output"]
@@ -421,7 +435,7 @@ def plan_of(**changes: Any) -> Change:
         (plan_of(steps=0), r"`distillation.steps` is 0"),
         (plan_of(steps=64), r"must be 2, 4, 8, … times"),
         (plan_of(start_steps=2048), r"there are only `diffusion.timesteps` 1000"),
-        (plan_of(guidance_scale=2.0), r"trained without classes; leave it out"),
+        (plan_of(guidance_scale=2.0), r"trained without classes, text or vectors; leave"),
         (lambda r: replace(r, training=TrainingConfig(steps=3)), r"4 stages, and each needs one"),
         (lambda r: replace(r, sampling=replace(r.sampling, steps=5)), r"a network for ddim, 4"),
         (lambda r: replace(r, sampling=replace(r.sampling, sampler="ddpm")), r"are ddpm, 4 steps"),

@@ -28,10 +28,9 @@ from ddpm_engine.objectives.level_sampling import LevelSampler, LogNormalSigma
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import problems
 from ddpm_engine.samplers.config import SamplingConfig
-from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS, build_table
 from ddpm_engine.samplers.table import CoefficientTable
-from ddpm_engine.samplers.timesteps import karras_timesteps
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_kernels import Column, Stream, gaussian_noise
 from ddpm_kernels.reverse_step.op import reverse_step_reference_
@@ -126,7 +125,7 @@ def test_noise_levels_are_log_normal() -> None:
 def test_the_loss_of_a_sample_depends_on_its_position_alone() -> None:
     positions = torch.arange(24)
     spec = ConditioningSpec(classes=4)
-    objective = objective_of(TrainingInputs(3, spec, horizontal_flip=True, label_dropout=0.4))
+    objective = objective_of(TrainingInputs(3, spec, horizontal_flip=True, condition_dropout=0.4))
     given = batch(positions, labelled=True)
     whole = objective(network, given)
     for part in positions.split(7):
@@ -141,12 +140,12 @@ def test_the_loss_of_a_sample_depends_on_its_position_alone() -> None:
 def test_the_schedule_is_even_in_log_sigma(steps: int, low: float, high: float) -> None:
     schedule = NoiseSchedule.edm(steps, low, high)
     expected = torch.linspace(math.log(low), math.log(high), steps, dtype=torch.float64)
-    torch.testing.assert_close(log_sigma(schedule), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.log_sigma, expected, rtol=0, atol=1e-9)
 
 
 def test_the_steps_are_those_of_the_paper() -> None:
     """Equation 5, though few of them are timesteps of the schedule."""
-    visited = karras_timesteps(SCHEDULE, 18)
+    visited = SCHEDULE.solver_timesteps(18)
     a, s = noise_levels(SCHEDULE, visited)
     i = torch.arange(18, dtype=torch.float64)
     expected = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7

@@ -167,15 +167,18 @@ def test_denoising_little_noise_leaves_the_image(
     assert errors[1] < errors[4] < errors[-1]
 
 
-def test_figures_of_edm(trained: LoadedModel, tmp_path: Path) -> None:
-    preset = PRESETS["digits-edm"]()
+@pytest.mark.parametrize("name", ["digits-edm", "digits-flow"])
+def test_figures_of_networks_that_know_no_timesteps(
+    trained: LoadedModel, name: str, tmp_path: Path
+) -> None:
+    preset = PRESETS[name]()
     diffusion = replace(preset.diffusion, timesteps=STEPS)
     sampling = replace(preset.sampling, steps=3)
     config = replace(preset, model=trained.config.model, diffusion=diffusion, sampling=sampling)
-    edm = LoadedModel.from_config(trained.network, config, "0" * 64)
-    exhibited = Exhibit(edm, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
-    for name in ("reverse", "schedules", "interpolation", "denoising"):
-        assert all(frames_of(path).std() > 5 for path in exhibit.FIGURES[name](exhibited))
+    model = LoadedModel.from_config(trained.network, config, "0" * 64)
+    exhibited = Exhibit(model, tmp_path, tmp_path, photo=torch.zeros(1, 8, 8))
+    for figure in ("reverse", "schedules", "interpolation", "denoising"):
+        assert all(frames_of(path).std() > 5 for path in exhibit.FIGURES[figure](exhibited))
 
 
 def test_curves_are_plotted(tmp_path: Path) -> None:

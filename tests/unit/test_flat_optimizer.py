@@ -188,8 +188,8 @@ def test_parameters_are_views_in_their_own_layout() -> None:
     assert state.shadow is not None
     names = [segment.name for segment in state.segments]
     assert names == [
-        "conv.weight", "conv.bias", "one.weight", "one.bias", "linear.weight", "linear.bias",
-        "norm.weight", "norm.bias",
+        "conv.weight", "one.weight", "linear.weight", "linear.bias",
+        "norm.weight", "norm.bias", "conv.bias", "one.bias",
     ]  # fmt: skip
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     # As the gradient of a 1×1 convolution in this format has it.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import TINY
+from tests.tiny import TINY, TINY_TEXT
 
 from ddpm_engine.checkpoints.recorded_config import load_record
 from ddpm_engine.config import RunConfig, TrainingConfig, load_config, to_dict
@@ -59,6 +59,7 @@ def load_scheduler(file: Path) -> dict[str, Any]:
 PLACES: dict[str, tuple[str, dict[str, Any], Callable[[Path], dict[str, Any] | None]]] = {
     "run": ("config.json", to_dict(RUN), load_valid),
     "network": ("config.json", config_entries(TINY), load_unet),
+    "text network": ("config.json", config_entries(TINY_TEXT), load_unet),
     "scheduler": (
         "scheduler_config.json",
         scheduler_entries(RUN.diffusion, RUN.sampling),

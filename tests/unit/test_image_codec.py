@@ -230,3 +230,15 @@ def test_fit_crops_the_centre_and_resizes_without_aliasing() -> None:
     stripes[:, ::2] = 255  # Twice the finest frequency of the result: must average to grey.
     assert np.abs(fit(stripes, 16).astype(int) - 127).max() <= 2
     assert fit(random_image(4, 4), 9).shape == (9, 9, 3)
+
+
+def test_fit_cuts_to_the_proportions_of_height_and_width() -> None:
+    array = random_image(8, 12)
+    assert np.array_equal(fit(array, (8, 12)), array)
+    assert np.array_equal(fit(array, (4, 12)), array[2:6])
+    assert np.array_equal(fit(array, (8, 3)), array[:, 4:7])
+    assert np.array_equal(fit(array, (6, 6)), fit(array, 6))
+    halves = array[:, 2:10].astype(int).reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(fit(array, (4, 4)) - halves).max() <= 1
+    for size in ((1, 9), (9, 1), (3, 50), (50, 3)):
+        assert fit(array, size).shape == (*size, 3)

@@ -114,9 +114,9 @@ def test_another_librarys_model_has_one_set_of_weights(run: Path, tmp_path: Path
         ("down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
         ("downsample_type", "resnet"), ("dropout", True), ("mid_block_type", None),
         ("norm_eps", float("inf")), ("norm_num_groups", 3), ("out_channels", 10**30),
-        ("resnet_time_scale_shift", "ada_group"), ("sample_size", None), ("sample_size", [8, 16]),
+        ("resnet_time_scale_shift", "ada_group"), ("sample_size", None), ("sample_size", [8]),
         ("time_embedding_dim", 99), ("time_embedding_type", "fourier"),
-        ("upsample_type", "resnet"), ("_class_name", "UNet2DConditionModel"), ("new_entry", 7),
+        ("upsample_type", "resnet"), ("_class_name", "UNet3DConditionModel"), ("new_entry", 7),
     ],
 )  # fmt: skip
 def test_unsupported_networks_are_refused(exported: Path, entry: str, value: Any) -> None:
@@ -134,38 +134,48 @@ EDM = RunConfig(
     diffusion=DiffusionConfig(schedule="edm", prediction="edm"),
     sampling=SamplingConfig(sampler="heun", clip_x0=False),
 )
+FLOW = RunConfig(
+    diffusion=DiffusionConfig(schedule="flow", prediction="flow", shift=3.0),
+    sampling=SamplingConfig(sampler="euler"),
+)
+OWN = (EDM, FLOW)
+"""Of predictions with schedulers of their own."""
 
 
 @pytest.mark.parametrize(
     ("config", "entry", "value"),
     [
-        (DDPM, "_class_name", "PNDMScheduler"), (DDPM, "beta_schedule", "laplace"),
+        (DDPM, "_class_name", "LMSDiscreteScheduler"), (DDPM, "beta_schedule", "laplace"),
         (DDPM, "beta_start", -0.1), (DDPM, "clip_sample", "yes"),
         (DDPM, "clip_sample_range", 2.0), (DDPM, "num_train_timesteps", 0),
         (DDPM, "prediction_type", "flow"), (DDPM, "rescale_betas_zero_snr", True),
-        (DDPM, "steps_offset", 1), (DDPM, "thresholding", True),
+        (DDPM, "steps_offset", -1), (DDPM, "thresholding", True),
         (DDPM, "timestep_spacing", "karras"), (DDPM, "trained_betas", [0.5, 2.0]),
         (DDPM, "variance_type", "learned"), (DDPM, "new_entry", 7),
         (EDM, "sigma_schedule", "exponential"), (EDM, "rho", 3.0),
         (EDM, "prediction_type", "v_prediction"), (EDM, "final_sigmas_type", "sigma_min"),
         (EDM, "sigma_min", 90.0), (EDM, "sigma_data", 0.0), (EDM, "num_train_timesteps", 1),
         (EDM, "clip_sample", True),
+        (FLOW, "shift", 0.0), (FLOW, "use_dynamic_shifting", True), (FLOW, "shift_terminal", 0.1),
+        (FLOW, "use_karras_sigmas", True), (FLOW, "invert_sigmas", True),
+        (FLOW, "stochastic_sampling", True), (FLOW, "num_train_timesteps", 0),
+        (FLOW, "new_entry", 1),
     ],
 )  # fmt: skip
 def test_unsupported_schedulers_are_refused(
     exported: Path, config: RunConfig, entry: str, value: Any
 ) -> None:
     file = exported / "scheduler" / "scheduler_config.json"
-    if config is EDM:
+    if config in OWN:
         file.write_text(json.dumps(scheduler_entries(config.diffusion, config.sampling)))
     assert load_model(exported).config.diffusion == config.diffusion
     change(file, **{entry: value})
     known = {"beta_start": "beta at timestep 0", "trained_betas": "`betas` has 2 entries"}
-    if config is EDM:
-        known = {"num_train_timesteps": "`timesteps` is 1"}
+    if config in OWN:
+        known = {"num_train_timesteps": "`timesteps` is [01]"}
     with pytest.raises(UserError, match=known.get(entry, entry)) as refused:
         load_model(exported)
-    assert config is EDM or str(file) in str(refused.value)
+    assert config in OWN or str(file) in str(refused.value)
     UNet.from_pretrained(exported)  # whose network is as it was
 
 

@@ -11,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_engine.diffusion.config import Variance
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
+from ddpm_engine.diffusion.flow_schedule import FlowSchedule
+from ddpm_engine.diffusion.parameterization import Prediction, parameterization
 from ddpm_engine.diffusion.process import add_noise
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import (
@@ -193,16 +194,16 @@ def gaussian_pixels(count: int) -> Tensor:
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def best(prediction: Prediction = "x0") -> Any:
+def best(prediction: Prediction = "x0", schedule: NoiseSchedule = SCHEDULE) -> Any:
     """The best denoiser of those images, E[x_0 | x_t], which is linear."""
-    row = PARAMETERIZATIONS[prediction]()
+    row = parameterization(prediction, schedule)
     levels = row.noise_level(
-        SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar, torch.arange(SCHEDULE.timesteps)
+        schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar, torch.arange(schedule.timesteps)
     )
 
     def network(z: Tensor, noise_level: Tensor, conditioning: object) -> Tensor:
         t = int((levels - noise_level[0]).abs().argmin())
-        a, s = SCHEDULE.sqrt_alpha_bar[t], SCHEDULE.sqrt_one_minus_alpha_bar[t]
+        a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
         z = z.double()
         x_0 = a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * z / row.state_scale(a, s)
         return row.from_x0(x_0, z, a, s)
@@ -210,13 +211,26 @@ def best(prediction: Prediction = "x0") -> Any:
     return network
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "edm"])
-def test_bound_is_the_same_for_every_prediction_type(prediction: Prediction) -> None:
+FLOW = FlowSchedule.build(10)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [
+        ("eps", SCHEDULE), ("v", SCHEDULE), ("edm", SCHEDULE), ("flow", SCHEDULE), ("v", FLOW),
+        ("flow", FLOW),
+    ],
+)  # fmt: skip
+def test_bound_is_the_same_for_every_prediction_type(
+    prediction: Prediction, schedule: NoiseSchedule
+) -> None:
     images = gaussian_pixels(2)
     ids = torch.arange(2)
-    expected = bits_per_dim(best(), SCHEDULE, images, ids, prediction="x0")
-    actual = bits_per_dim(best(prediction), SCHEDULE, images, ids, prediction=prediction)
+    expected = bits_per_dim(best("x0", schedule), schedule, images, ids, prediction="x0")
+    network = best(prediction, schedule)
+    actual = bits_per_dim(network, schedule, images, ids, prediction=prediction)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+    assert bool(expected.isfinite().all())
 
 
 def test_bound_depends_on_seed_and_id_and_not_on_the_batch() -> None:

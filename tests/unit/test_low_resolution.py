@@ -124,7 +124,7 @@ def test_augmentation_noise_does_not_depend_on_the_batch() -> None:
 def inputs_of(levels: int, flip: bool = False) -> TrainingInputs:
     spec = ConditioningSpec(classes=4, low_resolution=4)
     return TrainingInputs(
-        3, spec, horizontal_flip=flip, label_dropout=0.2, augmentation_levels=levels
+        3, spec, horizontal_flip=flip, condition_dropout=0.2, augmentation_levels=levels
     )
 
 
@@ -188,8 +188,8 @@ def test_low_resolution_adds_only_its_own_parameters(unet: UNet) -> None:
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
-        (TINY, (), "needs low-resolution images of side 4"),
-        (TINY, (upsample(LOW, 8),), "needs low-resolution images of side 4"),
+        (TINY, (), "needs low-resolution images of 4×4 pixels"),
+        (TINY, (upsample(LOW, 8),), "needs low-resolution images of 4×4 pixels"),
         (replace(TINY, low_resolution=None), (upsample(LOW, 8), IDS), "built without"),
         (replace(TINY, low_resolution=None), (None, IDS), "built without"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_engine.config import RunConfig, TrainingConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
+from ddpm_engine.diffusion.flow_schedule import FlowSchedule
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, Prediction
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks
@@ -99,6 +100,32 @@ def test_the_posterior_is_that_of_ancestral_sampling(pair: tuple[int, int]) -> N
     noise = gaussian_noise(3, positions, (1, 4, 4), 1, Stream.TRAINING_NOISE)
     expected = table[Column.X] * x + table[Column.X0] * x0 + table[Column.NOISE] * noise
     torch.testing.assert_close(ours.sample_posterior(x, x0, t, s, positions), expected)
+
+
+def test_steps_of_flow_matching_begin_in_pure_noise() -> None:
+    """Where nothing of x_t is in x_s: z = (1 − τ) x̃ + τ ε there."""
+
+    class Flat(nn.Module):
+        """Estimates the same image from anything; its velocity is (z − x_0) / τ."""
+
+        def __init__(self, grey: float) -> None:
+            super().__init__()
+            self.grey = nn.Parameter(torch.tensor(grey, dtype=torch.float64))
+
+        def forward(self, z: Tensor, level: Tensor, conditioning: object = None) -> Tensor:
+            return (z - self.grey) / (level / 1000)[:, None, None, None]
+
+    plan = DistillationConfig(Path("t"), "moments", steps=1, start_steps=1, student=Path("s"))
+    ours = MomentMatching(
+        FlowSchedule.build(), "flow", TrainingInputs(3),
+        Teacher(cast(UNet, Flat(0.2)), "flow", critic=cast(UNet, Flat(0.5))),
+        plan, lambda _: 0.02, (0.0, 0.99), 1.0, dtype=torch.float64,
+    )  # fmt: skip
+    t, _ = ours.sample_timesteps(torch.arange(8))
+    assert 999 in t.tolist()
+    loss = ours(Flat(0.4), batch())
+    # The gradient in x̃ is 2 (0.5 − 0.2), over the error 0.2.
+    torch.testing.assert_close(loss, torch.full_like(loss, (0.6 / 0.2) ** 2 / 2))
 
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])

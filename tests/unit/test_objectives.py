@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
 from ddpm_engine.diffusion.config import DiffusionConfig
-from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
+from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS, parameterization
 from ddpm_engine.diffusion.process import add_noise, posterior
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.diffusion.variational_bound import decoder_term, denoising_term
@@ -36,6 +36,7 @@ from ddpm_engine.objectives.level_sampling import (
 )
 from ddpm_engine.rules import validate
 from ddpm_kernels import Stream, gaussian_noise
+from ddpm_kernels.philox import random_words
 
 SCHEDULE = NoiseSchedule.linear(100, 1e-3, 0.1)
 SHAPE = (2, 5, 6)
@@ -88,7 +89,7 @@ def truth_of(
 
 @pytest.mark.parametrize("prediction", PARAMETERIZATIONS)
 def test_loss_depends_on_the_position_and_not_on_its_batch(prediction: str) -> None:
-    inputs = TrainingInputs(3, TEN_CLASSES, horizontal_flip=True, label_dropout=0.3)
+    inputs = TrainingInputs(3, TEN_CLASSES, horizontal_flip=True, condition_dropout=0.3)
     loss_of = DenoisingObjective(SCHEDULE, prediction, inputs)
     positions = torch.arange(64) + 2**33
     whole = loss_of(network, batch(positions, True))
@@ -119,7 +120,7 @@ def test_network_gets_the_noised_image_and_the_target_has_no_loss(
     if mirrored is not None:
         assert 0 < int(mirrored.sum()) < 8
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
-    row = PARAMETERIZATIONS[prediction]()
+    row = parameterization(prediction, SCHEDULE)
     u, w = row.target(a, s)
     t = timesteps_of(positions)
     level = row.noise_level(a.flatten(), s.flatten(), t)
@@ -147,7 +148,7 @@ def test_a_continuum_is_for_networks_that_take_no_timestep() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**62])
 def test_choices_depend_on_the_position_alone(seed: int) -> None:
-    inputs = TrainingInputs(seed, TEN_CLASSES, horizontal_flip=True, label_dropout=0.4)
+    inputs = TrainingInputs(seed, TEN_CLASSES, horizontal_flip=True, condition_dropout=0.4)
     positions = torch.arange(200) + 2**40
     images = torch.zeros(200, 1, 1, 1)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:57]
@@ -193,7 +194,9 @@ def test_timesteps_are_uniform_and_half_of_the_images_are_mirrored_at_each() -> 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_labels_are_dropped_at_the_rate(rate: float) -> None:
     given = many(labelled=True)
-    labels = TrainingInputs(3, TEN_CLASSES, label_dropout=rate).prepare(given).conditioning.labels
+    labels = (
+        TrainingInputs(3, TEN_CLASSES, condition_dropout=rate).prepare(given).conditioning.labels
+    )
     assert labels is not None
     dropped = labels == 10
     assert torch.equal(labels[~dropped], (MANY % 10)[~dropped])
@@ -209,6 +212,17 @@ def test_the_network_gets_the_labels_it_was_built_for() -> None:
         DenoisingObjective(SCHEDULE, "eps", TrainingInputs(3, TEN_CLASSES))(network, plain)
     unconditional = DenoisingObjective(SCHEDULE, "eps", PLAIN)
     assert torch.equal(unconditional(network, labelled), unconditional(network, plain))
+
+
+def test_keys_of_dropout_follow_from_seed_and_position() -> None:
+    positions = torch.arange(1000) + 2**32 - 500
+    whole = TrainingInputs(3).prepare(Batch(torch.zeros(1000, 1, 1, 1), None, positions))
+    key = whole.conditioning.dropout_key
+    assert key is not None
+    assert len(key.unique()) == 1000
+    low, high = random_words(3, positions, 2, 0, Stream.DROPOUT).unbind(1)
+    assert torch.equal(key & 0xFFFFFFFF, low)
+    assert torch.equal(key >> 32 & 0xFFFFFFFF, high)
 
 
 # --- Weights, the bound, shared noise
@@ -257,7 +271,7 @@ def test_offset_noise_is_noise_that_a_channel_shares(prediction: str) -> None:
     given = DenoisingObjective(SCHEDULE, prediction, PLAIN, offset_noise=0.5)
     positions = torch.arange(400)
     x_0, eps, a, s = truth_of(positions)
-    row = PARAMETERIZATIONS[prediction]()
+    row = parameterization(prediction, SCHEDULE)
     u, w = row.target(a, s)
     shared: list[Tensor] = []
 

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
+from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
-from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.registry import NetworkConfig
 from ddpm_engine.objectives.base import Objective
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.presets import PRESETS, digits, digits_classes
+from ddpm_engine.sizes import height_and_width
 from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.precompile import blank_batch
 from ddpm_kernels.dispatch import force_ops
 
 LEARNED = replace(
@@ -35,24 +38,40 @@ CONFIGS: dict[str, RunConfig] = {
     "offset noise": replace(digits(), objective=ObjectiveConfig(offset_noise=0.1)),
     "logit-normal": replace(digits(), objective=ObjectiveConfig(timestep_sampling="logit-normal")),
     "learned variance": LEARNED,
+    "velocity of x0": replace(
+        digits(),
+        diffusion=DiffusionConfig(schedule="flow", prediction="x0"),
+        objective=ObjectiveConfig(loss="flow", loss_limit=400.0),
+    ),
+    "x0 of velocity": replace(
+        digits(),
+        diffusion=DiffusionConfig(schedule="flow", prediction="flow"),
+        objective=ObjectiveConfig(loss="x0", loss_limit=10.0, offset_noise=0.1),
+    ),
 }
 
 
 class Pointwise(nn.Module):
     """Stands for the network of a preset: the same inputs, outputs and conditions, one layer."""
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
-        self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.sample_shape = (config.in_channels, *height_and_width(config.sample_size))
         classes = config.num_class_embeds
+        low_resolution = getattr(config, "low_resolution", None)  # not of every family
         self.conditioning = ConditioningSpec(
-            None if classes is None else classes - 1, config.low_resolution
+            None if classes is None else classes - 1,
+            low_resolution,
+            config.text_channels,
+            config.vector_channels,
         )
         self.weight = nn.Parameter(torch.empty(config.out_channels, config.in_channels, 1, 1))
 
     def forward(self, z: Tensor, noise_level: Tensor, conditioning: Conditioning) -> Tensor:
-        given = {"labels": self.conditioning.classes, "low": self.conditioning.low_resolution}
-        found = {"labels": conditioning.labels, "low": conditioning.low_resolution}
+        spec, names = self.conditioning, ("labels", "low_resolution", "text", "vector")
+        values = (spec.classes, spec.low_resolution, spec.text, spec.vector)
+        given = dict(zip(names, values, strict=True))
+        found = {name: getattr(conditioning, name) for name in names}
         assert [n for n, x in given.items() if x] == [n for n, x in found.items() if x is not None]
         return torch.conv2d(z.to(self.weight.dtype), self.weight) + noise_level[:, None, None, None]
 
@@ -67,11 +86,8 @@ def objective_of(config: RunConfig, network: Any, teacher: Teacher | None = None
     return build_objective(config, schedule, "meta", network.conditioning, teacher)
 
 
-def batch_for(network: Any) -> Batch:
-    images = torch.empty(2, *network.sample_shape, dtype=torch.uint8, device="meta")
-    positions = torch.empty(2, dtype=torch.int64, device="meta")
-    labels = None if network.conditioning.null_class is None else positions
-    return Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
+def batch_for(network: Any, config: RunConfig) -> Batch:
+    return blank_batch(network, config, 2, text_length=8).to("meta")
 
 
 @contextmanager
@@ -87,7 +103,7 @@ def test_a_loss_and_its_gradient(name: str, precision: Any) -> None:
     config = CONFIGS[name]
     config = replace(config, training=replace(config.training, precision=precision))
     network = network_of(config)
-    ours, batch = objective_of(config, network), batch_for(network)
+    ours, batch = objective_of(config, network), batch_for(network, config)
     with nothing_of_the_host():
         loss = ours(network, batch)
         loss.mean().backward()
@@ -103,7 +119,7 @@ def test_a_loss_of_distillation_and_its_gradient(method: Any) -> None:
     network, teacher = network_of(base), network_of(base).eval().requires_grad_(False)
     critic = deepcopy(teacher).requires_grad_(True) if method == "moments" else None
     ours = objective_of(config, network, Teacher(teacher, "eps", critic=critic))
-    batch = batch_for(network)
+    batch = batch_for(network, config)
     with nothing_of_the_host():
         ours(network, batch).mean().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())

@@ -18,7 +18,7 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.ddim import ddim_table
 from ddpm_engine.samplers.dpm_solver import dpm_solver_table
-from ddpm_engine.samplers.noise_levels import log_sigma, noise_levels
+from ddpm_engine.samplers.noise_levels import noise_levels
 from ddpm_engine.samplers.registry import SAMPLERS, build_table
 from ddpm_engine.samplers.table import CoefficientTable
 from ddpm_engine.samplers.timesteps import listed_timesteps, spaced_timesteps
@@ -238,7 +238,7 @@ START = np.linspace(-2.5, 2.5, 32)
 @pytest.fixture(scope="module")
 def exact() -> np.ndarray:
     """The state at the smallest σ, by a Runge-Kutta method of order 8."""
-    first, last = log_sigma(SCHEDULE).exp()[[-1, 0]].tolist()
+    first, last = SCHEDULE.log_sigma.exp()[[-1, 0]].tolist()
     solution = solve_ivp(
         lambda sigma, x: (x - Mixture().denoise(x, sigma)) / sigma, (first, last),
         START * math.sqrt(1 + first**2), "DOP853", rtol=1e-11, atol=1e-11,
@@ -249,7 +249,7 @@ def exact() -> np.ndarray:
 @pytest.mark.parametrize("sampler", SLOPES)
 def test_order_of_accuracy(sampler: str, exact: np.ndarray) -> None:
     """Steps are even in log σ."""
-    mixture, known = Mixture(), log_sigma(SCHEDULE).numpy()
+    mixture, known = Mixture(), SCHEDULE.log_sigma.numpy()
     counts, errors = [32, 64, 128], []
     for count in counts:
         levels = np.linspace(known[-1], known[0], count + 1)

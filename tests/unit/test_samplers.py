@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.sampling import sample, trajectory
-from tests.tiny import TINY
+from tests.tiny import FAMILIES
 from torch import Tensor
 
 from ddpm_engine.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.conditioning import UNCONDITIONAL, Conditioning
-from ddpm_engine.networks.unet.unet import UNet
 from ddpm_engine.samplers.timesteps import spaced_timesteps
 
 SCHEDULE = NoiseSchedule.linear()
@@ -164,20 +164,21 @@ def test_all_noise_is_bit_identical_in_every_batch(batch_size: int) -> None:
     assert torch.equal(part, whole[chosen])
 
 
-def test_samples_of_a_network_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_a_network_do_not_depend_on_the_batch(family: str) -> None:
     torch.manual_seed(0)
-    unet = UNet(TINY).eval()
+    network = build_network(FAMILIES[family]).eval()
     with torch.no_grad():
-        for parameter in unet.parameters():
+        for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     options: Any = {"seed": 8, "steps": 20}
-    whole = sample(unet, SCHEDULE, sample_ids=IDS, **options)
+    whole = sample(network, SCHEDULE, sample_ids=IDS, **options)
     assert 0.2 < whole.std() < 2, "the bound is meant for samples of order one"
-    permuted = sample(unet, SCHEDULE, sample_ids=IDS[SHUFFLED], **options)
+    permuted = sample(network, SCHEDULE, sample_ids=IDS[SHUFFLED], **options)
     differences = [(permuted - whole[SHUFFLED]).abs().max().item()]
     chosen = SHUFFLED[:3]
     for batch_size in (1, 3):
-        part = sample(unet, SCHEDULE, sample_ids=IDS[chosen], batch_size=batch_size, **options)
+        part = sample(network, SCHEDULE, sample_ids=IDS[chosen], batch_size=batch_size, **options)
         differences.append((part - whole[chosen]).abs().max().item())
     assert max(differences) <= 1e-4
     assert (whole[0] - whole[1]).abs().max() > 0.01

@@ -331,7 +331,7 @@ class Operations(TorchDispatchMode):
 )
 @pytest.mark.parametrize(
     ("sampler", "prediction"),
-    [("ddpm", "eps"), ("unipc", "v"), ("heun", "edm")],
+    [("ddpm", "eps"), ("unipc", "v"), ("heun", "edm"), ("heun", "flow")],
 )
 def test_a_step_is_the_network_and_at_most_two_operations(
     options: dict[str, Any], expected: dict[str, int], sampler: str, prediction: Any

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from tests.tiny import TINY
+from tests.tiny import FAMILIES
 from tests.watching import OnTheHost
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm_engine.config import OptimizerConfig, RunConfig, TrainingConfig
-from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.base import Network, Recompute
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet import unet
@@ -38,9 +38,11 @@ GO, SKIP = torch.zeros(()), torch.ones(())
 Path = Callable[[], AbstractContextManager[object]]
 
 
-def run_config(precision: Any = "no", accumulation: int = 1, clip_norm: float = 1.0) -> RunConfig:
+def run_config(
+    precision: Any = "no", accumulation: int = 1, clip_norm: float = 1.0, family: str = "unet"
+) -> RunConfig:
     return RunConfig(
-        model=replace(TINY, num_class_embeds=3),
+        model=replace(FAMILIES[family], num_class_embeds=3),
         optimizer=OptimizerConfig(clip_norm=clip_norm, weight_decay=0.01),
         training=TrainingConfig(
             precision=precision, accumulation=accumulation, ema_sigma_rel=(0.1,)
@@ -87,7 +89,10 @@ def mesh() -> Iterator[Any]:
 
 @pytest.mark.parametrize("clip_norm", [1e9, 1e-3])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_training_is_that_of_a_plain_loop_to_the_bit(precision: str, clip_norm: float) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_is_that_of_a_plain_loop_to_the_bit(
+    family: str, precision: str, clip_norm: float
+) -> None:
     """In half precision, weights are rounded by the optimizer and not at each use."""
     if precision == "bf16" and clip_norm < 1:
         pytest.skip("the norm is summed in another order")
@@ -164,13 +169,23 @@ def test_a_skipped_step_changes_nothing_at_all(kind: str, precision: str, mesh: 
         assert all(moved[name] != before[name] for name in before if name.startswith("ema."))
 
 
-def test_sharded_steps_are_those_of_a_whole_network(mesh: Any) -> None:
-    config = run_config()
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [("unet", "none"), ("unet", "norms"), ("unet", "blocks"), ("dit", "none"), ("dit", "blocks")],
+)
+@pytest.mark.parametrize("forced", [False, True], ids=["by torch", "by operations"])
+def test_sharded_steps_are_those_of_a_whole_network(
+    forced: bool, family: str, recompute: Recompute, mesh: Any
+) -> None:
+    config = run_config(family=family)
     whole = Replicated(network(config), config, CPU)
     sharded = FullySharded(network(config), config, Accelerator(cpu=True), mesh)
+    sharded.model.recompute(recompute)
     for number in range(4):
-        for one, other in zip(step(whole, number), step(sharded, number), strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
+        with force_ops() if forced else nullcontext():
+            losses = zip(step(whole, number), step(sharded, number), strict=True)
+        for one, other in losses:
+            torch.testing.assert_close(other, one, rtol=1e-5 if forced else 1e-6, atol=0)
     for part, tensors in whole.state().items():
         theirs = sharded.state()[part]
         assert theirs.keys() == tensors.keys()
@@ -182,13 +197,14 @@ def test_sharded_steps_are_those_of_a_whole_network(mesh: Any) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_reads_and_makes_nothing_on_the_host(
-    precision: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
+    family: str, precision: str, accumulation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     meta = torch.device("meta")
     # There is no autocast of meta tensors; half-precision weights work without.
     monkeypatch.setattr(replicated, "autocast_forward", lambda *_: None)
-    config = run_config(precision, accumulation)
+    config = run_config(precision, accumulation, family=family)
     strategy = Replicated(network(config).to(meta), config, meta)
     numbers = torch.zeros((), device=meta), torch.zeros(2, device=meta), GO.to(meta)
     for _ in range(2):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.flow_schedule import FlowSchedule
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
+from ddpm_engine.figures.straight_lines import BestEstimate, ode_states
 from ddpm_engine.figures.toy import (
     POINTS,
     PointNetwork,
@@ -83,6 +85,27 @@ def test_samples_are_pulled_back_to_the_data(
     assert end < 0.1 < middle < start
     # And to all of them: every part of the data has samples nearby.
     assert torch.cdist(points.flatten(1)[:500], states[-1]).amin(1).quantile(0.95) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction"), [(NoiseSchedule.linear(), "v"), (FlowSchedule.build(), "flow")]
+)
+def test_the_best_estimate_leads_to_the_data(schedule: NoiseSchedule, prediction: str) -> None:
+    points, _ = toy_points("moons")
+    model = BestEstimate(points[:500], schedule, prediction)
+    states = ode_states(model, 40, seed=0, count=50)
+    assert states.shape == (41, 50, 2)
+    assert torch.cdist(states[-1], points[:500].flatten(1)).amin(1).median() < 0.02
+    # At any level the output is that of the mean of the data, weighted by their likelihood.
+    t = 300
+    x = states[10][:, :, None, None]
+    exact = exact_score(schedule, points[:500].flatten(1), x.flatten(1), t)
+    a, s = schedule.sqrt_alpha_bar[t], schedule.sqrt_one_minus_alpha_bar[t]
+    row = model.row
+    z = row.state_scale(a, s) * x.double()
+    level = row.noise_level(a, s, torch.tensor(t)).expand(50)
+    x0 = row.to_x0(model(z, level).double(), z, a, s).flatten(1)
+    torch.testing.assert_close((a * x0 - x.flatten(1)) / s**2, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_samples_do_not_depend_on_their_number(

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.dataset import Batch
+from ddpm_engine.data.shards.manifest import LatentSpace
 from ddpm_engine.distributed import Ranks
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.objectives.base import Network, Objective
@@ -25,6 +26,7 @@ from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.build_objective import build_objective
 from ddpm_engine.training.ema import decays
 from ddpm_engine.training.inputs import StaticInputs
+from ddpm_engine.training.precompile import blank_batch
 from ddpm_engine.training.reports import Reports
 from ddpm_engine.training.step import device_step
 from ddpm_engine.training.strategies import replicated
@@ -32,6 +34,8 @@ from ddpm_engine.training.strategies.replicated import Replicated
 from ddpm_kernels.dispatch import force_ops
 
 META = torch.device("meta")
+SPACE = LatentSpace("autoencoder", "0" * 64, 4, 8, 0.5, 0.1, 256, 256, 3, True)
+"""What networks of four channels are trained on."""
 
 
 class Half(TorchFunctionMode):
@@ -68,17 +72,16 @@ def found_on_the_host(
     """What the host would read, or copy to the device, in a step of a run; on meta tensors."""
     with META:
         network = build_network(config.model)
-    if config.training.activation_checkpointing:
-        network.enable_activation_checkpointing()
+    network.recompute(config.training.recompute)
     schedule = config.diffusion.build_schedule()
-    objective = changed(build_objective(config, schedule, META, network.conditioning))
+    latents = SPACE if config.model.in_channels == SPACE.channels else None
+    objective = changed(
+        build_objective(config, schedule, META, network.conditioning, latents=latents)
+    )
     strategy = Replicated(network.train(), config, META)
     inputs = StaticInputs(META, len(decays(config.training)))
     count = config.training.batch_size // config.training.accumulation
-    images = torch.empty(count, *network.sample_shape, dtype=torch.uint8, device=META)
-    positions = torch.empty(count, dtype=torch.int64, device=META)
-    labels = None if network.conditioning.null_class is None else positions.clone()
-    batch = Batch(images.contiguous(memory_format=torch.channels_last), labels, positions)
+    batch = blank_batch(network, config, count, 8, latents is not None).to(META)
     inputs.batches = [batch] * config.training.accumulation
     row = Reports(META).row
     with force_ops():
@@ -94,7 +97,7 @@ def found_on_the_host(
     [
         *((name, {"precision": "no"}) for name in PRESETS),
         ("cifar10", {"precision": "bf16", "accumulation": 2}),
-        ("lsun256", {"precision": "bf16", "activation_checkpointing": True}),
+        ("lsun256", {"precision": "bf16", "recompute": "blocks"}),
         ("digits-upscale", {"precision": "fp16", "ema_sigma_rel": (0.05, 0.1)}),
     ],
 )
@@ -120,8 +123,7 @@ def outlived(training: dict[str, Any], held: list[Tensor] | None = None) -> bool
     config = RunConfig(model=TINY)
     config = replace(config, training=replace(config.training, batch_size=4, **training))
     network = build_network(config.model)
-    if config.training.activation_checkpointing:
-        network.enable_activation_checkpointing()
+    network.recompute(config.training.recompute)
     objective = build_objective(config, config.diffusion.build_schedule())
     strategy = Replicated(network.train(), config, cpu)
     inputs = StaticInputs(cpu, len(decays(config.training)))
@@ -142,7 +144,7 @@ def outlived(training: dict[str, Any], held: list[Tensor] | None = None) -> bool
 
 @pytest.mark.parametrize(
     "training",
-    [{}, {"accumulation": 2}, {"activation_checkpointing": True}],
+    [{}, {"accumulation": 2}, {"recompute": "blocks"}],
     ids=["plain", "accumulation", "checkpointing"],
 )
 def test_nothing_of_autograd_outlives_a_step(training: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,17 @@ from tests.tiny import TINY
 from torch import Tensor, nn
 
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.base import Recompute
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.unet import unet as unet_module
+from ddpm_engine.networks.unet.blocks import ResidualBlock
 from ddpm_engine.networks.unet.config import UNetConfig, check_shape
+from ddpm_engine.networks.unet.dropout import KeyedDropout, keys_of_layers
 from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.sizes import height_and_width
+from ddpm_engine.training.step_memory import traced
+from ddpm_kernels.dispatch import force_ops
+from ddpm_kernels.dropout import Dropout, dropout
 
 
 def randomised(config: UNetConfig) -> UNet:
@@ -31,15 +38,16 @@ def randomised(config: UNetConfig) -> UNet:
 
 def inputs(config: UNetConfig = TINY, batch: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    shape = (batch, config.in_channels, *height_and_width(config.sample_size))
     return torch.randn(shape, generator=generator), torch.arange(batch) * 400
 
 
+KEYS = Conditioning(dropout_key=torch.tensor([5, -(2**62), 2**40 + 3]))
+
+
 def gradients(unet: UNet) -> dict[str, Tensor]:
-    x, t = inputs(unet.config)
     unet.zero_grad()
-    torch.manual_seed(2)  # for dropout
-    unet(x, t).square().sum().backward()
+    unet(*inputs(unet.config), KEYS).square().sum().backward()
     return {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
 
 
@@ -47,31 +55,6 @@ def test_parameter_count_of_the_paper() -> None:
     with torch.device("meta"):
         unet = UNet(UNetConfig())
     assert sum(parameter.numel() for parameter in unet.parameters()) == 35_746_307
-
-
-# --- Initialisation and gradients
-
-
-def test_first_prediction_is_zero() -> None:
-    x, t = inputs()
-    assert torch.equal(UNet(TINY)(x, t), torch.zeros_like(x))
-
-
-def test_every_parameter_learns() -> None:
-    unet = UNet(TINY)
-    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
-    x, t = inputs()
-    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    # The first step moves the output convolution, the second what ends the branches.
-    for _ in range(3):
-        optimizer.zero_grad()
-        (unet(x, t) - target).square().mean().backward()
-        optimizer.step()
-    for name, parameter in unet.named_parameters():
-        assert parameter.grad is not None
-        if name.endswith("to_k.bias"):
-            continue  # adds the same to every score of a query, which softmax does not see
-        assert parameter.grad.abs().max() > 0, name
 
 
 # --- Inputs
@@ -113,36 +96,11 @@ def test_activations_have_one_memory_format_throughout(
     assert not others
 
 
-def test_one_timestep_serves_the_whole_batch() -> None:
-    unet, (x, _) = randomised(TINY), inputs()
-    expected = unet(x, torch.full((len(x),), 7))
-    assert torch.equal(unet(x, torch.tensor(7)), expected)
-    assert torch.equal(unet(x, torch.tensor(7.0)), expected)
-
-
 def test_other_image_sizes_within_reason() -> None:
     unet = randomised(TINY)
     assert unet(torch.zeros(1, 3, 12, 6), torch.tensor(0)).shape == (1, 3, 12, 6)
     with pytest.raises(ValueError, match=r"9×8 pixels.*multiples of 2"):
         unet(torch.zeros(1, 3, 9, 8), torch.tensor(0))
-
-
-def test_labels() -> None:
-    unet, (x, t) = randomised(replace(TINY, num_class_embeds=11)), inputs()
-    assert unet.conditioning.null_class == 10
-    null = torch.full((len(x),), unet.conditioning.null_class)
-    assert not torch.allclose(
-        unet(x, t, Conditioning(null)), unet(x, t, Conditioning(torch.zeros_like(null)))
-    )
-    with pytest.raises(ValueError, match=r"give labels.*null class is 10"):
-        unet(x, t)
-
-
-def test_labels_of_an_unconditional_network() -> None:
-    unet, (x, t) = UNet(TINY), inputs()
-    with pytest.raises(ValueError, match="unconditional"):
-        unet(x, t, Conditioning(torch.zeros(len(x), dtype=torch.int64)))
-    assert unet.conditioning.null_class is None
 
 
 # --- Shapes that cannot be built
@@ -184,117 +142,64 @@ def test_all_problems_are_reported_at_once() -> None:
     assert str(caught.value).count("\n  - ") == 5  # neither width is a multiple of 3
 
 
-# --- Attention kernels
-
-
-@pytest.fixture
-def no_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("xformers", "xformers.ops"):
-        monkeypatch.setitem(sys.modules, name, None)
-
-
-class FakeXformers:
-    """Stands for the module `xformers.ops`."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    def memory_efficient_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.error is not None:
-            raise self.error
-        scores = torch.einsum("blhd,bmhd->bhlm", query, key) / query.shape[-1] ** 0.5
-        return torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
-
-
-def install(monkeypatch: pytest.MonkeyPatch, xformers: FakeXformers, cuda: bool) -> None:
-    """Simulate an installed xformers, and CUDA with tensors on the CPU."""
-    monkeypatch.setitem(sys.modules, "xformers", nn.Module())
-    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kw: zeros(*shape, **kw))
-
-
-@pytest.mark.usefixtures("no_xformers")
-def test_xformers_not_installed() -> None:
-    with pytest.raises(UserError, match=r"pip install 'ddpm-engine\[xformers\]'"):
-        UNet(replace(TINY, attention="xformers"))
-
-
-@pytest.mark.parametrize(
-    ("error", "cuda", "message"),
-    [
-        (None, False, r"CUDA devices only.*attention='sdpa'"),
-        (NotImplementedError("too new"), True, r"float16 and heads of 16 channels \(too new\)"),
-    ],
-)
-def test_xformers_that_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, error: Exception | None, cuda: bool, message: str
-) -> None:
-    install(monkeypatch, FakeXformers(error), cuda)
-    with pytest.raises(UserError, match=message):
-        UNet(replace(TINY, attention="xformers"))
-
-
-@pytest.mark.usefixtures("no_xformers")
-def test_auto_without_xformers_is_sdpa() -> None:
-    x, t = inputs()
-    auto, sdpa = randomised(replace(TINY, attention="auto")), randomised(TINY)
-    assert torch.equal(auto(x, t), sdpa(x, t))
-
-
-@pytest.mark.parametrize("attention", ["xformers", "auto"])
-def test_xformers_serves_with_its_own_layout(
-    monkeypatch: pytest.MonkeyPatch, attention: str
-) -> None:
-    config, (x, t) = replace(TINY, attention_head_dim=8), inputs()
-    expected = randomised(config)(x, t)
-    fake = FakeXformers()
-    install(monkeypatch, fake, cuda=True)
-    unet = randomised(replace(config, attention=attention))  # type: ignore[arg-type]
-    torch.testing.assert_close(unet(x, t), expected, atol=1e-5, rtol=1e-5)
-    fake.error = AssertionError("called")
-    with pytest.raises(AssertionError, match="called"):
-        unet(x, t)
-
-
 # --- Ways to run
 
 
+@pytest.mark.parametrize("forced", [False, True], ids=["by torch", "by operations"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_activation_checkpointing_leaves_the_gradients(dropout: float) -> None:
+@pytest.mark.parametrize("what", ["norms", "blocks"])
+def test_recomputation_leaves_the_gradients(what: Recompute, dropout: float, forced: bool) -> None:
     unet = randomised(replace(TINY, dropout=dropout))
-    expected = gradients(unet)
-
-    def kept_for_backward() -> int:
-        sizes: list[int] = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            unet(*inputs())
-        return sum(sizes)
-
-    plain = kept_for_backward()
-    unet.enable_activation_checkpointing()
-    assert kept_for_backward() < plain / 2
-    actual = gradients(unet)
+    with force_ops() if forced else nullcontext():
+        expected = gradients(unet)
+        kept, _ = traced(unet, batch=2, on_gpu=forced)
+        unet.recompute(what)
+        actual = gradients(unet)
+        kept_then, _ = traced(unet, batch=2, on_gpu=forced)
+    assert kept_then < (0.9 if what == "norms" else 0.6) * kept
     assert actual.keys() == expected.keys()
     for name, gradient in actual.items():
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_compiled_regions_keep_names_and_numbers() -> None:
-    unet, (x, t) = randomised(TINY).eval(), inputs()
-    names, expected = list(unet.state_dict()), unet(x, t).detach()
-    unet.compile_blocks(backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(unet(x, t), expected)
-    assert list(unet.state_dict()) == names
+def test_dropout_follows_from_the_keys_of_the_samples() -> None:
+    unet, (x, t) = randomised(replace(TINY, dropout=0.5)), inputs()
+    whole, key = unet(x, t, KEYS), KEYS.dropout_key
+    assert key is not None
+    assert torch.equal(unet(x, t, KEYS), whole)
+    other = unet(x, t, Conditioning(dropout_key=key.roll(1)))
+    assert all(not torch.equal(a, b) for a, b in zip(other, whole, strict=True))
+    alone = unet(x[1:2], t[1:2], KEYS.select(slice(1, 2)))
+    torch.testing.assert_close(alone, whole[1:2])
+    given: list[Tensor] = []
+    blocks = [block for block in unet.modules() if isinstance(block, ResidualBlock)]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1].dropout_key))
+    unet(x, t, KEYS)
+    assert len(torch.cat(given).unique()) == len(x) * len(blocks)
 
 
+def test_dropout_as_a_layer_of_its_own() -> None:
+    x, key = torch.ones(3, 8, 4, 4), KEYS.dropout_key
+    assert key is not None
+    layer = KeyedDropout(0.25)
+    first, second = (layer(x, own) for own in keys_of_layers(key, 2))
+    assert torch.equal(first, dropout(x, Dropout(0.25, key)))
+    assert first.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert not torch.equal(first, second)
+    assert layer.eval()(x, None) is x
+
+
+def test_dropout_needs_keys_in_training_and_drops_nothing_otherwise() -> None:
+    unet, (x, t) = randomised(replace(TINY, dropout=0.5)), inputs()
+    with pytest.raises(ValueError, match=r"dropout of 0\.5 .* give Conditioning\.dropout_key"):
+        unet(x, t)
+    plain = randomised(TINY)
+    torch.testing.assert_close(unet.eval()(x, t, KEYS), plain(x, t))
+    assert torch.equal(plain(x, t, KEYS), plain(x, t))
+
+
+@pytest.mark.slow
 def test_blocks_of_equal_shape_share_a_compiled_graph() -> None:
     graphs = 0
 
@@ -304,28 +209,9 @@ def test_blocks_of_equal_shape_share_a_compiled_graph() -> None:
         return graph.forward
 
     # More distinct blocks than torch compiles of one function before it gives up.
-    config = UNetConfig(block_out_channels=(8, 16, 24, 32), norm_num_groups=4)
-    unet = randomised(config).eval()
+    config = UNetConfig(block_out_channels=(8, 16, 24, 32), norm_num_groups=4, dropout=0.1)
+    unet = randomised(config)  # in training, where each block drops by keys of its own
     unet.compile_blocks(backend=backend)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
-        unet(*inputs(config, batch=1))
+        unet(*inputs(config, batch=1), KEYS.select(slice(1)))
     assert 8 < graphs < len(unet.blocks())
-
-
-def test_bfloat16_autocast() -> None:
-    unet, (x, t) = randomised(TINY), inputs()
-    expected = unet(x, t)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = unet(x, t)
-    actual.sum().backward()
-    assert actual.dtype == torch.bfloat16
-    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in unet.parameters())
-
-
-def test_bfloat16_weights_take_float32_images() -> None:
-    unet, (x, t) = randomised(TINY), inputs()
-    expected = unet(x, t)
-    actual = unet.to(torch.bfloat16)(x, t)
-    assert actual.dtype == torch.bfloat16
-    assert (actual - expected).abs().max() < 0.1 * expected.abs().max()

@@ -98,8 +98,9 @@ def test_configuration_names_the_weights(prediction: Prediction) -> None:
         validate(config)
         built = build_objective(config, SCHEDULE)
         assert isinstance(built, DenoisingObjective)
+        assert built._chain is not None
         if table is None:
-            assert built._weights is None
+            assert built._chain.weights is None
         else:
-            assert built._weights is not None
-            torch.testing.assert_close(built._weights, table.float(), rtol=0, atol=0)
+            assert built._chain.weights is not None
+            torch.testing.assert_close(built._chain.weights, table.float(), rtol=0, atol=0)

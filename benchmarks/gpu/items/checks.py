@@ -19,10 +19,14 @@ from benchmarks.gpu.machine import ROOT
 FEW = 3
 """Tests of a file that a rehearsal runs."""
 LARGE = (
+    "test_modulate.py",
     "test_q_sample.py",
     "test_denoising_loss.py",
+    "test_latents.py",
     "test_reverse_step.py",
     "test_group_norm_silu.py",
+    "test_group_norm_silu_options.py",
+    "test_group_norm_silu_backward.py",
     "test_transformations.py",
 )
 """Files of `tests/kernels` that take long on a device; the others are run together."""

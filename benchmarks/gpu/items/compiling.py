@@ -7,11 +7,9 @@ from functools import partial
 
 import torch
 from benchmarks.gpu.item import Context
-from benchmarks.gpu.items import operations
+from benchmarks.gpu.items import norms, operations, tokens
 from benchmarks.gpu.networks import NormCall, all_norms
-from benchmarks.gpu.timing import normals
 
-from ddpm_kernels import group_norm_silu
 from ddpm_kernels.dispatch import force_ops
 
 IMAGES = ((128, 3, 32, 32), (64, 3, 256, 256), (16, 3, 256, 256), (64, 1, 16, 16))
@@ -19,10 +17,8 @@ IMAGES = ((128, 3, 32, 32), (64, 3, 256, 256), (16, 3, 256, 256), (64, 1, 16, 16
 
 
 def _norm(call: NormCall, dtype: torch.dtype, device: torch.device) -> None:
-    x = normals(call.shape, dtype, device).requires_grad_()
-    weight, bias = (torch.ones(call.shape[1], device=device).requires_grad_() for _ in range(2))
-    y = group_norm_silu(x, call.groups, weight, bias, eps=call.eps, activation=call.activation)
-    y.backward(torch.ones_like(y))
+    given = norms.arguments(call, device, leaves=True, dtype=dtype)
+    norms.gradients(norms.engine(call, device, residual=True), **given)
 
 
 def _calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
@@ -36,6 +32,10 @@ def _calls(device: torch.device, dry: bool) -> Iterator[Callable[[], object]]:
         ):  # fmt: skip
             for job in jobs(device, (shape,)):
                 yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
+    for job in operations.latent_jobs(device, ((2, 4, 8, 8),) if dry else operations.LATENTS):
+        yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
+    for job in tokens.modulate_jobs(device, tokens.shapes(dry)):
+        yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
     for job in operations.adamw_step_jobs(device, (1024,)):
         yield lambda job=job: job.ways["engine"](**job.make())  # type: ignore[misc]
 

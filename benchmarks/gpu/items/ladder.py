@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.gpu import textbook
 from benchmarks.gpu.item import Context, NotHereError, Row
 from benchmarks.gpu.items.ceilings import MATMUL
 from benchmarks.gpu.measured_run import Measured, measured_run, measured_steps, random_shards
 from benchmarks.gpu.networks import config_of, training_flop, unet, with_training
+from benchmarks.reference.plain_network import plain_network
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.networks.conditioning import Conditioning
 
 WARM, STEPS = 10, 30
 WORKERS = 8
@@ -75,6 +76,7 @@ def engine(
     captured: bool = False,
     plain: bool = False,
     precision: str = "bf16",
+    recompute: str = "none",
     classes: bool = False,
 ) -> None:
     """Measure the Trainer, and tell where the device's time goes.
@@ -86,18 +88,20 @@ def engine(
         size: of the images in pixels.
         compiled: by torch.compile, block by block.
         captured: the whole step as one CUDA graph.
-        plain: normalise by torch's own operations.
+        plain: nothing of the network's fused: norms, sums and concatenations by torch.
         precision: of the network.
+        recompute: what the backward pass computes again, "none", "norms" or "blocks".
         classes: add a table by class of kernel, and keep the trace.
     """
-    training: dict[str, Any] = {"compile": compiled and not context.dry}
+    training: dict[str, Any] = {"compile": compiled and not context.dry, "recompute": recompute}
     training["capture"] = "on" if captured and not context.dry else "off"
     config = config_for(context, preset, batch, size, precision, **training)
     warm, steps = (1, 2) if context.dry else (WARM, STEPS) if batch >= 64 else (4, 8)
     trace = context.out / "trace.json.gz" if classes else None
-    with textbook.plain_norms() if plain else nullcontext():
+    with plain_network() if plain else nullcontext():
         found = measured_run(config, warm, steps, trace)
-    ways = {"compiled": compiled, "captured": captured, "torch's norms": plain}
+    ways = {"compiled": compiled, "captured": captured, "unfused": plain}
+    ways[f"{recompute} recomputed"] = recompute != "none"
     way = ", ".join(name for name, on in ways.items() if on) or "eager"
     context.add(row_of(context, f"engine, {way}", config, found))
     for message in sorted(set(found.where))[:5]:
@@ -115,7 +119,7 @@ def _add_classes(context: Context, found: Measured) -> None:
 
 
 def textbook_step(context: Context) -> None:
-    """Measure a loop as a good tutorial writes it, with the same network and torch's norms."""
+    """Measure a loop as a good tutorial writes it, with the same network of torch's operations."""
     config = config_for(context, "cifar10", 128, 32)
     device, batch = context.device, config.training.batch_size
     model = unet(config.model, device).train().requires_grad_()
@@ -126,6 +130,7 @@ def textbook_step(context: Context) -> None:
     alpha_bar = config.diffusion.build_schedule().alpha_bar.float().to(device)
     side = config.model.sample_size
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+    conditions = Conditioning(dropout_key=torch.arange(batch, device=device))
 
     def step() -> None:
         t = torch.randint(0, len(alpha_bar), (batch,), device=device)
@@ -133,7 +138,8 @@ def textbook_step(context: Context) -> None:
         level = alpha_bar[t][:, None, None, None]
         noisy = level.sqrt() * images + (1 - level).sqrt() * noise
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            output = model(noisy.contiguous(memory_format=torch.channels_last), t)
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+            output = model(noisy, t, conditions)
         F.mse_loss(output.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -141,7 +147,7 @@ def textbook_step(context: Context) -> None:
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1e-4)
 
     warm, steps = (1, 2) if context.dry else (WARM, STEPS)
-    with textbook.plain_norms():
+    with plain_network():
         found = measured_steps(step, device, warm, steps, context.scratch)
     context.add(row_of(context, "textbook", config, found))
 
@@ -169,13 +175,14 @@ def peers(context: Context) -> None:
     x = torch.randn(batch, 3, side, side, device=context.device)
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(batch, dtype=torch.int64, device=context.device)
+    given = {"diffusers": (x, t), "engine": (x, t, Conditioning(dropout_key=t))}
     for name, network in networks.items():
         network.train().requires_grad_()
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        def step(network: Any = network) -> None:
+        def step(network: Any = network, arguments: Any = given[name]) -> None:
             with torch.autocast(context.device.type, torch.bfloat16, enabled=not context.dry):
-                output = network(x, t)
+                output = network(*arguments)
             (output if isinstance(output, torch.Tensor) else output.sample).float().sum().backward()
 
         warm, steps = (1, 2) if context.dry else (5, 15)

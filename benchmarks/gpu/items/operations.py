@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from benchmarks.gpu import textbook
 from benchmarks.gpu.item import Context
-from benchmarks.gpu.networks import NormCall, heaviest_norms
 from benchmarks.gpu.timing import (
     BEYOND_CACHES,
     REPEATS,
@@ -29,7 +28,6 @@ from ddpm_kernels import (
     adamw_step,
     denoising_loss,
     gradient_norm,
-    group_norm_silu,
     q_sample,
     reverse_step,
 )
@@ -38,6 +36,8 @@ from ddpm_kernels.dispatch import force_ops
 Shapes = Sequence[tuple[int, ...]]
 
 STEPS = 1000
+LATENTS = ((256, 4, 32, 32), (128, 4, 64, 64))
+"""Shapes of latents of 256 and 512 pixels, as Stable Diffusion's autoencoder has them."""
 
 
 def three_ways(ours: Way, textbook: Callable[..., object], device: torch.device) -> dict[str, Way]:
@@ -114,6 +114,75 @@ def denoising_loss_jobs(device: torch.device, shapes: Shapes) -> Iterator[Job]:
         yield Job("denoising_loss and gradient", shape, dtype, 2 * size, make, ways)
 
 
+def latent_jobs(device: torch.device, shapes: Shapes) -> Iterator[Job]:
+    """Noise latents drawn from moments, and take the loss of v: must read the moments each time.
+
+    The textbook's keeps its target.
+    """
+    alpha_bar = torch.linspace(0.99, 0.01, STEPS, device=device)
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    scaling: dict[str, Any] = {"latent_scale": 0.18215, "latent_shift": 0.0}
+    for batch, channels, *pixels in shapes:
+        shape, dtype = (batch, channels, *pixels), torch.bfloat16
+        shared = training_batch(shape, device)
+        size, read = 2 * prod(shape), 4 * prod(shape)
+        weights = torch.ones(batch, device=device)
+
+        def make(
+            given: Arguments = shared, shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype
+        ) -> Arguments:
+            moments = normals((shape[0], 2 * shape[1], *shape[2:]), torch.float16, device)
+            return {**given, "images": moments.contiguous()}
+
+        def make_loss(
+            make: Callable[[], Arguments] = make,
+            shape: tuple[int, ...] = shape,
+            dtype: torch.dtype = dtype,
+        ) -> Arguments:
+            prediction = normals(shape, dtype, device).requires_grad_()
+            return {**make(), "prediction": prediction, "target": normals(shape, dtype, device)}
+
+        def noised(timesteps: Tensor, images: Tensor, seed: Tensor, sample_ids: Tensor) -> object:
+            return q_sample(
+                images, timesteps, signal, sigma, seed, sample_ids, dtype=torch.bfloat16, **scaling
+            )
+
+        def noised_by_textbook(timesteps: Tensor, images: Tensor, **_: Any) -> object:
+            x_0 = textbook.latents(images, **scaling)
+            return textbook.mix(x_0, signal[timesteps], sigma[timesteps], torch.bfloat16)
+
+        def loss(
+            target: Tensor, prediction: Tensor, weights: Tensor = weights, **given: Any
+        ) -> object:
+            losses = denoising_loss(
+                prediction, target_x0=sigma, target_noise=signal, weights=weights, **given,
+                **scaling,
+            )  # fmt: skip
+            return torch.autograd.grad(losses.mean(), prediction)
+
+        def loss_by_textbook(
+            prediction: Tensor,
+            target: Tensor,
+            weights: Tensor = weights,
+            loss: Way = textbook.loss,
+            **_: Any,
+        ) -> object:
+            losses: Any = loss(prediction, target, weights)
+            return torch.autograd.grad(losses.mean(), prediction)
+
+        yield Job(
+            "q_sample of moments", shape, dtype, read + size, make,
+            three_ways(noised, noised_by_textbook, device),
+        )  # fmt: skip
+        yield Job(
+            "denoising_loss of moments and gradient", shape, dtype, read + 2 * size, make_loss, {
+                "engine": loss,
+                "textbook": loss_by_textbook,
+                "compiled": partial(loss_by_textbook, loss=compiled(textbook.loss, device)),
+            },
+        )  # fmt: skip
+
+
 def reverse_step_jobs(device: torch.device, shapes: Shapes) -> Iterator[Job]:
     """Must read the output, and read and write the state, which is float32."""
     for shape in shapes:
@@ -137,60 +206,6 @@ def reverse_step_jobs(device: torch.device, shapes: Shapes) -> Iterator[Job]:
 
         ways = three_ways(partial(reverse_step, in_place=True), theirs, device)
         yield Job("reverse_step", shape, dtype, 8 * prod(shape) + size, make, ways)
-
-
-def norm_jobs(device: torch.device, calls: Sequence[NormCall]) -> Iterator[Job]:
-    """Must read x and write y; backward, read x and dy and write dx. Torch's own in both layouts.
-
-    Weights are float32, activations bfloat16, as in mixed precision.
-    """
-    for call in calls:
-        shape, dtype, size = call.shape, torch.bfloat16, 2 * prod(call.shape)
-        weight, bias = torch.randn(2, shape[1], device=device)
-        upstream = normals(shape, dtype, device)
-
-        def make(call: NormCall = call, weight: Tensor = weight, bias: Tensor = bias) -> Arguments:
-            x = normals(call.shape, torch.bfloat16, device)
-            return {"x": x, "nchw": x.contiguous(), "weight": weight, "bias": bias}
-
-        def make_leaves(make: Callable[[], Arguments] = make) -> Arguments:
-            return {name: value.detach().clone().requires_grad_() for name, value in make().items()}
-
-        def engine(
-            x: Tensor, nchw: Tensor, weight: Tensor, bias: Tensor, call: NormCall = call
-        ) -> Tensor:
-            return group_norm_silu(
-                x, call.groups, weight, bias, eps=call.eps, activation=call.activation
-            )
-
-        def torch_nhwc(
-            x: Tensor, nchw: Tensor, weight: Tensor, bias: Tensor, call: NormCall = call
-        ) -> Tensor:
-            return textbook.group_norm_silu(x, call.groups, weight, bias, call.eps, call.activation)
-
-        def torch_nchw(
-            x: Tensor, nchw: Tensor, weight: Tensor, bias: Tensor, call: NormCall = call
-        ) -> Tensor:
-            return textbook.group_norm_silu(
-                nchw, call.groups, weight, bias, call.eps, call.activation
-            )
-
-        def ways(of: Callable[..., Any] | None = None) -> dict[str, Way]:
-            found: dict[str, Way] = {
-                "engine": engine,
-                "torch, NHWC": torch_nhwc,
-                "torch, NCHW": torch_nchw,
-                "inductor": compiled(torch_nhwc, device),
-            }
-            return found if of is None else {name: partial(of, way) for name, way in found.items()}
-
-        def both(function: Way, upstream: Tensor = upstream, **given: Any) -> object:
-            y: Any = function(**given)
-            # Of the two layouts of x each way uses one.
-            return y, torch.autograd.grad(y, list(given.values()), upstream, allow_unused=True)
-
-        yield Job("group_norm_silu", shape, dtype, 2 * size, make, ways())
-        yield Job("group_norm_silu, both passes", shape, dtype, 5 * size, make_leaves, ways(both))
 
 
 def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]:
@@ -241,7 +256,8 @@ def adamw_step_jobs(device: torch.device, sizes: Sequence[int]) -> Iterator[Job]
         )  # fmt: skip
 
 
-def _measure(context: Context, jobs: Iterator[Job]) -> None:
+def measure_jobs(context: Context, jobs: Iterator[Job]) -> None:
+    """Time every way of each job, and report it."""
     repeats, beyond = (2, 1) if context.dry else (REPEATS, BEYOND_CACHES)
     with force_ops():
         for job in jobs:
@@ -253,14 +269,17 @@ def pixels(context: Context) -> None:
     """Noising, loss with its gradient, and a sampling step."""
     shapes: Shapes = ((2, 3, 8, 8),) if context.dry else ((128, 3, 32, 32), (64, 3, 256, 256))
     for jobs in (q_sample_jobs, denoising_loss_jobs, reverse_step_jobs):
-        _measure(context, jobs(context.device, shapes))
+        measure_jobs(context, jobs(context.device, shapes))
 
 
-def norms(context: Context) -> None:
-    """Compare GroupNorm with SiLU at the shapes where networks move most bytes through it."""
-    _measure(context, norm_jobs(context.device, heaviest_norms(context.dry)))
+def latents(context: Context) -> None:
+    """Noising and loss of latents that are drawn from moments."""
+    shapes: Shapes = ((2, 4, 8, 8),) if context.dry else LATENTS
+    measure_jobs(context, latent_jobs(context.device, shapes))
 
 
 def optimizer(context: Context) -> None:
     """One step of AdamW for the weights of the CIFAR-10 network, with what goes with it."""
-    _measure(context, adamw_step_jobs(context.device, (1024,) if context.dry else (35_700_000,)))
+    measure_jobs(
+        context, adamw_step_jobs(context.device, (1024,) if context.dry else (35_700_000,))
+    )

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_engine.checkpoints.lazy_codec import LazyCodec, recorded_codec
+from ddpm_engine.checkpoints.lazy_text_encoder import LazyTextEncoder, recorded_text_encoder
 from ddpm_engine.checkpoints.parts import check_finite, load_part
+from ddpm_engine.checkpoints.recorded_config import located_beside
 from ddpm_engine.checkpoints.store import MANIFEST, Checkpoint, CheckpointStore, verify
 from ddpm_engine.config import RunConfig
 from ddpm_engine.data.classes import ClassNames, class_names_in
 from ddpm_engine.errors import UserError
+from ddpm_engine.interop.latent_parts import Further
 from ddpm_engine.interop.pipeline import check_pipeline, write_pipeline
+from ddpm_engine.interop.published import STEPS, read_published
 from ddpm_engine.interop.scheduler import read_scheduler
 from ddpm_engine.locations import user_path
+from ddpm_engine.networks.autoencoder.kl_config import AutoencoderKLConfig
 from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
 from ddpm_engine.networks.files.entries import listing
 from ddpm_engine.networks.files.hub import local_folder
 from ddpm_engine.networks.files.layout import (
+    AUTOENCODER,
     NETWORK_CONFIG,
     Layout,
     find_layout,
     has_average_apart,
     is_diffusers,
 )
-from ddpm_engine.networks.unet.files import read_config, read_unet
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.registry import stored_class
+from ddpm_engine.objectives.config import ObjectiveConfig
 from ddpm_engine.printable import check_utf8
 from ddpm_engine.runtime import local_device
-from ddpm_engine.samplers.identity import Ids
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.request import SampleRequest
-from ddpm_engine.samplers.samples import Samples, sample
+from ddpm_engine.samplers.samples import Chosen, Samples, sample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -51,6 +60,11 @@ class LoadedModel(DiffusionModel):
     """What was loaded; None for another library's model."""
     weights: str | None = None
     """Which of a run's weights these are, such as `ema`; None for another library's model."""
+    text_encoder: LazyTextEncoder | None = None
+    """The text encoder it was trained with, opened when it is first used; None: it takes no text,
+    or nothing says which."""
+    labels: ClassNames | None = None
+    """Names of the classes that another library's model lists."""
 
     @classmethod
     def from_config(
@@ -78,6 +92,7 @@ class LoadedModel(DiffusionModel):
             config.sampling,
             config=config,
             hash=hash,
+            vector=config.data.vector,
             checkpoint=checkpoint,
             weights=weights,
         )
@@ -91,12 +106,12 @@ class LoadedModel(DiffusionModel):
     def classes(self) -> ClassNames | None:
         """Names of the classes 0, 1, ... that it was trained on, as far as they were recorded."""
         if self.checkpoint is None or self.spec.null_class is None:
-            return None
+            return self.labels
         return class_names_in(self.checkpoint.state.get("classes"))
 
     def sample(
         self,
-        ids: int | Ids,
+        ids: Chosen,
         *,
         batch_size: int = 64,
         progress: bool | None = None,
@@ -124,7 +139,7 @@ class LoadedModel(DiffusionModel):
             UserError: diffusers has no such network or no sampler for it.
         """
         config = self.config
-        check_pipeline(config.model, config.diffusion, config.sampling, config.distillation)
+        check_pipeline(self.network, config.diffusion, config.sampling, config.distillation)
 
     def save_pretrained(self, path: Path | str, card: str | None = None) -> None:
         """Save as a pipeline of diffusers: `load` and `DDPMPipeline.from_pretrained` read it.
@@ -142,8 +157,22 @@ class LoadedModel(DiffusionModel):
         config = self.config
         write_pipeline(
             user_path(path), self.network, config.diffusion, config.sampling, config.distillation,
-            card,
+            card, self._further(),
         )  # fmt: skip
+
+    def _further(self) -> Further | None:
+        """What an export has besides, of a latent model; both encoders are opened and compared."""
+        if not isinstance(self.codec, LazyCodec):
+            return None
+        codec, encoder = self.codec.open(), self.text_encoder
+        return Further(
+            self.codec.place,
+            codec.scale,
+            codec.shift,
+            None if encoder is None else encoder.open().place,
+            encoder is not None and encoder.open().padded,
+            self.classes,
+        )
 
     def _check_distilled(self, request: SampleRequest) -> None:
         known, asked = self.sampling, request.sampling or self.sampling
@@ -174,14 +203,23 @@ class LoadedModel(DiffusionModel):
 
 
 def load(
-    path: Path | str, device: torch.device | str | None = None, weights: str = "ema"
+    path: Path | str,
+    device: torch.device | str | None = None,
+    weights: str = "ema",
+    text_encoder: str | None = None,
+    autoencoder: str | None = None,
 ) -> LoadedModel:
     """Load a trained model, on a GPU if there is one; arguments as in `load_model`."""
-    return load_model(path, local_device() if device is None else device, weights)
+    device = local_device() if device is None else device
+    return load_model(path, device, weights, text_encoder, autoencoder)
 
 
 def load_model(
-    path: Path | str, device: torch.device | str = "cpu", weights: str = "ema"
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    weights: str = "ema",
+    text_encoder: str | None = None,
+    autoencoder: str | None = None,
 ) -> LoadedModel:
     """Load a run's newest sound checkpoint, or one checkpoint, or a model that diffusers saved.
 
@@ -192,10 +230,15 @@ def load_model(
         device: where the network goes.
         weights: `"ema"`, or `"model"` for the weights without averaging, of a run or of a training
             checkpoint of diffusers; its finished models have one network.
+        text_encoder: place of the text encoder, as `open_text_encoder` takes it, if it is not where
+            it was in training. It is opened when it is first used, and then has to be the same.
+        autoencoder: place of the autoencoder whose latents the network samples, as
+            `open_autoencoder` takes it; likewise.
 
     Raises:
         NotFiniteError: the weights hold NaN or infinity.
-        UserError: no checkpoint there, a damaged one, or one of another architecture.
+        UserError: no checkpoint there, a damaged one, or one of another architecture, or a text
+            encoder for a network that takes no text, or an autoencoder for one that samples pixels.
     """
     path = local_folder(path)
     check_utf8(path)
@@ -206,9 +249,88 @@ def load_model(
             "of diffusers that has one set; leave it out",
             "weights",
         )
-    loaded = _load_diffusers(path, weights) if foreign else _load_run(path, weights)
+    loaded = _load_diffusers(path, weights, device) if foreign else _load_run(path, weights)
     loaded.network.to(device).eval().requires_grad_(False)
-    return loaded
+    loaded = with_codec(loaded, path, device, autoencoder)
+    return with_text_encoder(loaded, path, device, text_encoder)
+
+
+def with_codec(
+    loaded: LoadedModel, path: Path, device: torch.device | str, place: str | None
+) -> LoadedModel:
+    """Bind the autoencoder of a network that samples latents, which is not opened yet.
+
+    Args:
+        loaded: the model.
+        path: where it was loaded from.
+        device: where the autoencoder computes.
+        place: as `autoencoder` of `load_model`.
+
+    Raises:
+        UserError: a damaged record of the autoencoder, or a place for a network that samples
+            pixels.
+    """
+    checkpoint, channels = loaded.checkpoint, loaded.shape[0]
+    if checkpoint is None:
+        layout = find_layout(path)
+        if place is None and not layout.autoencoder:
+            return loaded
+        beside = str(layout.network.parent / AUTOENCODER)
+        codec = LazyCodec(place or beside, channels=channels, device=device)
+    else:
+        record = checkpoint.state.get("autoencoder")
+        if record is None and place is not None:
+            raise UserError(
+                f"`autoencoder` is {place}, but the network of {path} was not trained on latents; "
+                "leave it out",
+                "autoencoder",
+            )
+        if record is None:
+            return loaded
+        codec = recorded_codec(record, channels, device, place)
+        if place is None:
+            run = checkpoint.path.parent.parent
+            codec.place = located_beside(checkpoint.state["config"], run, codec.place)
+    # Whether estimates of x_0 are clipped depends on what they are of.
+    return replace(loaded, codec=codec, sampling=loaded.config.sampling)
+
+
+def with_text_encoder(
+    loaded: LoadedModel, path: Path, device: torch.device | str, place: str | None
+) -> LoadedModel:
+    """Bind the text encoder of a network that takes text, which is not opened yet.
+
+    Args:
+        loaded: the model.
+        path: where it was loaded from.
+        device: where the encoder computes.
+        place: as `text_encoder` of `load_model`.
+
+    Raises:
+        UserError: a damaged record of the encoder, or a place for a network that takes no text.
+    """
+    spec, checkpoint = loaded.spec, loaded.checkpoint
+    if checkpoint is None and place is None and loaded.text_encoder is not None:
+        return loaded
+    if not loaded.takes_text:
+        if place is not None:
+            raise UserError(
+                f"`text_encoder` is {place}, but the network of {path} is not conditioned on "
+                "text; leave it out",
+                "text_encoder",
+            )
+        return loaded
+    record = None if checkpoint is None else checkpoint.state.get("text_encoder")
+    encoder = recorded_text_encoder(record, spec.text, device, place)
+    if encoder is not None and checkpoint is not None and place is None:
+        run = checkpoint.path.parent.parent
+        encoder.place = located_beside(checkpoint.state["config"], run, encoder.place)
+    null = record.get("null_prompt") if isinstance(record, Mapping) else None
+    return replace(
+        loaded,
+        text_encoder=encoder,
+        null_prompt=null if isinstance(null, str) else loaded.null_prompt,
+    )
 
 
 def config_of(path: Path | str) -> RunConfig:
@@ -252,6 +374,11 @@ def _find_checkpoint(path: Path, parts: Collection[str]) -> Checkpoint:
 def _load_run(path: Path, weights: str) -> LoadedModel:
     checkpoint = _find_checkpoint(path, (weights,))
     config = checkpoint.config
+    if isinstance(config.model, AutoencoderKLConfig):
+        raise UserError(
+            f"{path} is the run of an autoencoder, which samples nothing; train a model of its "
+            f"latents, with the folder {AUTOENCODER} that it leaves when it is finished"
+        )
     network = build_network(config.model, initialised=False)
     load_part(checkpoint.path, weights, network.state_dict())
     check_finite(str(checkpoint.path / weights), network.state_dict())
@@ -266,24 +393,35 @@ def _load_run(path: Path, weights: str) -> LoadedModel:
     )
 
 
-def _load_diffusers(path: Path, weights: str) -> LoadedModel:
+def _load_diffusers(path: Path, weights: str, device: torch.device | str) -> LoadedModel:
     averaged = weights == "ema"
     layout = find_layout(path, averaged)
     before = _identity_of(layout)
     config = _diffusers_config(layout)
-    stored = read_unet(layout.network, averaged)
+    kind = stored_class(layout.network / NETWORK_CONFIG)
+    stored = kind.format.read(layout.network, averaged)
     if _identity_of(layout) != before:
         raise UserError(f"{path} changed while it was read; load it again")
-    network = UNet.from_stored(stored, layout.network)
+    network = kind.from_stored(stored, layout.network)
     if network.conditioning.null_class != stored.null_class:
         raise UserError(
             f"num_class_embeds is {config.model.num_class_embeds} in "
             f"{layout.network / NETWORK_CONFIG}, and nothing says that the last of these classes "
             "stands for no class, as it does in this engine: load the network with "
-            "UNet.from_pretrained and give labels yourself"
+            f"{kind.__name__}.from_pretrained and give labels yourself"
         )
     check_finite(str(layout.network), network.state_dict())
-    return LoadedModel.from_config(network, config, stored.hash)
+    published = read_published(layout)
+    encoder = None
+    if layout.text_encoder is not None and network.conditioning.text is not None:
+        place, channels = str(layout.text_encoder), network.conditioning.text
+        encoder = LazyTextEncoder(place, channels=channels, device=device)
+    return replace(
+        LoadedModel.from_config(network, config, stored.hash),
+        text_encoder=encoder,
+        null_prompt=published.null_prompt,
+        labels=published.classes,
+    )
 
 
 def _identity_of(layout: Layout) -> tuple[int, int] | None:
@@ -304,17 +442,27 @@ def _diffusers_config(layout: Layout) -> RunConfig:
             f"{listing(layout.network.parent)})"
         )
     process = read_scheduler(layout.scheduler)
-    shape = read_config(layout.network / NETWORK_CONFIG)
-    outputs = shape.in_channels * (2 if process.sampling.variance.startswith("learned") else 1)
+    file = layout.network / NETWORK_CONFIG
+    shape = stored_class(file).format.read_config(file)
+    sampling = process.sampling
+    if sampling.sampler != "ddpm" and shape.out_channels == 2 * shape.in_channels:
+        # Such a configuration says nothing of variances; the network's outputs do.
+        sampling = replace(sampling, variance="learned_range")
+    if sampling.steps is None and (layout.autoencoder is not None or sampling.steps_offset):
+        # As pipelines have it; with an offset, all timesteps cannot be visited.
+        sampling = replace(sampling, steps=STEPS)
+    learned = sampling.variance.startswith("learned")
+    outputs = shape.in_channels * (2 if learned else 1)
     if shape.out_channels != outputs:
         raise UserError(
-            f"out_channels is {shape.out_channels} in {layout.network / NETWORK_CONFIG}: with "
-            f"in_channels {shape.in_channels} and the variance {process.sampling.variance} of "
+            f"out_channels is {shape.out_channels} in {file}: with "
+            f"in_channels {shape.in_channels} and the variance {sampling.variance} of "
             f"{layout.scheduler} it must be {outputs}; one of the two files is of another model"
         )
     return RunConfig(
         model=shape,
         diffusion=process.diffusion,
-        sampling=process.sampling,
+        objective=ObjectiveConfig(learned_variance=learned),
+        sampling=sampling,
         distillation=process.distillation,
     )

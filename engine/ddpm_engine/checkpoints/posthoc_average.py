@@ -17,6 +17,9 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.networks.build import build_network
 
+_EMBEDDERS = ("text_encoder", "image_embeddings")
+"""Entries of a state that say what the network's conditions were embedded by."""
+
 
 def average_checkpoints(
     checkpoints: Sequence[Checkpoint],
@@ -155,6 +158,7 @@ def _write(out: Path, newest: Checkpoint, mean: dict[str, Tensor], facts: dict[s
         "config": newest.state["config"],
         "classes": newest.state.get("classes"),
         "average": facts,
+        **{name: newest.state[name] for name in _EMBEDDERS if name in newest.state},
     }
     try:
         store.save(newest.step, {"ema": mean}, state)

@@ -57,6 +57,17 @@ def load_record(file: Path) -> tuple[RunConfig, bool]:
     return of_record(values, file.parent, str(file)), RECORDED_IN in values
 
 
+def located_beside(values: Any, run: Path, place: str) -> str:
+    """A place that was recorded beside a configuration, as it is from here.
+
+    Args:
+        values: what `record` returned, or `to_dict`.
+        run: where the run is now.
+        place: a path as it was given, or the name of something else.
+    """
+    return str(_if_path(_locator(_bases(Path(values["out"]), run, values.get(RECORDED_IN))), place))
+
+
 def _bases(out: Path, run: Path, recorded_in: Any) -> list[Path]:
     """The folders that relative paths may count from, the likeliest first."""
     bases = []
@@ -68,13 +79,18 @@ def _bases(out: Path, run: Path, recorded_in: Any) -> list[Path]:
     return bases
 
 
-def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
+def _locator(bases: list[Path]) -> Callable[[Path], Path]:
     def locate(path: Path) -> Path:
         for base in bases:
             if not path.is_absolute() and os.path.exists(base / _fixed(path)):
                 return path if base == Path.cwd() else base / path
         return path
 
+    return locate
+
+
+def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
+    locate = _locator(bases)
     data, plan = config.data, config.distillation
     return replace(
         config,
@@ -84,7 +100,9 @@ def _located(config: RunConfig, bases: list[Path]) -> RunConfig:
             source=_if_path(locate, data.source),
             mix_with=tuple(_if_path(locate, other) for other in data.mix_with),
             cache=_if_path(locate, data.cache),
+            text_encoder=_if_path(locate, data.text_encoder),
         ),
+        training=replace(config.training, init=_if_path(locate, config.training.init)),
         distillation=replace(
             plan,
             teacher=_if_path(locate, plan.teacher),

@@ -12,7 +12,7 @@ import logging
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -22,6 +22,7 @@ from ddpm_engine.checkpoints.load import config_of
 from ddpm_engine.cli.options import Positive, PositiveOrNone, exit_on_error, parse_options
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
+from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.errors import UserError
 from ddpm_engine.launched import is_first
 from ddpm_engine.objectives.config import DistillationConfig, DistillationMethod
@@ -56,7 +57,7 @@ class Options:
     """Run distilled to as many steps, which moments continues."""
     guidance_scale: Annotated[float, Ge(-1000), Le(1000)] | None = None
     """Guidance scale of the teacher, which the result has built in."""
-    prediction: Literal["eps", "x0", "v", "edm"] | None = None
+    prediction: Prediction | None = None
     """Prediction of the result; default: as the teacher, but v if that predicts eps."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

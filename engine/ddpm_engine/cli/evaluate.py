@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,9 +34,16 @@ from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation import metrics as comparing
 from ddpm_engine.evaluation.feature_networks import FeaturesName, default_cache, feature_network
+from ddpm_engine.evaluation.likelihoods import check_likelihood
 from ddpm_engine.evaluation.nll import bound_of_real_images, check_bound
+from ddpm_engine.evaluation.ode_nll import ode_likelihood_of_real_images
 from ddpm_engine.evaluation.run import CHUNK_SIZE, evaluate
-from ddpm_engine.evaluation.sources import folder_source, generated_source, open_real_images
+from ddpm_engine.evaluation.sources import (
+    RealImages,
+    folder_source,
+    generated_source,
+    open_real_images,
+)
 from ddpm_engine.generation.batch_size import DEFAULT, BatchSize
 from ddpm_engine.generation.work_sharing import WorkShare
 from ddpm_engine.launched import check_launched_precision
@@ -49,7 +57,8 @@ from ddpm_engine.runtime import (
 )
 from ddpm_engine.samplers.identity import Count
 
-METRICS = (*comparing.METRICS, "nll")
+LIKELIHOODS = ("nll", "nll-ode")
+METRICS = (*comparing.METRICS, *LIKELIHOODS)
 
 
 @options_of_request(
@@ -76,8 +85,8 @@ class FeatureOptions:
     """What samples and real images are compared by."""
 
     features: FeaturesName = "inception"
-    """Feature network. inception: that of the Fréchet Inception Distance; digits: a small
-    classifier."""
+    """Feature network. inception: that of the Fréchet Inception Distance; digits, numbers: a small
+    classifier of one digit, or of two side by side."""
     inception_weights: Path | None = None
     """File of Inception's weights; default: downloaded once, into --cache."""
     reference_count: PositiveOrNone = None
@@ -98,12 +107,17 @@ class Options:
     """Real images: a folder of indexed shards or its URL; default: the run's training data."""
     metrics: Annotated[str, tyro.conf.arg(metavar="M,M,...")] = "fid,kid,is,precision-recall"
     """Metrics to compute: fid, kid, is, precision-recall, accuracy (of the classes of generated
-    digits), nll."""
+    digits), nll (the variational bound), nll-ode (the likelihood by the probability-flow ODE)."""
+    ode_steps: Positive = 100
+    """Solver steps of nll-ode, two network evaluations each."""
     count: Count | None = None
     """Number of samples, and for nll of real images; default: 50000, or all of --samples, and for
     nll all."""
     out: Path | None = None
     """Folder of samples, features and reports; default: named by settings, in RUN/evaluation."""
+    autoencoder: str | None = None
+    """Place of the autoencoder whose latents the model samples, if it is elsewhere now: a folder of
+    diffusers; default: where it was in training."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     features: FeatureOptions = field(default_factory=FeatureOptions)
     piece: Positive = CHUNK_SIZE
@@ -115,10 +129,12 @@ _COMPARING = frozenset({"comparing"})
 _USED_BY = {
     **dict.fromkeys(
         ("sampler", "steps", "spacing", "eta", "class_labels", "guidance_scale",
-         "guidance_interval", "precision"),
+         "guidance_interval", "precision", "autoencoder"),
         _GENERATING,
     ),
-    **dict.fromkeys(("seed", "weights", "variance", "batch_size"), _GENERATING | {"nll"}),
+    **dict.fromkeys(("seed", "weights", "batch_size"), _GENERATING | set(LIKELIHOODS)),
+    "variance": _GENERATING | {"nll"},
+    "ode_steps": frozenset({"nll-ode"}),
     **dict.fromkeys(("features", "reference_count", "piece"), _COMPARING),
     "inception_weights": frozenset({"inception"}),
 }  # fmt: skip
@@ -126,8 +142,8 @@ _USED_BY = {
 
 
 def purposes(options: Options, metrics: Collection[str]) -> set[str]:
-    """Return what is done: generating, comparing (by inception or digits), nll."""
-    found = {"nll"} if "nll" in metrics else set()
+    """Return what is done: generating, comparing (by inception or digits), nll, nll-ode."""
+    found = set(LIKELIHOODS).intersection(metrics)
     if any(metric in comparing.METRICS for metric in metrics):
         found |= {"comparing", options.features.features}
         if options.samples is None:
@@ -166,9 +182,11 @@ def check(options: Options) -> None:
             "give either `checkpoint`, to generate samples, or `samples`, which exist already"
         )
     metrics = parse_metrics(options)
-    if options.samples is not None and "nll" in metrics:
+    likelihoods = [metric for metric in metrics if metric in LIKELIHOODS]
+    if options.samples is not None and likelihoods:
         raise UserError(
-            "nll is a metric of a network: give `checkpoint`, or leave it out of `metrics`",
+            f"{likelihoods[0]} is a metric of a network: give `checkpoint`, or leave it out of "
+            "`metrics`",
             field="metrics",
         )
     done = purposes(options, metrics)
@@ -230,7 +248,7 @@ def real_location(options: Options, loaded: LoadedModel | None) -> str:
 def compare(
     options: Options, loaded: LoadedModel | None, device: torch.device, share: WorkShare
 ) -> Path | None:
-    """Compute every metric but nll."""
+    """Compute every metric but likelihoods."""
     out, show = evaluations_folder(options, loaded), share.rank == 0
     if loaded is None:
         assert options.samples is not None, "checked"
@@ -256,7 +274,7 @@ def compare(
         )
     chosen = options.features
     real = open_real_images(real_location(options, loaded), source.shape, chosen.reference_count)
-    metrics = [metric for metric in parse_metrics(options) if metric != "nll"]
+    metrics = [metric for metric in parse_metrics(options) if metric not in LIKELIHOODS]
     comparing.check_counts(metrics, len(source.ids), len(real))
     if "accuracy" in metrics:
         comparing.check_labels([source.images.label_of(k) for k in source.ids])
@@ -272,13 +290,7 @@ def compare(
 
 def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | None:
     """Compute nll, and plot its terms."""
-    channels, height, width = loaded.shape
-    shape = (height, width, channels)
-    real = open_real_images(real_location(options, loaded), shape, options.count)
-    asked = options.sampling.batch_size
-    size = DEFAULT if asked == "auto" else asked
-    batch = min(size, len(real))
-    check_fits(8 * batch * math.prod(shape), "batch_size", "choose a smaller one")
+    real, size = real_images(options, loaded)
     found = bound_of_real_images(
         loaded,
         real,
@@ -293,6 +305,37 @@ def bound(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | Non
         return None
     bound_figure(found.terms, found.report.with_name("terms.png"))
     return found.report
+
+
+def by_ode(options: Options, loaded: LoadedModel, share: WorkShare) -> Path | None:
+    """Compute nll-ode."""
+    real, size = real_images(options, loaded)
+    return ode_likelihood_of_real_images(
+        loaded,
+        real,
+        evaluations_folder(options, loaded),
+        steps=options.ode_steps,
+        seed=vars(options.sampling)["seed"],
+        batch_size=size,
+        share=share,
+        show_progress=share.rank == 0,
+    )
+
+
+def real_images(options: Options, loaded: LoadedModel) -> tuple[RealImages, int]:
+    """Return the images whose likelihood is computed, and how many at a time.
+
+    Raises:
+        UserError: they cannot be read, or are too many for the memory there is.
+    """
+    channels, height, width = loaded.image_shape
+    shape = (height, width, channels)
+    real = open_real_images(real_location(options, loaded), shape, options.count)
+    asked = options.sampling.batch_size
+    size = DEFAULT if asked == "auto" else asked
+    batch = min(size, len(real))
+    check_fits(8 * batch * math.prod(shape), "batch_size", "choose a smaller one")
+    return real, size
 
 
 def main() -> None:
@@ -312,26 +355,37 @@ def main() -> None:
         metrics = parse_metrics(options)
         loaded = None
         if options.checkpoint is not None:
-            loaded = load_model(options.checkpoint, device, options.sampling.weights)
+            loaded = load_model(
+                options.checkpoint, device, options.sampling.weights,
+                autoencoder=options.autoencoder,
+            )  # fmt: skip
             if loaded.spec.low_resolution is not None:
                 raise UserError(
                     f"`checkpoint` {options.checkpoint} is a super-resolution model: generate "
                     "samples from low-resolution images first, and give them as `samples`",
                     field="checkpoint",
                 )
+            if loaded.spec.text is not None or loaded.spec.vector is not None:
+                raise UserError(
+                    f"`checkpoint` {options.checkpoint} is conditioned on text or on embeddings of "
+                    "images: generate samples from those first, and give them as `samples`",
+                    field="checkpoint",
+                )
             if "nll" in metrics:
                 check_bound(loaded, options.sampling.variance)
+            if "nll-ode" in metrics:
+                check_likelihood(loaded, "nll-ode")
         parts: list[Callable[[], Path | None]] = []
         if any(metric in comparing.METRICS for metric in metrics):
             parts.append(lambda: compare(options, loaded, device, share))
-        if "nll" in metrics:
-            model = loaded
-            assert model is not None, "checked"
-            parts.append(lambda: bound(options, model, share))
+        for metric, part in (("nll", bound), ("nll-ode", by_ode)):
+            if metric in metrics:
+                assert loaded is not None, "checked"
+                parts.append(partial(part, options, loaded, share))
         failed = []
-        for part in parts:
+        for compute in parts:
             try:
-                report = part()
+                report = compute()
             except UserError as error:  # the other part may succeed
                 failed.append(error)
                 continue

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import torch
@@ -227,10 +228,11 @@ def option_names(
         )
         if _POSITIONAL in metadata:
             continue
-        if dataclasses.is_dataclass(kind):
-            section = prefix if omit_prefixes or not option else f"{prefix}{option}."
-            yield from option_names(cast(Callable[..., Any], kind), omit_prefixes, section)
-        else:
+        sections = (kind,) if dataclasses.is_dataclass(kind) else _alternatives(kind)
+        for section in sections:
+            inner = prefix if omit_prefixes or not option else f"{prefix}{option}."
+            yield from option_names(cast(Callable[..., Any], section), omit_prefixes, inner)
+        if not sections:
             yield prefix + option
 
 
@@ -306,9 +308,21 @@ def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     fields = []
     for name, default in defaults.items():
         text, hint = _help(texts.get(name, ""))
-        kind: Any = Annotated[kinds[name], tyro.conf.arg(help_behavior_hint=hint)]
+        kind: Any = _of_default(kinds[name], default)
+        kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=hint)]
         fields.append(StructFieldSpec(name, kind, default, text or None))
     return StructConstructorSpec(info.type, tuple(fields))
+
+
+def _of_default(kind: Any, default: Any) -> Any:
+    """Of several classes of options, that of the default, whose flags the command line takes."""
+    return type(default) if _alternatives(kind) and dataclasses.is_dataclass(default) else kind
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The classes that an option may be of, if these are several dataclasses."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return kinds if kinds and all(map(dataclasses.is_dataclass, kinds)) else ()
 
 
 def _default(field: dataclasses.Field[Any], instance: Any) -> Any:

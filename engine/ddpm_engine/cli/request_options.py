@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import docstring_parser
@@ -28,6 +29,7 @@ RENAMED = {
     "sampling.": "",
     "guidance.": "guidance_",
     "classes": "class_labels",
+    "guidance": "guidance_scale",
     "repeats": "draws",
     "augmentation_level": "augmentation",
 }
@@ -75,11 +77,23 @@ def request_of(model: LoadedModel, options: Mapping[str, Any]) -> SampleRequest:
 
     Args:
         model: that it is for.
-        options: values by name; those that are None stand for the default. `interpolate` is the
-            field's value, everything else as on the command line.
+        options: as `fields_of` takes them.
 
     Raises:
         UserError: a list that cannot be read, or whatever `request_from_files` refuses.
+    """
+    return request_from_files(model, **fields_of(options))
+
+
+def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request that options describe.
+
+    Args:
+        options: values by name; those that are None stand for the default. `interpolate` and
+            `prompts` are the field's values, everything else as on the command line.
+
+    Raises:
+        UserError: a list that cannot be read, or guidance without a scale.
     """
     fields = {name: value for name, value in options.items() if value is not None}
     guidance = {
@@ -103,9 +117,38 @@ def request_of(model: LoadedModel, options: Mapping[str, Any]) -> SampleRequest:
     elif labels is not None:
         named = labels in ("all", "none")
         fields["classes"] = labels if named else numbers("class-labels", labels)
-    return request_from_files(
-        model, **{_FIELDS.get(name, name): value for name, value in fields.items()}
-    )
+    return {_FIELDS.get(name, name): value for name, value in fields.items()}
+
+
+def prompts_of(listed: Sequence[str], file: Path | None) -> tuple[str, ...] | None:
+    """Return the prompts of a command; None if there are none.
+
+    Args:
+        listed: on the command line.
+        file: of one prompt a line; lines of blanks are passed over.
+
+    Raises:
+        UserError: a file that cannot be read, is not UTF-8 or has no prompts.
+    """
+    if file is None:
+        return tuple(listed) or None
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"`prompts` {file} is not UTF-8 ({error.reason} at byte {error.start}); save it as "
+            "UTF-8",
+            "prompts",
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"`prompts` {file} cannot be read: {error.strerror}; give a file of one prompt a line",
+            "prompts",
+        ) from error
+    found = tuple(text for line in lines if (text := line.strip()))
+    if not found:
+        raise UserError(f"`prompts` {file} holds no prompts; give one a line", "prompts")
+    return found
 
 
 def _option(name: str) -> tuple[Any, Any, str]:

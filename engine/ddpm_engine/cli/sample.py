@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from ddpm_engine.bounds import Ge
-from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.load import LoadedModel, load_model, with_codec, with_text_encoder
+from ddpm_engine.cli.chain_options import ChainOptions, bind, models_of
 from ddpm_engine.cli.options import (
     PositiveOrNone,
     exit_on_error,
@@ -28,7 +30,7 @@ from ddpm_engine.cli.request_options import (
     ClassLabels,
     Numbers,
     options_of_request,
-    request_of,
+    prompts_of,
 )
 from ddpm_engine.errors import UserError
 from ddpm_engine.generation.batch_size import BatchSize
@@ -71,6 +73,20 @@ class ClassOptions:
     """Evaluation with and without the class one after the other: half the memory."""
 
 
+@options_of_request("prompt", "prompts", "negative_prompt", "text_encoder")
+class TextOptions:
+    """What a model that is conditioned on text generates."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Prompt; repeat it for several: samples 0, 1, 2, ..., and again from the first; default:
+    none."""
+    prompts: Path | None = None
+    """File of prompts, one a line, in place of --prompt."""
+    text_encoder: str | None = None
+    """Place of the text encoder that the model was trained with, if it is elsewhere now: a folder
+    of transformers, or package:NAME; default: where it was in training."""
+
+
 @options_of_request(
     "images", "strength", "mask", "draws", "interpolate", "low_resolution", "augmentation"
 )
@@ -106,24 +122,29 @@ class MachineOptions:
     """Samples of a shard; default: 1024."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Generate samples from a trained model. Run the same command again to resume."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """A run directory, one checkpoints/step-… in it, the folder of a diffusers pipeline, or the
-    name of a model on the Hugging Face hub."""
+    name of a model on the Hugging Face hub. This, or --cascade, is required."""
     out: Path
     """Folder of the samples, grid.png and manifest.json."""
     count: Count | None = None
-    """Number of samples: ids 0 to COUNT − 1 of the seed; default: 64."""
+    """Number of samples: ids 0 to COUNT − 1 of the seed; default: 64, or one of each prompt."""
     ids: Numbers = None
     """Ids of samples to generate instead of COUNT, such as 17,42."""
     seed: Seed = 0
     """Seed of all noise: another seed gives other samples."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of a run: the EMA, or those of the last step."""
+    autoencoder: str | None = None
+    """Place of the autoencoder whose latents the model samples, if it is elsewhere now: a folder of
+    diffusers; default: where it was in training."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    chain: ChainOptions = field(default_factory=ChainOptions)
     classes: ClassOptions = field(default_factory=ClassOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
@@ -133,6 +154,7 @@ class Options:
         return {
             "seed": self.seed,
             **vars(self.sampler),
+            "negative_prompt": vars(self.text)["negative_prompt"],
             **vars(self.classes),
             **vars(self.image),
             "precision": vars(self.machine)["precision"],
@@ -143,6 +165,7 @@ _COUNT = 64
 _EXCLUDES = [
     ("timesteps", "steps"),
     ("timesteps", "spacing"),
+    ("prompt", "prompts"),
     ("class_label", "class_labels"),
     ("interpolate", "ids"),
     ("interpolate", "images"),
@@ -161,8 +184,8 @@ def check(options: Options) -> None:
         UserError: the first of them.
     """
     machine = options.machine
-    asked = {**options.of_request(), "ids": options.ids}
-    given = {name for name, value in asked.items() if value is not None}
+    asked = {**options.of_request(), **vars(options.text), "ids": options.ids}
+    given = {name for name, value in asked.items() if value not in (None, ())}
     for one, other in _EXCLUDES:
         if one in given and other in given:
             raise UserError(f"`{one}` and `{other}` do not go together; leave one out", one)
@@ -172,14 +195,19 @@ def check(options: Options) -> None:
         )
 
 
-def parse_ids(options: Options) -> Sequence[int]:
+def parse_ids(options: Options, prompts: int = 0) -> Sequence[int]:
     """Return the ids of the samples.
+
+    Args:
+        options: of the command.
+        prompts: number of those that it names.
 
     Raises:
         UserError: a list that is none.
     """
     if options.ids is None:
-        return range(_COUNT if options.count is None else options.count)
+        default = prompts or _COUNT
+        return range(default if options.count is None else options.count)
     ids = distinct(numbers("ids", options.ids))
     if options.count not in (None, len(ids)):
         raise UserError(
@@ -188,8 +216,12 @@ def parse_ids(options: Options) -> Sequence[int]:
     return ids
 
 
-def parse_interpolation(options: Options) -> tuple[int, int, int] | None:
+def parse_interpolation(options: Options, ids: Sequence[int]) -> tuple[int, int, int] | None:
     """Return the ends and the number of samples from one to the other.
+
+    Args:
+        options: of the command.
+        ids: of the samples.
 
     Raises:
         UserError: anything but two ids.
@@ -200,7 +232,51 @@ def parse_interpolation(options: Options) -> tuple[int, int, int] | None:
     ends = numbers("interpolate", text)
     if len(ends) != 2 or min(ends) < 0:
         raise UserError(f"`interpolate` is {text!r}; it takes two ids, as 17,42", "interpolate")
-    return ends[0], ends[1], len(parse_ids(options))
+    return ends[0], ends[1], len(ids)
+
+
+def load_all(
+    places: Sequence[Path],
+    device: torch.device,
+    weights: str,
+    text_encoder: str | None = None,
+    autoencoder: str | None = None,
+) -> list[LoadedModel]:
+    """Load the models of a command.
+
+    Args:
+        places: of the models.
+        device: where they go.
+        weights: as in `load_model`.
+        text_encoder: of those that are conditioned on text.
+        autoencoder: of those that sample latents.
+
+    Raises:
+        UserError: one cannot be loaded, or none takes text and an encoder is named, or none samples
+            latents and an autoencoder is named.
+    """
+    if len(places) == 1:
+        return [load_model(places[0], device, weights, text_encoder, autoencoder)]
+    models = [load_model(place, device, weights) for place in places]
+    if text_encoder is not None and not any(model.takes_text for model in models):
+        raise UserError(
+            f"`text_encoder` is {text_encoder}, but no model is conditioned on text; leave it out",
+            "text_encoder",
+        )
+    latent = [model.codec.clip_range is None for model in models]
+    if autoencoder is not None and not any(latent):
+        raise UserError(
+            f"`autoencoder` is {autoencoder}, but no model samples latents; leave it out",
+            "autoencoder",
+        )
+    models = [
+        with_codec(model, place, device, autoencoder if of_latents else None)
+        for model, place, of_latents in zip(models, places, latent, strict=True)
+    ]
+    return [
+        with_text_encoder(model, place, device, text_encoder if model.takes_text else None)
+        for model, place in zip(models, places, strict=True)
+    ]
 
 
 def main() -> None:
@@ -214,16 +290,24 @@ def main() -> None:
         precision = choose_precision(options.of_request()["precision"], device)
         check_launched_precision(precision, "precision")
         check(options)
-        ids = parse_ids(options)
-        model = load_model(options.checkpoint, device, options.weights)
-        # The network is this command's own: its weights need not be there twice.
+        prompts = prompts_of(options.text.prompt, options.text.prompts)
+        ids = parse_ids(options, len(prompts or ()))
+        places = models_of(options.chain, options.checkpoint)
+        encoder = vars(options.text)["text_encoder"]
+        models = load_all(places, device, options.weights, encoder, options.autoencoder)
+        # The networks are this command's own: their weights need not be there twice.
         if precision in DTYPES:
-            to_half(model.network, DTYPES[precision])
-        asked = {**options.of_request(), "interpolate": parse_interpolation(options)}
+            for model in models:
+                to_half(model.network, DTYPES[precision])
+        asked = {
+            **options.of_request(),
+            "prompts": prompts,
+            "interpolate": parse_interpolation(options, ids),
+        }
         machine = options.machine
         generate(
-            model,
-            request_of(model, asked),
+            models[-1],
+            bind(models, options.chain, asked),
             ids,
             options.out,
             format=machine.format,

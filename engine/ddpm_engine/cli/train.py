@@ -19,15 +19,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ddpm_engine.checkpoints.load import config_of
 from ddpm_engine.checkpoints.recorded_config import CONFIG, load_record
 from ddpm_engine.cli.options import exit_on_error, parse_options
-from ddpm_engine.config import RunConfig, dump_config
+from ddpm_engine.config import OptimizerConfig, RunConfig, dump_config
 from ddpm_engine.errors import UserError
 from ddpm_engine.launched import is_first
 from ddpm_engine.locations import user_path
+from ddpm_engine.networks.autoencoder.kl_config import AutoencoderKLConfig
+from ddpm_engine.networks.files.hub import local_folder
+from ddpm_engine.networks.files.layout import find_layout
 from ddpm_engine.presets import PRESETS
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import use_local_compile_cache
 from ddpm_engine.training.run_directory import is_run
 from ddpm_engine.training.trainer import Trainer
+
+FINE_TUNING = OptimizerConfig(learning_rate=1e-5)
+"""That of a run which starts from another model, unless a preset is named."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,17 @@ class Options:
     """
 
     preset: Literal[
-        "digits", "digits-classes", "digits-upscale", "digits-edm", "photos", "cifar10",
-        "cifar10-edm", "celebahq256", "lsun256",
+        "digits", "digits-classes", "digits-upscale", "digits-edm", "digits-flow", "digits-dit",
+        "numbers-text", "numbers-base", "numbers-upscale", "numbers-prior", "numbers-decoder",
+        "numbers-latents", "photos", "photos-text", "cifar10", "cifar10-edm", "cifar10-flow",
+        "celebahq256", "lsun256", "dit-b-256", "ldm-256", "jit-b-64",
     ] = "digits"  # fmt: skip
     """Preset that the defaults come from."""
     config: Path | None = None
     """Run directory, or its config.json, that the defaults come from instead."""
+    init: Path | None = None
+    """Model that the run starts from, of which it has network, process and sampler: a run
+    directory, or the folder of a pipeline of diffusers; default: none."""
     print_config: bool = False
     """Output of the resolved configuration as JSON, and nothing else."""
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()  # noqa: RUF009
@@ -54,6 +65,7 @@ def parse(arguments: list[str]) -> Options:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits")
     first.add_argument("--config")
+    first.add_argument("--init")
     chosen, _ = first.parse_known_args(arguments)
     flags = {argument.partition("=")[0] for argument in arguments}
     if chosen.config is not None:
@@ -64,10 +76,54 @@ def parse(arguments: list[str]) -> Options:
     else:
         # An unknown preset is reported by tyro, with the choices.
         defaults = PRESETS.get(chosen.preset, PRESETS["digits"])()
+    if chosen.init is not None:
+        if chosen.config is None and "--preset" not in flags:
+            defaults = RunConfig(optimizer=FINE_TUNING)
+        defaults = started_from(user_path(chosen.init), defaults)
+    if isinstance(defaults.model, AutoencoderKLConfig):
+        raise UserError(
+            "`config` is of an autoencoder; continue it with train_autoencoder.py", "config"
+        )
     if "--data.path" in flags and "--data.source" not in flags:
         # The preset's source belongs to its own folder: a mistyped path must not be filled with it.
         defaults = replace(defaults, data=replace(defaults.data, source=None))
     return parse_options(Options, arguments, default=Options(run=defaults))
+
+
+def started_from(path: Path, defaults: RunConfig) -> RunConfig:
+    """Return defaults for a run that starts from a model.
+
+    Args:
+        path: of the model.
+        defaults: of what does not follow from it.
+
+    Raises:
+        UserError: there is no model, or it is one that this engine does not have.
+    """
+    try:
+        model = config_of(path)
+    except UserError as error:
+        raise UserError(f"`init`: {error}", "init") from None
+    data = defaults.data
+    if not is_run(path):
+        layout = find_layout(local_folder(path))
+        encoder, autoencoder = layout.text_encoder, layout.autoencoder
+        if encoder is not None:
+            data = replace(data, text_encoder=str(encoder))
+        if autoencoder is not None:
+            data = replace(data, autoencoder=str(autoencoder))
+    else:
+        before = model.data
+        data = replace(data, text_encoder=before.text_encoder, autoencoder=before.autoencoder)
+    return replace(
+        defaults,
+        data=data,
+        model=model.model,
+        diffusion=model.diffusion,
+        objective=model.objective,
+        sampling=model.sampling,
+        training=replace(defaults.training, init=path),
+    )
 
 
 def run_defaults(path: Path, out_given: bool) -> RunConfig:

@@ -3,7 +3,7 @@
     python launch/visualize.py --checkpoint RUN --out DIR      # of a trained run
     python launch/visualize.py --toy swiss_roll --out DIR      # in two dimensions, trained now
 
-docs/ddpm.md explains the figures.
+docs/ddpm.md and docs/flow-matching.md explain the figures.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ddpm_engine.cli.options import PositiveOrNone, exit_on_error, numbers, pars
 from ddpm_engine.cli.unused_options import refuse_unused
 from ddpm_engine.errors import UserError
 from ddpm_engine.figures.run_figures import FIGURES, Exhibit, Inapplicable, check
+from ddpm_engine.figures.straight_lines import straight_lines_figure
 from ddpm_engine.figures.toy import STEPS, Toy, toy_points, toy_schedule, train_toy
 from ddpm_engine.figures.toy_2d import Plane
 from ddpm_engine.generation.input_images import InputImages
@@ -105,8 +106,8 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
     """Return the run and the settings of its figures.
 
     Raises:
-        UserError: the model was saved by another library or is a super-resolution model, or an
-            option is out of range.
+        UserError: the model was saved by another library, is a super-resolution model or one
+            conditioned on text, or an option is out of range.
     """
     if trained.checkpoint is None:
         raise UserError(
@@ -117,6 +118,11 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
         raise UserError(
             f"--checkpoint {checkpoint} is a super-resolution model; the figures are of other "
             "networks. Use sample.py"
+        )
+    if trained.spec.text is not None or trained.spec.vector is not None:
+        raise UserError(
+            f"--checkpoint {checkpoint} is conditioned on text or a vector; the figures are of "
+            "other networks. Use sample.py"
         )
     if options.data is not None:
         data = replace(trained.config.data, path=options.data, mix_with=(), weights=())
@@ -136,7 +142,7 @@ def exhibit_of(options: Options, checkpoint: Path, trained: LoadedModel) -> Exhi
         samples=options.samples,
         photo=None
         if photo is None
-        else InputImages(photo, trained.network.sample_shape, "photo").of([0])[0],
+        else InputImages(photo, trained.image_shape, "photo").of([0])[0],
         count=options.count,
     )
 
@@ -190,7 +196,7 @@ def make_folder(out: Path) -> bool:
 
 
 def show_toy(options: Options, toy: Toy) -> None:
-    """Train on a two-dimensional data set and plot the reverse process."""
+    """Train on a two-dimensional data set and plot the reverse process, and flow matching's."""
     refuse_unused(options, _USED_BY, {"toy"}, f"`toy` {toy}")
     local_device()  # all cores
     make_folder(options.out)
@@ -204,6 +210,9 @@ def show_toy(options: Options, toy: Toy) -> None:
     print(still, flush=True)
     plane.save_animation(moving)
     print(moving, flush=True)
+    straight = options.out / f"{toy}-straight-lines.png"
+    straight_lines_figure(points, options.seed, straight)
+    print(straight, flush=True)
 
 
 def main() -> None:

@@ -79,7 +79,8 @@ class MixedDataset(Dataset[Sample]):
         weights: of each set.
 
     Raises:
-        UserError: as `Mixture`, or the sets' images differ in shape.
+        UserError: as `Mixture`, or the sets' images differ in shape, or their embeddings or
+            latents in what computed them or in length.
     """
 
     def __init__(self, sets: Sequence[ShardDataset], weights: Sequence[int]) -> None:
@@ -92,8 +93,25 @@ class MixedDataset(Dataset[Sample]):
                     f"width), those in {sets[0].shards.storage} {list(sets[0].shape)}: choose one "
                     "size and number of channels"
                 )
+            if _embedded(other) != _embedded(sets[0]):
+                raise UserError(
+                    f"captions or images in {other.shards.storage} and in {sets[0].shards.storage} "
+                    "were not embedded or encoded alike: pack both with the same encoders"
+                )
         self.sets = list(sets)
         self.shape = sets[0].shape
+        self.captions = all(one.captions for one in sets)
+        """Whether samples have captions."""
+        self.text = sets[0].text
+        """What the embeddings of captions are; None: samples have none."""
+        self.text_length = sets[0].text_length
+        """Number of tokens of the embeddings of every caption in a batch; None: there are none."""
+        self.embeddings = sets[0].embeddings
+        """What the embeddings of images are; None: samples have none."""
+        self.latents = sets[0].latents
+        """What the latents are; None: samples are images."""
+        self.flips = sets[0].flips
+        """Whether samples are latents, and hold those of mirrored images."""
         self._mixture = Mixture(weights)
 
     @property
@@ -130,3 +148,14 @@ class MixedDataset(Dataset[Sample]):
                 faults = tuple(replace(f, shard=f"{storage}/{f.shard}") for f in sample.faults)
                 samples[place] = replace(sample, position=int(positions[place]), faults=faults)
         return [samples[place] for place in range(len(positions))]
+
+
+def _embedded(one: ShardDataset) -> tuple[object, ...]:
+    """What samples must agree in to be in one batch."""
+    return (
+        one.text and (one.text.fingerprint, one.text.channels, one.text.pooled_channels),
+        one.text_length,
+        one.embeddings and (one.embeddings.fingerprint, one.embeddings.channels),
+        one.latents and one.latents.fingerprint,
+        one.flips,
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import random
 import re
 import subprocess
 import tarfile
@@ -26,6 +27,7 @@ from torch.utils.data import IterableDataset
 from webdataset.tariterators import group_by_keys
 
 from ddpm_engine.data.dataset import Batch, Sample
+from ddpm_engine.data.members import EXTENSIONS_BESIDE, MAX_CAPTIONS, parse_captions
 from ddpm_engine.data.remote.fetch import Body, FetchError, check_scheme, retried
 from ddpm_engine.data.shards.reader import BadSample
 from ddpm_engine.data.tar import (
@@ -39,9 +41,12 @@ from ddpm_engine.data.tar import (
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import EXTENSIONS, DecodeError, decode, fit
 from ddpm_engine.locations import is_url, redacted
+from ddpm_engine.sizes import Size, height_and_width
 
 BUFFER = 1000
 """Decoded samples in the shuffle buffer of each worker."""
+CAPTIONS = EXTENSIONS_BESIDE["captions"]
+LATENTS = EXTENSIONS_BESIDE["moments"]
 MAX_FAULTS_IN_A_ROW = 64
 PATIENCE_SECONDS = 300.0
 """Time without a sample after which a stream ends at its next fault."""
@@ -65,10 +70,12 @@ class ShardStream(IterableDataset[Sample]):
     Args:
         pattern: URLs or paths of shards, with braces, such as `https://host/shard-{000..009}.tar`;
             or `pipe:` and a command for a shell.
-        size: cut and resize images to this side in pixels.
+        size: cut and resize images to it.
         channels: convert images to 1 (grey) or 3 (RGB).
         classes: every sample must have a label below it; None: labels are ignored.
         allow_pipe: whether `pipe:` commands may be run.
+        captions: every sample must have captions, of which one is taken at random; False: they are
+            ignored.
 
     Raises:
         UserError: a malformed pattern, one of local files of which none exists, a `pipe:` without
@@ -78,13 +85,24 @@ class ShardStream(IterableDataset[Sample]):
     def __init__(
         self,
         pattern: str,
-        size: int,
+        size: Size,
         channels: int,
         classes: int | None = None,
         allow_pipe: bool = False,
+        captions: bool = False,
     ) -> None:
         self.pattern = redacted(pattern)
-        self.shape = (channels, size, size)
+        self.shape = (channels, *height_and_width(size))
+        self.captions = captions
+        """Whether samples have captions."""
+        self.text = None
+        """A stream has no embeddings of captions: no manifest says whose they are."""
+        self.text_length = None
+        self.embeddings = None
+        """Nor has it embeddings of images."""
+        self.latents = None
+        """Nor has it latents."""
+        self.flips = False
         self._size = size
         self._channels = channels
         self._classes = classes
@@ -162,7 +180,10 @@ class ShardStream(IterableDataset[Sample]):
         count = 0
         try:
             with _opened(url) as stream:
-                for group in group_by_keys(_members(stream, url)):
+                members = _members(stream, url, self.captions)
+                for group in group_by_keys(members):
+                    if not any(map(belongs_to_sample, group)):
+                        continue  # a text that is the caption of nothing
                     count += 1
                     yield self._sample(group)
         except (OSError, tarfile.TarError, ValueError) as error:
@@ -174,6 +195,8 @@ class ShardStream(IterableDataset[Sample]):
     def _sample(self, group: dict[str, Any]) -> Sample | BadSample:
         extension = next((known for known in EXTENSIONS if known in group), None)
         try:
+            if extension is None and LATENTS in group:
+                raise DecodeError("it is a latent: use indexed shards")
             if extension is None:
                 raise DecodeError(f"no image ({', '.join(EXTENSIONS)})")
             image = fit(decode(group[extension], extension, self._channels), self._size)
@@ -182,9 +205,18 @@ class ShardStream(IterableDataset[Sample]):
                 label = label_of(group)
                 if not 0 <= label < self._classes:
                     raise ValueError(f"label {label} is not within 0 to {self._classes - 1}")
+            caption = self._caption(group)
         except ValueError as error:
             return BadSample(group["__url__"], group["__key__"], str(error))
-        return Sample(image, label, position=-1)
+        return Sample(image, label, position=-1, caption=caption)
+
+    def _caption(self, group: dict[str, Any]) -> str | None:
+        if not self.captions:
+            return None
+        if CAPTIONS not in group:
+            raise ValueError(f"no captions ({CAPTIONS})")
+        # At random, like the sample: a stream has no position yet that could choose.
+        return random.choice(parse_captions(group[CAPTIONS]))
 
 
 def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> Iterator[Batch]:
@@ -196,22 +228,32 @@ def number_batches(batches: Iterable[Batch], positions: Iterable[list[int]]) -> 
         yield replace(batch, positions=torch.tensor(places))
 
 
-def _members(stream: _Readable, url: str) -> Iterator[dict[str, Any]]:
+def _members(stream: _Readable, url: str, captions: bool) -> Iterator[dict[str, Any]]:
     """Yield members as WebDataset's `group_by_keys` takes them, bounded before they are read."""
     with open_tar(_Buffered(stream), "r|") as tar:
         for key, extension, member in members_of(tar):
+            if captions and extension == CAPTIONS:
+                # Whatever is behind the bound only shows that there is too much.
+                content = _content(tar, member, MAX_CAPTIONS + 1)
+                yield {"fname": f"{key}.txt", "data": content, "__url__": redacted(url)}
+                continue
             if not belongs_to_sample(extension):
                 continue
             bound = MAX_LABEL if extension in ("cls", "json") else MAX_PAYLOAD
             if member.size > bound:
                 raise ValueError(f"{member.name} has {member.size} bytes, more than {bound}")
-            file = tar.extractfile(member)
-            assert file is not None, "only regular members are kept"
-            yield {"fname": f"{key}.{extension}", "data": file.read(), "__url__": redacted(url)}
+            content = _content(tar, member, bound)
+            yield {"fname": f"{key}.{extension}", "data": content, "__url__": redacted(url)}
         # tarfile takes a damaged header for the end of the archive: the real end is zeros.
         while piece := tar.fileobj.read(1 << 20):
             if piece.strip(b"\0"):
                 raise tarfile.ReadError(f"a damaged header before byte {tar.offset}")
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, at_most: int) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, "only regular members are kept"
+    return file.read(at_most)
 
 
 class _Buffered:

@@ -12,12 +12,13 @@ import json
 import logging
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from webdataset.tariterators import base_plus_ext
 
+from ddpm_engine.data.members import EXTENSIONS_BESIDE
 from ddpm_engine.errors import UserError
 from ddpm_engine.hidden_files import is_hidden
 from ddpm_engine.images.codec import EXTENSIONS
@@ -30,7 +31,7 @@ MAX_LABEL = 1 << 20
 MAX_PAYLOAD = 1 << 28
 """Bytes of one encoded image; the largest npy within the bound on sides is smaller."""
 
-MEMBERS = (*EXTENSIONS, "cls", "json")
+MEMBERS = (*EXTENSIONS, "cls", "json", *EXTENSIONS_BESIDE.values())
 """Extensions that are read; members of all others are skipped."""
 
 logger = logging.getLogger(__name__)
@@ -46,18 +47,25 @@ _MALFORMED = (ValueError, OverflowError, RecursionError)
 
 @dataclass(frozen=True)
 class TarSample:
-    """Where the image of one sample is, and its label."""
+    """Where the image of one sample is, or the moments of its latents, and its label."""
 
     key: str
     """WebDataset key: the path up to the first dot."""
     extension: str
-    """Of the image."""
-    image: tarfile.TarInfo
-    """The image's member."""
+    """Of the image; empty if there is none."""
+    image: tarfile.TarInfo | None
+    """The image's member; None for latents alone."""
     label: int
     """Class; -1: none."""
+    beside: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    """Its further members, by their names in `EXTENSIONS_BESIDE`."""
     damage: str | None = None
     """Why the label cannot be read; it is -1 then."""
+
+    @property
+    def offset(self) -> int:
+        """Where the image begins in the shard, or where the moments of its latents do."""
+        return (self.image or self.beside["moments"]).offset_data
 
 
 class BoundedTarInfo(tarfile.TarInfo):
@@ -129,17 +137,20 @@ def members_of(
 
 
 def belongs_to_sample(extension: str) -> bool:
-    """Whether a member is what makes a sample: its image, its label, or a misnamed image.
+    """Whether a member makes a sample: its image, latents or label, or a misnamed image.
 
-    The key ends at the first dot: of `img.v2.jpg`, the extension is `v2.jpg`, which is none.
+    The key ends at the first dot: of `img.v2.jpg`, the extension is `v2.jpg`, which is none. What
+    stands beside an image, such as its captions, makes no sample by itself.
     """
+    if extension in EXTENSIONS_BESIDE.values():
+        return extension == EXTENSIONS_BESIDE["moments"]
     return extension in MEMBERS or extension.rpartition(".")[2] in EXTENSIONS
 
 
 def scan_tar(path: Path) -> Iterator[TarSample]:
     """Find the samples of a shard, in order.
 
-    Whatever has neither an image nor a label, such as `README.txt`, is no sample; it is left out,
+    Whatever has no image, latents or label, such as `README.txt`, is no sample; it is left out,
     with a warning.
 
     Raises:
@@ -233,11 +244,12 @@ def _sample(
 ) -> TarSample | None:
     known: dict[str, tarfile.TarInfo] = {}
     others: set[str] = set()
+    twice: UserError | None = None
     name, is_sample = key, False
     for _, extension, member in group:
         name, is_sample = member.name, is_sample or belongs_to_sample(extension)
-        if extension in known:
-            raise UserError(
+        if extension in known and twice is None:
+            twice = UserError(
                 f"sample {key!r} of {path} has two members {extension!r}, the second at byte "
                 f"{member.offset}: pack this shard again under names that differ"
             )
@@ -248,22 +260,29 @@ def _sample(
     if not is_sample:
         left_out(name)
         return None
+    if twice is not None:
+        raise twice
     found = next((extension for extension in EXTENSIONS if extension in known), None)
-    if found is None:
+    if found is None and EXTENSIONS_BESIDE["moments"] not in known:
         raise UserError(
             f"sample {key!r} of {path} has no image, only {', '.join(sorted({*known, *others}))}; "
             f"known are {', '.join(EXTENSIONS)}"
         )
-    image = known[found]
-    if image.issparse() or image.size > MAX_PAYLOAD:
+    image = None if found is None else known[found]
+    if image is not None and (image.issparse() or image.size > MAX_PAYLOAD):
         raise UserError(f"image of sample {key!r} in {path} is sparse or over {MAX_PAYLOAD} bytes")
+    beside = {
+        name: known[extension]
+        for name, extension in EXTENSIONS_BESIDE.items()
+        if extension in known
+    }
     try:
         labels: dict[str, bytes] = {
             name: _read(tar, known[name]) for name in ("cls", "json") if name in known
         }
-        return TarSample(key, found, image, label_of(labels))
+        return TarSample(key, found or "", image, label_of(labels), beside)
     except ValueError as error:
-        return TarSample(key, found, image, -1, f"unreadable label ({error})")
+        return TarSample(key, found or "", image, -1, beside, f"unreadable label ({error})")
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -9,12 +9,14 @@ match u x_0 + w ε, and an estimate of x_0 follows from it by x_0 = p z + q F.
 | x0  | x_t          | x_0                            | F                           | t           |
 | v   | x_t          | a ε − s x_0                    | a z − s F                   | t           |
 | edm | c_in x_t / a | (x_0 − c_skip x_t / a) / c_out | (c_skip / c_in) z + c_out F | ln σ / 4    |
+| flow| x_t / (a + s)| ε − x_0                        | z − τ F                     | T τ         |
 
 Each row is one class here, and everything else asks that class: samplers, training, distillation
 and the variational bound. A new parameterization is a new class in `PARAMETERIZATIONS`.
 
 Sources: Ho et al. 2020, equation 15, of eps; Salimans & Ho 2022, appendix D, of x0 and v; Karras et
-al. 2022, table 1, of edm, where σ = s / a.
+al. 2022, table 1, of edm, where σ = s / a; Lipman et al. 2023, section 4.1, of flow, where
+τ = s / (a + s), so that z = (1 − τ) x_0 + τ ε.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 
-Prediction = Literal["eps", "x0", "v", "edm"]
+Prediction = Literal["eps", "x0", "v", "edm", "flow"]
 """The names that a configuration accepts; `PARAMETERIZATIONS` may hold more."""
 
 
@@ -48,6 +50,8 @@ class Parameterization(ABC):
     takes_timestep: ClassVar[bool] = True
     """Whether the noise level is the timestep, so that the network knows the levels of one chain.
     False: it is a function of a and s, and training may use any level of a continuum."""
+    own_schedule: ClassVar[str | None] = None
+    """Shape of the noise schedule (`DiffusionConfig.schedule`) that it needs; None: any will do."""
     target_holds: ClassVar[tuple[bool, bool]] = (True, True)
     """Whether image and noise are parts of the target; the factor of one that is not is zero."""
     clips_x0: ClassVar[bool] = True
@@ -175,6 +179,7 @@ class Edm(Parameterization):
     name = "edm"
     needs_signal = True
     takes_timestep = False
+    own_schedule = "edm"
     clips_x0 = False
 
     sigma_data: float = 0.5
@@ -213,8 +218,46 @@ class Edm(Parameterization):
         return (self.sigma_data / deviation).square()
 
 
+@dataclass(frozen=True)
+class Flow(Parameterization):
+    """The network predicts dz/dτ = ε − x_0 on the straight line z = (1 − τ) x_0 + τ ε.
+
+    Lipman et al. 2023, section 4.1; Liu et al. 2023, equation 1. It is given T τ in place of a
+    timestep, as networks of diffusers are.
+    """
+
+    name = "flow"
+    takes_timestep = False
+    own_schedule = "flow"
+    clips_x0 = False
+
+    timesteps: int = 1000
+    """T: the noise level that the network is given for pure noise."""
+
+    @classmethod
+    def for_schedule(cls, schedule: NoiseSchedule) -> Parameterization:
+        """See `Parameterization`."""
+        return cls(schedule.timesteps)
+
+    def state_scale(self, a: Tensor, s: Tensor) -> Tensor:
+        """See `Parameterization`: 1 / (a + s)."""
+        return 1 / (a + s)
+
+    def x0_coefficients(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`: 1 and −τ."""
+        return torch.ones_like(a), -s / (a + s)
+
+    def target(self, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Parameterization`."""
+        return -torch.ones_like(a), torch.ones_like(a)
+
+    def noise_level(self, a: Tensor, s: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Parameterization`: T τ."""
+        return self.timesteps * s / (a + s)
+
+
 PARAMETERIZATIONS: dict[str, type[Parameterization]] = {
-    row.name: row for row in (Epsilon, CleanImage, Velocity, Edm)
+    row.name: row for row in (Epsilon, CleanImage, Velocity, Edm, Flow)
 }
 """Every parameterization by name."""
 

@@ -190,6 +190,51 @@ class NoiseSchedule:
         return self.alpha_bar / (1 - self.alpha_bar)
 
     @cached_property
+    def log_sigma(self) -> Tensor:
+        """log σ_t with σ = sqrt(1 − ᾱ) / sqrt(ᾱ), rising; +∞ where ᾱ is zero."""
+        return -0.5 * self.snr.log()
+
+    def log_sigma_at(self, timesteps: Tensor) -> Tensor:
+        """Interpolate log σ between timesteps: float64 `[S]` of float64 `[S]` in [0, T − 1]."""
+        known = torch.arange(self.timesteps, dtype=torch.float64)
+        return interpolated(timesteps, known, self.log_sigma)
+
+    def timesteps_at(self, log_sigma: Tensor) -> Tensor:
+        """Return the timesteps of noise levels, the inverse of `log_sigma_at`: float64 `[S]`."""
+        known = torch.arange(self.timesteps, dtype=torch.float64)
+        return interpolated(log_sigma, self.log_sigma, known)
+
+    def solver_unit(self, a: Tensor, s: Tensor) -> Tensor:
+        """Return u, float64 `[S]` as `a` and `s`: solvers take straight lines for x / u in s / u.
+
+        It is a, so that the time of the probability-flow ODE is σ (Karras et al. 2022, section 3).
+        """
+        return a
+
+    def solver_timesteps(self, steps: int, rho: float = 7.0) -> Tensor:
+        """Choose timesteps for euler and heun: σ^(1/ρ) falls evenly from the largest σ on.
+
+        Karras et al. 2022, equation 5. Few are timesteps of the schedule itself; log σ is
+        interpolated between those.
+
+        Returns:
+            float64 `[steps]`, strictly decreasing, from T − 1 to 0.
+
+        Raises:
+            UserError: zero terminal SNR, where σ is infinite.
+        """
+        if self.log_sigma[-1].isinf():
+            raise UserError(
+                "this schedule ends in pure noise (zero terminal SNR), where sigma is infinite and "
+                "cannot be spaced as Karras et al. do; let `sampler` be ddim, dpm++2m or unipc, or "
+                "list the timesteps",
+                "sampler",
+            )
+        ends = (self.log_sigma[[-1, 0]] / rho).exp()
+        sigma = torch.linspace(1, 0, steps, dtype=torch.float64) * (ends[0] - ends[1]) + ends[1]
+        return self.timesteps_at(rho * sigma.log())
+
+    @cached_property
     def posterior_variance(self) -> Tensor:
         """β̃_t, the variance of q(x_{t−1} | x_t, x_0) (equation 7); zero at t = 0."""
         return (1 - self.alpha_bar_previous) / (1 - self.alpha_bar) * self.betas
@@ -210,6 +255,22 @@ class NoiseSchedule:
     def posterior_mean_xt(self) -> Tensor:
         """Factor of x_t in the posterior mean (equation 7)."""
         return self.alphas.sqrt() * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
+
+
+def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
+    """Interpolate y linearly at each x, `[N]`; `known_x` is increasing and x lies within it.
+
+    Args:
+        x: float64 `[N]`.
+        known_x: float64 `[K]`.
+        known_y: float64 `[K]`.
+    """
+    if len(known_x) == 1:
+        return known_y.expand(len(x))
+    right = torch.searchsorted(known_x, x).clamp(1, len(known_x) - 1)
+    left = right - 1
+    weight = (x - known_x[left]) / (known_x[right] - known_x[left])
+    return known_y[left].lerp(known_y[right], weight.clamp(0, 1))
 
 
 def _check_timesteps(timesteps: int) -> None:

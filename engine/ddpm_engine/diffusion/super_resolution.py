@@ -17,36 +17,37 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.config import MAX_LEVEL
 from ddpm_engine.diffusion.schedule import NoiseSchedule
+from ddpm_engine.sizes import Size, height_and_width
 from ddpm_kernels import Stream, q_sample
 from ddpm_kernels.q_sample import clean_images
 
 
-def downsample(images: Tensor, side: int) -> Tensor:
+def downsample(images: Tensor, size: Size) -> Tensor:
     """Downsample images by averaging blocks of pixels, as area interpolation does.
 
     Args:
         images: `[B, C, H, W]`, uint8, or floating point in [-1, 1].
-        side: of the result; divides H and W.
+        size: of the result; its height h and width w divide H and W.
 
     Returns:
-        float32 `[B, C, side, side]` in [-1, 1].
+        float32 `[B, C, h, w]` in [-1, 1].
     """
-    height, width = images.shape[2:]
+    height, width = height_and_width(size)
     clean = clean_images(images, None, torch.float32)
-    return F.avg_pool2d(clean, (height // side, width // side))
+    return F.avg_pool2d(clean, (images.shape[2] // height, images.shape[3] // width))
 
 
-def upsample(images: Tensor, side: int) -> Tensor:
+def upsample(images: Tensor, size: Size) -> Tensor:
     """Upsample images by bilinear interpolation between the centres of pixels.
 
     Args:
         images: float `[B, C, h, w]`.
-        side: of the result, not below h and w.
+        size: of the result, H not below h and W not below w.
 
     Returns:
-        `[B, C, side, side]` of the same dtype.
+        `[B, C, H, W]` of the same dtype.
     """
-    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+    return F.interpolate(images, height_and_width(size), mode="bilinear", align_corners=False)
 
 
 class NoiseConditioningAugmentation:
@@ -73,7 +74,7 @@ class NoiseConditioningAugmentation:
     def __call__(
         self,
         images: Tensor,
-        side: int,
+        size: Size,
         levels: Tensor,
         seed: int | Tensor,
         sample_ids: Tensor,
@@ -83,16 +84,16 @@ class NoiseConditioningAugmentation:
 
         Args:
             images: float32 `[B, C, h, w]` in [-1, 1].
-            side: of the result.
+            size: of the result, H and W.
             levels: int64 `[B]` in [0, `MAX_LEVEL`].
             seed: of the noise, 64 bits.
             sample_ids: int64 `[B]`; in training, the samples' positions.
             flip: bool `[B]`: whether to mirror each, or None.
 
         Returns:
-            float32 `[B, C, side, side]`, channels-last.
+            float32 `[B, C, H, W]`, channels-last.
         """
         return q_sample(
-            upsample(images, side), levels, self._signal, self._sigma, seed, sample_ids, flip,
+            upsample(images, size), levels, self._signal, self._sigma, seed, sample_ids, flip,
             stream=Stream.AUGMENTATION_NOISE,
         )  # fmt: skip

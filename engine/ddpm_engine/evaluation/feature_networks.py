@@ -18,10 +18,11 @@ from ddpm_engine.cache_directories import user_cache
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.digits import CLASSES, HIDDEN, DigitClassifier, digit_classifier
 from ddpm_engine.evaluation.inception import FEATURES, OUTPUTS, InceptionNetwork, load_inception
+from ddpm_engine.evaluation.numbers import halves_of
 from ddpm_engine.images.codec import with_channels
 from ddpm_engine.images.transfer import Pending, to_host
 
-FeaturesName = Literal["inception", "digits"]
+FeaturesName = Literal["inception", "digits", "numbers"]
 
 
 class FeatureNetwork(Protocol):
@@ -62,9 +63,9 @@ def feature_network(
 
     Args:
         name: `"inception"`: the network of the Fréchet Inception Distance; `"digits"`: a small
-            classifier of digits, for them only.
-        size: side of the images in pixels.
-        device: where it runs; digits always on the CPU.
+            classifier of digits, for them only; `"numbers"`: of two digits side by side.
+        size: height of the images in pixels.
+        device: where it runs; digits and numbers always on the CPU.
         weights: file of Inception's weights, instead of downloading them.
         cache: folder for what is downloaded or trained; None: `default_cache`.
 
@@ -74,8 +75,12 @@ def feature_network(
     cache = cache or default_cache()
     if name == "digits":
         return DigitFeatures(digit_classifier(size, cache))
+    if name == "numbers":
+        return NumberFeatures(digit_classifier(size, cache))
     if name != "inception":
-        raise UserError(f"`features` is {name!r}; it must be inception or digits", field="features")
+        raise UserError(
+            f"`features` is {name!r}; it must be inception, digits or numbers", field="features"
+        )
     network, digest = load_inception(weights, cache)
     return InceptionFeatures(network.to(device), digest)
 
@@ -163,6 +168,42 @@ class DigitFeatures:
         grey = np.stack([with_channels(image, 1) for image in images])
         hidden = self._classifier.features(grey)
         return np.concatenate([hidden, self._classifier.logits(hidden)], axis=1)
+
+    def start(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """See `FeatureNetwork`; the network is no GPU's."""
+        return self(images)
+
+
+class NumberFeatures:
+    """Hidden units of both digits of a number, and logits of the numbers from 10 to 99, float64.
+
+    Colours become grey. The left half's features come before the right half's.
+
+    Args:
+        classifier: for digits as high as the images.
+    """
+
+    name = "numbers"
+    resize = "none: the classifier is trained at the images' height"
+    features = 2 * HIDDEN
+    outputs = CLASSES * (CLASSES - 1)
+
+    def __init__(self, classifier: DigitClassifier) -> None:
+        self.hash = classifier.hash
+        self._classifier = classifier
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
+        """See `FeatureNetwork`."""
+        size = self._classifier.size
+        if images.shape[1:3] != (size, 2 * size):
+            raise UserError(f"images have {images.shape[1:3]} pixels, not {size}×{2 * size}")
+        halves = halves_of(np.stack([with_channels(image, 1) for image in images]))
+        hidden = self._classifier.features(halves)
+        tens, units = np.split(self._classifier.logits(hidden), 2)
+        # No number of two digits begins with 0.
+        logits = tens[:, 1:, None] + units[:, None, :]
+        left, right = np.split(hidden, 2)
+        return np.concatenate([left, right, logits.reshape(len(images), -1)], axis=1)
 
     def start(self, images: NDArray[np.uint8]) -> NDArray[np.floating]:
         """See `FeatureNetwork`; the network is no GPU's."""

@@ -16,7 +16,7 @@ from ddpm_engine.atomic_io import atomic_write, sha256_of
 from ddpm_engine.errors import UserError
 from ddpm_engine.evaluation.feature_networks import FeatureNetwork
 from ddpm_engine.evaluation.fid import Moments, moments
-from ddpm_engine.evaluation.sources import RULE, RealImages, SampleSource
+from ddpm_engine.evaluation.sources import RealImages, SampleSource
 from ddpm_engine.generation.archives import DamagedArchiveError, read_arrays
 from ddpm_engine.generation.id_store import IdStore
 from ddpm_engine.generation.sample_formats import consecutive, ids_in
@@ -138,7 +138,7 @@ def open_real_features(cache: Path, images: RealImages, network: FeatureNetwork)
         "count": len(images),
         "of": images.total,
         "shape": images.shape,
-        "rule": RULE,
+        "rule": images.rule,
         "features": network.name,
         "hash": network.hash,
         "resize": network.resize,

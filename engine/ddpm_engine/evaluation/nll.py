@@ -1,32 +1,29 @@
-"""The variational bound of real images, computed by several processes, and its terms."""
+"""The variational bound of real images, and its terms."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.checkpoints.load import LoadedModel
-from ddpm_engine.data.classes import match_classes
 from ddpm_engine.diffusion.config import Variance
 from ddpm_engine.diffusion.variational_bound import bits_per_dim
 from ddpm_engine.errors import UserError
-from ddpm_engine.evaluation.features_store import FeatureStore
-from ddpm_engine.evaluation.report import write_report
-from ddpm_engine.evaluation.sources import RULE, RealImages
-from ddpm_engine.generation.progress import Progress
-from ddpm_engine.generation.work_sharing import WorkShare, fill_missing
-from ddpm_engine.networks.conditioning import Conditioning
-from ddpm_engine.runtime import without_tf32
+from ddpm_engine.evaluation.likelihoods import (
+    GivenImages,
+    check_likelihood,
+    mean_and_error,
+    measured_on_real_images,
+)
+from ddpm_engine.evaluation.sources import RealImages
+from ddpm_engine.generation.work_sharing import WorkShare
+from ddpm_engine.objectives.base import Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,49 +71,30 @@ def bound_of_real_images(
     """
     variance = variance or model.config.sampling.variance
     check_bound(model, variance)
-    classes = _classes(model, real)
-    inputs = _inputs(model, variance, real, seed, classes)
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = out / f"nll-{digest[:8]}"
-    store = FeatureStore(folder, inputs)
-    ids = range(len(real))
-    device = next(model.network.parameters()).device
 
-    def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        output: Tensor = model.network(x, t, conditioning)
-        progress.step(len(x))
-        return output
-
-    @without_tf32()
-    def terms(batch: Sequence[int]) -> NDArray[np.float64]:
-        images = torch.from_numpy(real.read(batch)).permute(0, 3, 1, 2)
-        found = bits_per_dim(
+    def terms(network: Network, given: GivenImages) -> Tensor:
+        return bits_per_dim(
             network,
             model.schedule,
-            images.to(device),
-            torch.from_numpy(real.index_in_set(batch)).to(device),
+            given.images,
+            given.ids,
             seed=seed,
             prediction=model.config.diffusion.prediction,
             variance=variance,
-            conditioning=Conditioning(_labels(model, real, classes, batch, device)),
+            conditioning=given.conditioning,
             clip=bool(model.sampling.clip_x0),
         )
-        return np.asarray(found.cpu().numpy())
 
-    with Progress(
-        len(real), lambda: len(store.ids().intersection(ids)), model.schedule.timesteps,
-        active=show_progress, unit="images",
-    ) as progress:  # fmt: skip
-        if not fill_missing(
-            store, ids, terms, batch_size=batch_size, chunk_size=batch_size, share=share,
-            progress=progress,
-        ):  # fmt: skip
-            return None
-    rows = store.read(ids).astype(np.float64)
-    with store.writing(), atomic_write(folder / "terms.csv") as file:
-        file.write(_table(rows).encode())
-    locations = {"data": str(real.shards.storage)}
-    return Bound(write_report(folder, inputs, {"nll": summary(rows)}, locations), rows)
+    found = measured_on_real_images(
+        model, real, out, terms,
+        kind={"variance": variance}, evaluations=model.schedule.timesteps, seed=seed,
+        batch_size=batch_size, share=share, show_progress=show_progress,
+    )  # fmt: skip
+    if found is None:
+        return None
+    with found.store.writing(), atomic_write(found.folder / "terms.csv") as file:
+        file.write(_table(found.rows).encode())
+    return Bound(found.report({"nll": summary(found.rows)}), found.rows)
 
 
 def check_bound(model: LoadedModel, variance: Variance | None = None) -> None:
@@ -133,13 +111,7 @@ def check_bound(model: LoadedModel, variance: Variance | None = None) -> None:
             "of them for it; choose fixed_small or fixed_large",
             field="variance",
         )
-    if model.config.distillation.teacher is not None:
-        raise UserError(
-            "`metrics` has nll, which is a bound over all timesteps, but this network was "
-            f"distilled and knows only the {model.config.sampling.steps} steps it samples with; "
-            "leave nll out",
-            field="metrics",
-        )
+    check_likelihood(model, "nll")
 
 
 def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
@@ -148,70 +120,13 @@ def summary(terms: NDArray[np.float64]) -> dict[str, Any]:
     Args:
         terms: `[N, T + 1]`, as `bits_per_dim` returns them.
     """
-    totals, mean = terms.sum(1), terms.mean(0)
-    error = totals.std(ddof=1) / len(totals) ** 0.5 if len(totals) > 1 else None
+    mean = terms.mean(0)
     return {
-        "bits_per_dim": float(totals.mean()),
-        "error": None if error is None else float(error),
+        **mean_and_error(terms.sum(1)),
         "decoder": float(mean[0]),
         "denoising": float(mean[1:-1].sum()),
         "prior": float(mean[-1]),
-        "images": len(totals),
     }
-
-
-def _inputs(
-    model: LoadedModel, variance: Variance, real: RealImages, seed: int, classes: list[int]
-) -> dict[str, Any]:
-    config = model.config
-    # Left out where they change nothing: earlier versions knew no others.
-    renumbered = {} if classes == list(range(len(classes))) else {"classes": classes}
-    return {
-        "model": {
-            "checkpoint": model.hash,
-            "checkpoint_step": model.step,
-            "weights": model.weights,
-            "ema_decay": config.training.ema_decay if model.weights == "ema" else None,
-            "prediction": config.diffusion.prediction,
-            "variance": variance,
-            "timesteps": model.schedule.timesteps,
-            "clip": model.sampling.clip_x0,
-        },
-        "seed": seed,
-        "reference": {
-            "fingerprint": real.shards.manifest.fingerprint,
-            "count": len(real),
-            "of": real.total,
-            "shape": list(real.shape),
-            "rule": RULE,
-            **renumbered,
-        },
-    }
-
-
-def _classes(model: LoadedModel, real: RealImages) -> list[int]:
-    """Return the model's class for each label of the images; empty if one of them has none."""
-    null, names = model.network.conditioning.null_class, real.shards.manifest.classes
-    if null is None or names is None:
-        return []
-    return match_classes(model.classes, null, names, str(real.shards.storage))
-
-
-def _labels(
-    model: LoadedModel,
-    real: RealImages,
-    classes: list[int],
-    ids: Sequence[int],
-    device: torch.device,
-) -> Tensor | None:
-    """Return the classes of images, or the null class, for a class-conditional network."""
-    null = model.network.conditioning.null_class
-    if null is None:
-        return None
-    labels = [real.label_of(k) for k in ids]
-    return torch.tensor(
-        [null if label is None else classes[label] for label in labels], device=device
-    )
 
 
 def _table(terms: NDArray[np.float64]) -> str:

@@ -122,6 +122,9 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if (bound := metrics.get("nll")) is not None:
         error = "" if bound["error"] is None else f" ± {bound['error']:.4f}"
         cells.append(("NLL, bits/dim", f"≤ {bound['bits_per_dim']:.4f}{error}"))
+    if (ode := metrics.get("nll-ode")) is not None:
+        error = "" if ode["error"] is None else f" ± {ode['error']:.4f}"
+        cells.append(("NLL by ODE, bits/dim", f"{ode['bits_per_dim']:.4f}{error}"))
     return cells
 
 
@@ -145,7 +148,10 @@ def _circumstances(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "samples" in report["found_at"]:
         cells.append(("folder", report["found_at"]["samples"]))
     if bound is not None:
-        cells.append(("variance", f"{bound['variance']}, T = {bound['timesteps']}"))
+        if "ode_steps" in bound:
+            cells.append(("steps of the ODE", f"{bound['ode_steps']}, T = {bound['timesteps']}"))
+        else:
+            cells.append(("variance", f"{bound['variance']}, T = {bound['timesteps']}"))
     if model.get("checkpoint") is not None:
         weights = model.get("weights") or "as published"
         if model.get("ema_decay") is not None and weights == "ema":

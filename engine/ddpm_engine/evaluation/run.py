@@ -32,7 +32,7 @@ from ddpm_engine.evaluation.metrics import (
     compute_one,
 )
 from ddpm_engine.evaluation.report import write_report
-from ddpm_engine.evaluation.sources import RULE, Images, RealImages, SampleSource
+from ddpm_engine.evaluation.sources import Images, RealImages, SampleSource
 from ddpm_engine.generation.progress import Progress
 from ddpm_engine.generation.work_sharing import WorkShare, chunks, fill_missing
 from ddpm_engine.images.transfer import Pending
@@ -226,7 +226,7 @@ def _inputs(source: SampleSource, real: RealImages, network: FeatureNetwork) -> 
             "fingerprint": real.shards.manifest.fingerprint,
             "count": len(real),
             "of": real.total,
-            "rule": RULE,
+            "rule": real.rule,
         },
         "features": {"name": network.name, "hash": network.hash, "resize": network.resize},
     }

@@ -2,7 +2,7 @@
 
 All are uint8: what a model generates is rounded to the nearest of 256 levels before anything else,
 as a file would hold it, and files are lossless (PNG). Real images of another size are cropped to
-their central square and resized by `fit` to the size of the samples.
+the central part of the samples' proportions and resized by `fit` to their size.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from ddpm_engine.images.codec import fit
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
+from ddpm_engine.sizes import size_of
 from ddpm_engine.threads import in_threads
 
 T = TypeVar("T")
 
-RULE = (
-    "uint8; cut to the central square, halved by averaging while at least twice as large, then "
+_RULE = (
+    "uint8; cut to the central {cut}, halved by averaging while at least twice as large, then "
     "Pillow's bicubic, to the pictures' size"
 )
-"""How `RealImages` brings images to one size. Part of reports and of cache keys."""
 
 
 class Images(Protocol):
@@ -67,11 +67,11 @@ class RealImages:
 
     Args:
         shards: an open set.
-        shape: (H, W, C), H = W.
+        shape: (H, W, C).
         count: use this many, evenly spaced, as ids 0 … count − 1; None: all of them.
 
     Raises:
-        UserError: a count below 1.
+        UserError: a count below 1, or shards of latents.
     """
 
     def __init__(
@@ -81,12 +81,23 @@ class RealImages:
             raise UserError(
                 f"`reference_count` is {count}; it must be at least 1", "reference_count"
             )
+        if shards.manifest.latents is not None:
+            raise UserError(
+                f"{shards.storage} holds latents, which are no images to compare with: give shards "
+                "of the images themselves"
+            )
         self.shards, self.shape = shards, shape
         self.total = shards.manifest.samples
         """Images in the set."""
         self._picked = evenly_spaced(self.total, min(self.total, count or self.total))
         self._starts = np.cumsum([0] + [shard.samples for shard in shards.manifest.shards])
         self._reader = ShardReader(shards)
+
+    @property
+    def rule(self) -> str:
+        """How images are brought to one size. Part of reports and of cache keys."""
+        square = self.shape[0] == self.shape[1]
+        return _RULE.format(cut="square" if square else "part of these proportions")
 
     def __len__(self) -> int:
         return len(self._picked)
@@ -118,7 +129,9 @@ class RealImages:
 
     def _decoded(self, sample: tuple[int, StoredImage]) -> NDArray[np.uint8]:
         sample_id, stored = sample
-        return fit(self._refusing(sample_id, stored.decoded, self.shape[2]), self.shape[0])
+        height, width, channels = self.shape
+        image = self._refusing(sample_id, stored.decoded, channels)
+        return fit(image, size_of(height, width))
 
     def _refusing(self, sample_id: int, read: Callable[..., T], *arguments: Any) -> T:
         """Read, and name a sample that is damaged."""
@@ -262,7 +275,7 @@ def generated_source(
         sampling = sampler.sampling
         out = parent / f"{sampling.sampler}-{sampling.steps}-seed{request.seed}-{digest[:8]}"
     samples = GeneratedSamples(sampler, settings, out / "pictures", count, batch_size, chunk_size)
-    channels, height, width = model.shape
+    channels, height, width = model.image_shape
     decay = model.config.training.ema_decay if model.weights == "ema" else None
     source = SampleSource(
         samples,
@@ -342,10 +355,6 @@ def open_real_images(
         count: as `RealImages` takes it.
 
     Raises:
-        UserError: no finished set of shards there, or samples that are not square.
+        UserError: no finished set of shards there.
     """
-    if shape[0] != shape[1]:
-        raise UserError(
-            f"the samples are {shape[0]}×{shape[1]} pixels; only square images can be compared"
-        )
     return RealImages(open_shards(location), shape, count)

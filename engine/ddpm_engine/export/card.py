@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ddpm_engine.checkpoints.lazy_codec import LazyCodec
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.data.classes import listed
+from ddpm_engine.interop.scheduler import EDM_CLASS, FLOW_CLASSES, scheduler_entries
 from ddpm_engine.networks.files.layout import EXPORT_MARK
+from ddpm_engine.networks.stored import StoredNetwork
+from ddpm_engine.sizes import as_text, height_and_width
 
 MARK = f"{EXPORT_MARK}; exporting again replaces this file. -->"
 
@@ -20,7 +24,8 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
     """
     shape, diffusion = pretrained.config.model, pretrained.config.diffusion
     sampling = pretrained.config.sampling
-    parameters = sum(parameter.numel() for parameter in pretrained.network.parameters())
+    network = _network(pretrained)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     schedule = f"{diffusion.schedule}, β from {diffusion.beta_start:g} to {diffusion.beta_end:g}"
     if diffusion.betas is not None:
         schedule = "given beta by beta"
@@ -28,19 +33,13 @@ def model_card(pretrained: LoadedModel, weights: str) -> str:
         schedule = f"edm, σ from {diffusion.sigma_min:g} to {diffusion.sigma_max:g}"
         if diffusion.prediction == "edm":
             schedule += f", σ_data {diffusion.sigma_data:g}"
+    elif diffusion.schedule == "flow":
+        schedule = f"flow, shift {diffusion.shift:g}"
     elif diffusion.schedule != "linear":
         schedule = diffusion.schedule
     architecture = {
-        "network": "U-Net of denoising diffusion probabilistic models (`UNet2DModel`)",
-        "pictures": f"{shape.sample_size}×{shape.sample_size}, {shape.in_channels} channels",
-        "channels of each level": ", ".join(map(str, shape.block_out_channels)),
-        "levels that attend": ", ".join(
-            str(level)
-            for level, kind in enumerate(shape.down_block_types)
-            if kind == "AttnDownBlock2D"
-        )
-        or "none",
-        "residual blocks of each level": str(shape.layers_per_block),
+        **network.format.description(shape),
+        "pictures": f"{as_text(shape.sample_size)}, {shape.in_channels} channels",
         "parameters": f"{parameters:,}",
     }
     process = {
@@ -95,6 +94,7 @@ def _usage(pretrained: LoadedModel) -> list[str]:
     steps = sampling.steps or all_steps
     labelled = pretrained.network.conditioning.null_class is not None
     distilled = pretrained.config.distillation.teacher is not None
+    pipelines = _network(pretrained).format.pipelines_of(pretrained.config.model)
     theirs = [f"    batch_size=4, num_inference_steps={steps}"]
     if sampling.spacing == "trailing":
         theirs = [
@@ -102,10 +102,17 @@ def _usage(pretrained: LoadedModel) -> list[str]:
             "    # timestep_spacing is leading or linspace: trailing does not end at timestep 0.",
             f"    batch_size=4, num_inference_steps={all_steps}",
         ]
-    if pretrained.config.diffusion.prediction == "edm":
-        diffusers = _loop(pretrained, "EDMEulerScheduler", steps)
-    elif distilled and labelled:
+    scheduler = scheduler_entries(pretrained.config.diffusion, sampling)["_class_name"]
+    if isinstance(pretrained.codec, LazyCodec):
+        diffusers = _latent_usage(pretrained, steps)
+    elif scheduler == EDM_CLASS:
+        diffusers = _loop(pretrained, scheduler, steps)
+    elif scheduler in FLOW_CLASSES.values():
+        diffusers = _loop(pretrained, scheduler, steps, scaled=False)
+    elif distilled and (labelled or not pipelines):
         diffusers = _loop(pretrained, "DDIMScheduler", steps, ", use_clipped_model_output=True")
+    elif not pipelines:
+        diffusers = _loop(pretrained, "DDPMScheduler", steps)
     elif distilled:
         diffusers = [
             "from diffusers import DDIMPipeline", "",
@@ -145,24 +152,55 @@ def _usage(pretrained: LoadedModel) -> list[str]:
     ]  # fmt: skip
 
 
-def _loop(pretrained: LoadedModel, scheduler: str, steps: int, options: str = "") -> list[str]:
-    """Sampling loop where no pipeline exists, with `options` for each scheduler step."""
-    shape = pretrained.config.model
-    labelled = pretrained.network.conditioning.null_class is not None
-    labels = ", class_labels=labels" if labelled else ""
+def _latent_usage(pretrained: LoadedModel, steps: int) -> list[str]:
+    spec = pretrained.network.conditioning
+    asked = '"a prompt"' if spec.text is not None else "class_labels=[0]"
     return [
-        "import torch", f"from diffusers import {scheduler}, UNet2DModel", "",
-        'unet = UNet2DModel.from_pretrained("DIR", subfolder="unet")',
+        "from diffusers import DiffusionPipeline", "",
+        "# Where the index names a pipeline that diffusers has; else take the parts.",
+        'pipeline = DiffusionPipeline.from_pretrained("DIR")',
+        f"images = pipeline({asked}, num_inference_steps={steps}).images",
+    ]  # fmt: skip
+
+
+def _loop(
+    pretrained: LoadedModel, scheduler: str, steps: int, options: str = "", scaled: bool = True
+) -> list[str]:
+    """Sampling loop where no pipeline exists, with `options` for each scheduler step.
+
+    `scaled`: whether the scheduler has factors for the noise and for the network's input.
+    """
+    shape, form = pretrained.config.model, _network(pretrained).format
+    kind, spec = form.class_name(shape), pretrained.network.conditioning
+    height, width = height_and_width(shape.sample_size)
+    given = {
+        ", text, encoder_attention_mask=mask": spec.text,
+        ", class_labels=labels": spec.classes,
+        ", class_labels=vectors": spec.vector,
+    }
+    conditions = "".join(name for name, value in given.items() if value is not None)
+    seen = "seen" if scaled else "x"
+    return [
+        "import torch", f"from diffusers import {scheduler}, {kind}", "",
+        f'{form.part} = {kind}.from_pretrained("DIR", subfolder="{form.part}")',
         f'scheduler = {scheduler}.from_pretrained("DIR", subfolder="scheduler")',
         f"scheduler.set_timesteps({steps})",
-        f"x = torch.randn(4, {shape.in_channels}, {shape.sample_size}, {shape.sample_size})",
-        "x = x * scheduler.init_noise_sigma",
+        f"x = torch.randn(4, {shape.in_channels}, {height}, {width})",
+        *(["x = x * scheduler.init_noise_sigma"] if scaled else []),
         "with torch.no_grad():",
         "    for t in scheduler.timesteps:",
-        f"        output = unet(scheduler.scale_model_input(x, t), t{labels}).sample",
+        *(["        seen = scheduler.scale_model_input(x, t)"] if scaled else []),
+        f"        output = {form.part}({seen}, t.expand(4){conditions}).sample",
         f"        x = scheduler.step(output, t, x{options}).prev_sample",
         "# x is around [-1, 1]",
     ]  # fmt: skip
+
+
+def _network(pretrained: LoadedModel) -> StoredNetwork:
+    """Return the network, of which diffusers has one."""
+    network = pretrained.network
+    assert isinstance(network, StoredNetwork), "checked before anything is written"
+    return network
 
 
 def _table(facts: Mapping[str, str]) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ddpm_engine.checkpoints.load import LoadedModel
 from ddpm_engine.diffusion.process import add_noise
-from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.plots.image_rows import strip
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.initial_noise import initial_noise, skipped_steps
@@ -46,7 +45,7 @@ def interpolation_figure(
     )  # fmt: skip
     titles = [f"{weight:.2f}" for weight in np.linspace(0, 1, COLUMNS).tolist()]
     titles[0], titles[-1] = (f"sample {end}" for end in ends)
-    images = to_uint8(samples.tensor)
+    images = trained.codec.decode(samples.tensor)
     strip([("", images)], titles, "interpolation of the noise, sampled by DDIM", path)
 
 
@@ -68,6 +67,7 @@ def denoising_figure(trained: LoadedModel, image: Tensor, seed: int, path: Path)
     visited = spaced_timesteps(schedule.timesteps, steps)
     timesteps = [int(visited[skipped_steps(steps, share)]) for share in STRENGTHS]
     image, ids = image.to(device), torch.zeros(1, dtype=torch.int64, device=device)
+    clean = trained.codec.from_images(image[None])
     # As `Sampler` noises it.
     noise = initial_noise(seed, ids, model.shape)
 
@@ -79,14 +79,14 @@ def denoising_figure(trained: LoadedModel, image: Tensor, seed: int, path: Path)
             strength=strength, **options,
         ).tensor  # fmt: skip
 
-    columns = [[image[None]] * 3]
+    columns = [[clean] * 3]
     for t, strength in zip(timesteps, STRENGTHS, strict=True):
-        noisy = add_noise(schedule, image[None], torch.tensor([t], device=device), noise)
+        noisy = add_noise(schedule, clean, torch.tensor([t], device=device), noise)
         # DDIM in one step returns the estimate of x_0, whatever the network predicts.
         estimate = denoised(1.0, None, 0.0, timesteps=(t,))
         columns.append([noisy, estimate, denoised(strength, steps, 1.0)])
     labels = ("$x_t$", r"$\hat{x}_0$", "reverse\nprocess")
-    rows = [to_uint8(torch.cat(row)) for row in zip(*columns, strict=True)]
+    rows = [trained.codec.decode(torch.cat(row)) for row in zip(*columns, strict=True)]
     strip(
         list(zip(labels, rows, strict=True)),
         ["$x_0$", *(f"t={t + 1}" for t in timesteps)],
@@ -97,4 +97,6 @@ def denoising_figure(trained: LoadedModel, image: Tensor, seed: int, path: Path)
 
 def unrestricted(trained: LoadedModel) -> DiffusionModel:
     """Return the model without what it refuses: figures take other steps than distilled ones."""
-    return DiffusionModel(trained.network, trained.schedule, trained.prediction, trained.sampling)
+    return DiffusionModel(
+        trained.network, trained.schedule, trained.prediction, trained.sampling, trained.codec
+    )

@@ -113,8 +113,15 @@ class Exhibit:
             channels=model.in_channels,
             classes=None if model.num_class_embeds is None else model.num_class_embeds - 1,
             seed=self.config.training.seed,
+            text=self.trained.spec.text,
+            vector=self.trained.spec.vector,
         )
-        return samples_at(dataset, range(_GRID)).images.permute(0, 2, 3, 1).numpy()
+        stored = samples_at(dataset, range(_GRID)).images
+        if stored.dtype != torch.uint8:
+            codec = self.trained.codec
+            stored = stored[:, 0] if stored.dim() == 5 else stored  # without mirrored images
+            return codec.decode(codec.encode(stored))
+        return stored.permute(0, 2, 3, 1).numpy()
 
     @cached_property
     def drawn(self) -> np.ndarray:
@@ -174,7 +181,8 @@ def forward(exhibit: Exhibit) -> list[Path]:
     schedule = exhibit.trained.schedule
     timesteps: Sequence[int] = exhibit.timesteps or shown_timesteps(schedule.timesteps)
     path = exhibit.out / "forward.png"
-    forward_figure(schedule, exhibit.real[:_ROWS], timesteps, exhibit.seed, path)
+    real, codec = exhibit.real[:_ROWS], exhibit.trained.codec
+    forward_figure(schedule, real, timesteps, exhibit.seed, path, codec)
     return [path]
 
 
@@ -188,8 +196,9 @@ def reverse(exhibit: Exhibit) -> list[Path]:
     request = SampleRequest(seed=exhibit.seed, sampling=exhibit.sampling, precision="no")
     still, moving = exhibit.out / "reverse.png", exhibit.out / "reverse.gif"
     first = exhibit.ids[0]
-    reverse_figure(watch(model, request, [first], COLUMNS), still)
-    reverse_animation(watch(model, request, range(first, first + _MOVING), _FRAMES), moving)
+    reverse_figure(watch(model, request, [first], COLUMNS), still, model.codec)
+    steps = watch(model, request, range(first, first + _MOVING), _FRAMES)
+    reverse_animation(steps, moving, model.codec)
     return [still, moving]
 
 
@@ -255,7 +264,7 @@ def quality(exhibit: Exhibit) -> list[Path]:
             "quality against steps is plotted only for runs on the digits, whose feature network "
             "trains in seconds; evaluate other runs instead"
         )
-    size, count = exhibit.config.model.sample_size, exhibit.count
+    size, count = exhibit.trained.image_shape[1], exhibit.count
     numbers = [steps for steps in QUALITY_STEPS if steps <= exhibit.trained.schedule.timesteps]
     if not numbers:
         raise Inapplicable(
@@ -281,8 +290,14 @@ def quality(exhibit: Exhibit) -> list[Path]:
 
 
 def bound(exhibit: Exhibit) -> list[Path]:
-    """Plot the terms of the variational bound over t."""
+    """Plot the terms of the variational bound over t.
+
+    Raises:
+        Inapplicable: a `UserError`: the network samples latents.
+    """
     trained = exhibit.trained
+    if trained.codec.clip_range is None:
+        raise Inapplicable("the variational bound is that of pixels, and the samples are latents")
     images = exhibit.real[: exhibit.bound_images]
     device = trained.device
     ids = torch.arange(len(images), device=device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
-from ddpm_engine.images.grid import to_uint8
+from ddpm_engine.images.data_codec import Codec, PixelCodec
 from ddpm_engine.plots.image_rows import moving_strip, strip
 from ddpm_engine.samplers.finite import finite_samples, refuse_not_finite
 from ddpm_engine.samplers.model import DiffusionModel
@@ -51,7 +51,12 @@ def check_shown(schedule: NoiseSchedule, timesteps: Sequence[int]) -> None:
 
 
 def forward_figure(
-    schedule: NoiseSchedule, images: np.ndarray, timesteps: Sequence[int], seed: int, path: Path
+    schedule: NoiseSchedule,
+    images: np.ndarray,
+    timesteps: Sequence[int],
+    seed: int,
+    path: Path,
+    codec: Codec = PixelCodec(),  # noqa: B008
 ) -> None:
     """Show q(x_t | x_0) of real images, each always with the same noise (equation 4).
 
@@ -61,6 +66,7 @@ def forward_figure(
         timesteps: from 0, the columns.
         seed: of the noise.
         path: of the PNG.
+        codec: of what is diffused.
 
     Raises:
         UserError: as `check_shown`.
@@ -69,15 +75,16 @@ def forward_figure(
     columns = torch.tensor(timesteps)
     rows = []
     for number, image in enumerate(images):
+        clean = codec.encode(torch.from_numpy(image).permute(2, 0, 1)[None]).cpu()
         noisy = q_sample(
-            torch.from_numpy(image).permute(2, 0, 1).expand(len(columns), -1, -1, -1),
+            clean.expand(len(columns), -1, -1, -1),
             columns,
             schedule.sqrt_alpha_bar.float(),
             schedule.sqrt_one_minus_alpha_bar.float(),
             seed,
             torch.full_like(columns, number),
         )
-        rows.append(("$x_t$", np.concatenate([image[None], to_uint8(noisy)])))
+        rows.append(("$x_t$", np.concatenate([image[None], codec.decode(noisy)])))
     titles = ["$x_0$", *(f"t={t + 1}" for t in timesteps)]
     strip(rows, titles, "forward: images dissolve into noise", path)
 
@@ -120,15 +127,20 @@ def watch(
     return seen
 
 
-def reverse_figure(steps: Sequence[Moment], path: Path) -> None:
+def reverse_figure(
+    steps: Sequence[Moment],
+    path: Path,
+    codec: Codec = PixelCodec(),  # noqa: B008
+) -> None:
     """Plot how one sample emerges: the state, and each step's estimate of x_0.
 
     Args:
         steps: as `watch` keeps them; the first sample of the batch is plotted.
         path: of the PNG.
+        codec: of the samples.
     """
     states, estimates = (
-        np.concatenate([to_uint8(getattr(step, name)[:1]) for step in steps])
+        np.concatenate([codec.decode(getattr(step, name)[:1]) for step in steps])
         for name in ("x", "x0")
     )
     strip(
@@ -139,15 +151,23 @@ def reverse_figure(steps: Sequence[Moment], path: Path) -> None:
     )
 
 
-def reverse_animation(steps: Sequence[Moment], path: Path) -> None:
+def reverse_animation(
+    steps: Sequence[Moment],
+    path: Path,
+    codec: Codec = PixelCodec(),  # noqa: B008
+) -> None:
     """Animate how samples emerge, above the estimates of x_0, as a GIF.
 
     Args:
         steps: as `watch` keeps them; all samples of the batch are plotted.
         path: of the GIF.
+        codec: of the samples.
     """
     moving_strip(
-        [[("$x_{t-1}$", to_uint8(step.x)), (r"$\hat{x}_0$", to_uint8(step.x0))] for step in steps],
+        [
+            [("$x_{t-1}$", codec.decode(step.x)), (r"$\hat{x}_0$", codec.decode(step.x0))]
+            for step in steps
+        ],
         [f"t = {step.timestep + 1:.0f}" for step in steps],
         path,
     )

@@ -26,6 +26,7 @@ from ddpm_engine.memory import check_fits
 from ddpm_engine.samplers.identity import distinct, whole
 from ddpm_engine.samplers.request import SampleRequest
 from ddpm_engine.samplers.sampler import Sampler
+from ddpm_engine.sizes import height_and_width, size_of
 
 _BYTES_OF_AN_ID = 64  # in the set of those that are there
 
@@ -50,16 +51,16 @@ def request_from_files(
     Raises:
         UserError: files that cannot be read, or values out of range.
     """
-    channels, height, _ = model.shape
+    channels, *size = model.image_shape if images is not None else model.shape
     if mask is not None and images is None:
         raise UserError("`mask` needs `images`; give that too, or leave `mask` out", "mask")
     if images is not None:
-        options["images"] = InputImages(images, model.shape)
+        options["images"] = InputImages(images, model.image_shape)
     if mask is not None:
-        options["mask"] = read_mask(mask, height)
+        options["mask"] = read_mask(mask, size_of(*size))
     if low_resolution is not None:
-        side = model.spec.low_resolution or height
-        images_in = open_low_resolution(low_resolution, (channels, side, side))
+        small = height_and_width(model.spec.low_resolution or size_of(*size))
+        images_in = open_low_resolution(low_resolution, (channels, *small))
         if isinstance(images_in, SamplesAsInput) and "classes" not in options:
             images_in.renumber_classes(model.classes, model.spec.null_class)
         options["low_resolution"] = images_in
@@ -80,7 +81,7 @@ def settings_of(model: LoadedModel, sampler: Sampler) -> dict[str, Any]:
 
 def generate(
     model: LoadedModel,
-    request: SampleRequest,
+    request: SampleRequest | Sampler,
     ids: Sequence[int],
     out: Path,
     *,
@@ -97,7 +98,7 @@ def generate(
 
     Args:
         model: generates them.
-        request: what to sample.
+        request: what to sample, or a sampler that is bound to it, such as a cascade's.
         ids: of the samples.
         out: the folder, created if missing. If it holds samples of the same settings, they stay.
         format: of the files; see `SampleDir`.
@@ -114,7 +115,14 @@ def generate(
         UserError: a request that the model cannot serve, numbers out of range, samples that are not
             finite, or a folder that holds something else or cannot be written.
     """
-    sampler = Sampler(model, request)
+    if model.config.data.diffuse != "images":
+        raise UserError(
+            "`checkpoint` is a prior, which generates image embeddings; give it as `prior`, with "
+            "the decoder that makes images of them",
+            "checkpoint",
+        )
+    sampler = request if isinstance(request, Sampler) else Sampler(model, request)
+    request = sampler.request
     ids = distinct(ids)
     check_amounts(sampler, ids, batch_size, ("per_shard", 1 if format == "png" else per_shard))
     for given in (request.images, request.low_resolution):
@@ -172,7 +180,7 @@ def check_amounts(
     sampler.check_fits(min(batch, len(ids)), batch)
     if size > MOST_IN_A_FILE:
         raise UserError(f"`{field}` is {size}; it can be {MOST_IN_A_FILE} at most", field)
-    kept = math.prod(sampler.model.shape) * min(size, len(ids))
+    kept = math.prod(sampler.model.image_shape) * min(size, len(ids))
     check_fits(kept, field, "choose a smaller one")
     sampler.check_inputs(ids[0])
 

@@ -32,13 +32,14 @@ from ddpm_engine.images.damaged import reason_of, unreadable
 from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.images.folder import extension_in
 from ddpm_engine.locations import check_local
+from ddpm_engine.sizes import Size, size_of
 
 
 class InputImages:
     """An image file, the image files of a folder in the order of their names, or samples by id.
 
     Sample k goes with image k, and again from the first after the last. Each is cut to its central
-    square and resized to the network's size, in its channels.
+    part of the network's proportions and resized to its size, in its channels.
 
     Args:
         path: of the file (png, jpg, webp or npy), or of the folder, as `open_images` takes it.
@@ -72,9 +73,10 @@ class InputImages:
         Raises:
             UserError: a file that cannot be read; the message names all that cannot.
         """
-        channels, size, _ = self.shape
+        channels, *size = self.shape
         read = {
-            k: fit(with_channels(self._reader.image(k), channels), size) for k in self._used(ids)
+            k: fit(with_channels(self._reader.image(k), channels), size_of(*size))
+            for k in self._used(ids)
         }
         return _tensor(np.stack([read[self._ids[k % len(self._ids)]] for k in ids]))
 
@@ -178,7 +180,7 @@ def open_low_resolution(path: Path, shape: tuple[int, int, int]) -> SamplesAsInp
 
     Args:
         path: folder that `SampleDir` wrote, or whatever `InputImages` takes.
-        shape: (C, side, side) of the low-resolution images.
+        shape: (C, H, W) of the low-resolution images.
 
     Raises:
         UserError: as both.
@@ -189,8 +191,8 @@ def open_low_resolution(path: Path, shape: tuple[int, int, int]) -> SamplesAsInp
     return InputImages(path, shape, "low_resolution")
 
 
-def read_mask(path: Path, size: int) -> Tensor:
-    """Read where an image is kept: bool `[1, 1, size, size]`, False where to paint.
+def read_mask(path: Path, size: Size) -> Tensor:
+    """Read where an image is kept: bool `[1, 1, H, W]`, False where to paint.
 
     Where to paint, the mask's file is white; or opaque, if parts of it are transparent, whatever
     its colours: strokes on a layer of their own. The file is cut and resized as images are.

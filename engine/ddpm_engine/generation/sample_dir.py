@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.generation.id_store import IdStore
-from ddpm_engine.generation.sample_formats import Format, sample_files
+from ddpm_engine.generation.sample_formats import About, Format, ids_in, sample_files
 from ddpm_engine.generation.sample_reader import SampleReader
 from ddpm_engine.images.grid import class_grid, grid, save_png
 
+METADATA = "metadata.jsonl"
 _GRID_LIMIT = 256
 _SHORTEST_ROW = 4
 
@@ -65,8 +68,9 @@ class SampleDir(IdStore):
             UserError: the disk is full or the folder cannot be written; whole files stay.
         """
         with self.writing():
-            labels = [self.label_of(k) for k in ids]
-            self._files.write(ids, items, labels, self.settings["seed"])
+            seed, prompt_of = self.settings["seed"], self.reader.prompt_of
+            about = [About(seed, self.label_of(k), prompt_of(k)) for k in ids]
+            self._files.write(ids, items, about)
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """Read samples that are there: uint8 `[N, H, W, C]`.
@@ -80,7 +84,8 @@ class SampleDir(IdStore):
     def finish(self, ids: Sequence[int]) -> None:
         """Write the grid of the first of these samples; one process at a time calls it.
 
-        Samples of several classes get a row per class, unless rows would be short.
+        Samples of several classes get a row per class, unless rows would be short. Of files that
+        were made from prompts, metadata.jsonl says which, as Hugging Face's imagefolder does.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -89,5 +94,14 @@ class SampleDir(IdStore):
         labels = [label for k in first if (label := self.reader.label_of(k)) is not None]
         by_class = 1 < len(set(labels)) <= len(first) / _SHORTEST_ROW
         with self.writing():
+            if self.reader.prompt_of(0) is not None and not self.sharded:
+                self._write_metadata()
             images = self.read(first)
             save_png(class_grid(images, labels) if by_class else grid(images), self.grid)
+
+    def _write_metadata(self) -> None:
+        paths = {k: name for name in self._names() for k in ids_in(name) or ()}
+        with atomic_write(self.directory / METADATA) as file:
+            for k in sorted(paths):
+                entry = {"file_name": paths[k], "text": self.reader.prompt_of(k)}
+                file.write(f"{json.dumps(entry, ensure_ascii=False)}\n".encode())

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from webdataset import TarWriter
@@ -32,22 +32,30 @@ MOST_IN_A_FILE = 1 << 24
 _NAME = re.compile(r"(\d{8,})(?:-(\d{8,}))?\.(png|tar|npz)")
 
 
+class About(NamedTuple):
+    """What is written beside a sample."""
+
+    seed: int
+    """Seed of its noise."""
+    label: int | None = None
+    """Class that it was conditioned on, or None."""
+    prompt: str | None = None
+    """Prompt that it was conditioned on, or None."""
+
+
 class SampleFiles(Protocol):
     """Files of one format."""
 
     folder: Path
     """Where the files are; created by `write` if missing."""
 
-    def write(
-        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
-    ) -> None:
+    def write(self, ids: Sequence[int], images: np.ndarray, about: Sequence[About]) -> None:
         """Write samples, each file complete or not at all.
 
         Args:
             ids: N ascending ids.
             images: uint8 `[N, H, W, C]`.
-            labels: the class of each, or None.
-            seed: of their noise.
+            about: each, N of them.
 
         Raises:
             OSError: as the operating system reports it.
@@ -107,10 +115,8 @@ class PngFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(
-        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
-    ) -> None:
-        """See `SampleFiles`; the labels are in the manifest only."""
+    def write(self, ids: Sequence[int], images: np.ndarray, about: Sequence[About]) -> None:
+        """See `SampleFiles`; what is known about them is in the manifest only."""
 
         def write_one(sample: tuple[int, np.ndarray]) -> None:
             sample_id, image = sample
@@ -125,18 +131,17 @@ class PngFiles:
 
 
 class TarShards:
-    """WebDataset shards, `00001024-00002047.tar`: per sample png or npy, json, and cls.
+    """WebDataset shards, `00001024-00002047.tar`: per sample png or npy, json, cls and txt.
 
-    The json holds id, seed and label; there is a cls if there is a label.
+    The json holds id, seed and label; there is a cls if there is a label, and a txt if there is a
+    prompt.
     """
 
     def __init__(self, folder: Path, extension: Literal["png", "npy"]) -> None:
         self.folder = folder
         self.extension = extension
 
-    def write(
-        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
-    ) -> None:
+    def write(self, ids: Sequence[int], images: np.ndarray, about: Sequence[About]) -> None:
         """See `SampleFiles`; one shard per range without gaps."""
         self.folder.mkdir(exist_ok=True)
         for part in consecutive(ids):
@@ -144,15 +149,17 @@ class TarShards:
             encoded = in_threads(lambda image: encode(image, self.extension), list(images[part]))
             # No encoder: the members are encoded already. mtime 0: the same bytes every time.
             with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-                for k, image, label in zip(ids[part], encoded, labels[part], strict=True):
-                    description = {"id": k, "seed": seed, "label": label}
+                for k, image, known in zip(ids[part], encoded, about[part], strict=True):
+                    description = {"id": k, "seed": known.seed, "label": known.label}
                     members = {
                         "__key__": f"{k:08d}",
                         self.extension: image,
                         "json": json.dumps(description).encode(),
                     }
-                    if label is not None:
-                        members["cls"] = str(label).encode()
+                    if known.label is not None:
+                        members["cls"] = str(known.label).encode()
+                    if known.prompt is not None:
+                        members["txt"] = known.prompt.encode()
                     tar.write(members)
 
     def read(self, path: Path) -> Mapping[int, np.ndarray]:
@@ -160,6 +167,8 @@ class TarShards:
         samples = {}
         with path.open("rb") as file:
             for sample in scan_tar(path):
+                if sample.image is None:
+                    continue  # a latent, which no sample is
                 file.seek(sample.image.offset_data)
                 payload = file.read(sample.image.size)
                 samples[int(sample.key)] = decode(payload, sample.extension)
@@ -170,21 +179,22 @@ class NpzShards:
     """NumPy archives, `00001024-00002047.npz`.
 
     Each holds images uint8 `[N, H, W, C]`, ids int64 `[N]` and, if there are classes, labels
-    int64 `[N]`.
+    int64 `[N]`, and if there are prompts, these as text `[N]`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(
-        self, ids: Sequence[int], images: np.ndarray, labels: Sequence[int | None], seed: int
-    ) -> None:
+    def write(self, ids: Sequence[int], images: np.ndarray, about: Sequence[About]) -> None:
         """See `SampleFiles`; one archive per range without gaps."""
         self.folder.mkdir(exist_ok=True)
         for part in consecutive(ids):
             arrays = {"images": images[part], "ids": np.asarray(ids[part], dtype=np.int64)}
-            if labels[part][0] is not None:
-                arrays["labels"] = np.asarray(labels[part], dtype=np.int64)
+            known = about[part]
+            if known[0].label is not None:
+                arrays["labels"] = np.asarray([one.label for one in known], dtype=np.int64)
+            if known[0].prompt is not None:
+                arrays["prompts"] = np.asarray([one.prompt for one in known])
             encoded = io.BytesIO()
             np.savez(encoded, **arrays)  # type: ignore[arg-type]
             path = self.folder / f"{ids[part][0]:08d}-{ids[part][-1]:08d}.npz"

@@ -49,6 +49,10 @@ class SampleReader:
         classes = settings.get("classes")
         if not (classes is None or (isinstance(classes, list) and all(map(_is_class, classes)))):
             raise UserError(f"{directory / MANIFEST} is damaged: its classes are no numbers")
+        prompts = settings.get("prompts")
+        texts = isinstance(prompts, list) and all(isinstance(one, str) for one in prompts)
+        if prompts is not None and not (texts and prompts):
+            raise UserError(f"{directory / MANIFEST} is damaged: its prompts are no texts")
         try:
             self.files = sample_files(directory, settings["format"]) if settings else None
         except UserError as error:
@@ -99,6 +103,11 @@ class SampleReader:
         """Return the class a sample was conditioned on, or None."""
         classes = self.settings.get("classes")
         return int(classes[sample_id % len(classes)]) if classes else None
+
+    def prompt_of(self, sample_id: int) -> str | None:
+        """Return the prompt a sample was conditioned on, or None."""
+        prompts = self.settings.get("prompts")
+        return prompts[sample_id % len(prompts)] if prompts else None
 
     @property
     def classes(self) -> ClassNames | None:

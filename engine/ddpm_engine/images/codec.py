@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ddpm_engine.images.metadata import without_metadata
+from ddpm_engine.sizes import Size, height_and_width
 
 Pixels = NDArray[np.uint8]
 
@@ -157,30 +158,32 @@ def with_channels(array: Pixels, channels: int) -> Pixels:
     return np.asarray(_to_pillow(array).convert("L"))[:, :, None]
 
 
-def fit(array: Pixels, size: int) -> Pixels:
-    """Cut the central square and resize it to `size` × `size`; that size is left untouched.
+def fit(array: Pixels, size: Size) -> Pixels:
+    """Cut the central part of a size's proportions and resize it; that size is left untouched.
 
-    While the side is at least twice `size` it is halved by averaging (BOX), then resized once with
-    Pillow's BICUBIC, which widens its kernel when it shrinks. This is the procedure behind the
-    published ImageNet reference statistics; a resize that aliases (bilinear in torch or OpenCV
-    without antialiasing) changes a Fréchet distance by more than most papers' improvements.
+    While both sides are at least twice the size they are halved by averaging (BOX), then resized
+    once with Pillow's BICUBIC, which widens its kernel when it shrinks. This is the procedure
+    behind the published ImageNet reference statistics; a resize that aliases (bilinear in torch or
+    OpenCV without antialiasing) changes a Fréchet distance by more than most papers' improvements.
 
     Raises:
         ValueError: `size` is not positive.
     """
-    if size < 1:
+    rows, columns = height_and_width(size)
+    if rows < 1 or columns < 1:
         raise ValueError(f"size must be at least 1, not {size}")
     height, width = array.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = array[top : top + side, left : left + side]
-    if side == size:
-        return square
-    image = _to_pillow(square)
-    while image.width >= 2 * size:
-        half = image.width // 2
-        image = image.resize((half, half), Image.Resampling.BOX)
-    return _from_pillow(image.resize((size, size), Image.Resampling.BICUBIC))
+    # The largest part of the proportions rows : columns.
+    kept_height = min(height, max(1, (2 * width * rows + columns) // (2 * columns)))
+    kept_width = min(width, max(1, (2 * height * columns + rows) // (2 * rows)))
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    kept = array[top : top + kept_height, left : left + kept_width]
+    if kept.shape[:2] == (rows, columns):
+        return kept
+    image = _to_pillow(kept)
+    while image.height >= 2 * rows and image.width >= 2 * columns:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return _from_pillow(image.resize((columns, rows), Image.Resampling.BICUBIC))
 
 
 def extension_of(payload: bytes) -> str:

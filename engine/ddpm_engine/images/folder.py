@@ -28,6 +28,7 @@ _OTHER_FORMATS = frozenset({
     "tga", "tif", "tiff",
 })  # fmt: skip
 _MANIFEST = "manifest.json"
+_METADATA = "metadata.jsonl"
 _NUMBERED = re.compile(r"\d{8,}\.png")
 _REPORT = re.compile(r"result-[0-9a-f]+\.(json|md)")
 _MOST_NAMES = 10
@@ -182,7 +183,7 @@ def _drop_by_products(folder: Path, found: FolderContents) -> None:
     found.others[:] = [
         file
         for file in found.others
-        if not (has_samples and file.name == _MANIFEST)
+        if not (has_samples and file.name in (_MANIFEST, _METADATA))
         and not file.name.endswith(TEMPORARY_SUFFIX)
         and not _REPORT.fullmatch(file.name)
     ]

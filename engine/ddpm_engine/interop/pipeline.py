@@ -6,62 +6,69 @@ from pathlib import Path
 
 from ddpm_engine.diffusion.config import DiffusionConfig
 from ddpm_engine.errors import UserError
-from ddpm_engine.interop import scheduler
-from ddpm_engine.networks.files.layout import CARD, INDEX, NETWORK_CONFIG, SCHEDULER_CONFIG
+from ddpm_engine.interop import latent_parts, scheduler
+from ddpm_engine.interop.latent_parts import Further
+from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.files.layout import (
+    CARD,
+    INDEX,
+    NETWORK_CONFIG,
+    PARTS,
+    SCHEDULER_CONFIG,
+    averaged_part,
+)
 from ddpm_engine.networks.files.together import json_writer, text_writer, write_together
 from ddpm_engine.networks.files.weights import check_no_other_weights
-from ddpm_engine.networks.unet import files
-from ddpm_engine.networks.unet.config import UNetConfig
-from ddpm_engine.networks.unet.unet import UNet
+from ddpm_engine.networks.stored import StoredNetwork
 from ddpm_engine.objectives.config import DistillationConfig
 from ddpm_engine.samplers.config import SamplingConfig
 
-_PIPELINES = {scheduler.CLASS: "DDPMPipeline", scheduler.DDIM_CLASS: "DDIMPipeline"}
-
 
 def check_pipeline(
-    network: object,
+    network: Network,
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     distillation: DistillationConfig,
-) -> UNetConfig:
+) -> StoredNetwork:
     """Check that diffusers has such a network and a sampler for it.
 
     Args:
-        network: configuration of the network.
+        network: the network.
         diffusion: its process.
         sampling: how it is sampled.
         distillation: how it was distilled, if it was.
 
     Returns:
-        The network's configuration.
+        The network.
 
     Raises:
         UserError: diffusers has no such network, or no sampler that takes the steps it was
             distilled to.
     """
-    if not isinstance(network, UNetConfig):
-        raise UserError(
-            f"the network is a {type(network).__name__}, and only U-Nets are written for diffusers"
-        )
+    if not isinstance(network, StoredNetwork):
+        raise UserError(f"the network is a {type(network).__name__}, which diffusers does not have")
     if distillation.teacher is not None:
         _check_distilled(network, diffusion, sampling, distillation)
-    files.config_entries(network)
+    network.format.config_entries(network.config)
     return network
 
 
 def write_pipeline(
     folder: Path,
-    network: UNet,
+    network: Network,
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     distillation: DistillationConfig,
     card: str | None = None,
+    further: Further | None = None,
 ) -> None:
     """Write a model as a pipeline of diffusers; other files in the folder stay.
 
-    A distilled network is a `DDIMPipeline`, any other a `DDPMPipeline`. For an EDM network, which
-    no pipeline of diffusers samples from, network and scheduler are written without an index.
+    A distilled U-Net is a `DDIMPipeline`, any other a `DDPMPipeline`. Where no pipeline of
+    diffusers samples from such a network with such a scheduler, both are written without an index.
+    A latent model with classes and a transformer is a `DiTPipeline`; one with a U-Net, and CLIP's
+    text encoder as Stable Diffusion uses it, a `StableDiffusionPipeline`; any other has an index of
+    a `DiffusionPipeline`, by which this engine reads it.
 
     Args:
         folder: created if missing.
@@ -70,48 +77,62 @@ def write_pipeline(
         sampling: how it is sampled.
         distillation: how it was distilled, if it was.
         card: text of its README.md.
+        further: what a latent model has besides.
 
     Raises:
         UserError: as `check_pipeline`, or the folder holds parts of a model of another kind.
         OSError: the folder cannot be written.
     """
-    check_pipeline(network.config, diffusion, sampling, distillation)
-    process = scheduler.scheduler_entries(diffusion, sampling, distillation)
-    _check_parts(folder)
-    null_class = network.conditioning.null_class
-    unet = files.unet_writers(network.config, network.state_dict(), null_class)
-    writers = {f"unet/{name}": writer for name, writer in unet.items()}
+    stored = check_pipeline(network, diffusion, sampling, distillation)
+    latent = further is not None
+    process = scheduler.scheduler_entries(diffusion, sampling, distillation, latent)
+    form, null_class = stored.format, stored.conditioning.null_class
+    part = form.part
+    _check_parts(folder, (part, *latent_parts.names(further)))
+    files = form.writers(stored.config, stored.state_dict(), null_class)
+    writers = {f"{part}/{name}": writer for name, writer in files.items()}
     writers[f"scheduler/{SCHEDULER_CONFIG}"] = json_writer(process)
     if card is not None:
         writers[CARD] = text_writer(card)
-    entries = [f"unet/{NETWORK_CONFIG}"]
+    entries = [f"{part}/{NETWORK_CONFIG}"]
     sampler = process["_class_name"]
-    if sampler in _PIPELINES:
-        parts = {"scheduler": ["diffusers", sampler], "unet": ["diffusers", files.CLASS]}
-        writers[INDEX] = json_writer({"_class_name": _PIPELINES[sampler], **parts})
+    if further is not None:
+        index = {
+            "scheduler": ["diffusers", sampler],
+            part: ["diffusers", form.class_name(stored.config)],
+        }
+        writers |= latent_parts.writers(folder, further)
+        writers[INDEX] = json_writer({**latent_parts.index_entries(further, part), **index})
+        entries.append(INDEX)
+    elif (pipeline := form.pipelines_of(stored.config).get(sampler)) is not None:
+        kind = form.class_name(stored.config)
+        parts = {"scheduler": ["diffusers", sampler], part: ["diffusers", kind]}
+        writers[INDEX] = json_writer({"_class_name": pipeline, **parts})
         entries.append(INDEX)
     write_together(folder, writers, entries, obsolete=[INDEX])
 
 
-def _check_parts(folder: Path) -> None:
+def _check_parts(folder: Path, written: tuple[str, ...]) -> None:
     """Refuse a folder in which something else would be read, or written, in place of the parts."""
-    for name in ("unet", "scheduler"):
+    for name in (*written, "scheduler"):
         part = folder / name
         if part.is_symlink() or (part.exists() and not part.is_dir()):
             raise UserError(
                 f"{part} is {'a link' if part.is_symlink() else 'a file'}, and a folder of that "
                 "name is to be written; move it elsewhere, or choose another folder"
             )
-    if (folder / "unet_ema").exists():
-        raise UserError(
-            f"{folder / 'unet_ema'} would be read in place of the new network; move it elsewhere, "
-            "or choose another folder"
-        )
-    check_no_other_weights(folder / "unet")
+    for name in (*PARTS, *map(averaged_part, PARTS)):
+        if name not in written and (folder / name).exists():
+            raise UserError(
+                f"{folder / name} might be read in place of the new network; move it elsewhere, "
+                "or choose another folder"
+            )
+    for name in written:
+        check_no_other_weights(folder / name)
 
 
 def _check_distilled(
-    network: UNetConfig,
+    network: StoredNetwork,
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     distillation: DistillationConfig,
@@ -120,14 +141,16 @@ def _check_distilled(
     steps, timesteps = sampling.steps, diffusion.timesteps
     if distillation.method == "moments":
         reason = "of networks made by moment matching no export is written yet"
-    elif diffusion.prediction == "edm":
-        reason = "EDMEulerScheduler visits other noise levels"
+    elif (sampler := scheduler.scheduler_entries(diffusion, sampling)["_class_name"]) not in (
+        scheduler.CLASS, scheduler.DDIM_CLASS,
+    ):  # fmt: skip
+        reason = f"{sampler} visits other noise levels"
     elif steps is None or timesteps % steps:
         reason = (
             f"DDIMScheduler takes strides of whole timesteps, and {steps} does not divide the "
             f"{timesteps} of the schedule"
         )
-    elif network.out_channels != network.in_channels:
+    elif network.config.out_channels != network.config.in_channels:
         reason = "DDIMPipeline does not know networks that predict a variance"
     else:
         return

@@ -11,14 +11,20 @@ import torch
 from ddpm_engine.diffusion.config import DiffusionConfig, Variance
 from ddpm_engine.diffusion.parameterization import clips_x0
 from ddpm_engine.errors import UserError
+from ddpm_engine.interop import solvers
 from ddpm_engine.json_files import as_float
 from ddpm_engine.networks.files.entries import Entries
 from ddpm_engine.objectives.config import DistillationConfig
-from ddpm_engine.samplers.config import SamplingConfig, Spacing
+from ddpm_engine.samplers.config import SamplingConfig
 
 CLASS = "DDPMScheduler"
 DDIM_CLASS = "DDIMScheduler"
 EDM_CLASS = "EDMEulerScheduler"
+FLOW_CLASSES = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+}
+"""By our sampler."""
 _PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # `fixed_small_log` takes the logarithm and back.
 _VARIANCES = {"fixed_small_log": "fixed_small"}
@@ -30,12 +36,29 @@ _EDM_CHOICES = {
     "final_sigmas_type": "zero",
 }
 
+_FLOW_CHOICES: dict[str, Any] = {
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+# Those that only dynamic shifting reads.
+_FLOW_IGNORED = (
+    "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type",
+)  # fmt: skip
+
 # Our own entry. Diffusers ignores names with a leading underscore, and preserves them.
 _DISTILLED = "_distilled"
 
 # Entries without effect on samples: those that only dynamic thresholding reads, which is refused,
 # and the array library that an early version selected.
-_IGNORED = ("dynamic_thresholding_ratio", "sample_max_value", "tensor_format")
+# Published files of Stable Diffusion have what another scheduler's left behind.
+_IGNORED = (
+    "dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "skip_prk_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class Process:
 
 
 def read_scheduler(file: Path) -> Process:
-    """Read the configuration of a `DDPMScheduler`, `DDIMScheduler` or `EDMEulerScheduler`.
+    """Read a scheduler: of DDPM, DDIM, EDM, flow matching, or a solver that latent models use.
 
     The first two share the process. The second is sampled with deterministic ddim, in the number of
     steps that it was distilled to if our own export says so. Where the last timestep is not 0, as
@@ -65,21 +88,27 @@ def read_scheduler(file: Path) -> Process:
     kind = entries.take("_class_name", str, "nothing")
     if kind == EDM_CLASS:
         return _read_edm(entries)
+    for sampler, name in FLOW_CLASSES.items():
+        if kind == name:
+            return _read_flow(entries, sampler)
+    if kind in solvers.CLASSES:
+        process = _read_process(entries)
+        return Process(_checked(process, entries), solvers.read_solver(entries, kind))
     if kind not in (CLASS, DDIM_CLASS):
-        known = f"this engine reads {CLASS}, {DDIM_CLASS} and {EDM_CLASS}"
-        entries.refuse("_class_name", kind, known)
+        known = ", ".join((CLASS, DDIM_CLASS, *solvers.CLASSES, EDM_CLASS, *FLOW_CLASSES.values()))
+        entries.refuse("_class_name", kind, f"this engine reads {known}")
     entries.require("thresholding", (False,), False)
-    entries.require("rescale_betas_zero_snr", (False,), False)
-    entries.require("steps_offset", (0,), 0)
     entries.require("clip_sample_range", (1,), 1.0)
     clips = entries.take("clip_sample", bool, True)
     diffusion = _read_process(entries)
     # As the parameterization has it: left open, so that an export reads as the run it came from.
     clip_x0 = None if clips == clips_x0(diffusion.prediction, None) else clips
-    spacing = entries.take("timestep_spacing", str, "leading")
-    if spacing not in get_args(Spacing):
-        entries.refuse("timestep_spacing", spacing, f"it must be one of {get_args(Spacing)}")
-    sampling: dict[str, Any] = {"spacing": spacing, "clip_x0": clip_x0}
+    spacing = solvers.take_spacing(entries, "leading")
+    offset = solvers.take_offset(entries)
+    # Of no other spacing it is read.
+    sampling: dict[str, Any] = {
+        "spacing": spacing, "clip_x0": clip_x0, "steps_offset": offset * (spacing == "leading"),
+    }  # fmt: skip
     distillation = DistillationConfig()
     if kind == CLASS:
         variance = entries.take("variance_type", str, "fixed_small")
@@ -87,8 +116,9 @@ def read_scheduler(file: Path) -> Process:
         if sampling["variance"] not in get_args(Variance):
             entries.refuse("variance_type", variance, f"the sampler has {get_args(Variance)}")
     else:
-        entries.require("set_alpha_to_one", (True,), True)
         sampling["sampler"] = "ddim"
+        if not entries.take("set_alpha_to_one", bool, True):
+            sampling["last_level"] = "first"
         distillation = _read_distilled(entries)
         if distillation.teacher is not None:
             sampling["steps"] = distillation.steps
@@ -97,32 +127,25 @@ def read_scheduler(file: Path) -> Process:
                     "timestep_spacing", spacing, "this network was distilled to trailing"
                 )
     entries.finish(_IGNORED)
-    try:
-        diffusion.build_schedule()
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    return Process(diffusion, SamplingConfig(**sampling), distillation)
+    return Process(_checked(diffusion, entries), SamplingConfig(**sampling), distillation)
 
 
 def scheduler_entries(
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     distillation: DistillationConfig | None = None,
+    latent: bool = False,
 ) -> dict[str, Any]:
     """The `scheduler_config.json` of the scheduler that is this process.
 
-    That of EDM is an `EDMEulerScheduler`, that of a distilled network a `DDIMScheduler`, any other
-    a `DDPMScheduler`. A schedule whose shape diffusers does not have is written beta by beta.
+    That of EDM is an `EDMEulerScheduler`, that of flow matching a `FlowMatchEulerDiscreteScheduler`
+    or its Heun sibling, that of a distilled network a `DDIMScheduler`, any other a `DDPMScheduler`.
+    Pipelines of latent models take the sampler's own, and of a learned variance know nothing: such
+    a network's is that of DDIM.
+    A schedule whose shape diffusers does not have is written beta by beta.
     """
-    if diffusion.prediction == "edm":
-        return {
-            "_class_name": EDM_CLASS,
-            "num_train_timesteps": diffusion.timesteps,
-            "sigma_min": diffusion.sigma_min,
-            "sigma_max": diffusion.sigma_max,
-            "sigma_data": diffusion.sigma_data,
-            **_EDM_CHOICES,
-        }
+    if diffusion.prediction in _OWN_ENTRIES:
+        return _OWN_ENTRIES[diffusion.prediction](diffusion, sampling)
     schedule = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(diffusion.schedule)
     as_betas = schedule is None or diffusion.betas is not None or diffusion.zero_terminal_snr
     process = {
@@ -138,9 +161,18 @@ def scheduler_entries(
         "clip_sample_range": 1.0,
         "thresholding": False,
         "timestep_spacing": sampling.spacing,
-        "steps_offset": 0,
+        "steps_offset": sampling.steps_offset,
         "rescale_betas_zero_snr": False,
     }
+    if latent and (solver := solvers.solver_entries(sampling)) is not None:
+        del process["clip_sample"], process["clip_sample_range"]
+        if solver["_class_name"] == solvers.EULER_CLASS:
+            del process["thresholding"]
+        return {**process, **solver}
+    learned = sampling.variance.startswith("learned")
+    if latent and (sampling.sampler == "ddim" or learned):
+        clean = sampling.last_level == "clean"
+        return {"_class_name": DDIM_CLASS, **process, "set_alpha_to_one": clean}
     if distillation is None or distillation.teacher is None:
         return {"_class_name": CLASS, **process, "variance_type": sampling.variance}
     distilled = {
@@ -150,6 +182,52 @@ def scheduler_entries(
         "guidance_scale": distillation.guidance_scale,
     }
     return {"_class_name": DDIM_CLASS, **process, "set_alpha_to_one": True, _DISTILLED: distilled}
+
+
+def _edm_entries(diffusion: DiffusionConfig, sampling: SamplingConfig) -> dict[str, Any]:
+    return {
+        "_class_name": EDM_CLASS,
+        "num_train_timesteps": diffusion.timesteps,
+        "sigma_min": diffusion.sigma_min,
+        "sigma_max": diffusion.sigma_max,
+        "sigma_data": diffusion.sigma_data,
+        **_EDM_CHOICES,
+    }
+
+
+def _flow_entries(diffusion: DiffusionConfig, sampling: SamplingConfig) -> dict[str, Any]:
+    sampler = "heun" if sampling.sampler == "heun" else "euler"
+    return {
+        "_class_name": FLOW_CLASSES[sampler],
+        "num_train_timesteps": diffusion.timesteps,
+        "shift": diffusion.shift,
+        **(_FLOW_CHOICES if sampler == "euler" else {}),
+    }
+
+
+_OWN_ENTRIES = {"edm": _edm_entries, "flow": _flow_entries}
+"""By prediction, for those with a schedule of their own, which no pipeline of diffusers samples."""
+
+
+def _read_flow(entries: Entries, sampler: Any) -> Process:
+    for name, ours in _FLOW_CHOICES.items():
+        entries.require(name, (ours,), ours)
+    diffusion = DiffusionConfig(
+        schedule="flow",
+        timesteps=entries.take("num_train_timesteps", int, 1000),
+        shift=entries.take("shift", float, 1.0),
+        prediction="flow",
+    )
+    entries.finish(_FLOW_IGNORED)
+    return Process(_checked(diffusion, entries), SamplingConfig(sampler=sampler))
+
+
+def _checked(diffusion: DiffusionConfig, entries: Entries) -> DiffusionConfig:
+    try:
+        diffusion.build_schedule()
+    except UserError as error:
+        raise UserError(f"{entries.path}: {error}") from None
+    return diffusion
 
 
 def _read_edm(entries: Entries) -> Process:
@@ -164,11 +242,7 @@ def _read_edm(entries: Entries) -> Process:
         prediction="edm",
     )
     entries.finish(())
-    try:
-        diffusion.build_schedule()
-    except UserError as error:
-        raise UserError(f"{entries.path}: {error}") from None
-    return Process(diffusion, SamplingConfig(sampler="euler"))
+    return Process(_checked(diffusion, entries), SamplingConfig(sampler="euler"))
 
 
 def _read_distilled(entries: Entries) -> DistillationConfig:
@@ -207,12 +281,18 @@ def _read_prediction(entries: Entries) -> str:
 
 def _read_process(entries: Entries) -> DiffusionConfig:
     timesteps = entries.take("num_train_timesteps", int, 1000)
+    rescaled = entries.take("rescale_betas_zero_snr", bool, False)
     start = entries.take("beta_start", float, 1e-4)
     end = entries.take("beta_end", float, 0.02)
     shape = entries.take("beta_schedule", str, "linear")
     prediction = _read_prediction(entries)
     if prediction not in _PREDICTIONS:
         entries.refuse("prediction_type", prediction, f"it must be one of {tuple(_PREDICTIONS)}")
+    if rescaled and prediction == "epsilon":
+        entries.refuse(
+            "rescale_betas_zero_snr", rescaled, "with prediction_type epsilon the last timestep "
+            "says nothing of the image",
+        )  # fmt: skip
     betas = entries.take_optional("trained_betas", list, None)
     if timesteps < 1:
         entries.refuse("num_train_timesteps", timesteps, "it must be at least 1")
@@ -243,4 +323,5 @@ def _read_process(entries: Entries) -> DiffusionConfig:
         beta_end=end,
         betas=None if betas is None else tuple(betas),
         prediction=_PREDICTIONS[prediction],
+        zero_terminal_snr=rescaled,
     )

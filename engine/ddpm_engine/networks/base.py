@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ddpm_engine.errors import UserError
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
+
+Recompute = Literal["none", "norms", "blocks"]
+T = TypeVar("T")
 
 
 class Network(nn.Module, ABC):
@@ -24,6 +29,9 @@ class Network(nn.Module, ABC):
     caches_features: bool = False
     """Whether `forward` takes `features` and `return_features` (Ma, Fang & Wang, "DeepCache",
     2024): keywords by which samplers reuse the deep levels of an evaluation close by."""
+
+    separated: bool = False
+    """Whether `separate_blocks` was called: then nothing may use a block's weights outside it."""
 
     @property
     @abstractmethod
@@ -54,6 +62,17 @@ class Network(nn.Module, ABC):
             ValueError: conditions that the network was not built for, or missing ones.
         """
 
+    def precompute(self, conditioning: Conditioning) -> Conditioning:
+        """Compute what depends on the conditions alone, once for all noise levels.
+
+        Samplers call it once for each batch, after whatever replaces conditions by null ones. Its
+        result has one row for each sample, too, and `forward` takes either.
+
+        Args:
+            conditioning: as `forward` takes it.
+        """
+        return conditioning
+
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The submodules that are compiled and sharded one by one, in the order of their use.
@@ -77,20 +96,44 @@ class Network(nn.Module, ABC):
         for block in blocks:
             block.compile(**{"dynamic": False, **options})
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only the inputs of each `Recomputed` part and compute the rest again in backward.
+    def separate_blocks(self) -> None:
+        """Let each block use no weights but its own, and owe those nothing after its output.
 
-        Gradients stay the same, dropout included; memory falls and a step takes about a third
-        longer.
+        For strategies that gather a block's weights while it computes and free them afterwards.
+        """
+        self.separated = True
+        for block in self.blocks():
+            block.separate = True  # type: ignore[assignment]
+
+    def recompute(self, what: Recompute) -> None:
+        """Let the backward pass compute part of what the forward pass made again, and not keep it.
+
+        Gradients stay the same to the bit.
+
+        Args:
+            what: "norms": outputs of norms, each in one pass over it; not in compiled blocks.
+                "blocks": all inside each `Recomputed` part, of which the inputs are kept; a step
+                takes about a third longer.
+
+        Raises:
+            UserError: the network has no parts of that kind.
 
         Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
         """
-        # Saving the generator's state waits for the device: only where dropout needs it.
-        random = has_dropout(self)
-        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
-        for module in self.modules():
-            if isinstance(module, Recomputed):
-                module.checkpoint = recompute
+        # Nothing in a network uses a generator, whose state would have to be read from the device.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        parts = [module for module in self.modules() if isinstance(module, Recomputed)]
+        norms = [module for module in self.modules() if isinstance(module, RecomputedNorm)]
+        if what != "none" and not (parts if what == "blocks" else norms):
+            raise UserError(
+                f"`training.recompute` is {what}, but {type(self).__name__} has none that can be "
+                "computed again; use none",
+                "training.recompute",
+            )
+        for part in parts:
+            part.checkpoint = again if what == "blocks" else None
+        for norm in norms:
+            norm.recomputed = what == "norms"
 
 
 class Recomputed(nn.Module):
@@ -99,18 +142,19 @@ class Recomputed(nn.Module):
     checkpoint: Any = None
     """`torch.utils.checkpoint.checkpoint` with its options; None: activations are kept."""
 
-    def run(self, function: Any, *inputs: Any) -> Tensor:
+    def run(self, function: Callable[..., T], *inputs: Any) -> T:
         """Call `function`, keeping only its inputs for the backward pass if checkpointing.
 
-        Tensors of any shape go in and out.
+        Tensors of any shape go in and out, or tuples of them.
         """
         if self.checkpoint is None or not torch.is_grad_enabled():
-            output: Tensor = function(*inputs)
-            return output
-        output = self.checkpoint(function, *inputs)
+            return function(*inputs)
+        output: T = self.checkpoint(function, *inputs)
         return output
 
 
-def has_dropout(network: nn.Module) -> bool:
-    """Whether a network drops out activations while it is trained."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
+class RecomputedNorm(nn.Module):
+    """A norm whose output need not be kept for the layer that follows; see `recipes`."""
+
+    recomputed: bool = False
+    """Whether that layer keeps how its input is made, and not the input."""

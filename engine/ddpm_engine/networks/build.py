@@ -8,12 +8,21 @@ import torch
 
 from ddpm_engine.errors import UserError
 from ddpm_engine.memory import check_fits
+from ddpm_engine.networks.autoencoder.kl import AutoencoderKL
+from ddpm_engine.networks.autoencoder.kl_config import AutoencoderKLConfig
 from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.dit.config import DiTConfig
+from ddpm_engine.networks.dit.dit import DiT
+from ddpm_engine.networks.prior.config import PriorConfig
+from ddpm_engine.networks.prior.prior import Prior
 from ddpm_engine.networks.registry import NETWORKS
 from ddpm_engine.networks.unet.config import UNetConfig
 from ddpm_engine.networks.unet.unet import UNet
 
 NETWORKS[UNetConfig] = UNet
+NETWORKS[DiTConfig] = DiT
+NETWORKS[PriorConfig] = Prior
+NETWORKS[AutoencoderKLConfig] = AutoencoderKL
 
 
 def build_network(config: Any, initialised: bool = True) -> Network:
@@ -37,7 +46,7 @@ def build_network(config: Any, initialised: bool = True) -> Network:
     with torch.device("meta"):
         network = NETWORKS[type(config)](config)
     weights = sum(tensor.numel() * tensor.itemsize for tensor in network.parameters())
-    check_fits(weights, "model", "make the network smaller, as by fewer `model.block_out_channels`")
+    check_fits(weights, "model", "make the network narrower or shallower")
     if initialised:
         return NETWORKS[type(config)](config)
     # Buffers may be computed by the constructor and be in no checkpoint.

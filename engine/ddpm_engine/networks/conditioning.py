@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ddpm_engine.sizes import Size
+
 C = TypeVar("C", bound="Conditioning")
 
 
@@ -22,8 +24,13 @@ class ConditioningSpec:
 
     classes: int | None = None
     """Number of classes; None: not class-conditional."""
-    low_resolution: int | None = None
-    """Side of the low-resolution image in pixels; None: not a super-resolution network."""
+    low_resolution: Size | None = None
+    """Size of the low-resolution image in pixels; None: not a super-resolution network."""
+    text: int | None = None
+    """Channels of a token's embedding, as the text encoder gives it; None: not conditioned on
+    text."""
+    vector: int | None = None
+    """Channels of the vector, such as a pooled text or an image embedding; None: none."""
 
     @property
     def null_class(self) -> int | None:
@@ -35,6 +42,23 @@ def _null_labels(labels: Tensor, spec: ConditioningSpec) -> Tensor:
     if spec.null_class is None:
         raise ValueError("labels are given, but the network is not class-conditional")
     return torch.full_like(labels, spec.null_class)
+
+
+def _null_text(text: Tensor, spec: ConditioningSpec) -> Tensor:
+    if spec.text is None:
+        raise ValueError("text is given, but the network is not conditioned on text")
+    return torch.zeros_like(text)
+
+
+def _null_text_mask(mask: Tensor, spec: ConditioningSpec) -> Tensor:
+    # One token of zeros: a softmax over none would be undefined.
+    return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
+
+
+def _null_vector(vector: Tensor, spec: ConditioningSpec) -> Tensor:
+    if spec.vector is None:
+        raise ValueError("a vector is given, but the network is not conditioned on one")
+    return torch.zeros_like(vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +75,17 @@ class Conditioning:
     """float `[B, C, H, W]`, the low-resolution image after upsampling and augmentation."""
     augmentation_level: Tensor | None = None
     """int64 `[B]`, the level of the noise in `low_resolution`."""
+    dropout_key: Tensor | None = None
+    """int64 `[B]`, what the dropout of a network in training follows from."""
+    text: Tensor | None = field(default=None, metadata={"null": _null_text})
+    """float `[B, L, D]`, embeddings of a text's tokens; the null text is one token of zeros."""
+    text_mask: Tensor | None = field(default=None, metadata={"null": _null_text_mask})
+    """bool `[B, L]`, False for padding; without it all tokens count."""
+    vector: Tensor | None = field(default=None, metadata={"null": _null_vector})
+    """float `[B, D]`, such as a pooled text or an image embedding; zeros for none."""
+    text_projections: Tensor | None = None
+    """`[B, L, K]`, in place of `text`: what a network has computed of it once for all steps of a
+    sampler; see `Network.precompute`."""
 
     def present(self) -> dict[str, Tensor]:
         """The tensors that are given, by field."""
@@ -87,6 +122,26 @@ class Conditioning:
         make = {f.name: f.metadata["null"] for f in fields(self) if "null" in f.metadata}
         given = self.present()
         return replace(self, **{name: make[name](given[name], spec) for name in self.droppable()})
+
+    def drop(self: C, rows: Tensor, spec: ConditioningSpec) -> C:
+        """Replace all conditions of some samples by null ones, on the device.
+
+        Args:
+            rows: bool `[B]`, True for those that lose their conditions.
+            spec: of the network.
+
+        Raises:
+            ValueError: a condition that the network was not built for.
+        """
+        given, null = self.present(), self.null(spec).present()
+        return replace(
+            self,
+            **{
+                name: torch.where(rows.view(-1, *[1] * (given[name].dim() - 1)), null[name],
+                                  given[name])
+                for name in self.droppable()
+            },
+        )  # fmt: skip
 
     def droppable(self) -> list[str]:
         """Return the fields given that have a null condition, which guidance leads away from."""

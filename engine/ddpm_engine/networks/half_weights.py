@@ -14,13 +14,15 @@ T = TypeVar("T")
 def half_names(model: nn.Module) -> list[str]:
     """Name the parameters that autocast would convert at each use.
 
-    They are those of convolutions and linear layers. Norms and embeddings are used as they are.
+    They are those of convolutions and linear layers. Norms and embeddings are used as they are, and
+    so are biases of convolutions, which the pass that follows adds in float32.
     """
     return [
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
         for name, _ in module.named_parameters(recurse=False)
+        if isinstance(module, nn.Linear) or name == "weight"
     ]
 
 

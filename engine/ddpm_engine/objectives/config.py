@@ -1,4 +1,4 @@
-"""Configuration of the objective and of distillation."""
+"""Configuration of the objective, of distillation and of autoencoders' training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ddpm_engine.bounds import Ge, Gt, Le, out_of_bounds
+from ddpm_engine.diffusion.parameterization import Prediction
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.config import SamplingConfig
 
@@ -25,10 +26,17 @@ class ObjectiveConfig:
     """
     p2_k: Annotated[float, Gt(0)] = 1.0
     """Signal-to-noise ratio, positive, from which on p2 weights fall."""
+    loss: Prediction | None = None
+    """Prediction whose squared error is the loss, such as flow where x0 is predicted (Li & He
+    2025); None: that of the network."""
+    loss_limit: Annotated[float, Gt(0)] | None = None
+    """Largest weight of the squared error of x0 in that loss, positive, such as 400 in flow's,
+    which is 1 / tau^2; None: none."""
     learned_variance: bool = False
     """Variance of each step learned too, from the bound: the hybrid objective."""
     timestep_sampling: Literal["uniform", "logit-normal", "importance"] = "uniform"
-    """Distribution of the timesteps that are trained; importance: by how much the loss varies."""
+    """Distribution of the timesteps that are trained, with flow prediction of the share of noise;
+    importance: by how much the loss varies."""
     logit_mean: Annotated[float, Ge(-100), Le(100)] = 0.0
     """Mean of log(t / (T − t)) in logit-normal timestep sampling."""
     logit_std: Annotated[float, Gt(0), Le(100)] = 1.0
@@ -39,6 +47,19 @@ class ObjectiveConfig:
     """Mean of ln sigma over the noise levels that are trained, with edm prediction."""
     p_std: Annotated[float, Gt(0), Le(20)] = 1.2
     """Standard deviation of ln sigma over those noise levels, positive."""
+
+    def problems(self) -> Iterator[UserError]:
+        """Report everything wrong with the values themselves."""
+        return out_of_bounds(self)
+
+
+@dataclass(frozen=True)
+class AutoencodingConfig:
+    """What the training of an autoencoder minimises, besides the error of reconstructions."""
+
+    kl_weight: Annotated[float, Ge(0), Le(1e6)] = 1e-4
+    """Weight of the divergence of latents from normal noise, in nats a latent, beside the mean
+    absolute error of values from -1 to 1."""
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""

@@ -5,7 +5,8 @@
 | part   | what it is                                                         | where              |
 |--------|--------------------------------------------------------------------|--------------------|
 | target | what the network F is to predict                                   | `parameterization` |
-| w_t    | weight of the squared error: simple, min-SNR, P2 or the bound      | `weighting`        |
+| w_t    | weight of the squared error: simple, of F or in the space of       | `weighting`        |
+|        | another prediction; min-SNR, P2 or the bound                       |                    |
 | ℓ_t    | term of the variational bound, which trains a learned variance     | `denoising_loss`   |
 | λ      | T / 1000: 0.001 of the sum over t (Nichol & Dhariwal 2021, sec. 3) | `BOUND_WEIGHT`     |
 | c      | correction for levels that are trained more often than others      | `level_sampling`   |
@@ -13,6 +14,10 @@
 EDM (Karras et al. 2022, equations 7 and 8) is the same objective: its parameterization, levels with
 ln σ ~ N(P_mean, P_std²), and no weights, since λ(σ) ‖D − x_0‖² with λ = 1 / c_out² is the plain
 squared error of F. The mean over a sample's values is taken, where the paper's code takes the sum.
+Flow matching (Lipman et al. 2023) is, too, with τ = σ / (1 + σ) uniform or logit-normal.
+
+Where x_0 is a latent (Rombach et al. 2022), batches hold its moments, and it is drawn from them by
+the kernels. It has no levels of brightness, so that the bound's last term is a density there.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.objectives.base import Network, Objective
 from ddpm_engine.objectives.inputs import TrainingInputs
 from ddpm_engine.objectives.level_sampling import LevelSampler, UniformTimesteps
-from ddpm_engine.objectives.weighting import x0_from_error
+from ddpm_engine.objectives.weighting import in_space_of, x0_from_error
 from ddpm_kernels import Stream, denoising_loss, gaussian_noise, q_sample
 from ddpm_kernels.variational_bound import BoundColumn
 
@@ -53,6 +58,8 @@ class LevelTables:
     """`[N]`: factor of ε in the target; None: zero."""
     noise_input: Tensor
     """`[N]`: the noise level that the network is given."""
+    weights: Tensor | None
+    """`[N]`: of the squared error; None: ones."""
 
     @staticmethod
     def build(
@@ -62,6 +69,7 @@ class LevelTables:
         timesteps: Tensor,
         device: torch.device | str,
         dtype: torch.dtype,
+        weights: Tensor | None,
     ) -> LevelTables:
         """Build the tables of a parameterization.
 
@@ -72,6 +80,7 @@ class LevelTables:
             timesteps: `[N]`, of the levels.
             device: where the tables are needed.
             dtype: of the tables.
+            weights: of the squared error, `[N]`; None: ones.
         """
 
         def moved(values: Tensor) -> Tensor:
@@ -84,7 +93,10 @@ class LevelTables:
         )
         level = row.noise_level(a, s, timesteps)
         noise_input = moved(level) if level.is_floating_point() else level.to(device)
-        return LevelTables(moved(scale * a), moved(scale * s), target_x0, target_noise, noise_input)
+        return LevelTables(
+            moved(scale * a), moved(scale * s), target_x0, target_noise, noise_input,
+            None if weights is None else moved(weights),
+        )  # fmt: skip
 
 
 class DenoisingObjective(Objective):
@@ -96,6 +108,9 @@ class DenoisingObjective(Objective):
         inputs: mirrored images, conditions, and the seed of levels and noise.
         levels: how often each noise level is trained; None: uniform timesteps.
         weights: of each timestep's squared error, `[T]`; None: ones.
+        loss: prediction whose squared error is taken, a key of `PARAMETERIZATIONS`; None: that of
+            the network.
+        loss_limit: largest weight of the error of x_0 in that loss; None: none.
         learned_variance: whether the network has 2C outputs, the second half of which is trained by
             the variational bound: the hybrid objective, if the weights are ones.
         offset_noise: standard deviation of noise that all pixels of a channel share; it is added to
@@ -116,6 +131,8 @@ class DenoisingObjective(Objective):
         *,
         levels: LevelSampler | None = None,
         weights: Tensor | None = None,
+        loss: str | None = None,
+        loss_limit: float | None = None,
         learned_variance: bool = False,
         offset_noise: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -129,7 +146,8 @@ class DenoisingObjective(Objective):
         self.offset_noise = offset_noise
         self.dtype = dtype
         self.input_dtype = input_dtype or dtype
-        self._weights = None if weights is None else self._table(weights)
+        self._space = parameterization(loss or prediction, schedule)
+        self._loss_limit = loss_limit
         self._bound = self._bound_weight = None
         if learned_variance:
             self._bound = self._table(bound_table(schedule, prediction))
@@ -138,10 +156,13 @@ class DenoisingObjective(Objective):
             )
         self._chain: LevelTables | None = None
         if not self.levels.continuous:
+            a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+            own = self._space_weights(a, s)
+            if weights is not None:
+                own = weights if own is None else own * weights
             self._chain = LevelTables.build(
-                row, schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar,
-                torch.arange(schedule.timesteps), inputs.device, dtype,
-            )  # fmt: skip
+                row, a, s, torch.arange(schedule.timesteps), inputs.device, dtype, own
+            )
         elif row.takes_timestep:
             raise UserError(
                 f"`prediction` is {prediction}, whose network is given the timestep; it cannot be "
@@ -163,6 +184,7 @@ class DenoisingObjective(Objective):
         z = q_sample(
             inputs.images, entry, tables.signal, tables.noise, seed, positions, inputs.flip,
             self.dtype if self.offset_noise else self.input_dtype,
+            latent_scale=self.inputs.latent_scale, latent_shift=self.inputs.latent_shift,
         )  # fmt: skip
         if self.offset_noise:
             in_input, in_target = self._offsets(tables, entry, positions, z.shape[1])
@@ -172,12 +194,14 @@ class DenoisingObjective(Objective):
             output = network(z, noise_level, inputs.conditioning)
         loss = denoising_loss(
             output, inputs.images, entry, tables.target_x0, tables.target_noise, seed, positions,
-            weights=None if self._weights is None else self._weights[entry],
+            weights=None if tables.weights is None else tables.weights[entry],
             flip=inputs.flip,
             bound_table=self._bound,
             bound_weights=(
                 None if self._bound_weight is None else self._bound_weight.expand(len(entry))
             ),
+            latent_scale=self.inputs.latent_scale,
+            latent_shift=self.inputs.latent_shift,
         )  # fmt: skip
         correction = self.levels.correction(levels)
         if correction is None:
@@ -209,11 +233,18 @@ class DenoisingObjective(Objective):
         """Return tables, and the entry of each sample in them, int64 `[B]`."""
         if self._chain is not None:
             return self._chain, levels
+        a = (1 + levels.square()).rsqrt()
         tables = LevelTables.build(
             self.parameterization, torch.ones_like(levels), levels, levels, self.inputs.device,
-            self.dtype,
+            self.dtype, self._space_weights(a, levels * a),
         )  # fmt: skip
         return tables, torch.arange(len(levels), device=self.inputs.device)
+
+    def _space_weights(self, a: Tensor, s: Tensor) -> Tensor | None:
+        """Return the weights of levels, `[N]`, that the space of the loss gives; None: ones."""
+        if self._space == self.parameterization and self._loss_limit is None:
+            return None
+        return in_space_of(self._space, self.parameterization, a, s, self._loss_limit)
 
     def _offsets(
         self, tables: LevelTables, entry: Tensor, positions: Tensor, channels: int

@@ -205,8 +205,41 @@ class ImportanceTimesteps(WeightedTimesteps):
         self._set_probabilities()
 
 
+class UniformShare(LevelSampler):
+    """Noise levels of a continuum, where the share of noise τ = σ / (1 + σ) is uniform in (0, 1).
+
+    Lipman et al. 2023; with the shift of Esser et al. 2024, equation 23, that of a uniform one.
+
+    Args:
+        shift: α > 0, by which σ is multiplied.
+    """
+
+    continuous = True
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.shift = shift
+
+    @property
+    def integers(self) -> int:
+        """See `LevelSampler`: 2³², for numbers in (0, 1)."""
+        return WORDS
+
+    def sample(
+        self, seed: int | Tensor, positions: Tensor, integers: Tensor | None = None
+    ) -> Tensor:
+        """See `LevelSampler`."""
+        if integers is None:
+            integers = training_draws(seed, positions, integers=self.integers).integers
+            assert integers is not None
+        share = (integers.to(torch.float64) + 0.5) * 2.0**-32
+        return self.shift * share / (1 - share)
+
+
 class LogNormalSigma(LevelSampler):
     """Noise levels of a continuum, ln σ ~ N(mean, std²) (Karras et al. 2022, table 1).
+
+    Since ln σ = logit τ, these are also the levels of flow matching at which the share of noise is
+    logit-normal (Esser et al. 2024, equation 19); its shift α adds ln α to the mean.
 
     Args:
         mean: of ln σ, P_mean of the paper.

@@ -7,14 +7,15 @@ of x_0,
 
 so that a weighting is defined once, on the error of x_0, and multiplied by q² for any prediction.
 L_simple (Ho et al. 2020, equation 14) has no table: it weighs the output's own error alike at all
-timesteps, and so is a different objective for each prediction.
+timesteps, and so is a different objective for each prediction. `in_space_of` makes it the simple
+loss of another prediction.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ddpm_engine.diffusion.parameterization import parameterization
+from ddpm_engine.diffusion.parameterization import Parameterization, parameterization
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 
 
@@ -22,6 +23,36 @@ def x0_from_error(schedule: NoiseSchedule, prediction: str) -> Tensor:
     """Return q, the factor from an error of the output to one of x_0; float64 `[T]`."""
     a, s = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
     return parameterization(prediction, schedule).x0_coefficients(a, s)[1]
+
+
+def in_space_of(
+    space: Parameterization,
+    row: Parameterization,
+    a: Tensor,
+    s: Tensor,
+    limit: float | None = None,
+) -> Tensor:
+    """Return the weights that make an output's squared error that of another prediction.
+
+    q² / q′², where q is of what the network predicts and q′ of the space in which the error is
+    taken: 1 / τ² for an estimate of x_0 under the loss of the velocity ε − x_0, as in "Back to
+    Basics: Let Denoising Generative Models Denoise" (Li & He 2025, section 3), whose limit on
+    1 / q′² is 400. With the limit γ, the space of ε is min-SNR.
+
+    Args:
+        space: the prediction whose error counts.
+        row: what the network predicts.
+        a: float64 `[N]`, factor of the image in x_t, where a² + s² = 1.
+        s: float64 `[N]`, factor of the noise in x_t.
+        limit: largest weight of the error of x_0, 1 / q′²; None: none.
+
+    Returns:
+        float64 `[N]`.
+    """
+    of_x0 = space.x0_coefficients(a, s)[1].square().reciprocal()
+    if limit is not None:
+        of_x0 = of_x0.clamp(max=limit)
+    return of_x0 * row.x0_coefficients(a, s)[1].square()
 
 
 def min_snr_weights(schedule: NoiseSchedule, prediction: str, gamma: float = 5.0) -> Tensor:

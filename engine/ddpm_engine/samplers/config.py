@@ -24,9 +24,14 @@ SamplerName = Literal[
 ]
 
 Spacing = Literal["leading", "trailing", "linspace"]
+LastLevel = Literal["clean", "first"]
 
-_ONLY_OF: dict[str, tuple[str, ...]] = {"variance": ("ddpm",), "eta": ("ddim",)}
-_NOT_OF: dict[str, tuple[str, ...]] = {"spacing": ("euler", "heun")}
+_ONLY_OF: dict[str, tuple[str, ...]] = {
+    "variance": ("ddpm",), "eta": ("ddim",), "last_level": ("ddim",),
+}  # fmt: skip
+_NOT_OF: dict[str, tuple[str, ...]] = {
+    "spacing": ("euler", "heun"), "steps_offset": ("euler", "heun"),
+}  # fmt: skip
 """Fields that only some samplers have a use for, and that some have none for."""
 
 
@@ -60,17 +65,25 @@ class SamplingConfig:
     """Variance of ancestral sampling (ddpm); learned_range: by the network's other half."""
     eta: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of fresh noise in ddim, 0 to 1: 0 adds none, 1 is ddpm with fixed_small variance."""
+    steps_offset: Annotated[int, Ge(0)] = 0
+    """Last timestep that leading spacing visits, which moves all of them; 1 with Stable
+    Diffusion."""
+    last_level: LastLevel = "clean"
+    """Level that ddim ends at: the clean image, or that of timestep 0 as Stable Diffusion does."""
     clip_x0: bool | None = None
     """Clipping of every estimate of x_0 to [-1, 1]; None: unless the prediction is EDM's."""
 
     def table_options(self) -> dict[str, Any]:
         """Return the fields that `build_table` takes, by name."""
+        # Entries that most samples lack are left out where they do.
+        rare = {"steps_offset": self.steps_offset, "last_level": self.last_level}
         return {
             "sampler": self.sampler,
             "steps": self.steps,
             "spacing": self.spacing,
             "variance": self.variance,
             "eta": self.eta,
+            **{name: v for name, v in rare.items() if v != getattr(SamplingConfig, name)},
         }
 
     def problems(self) -> Iterator[UserError]:

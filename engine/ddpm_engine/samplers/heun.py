@@ -1,7 +1,9 @@
 """The deterministic sampler of EDM (Karras et al. 2022, algorithm 1 without churn).
 
 The paper's state is x / a and its time σ = s / a; these tables are for x itself, the state of the
-loop. They are meant for `karras_timesteps` but accept any timesteps.
+loop. They are meant for `NoiseSchedule.solver_timesteps` but accept any timesteps. On the schedule
+of flow matching the state is x / (a + s) and its time τ = s / (a + s): by `solver_unit`, both are
+the same, since in either the slope is (state − x̂_0) / time.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def heun_table(
         x′ = x_e + ½ (σ / σ′ − 1) (x̂_0′ − x̂_0)        (in the state of EDM)
 
     Two steps are Euler's alone: the last, to σ = 0, as in the algorithm, and one from σ = ∞ (zero
-    terminal SNR), where the mean of both slopes diverges.
+    terminal SNR), where the mean of both slopes diverges; that of τ does not.
 
     Args:
         schedule: the noise schedule the network was trained on.
@@ -63,9 +65,10 @@ def heun_table(
     """
     euler = euler_table(schedule, timesteps, "x0").rows
     a, s = noise_levels(schedule, timesteps)
-    sigma = s / a
+    unit = schedule.solver_unit(a, s)
+    time = s / unit
     # The level that each row is evaluated at: those of the correctors come twice.
-    corrected = [i for i in range(len(timesteps) - 1) if sigma[i].isfinite()]
+    corrected = [i for i in range(len(timesteps) - 1) if time[i].isfinite()]
     visited = sorted([*range(len(timesteps)), *(i + 1 for i in corrected)])
     rows = empty_rows(len(visited), history=1)
     row = 0
@@ -73,7 +76,7 @@ def heun_table(
         rows[row, : Column.HISTORY] = euler[i]
         row += 1
         if i in corrected:
-            weight = a[i + 1] * (sigma[i] / sigma[i + 1] - 1) / 2
+            weight = unit[i + 1] * (time[i] / time[i + 1] - 1) / 2
             rows[row, Column.X] = 1
             set_history_weights(rows, row, torch.stack([weight, -weight]))
             row += 1

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_engine.diffusion.guidance import Guidance
 from ddpm_engine.diffusion.schedule import NoiseSchedule
-
-
-def log_sigma(schedule: NoiseSchedule) -> Tensor:
-    """Return log σ_t with σ = sqrt(1 − ᾱ) / sqrt(ᾱ): float64 `[T]`, rising; +∞ where ᾱ is zero."""
-    return -0.5 * schedule.snr.log()
+from ddpm_engine.errors import UserError
 
 
 def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,36 +15,19 @@ def noise_levels(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Te
 
     Args:
         schedule: the noise schedule.
-        timesteps: int64 `[S]`; or float64 `[S]`, between whose neighbours log σ is interpolated.
+        timesteps: int64 `[S]`; or float64 `[S]`, between timesteps of the schedule.
 
     Returns:
         (a, s), float64 `[S + 1]` each, a² + s² = 1, the last (1, 0).
     """
     if timesteps.is_floating_point():
-        known = log_sigma(schedule)
-        sigma = interpolated(timesteps, torch.arange(len(known)).double(), known).exp()
+        sigma = schedule.log_sigma_at(timesteps).exp()
         a = (1 + sigma.square()).rsqrt()
-        s = sigma * a
+        s = torch.where(sigma.isinf(), 1, sigma * a)
     else:
         a = schedule.sqrt_alpha_bar[timesteps]
         s = schedule.sqrt_one_minus_alpha_bar[timesteps]
     return torch.cat([a, a.new_ones(1)]), torch.cat([s, s.new_zeros(1)])
-
-
-def interpolated(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
-    """Interpolate y linearly at each x, `[N]`; `known_x` is increasing and x lies within it.
-
-    Args:
-        x: float64 `[N]`.
-        known_x: float64 `[K]`.
-        known_y: float64 `[K]`.
-    """
-    if len(known_x) == 1:
-        return known_y.expand(len(x))
-    right = torch.searchsorted(known_x, x).clamp(1, len(known_x) - 1)
-    left = right - 1
-    weight = (x - known_x[left]) / (known_x[right] - known_x[left])
-    return known_y[left].lerp(known_y[right], weight.clamp(0, 1))
 
 
 def half_log_snr(a: Tensor, s: Tensor) -> Tensor:
@@ -65,3 +45,25 @@ def usable_history(half_log_snr: Tensor, row: int) -> int:
     made from pure noise, λ = −∞, is infinitely far away and counts only while it is the only one.
     """
     return max(1, int(half_log_snr[: row + 1].isfinite().sum()))
+
+
+def check_guided_steps(guidance: Guidance, alpha_bar: Tensor) -> None:
+    """Refuse an interval of guidance in which there is no step.
+
+    Args:
+        guidance: of a sampler.
+        alpha_bar: ᾱ of the state before each of its steps, float64 `[S]`.
+
+    Raises:
+        UserError: the interval lies between the steps, or beyond them.
+    """
+    if guidance.scale == 1 or any(guidance.guides(alpha_bar)):
+        return
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+    low, high = guidance.interval
+    raise UserError(
+        f"`guidance.interval` is {low:g} to {high:g}, where none of the steps is: they begin at "
+        f"noise levels of {sigma.max():.3g} down to {sigma.min():.3g}; widen it, or leave out "
+        "guidance",
+        "guidance.interval",
+    )

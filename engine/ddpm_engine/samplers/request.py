@@ -18,13 +18,19 @@ from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
 from ddpm_engine.runtime import Precision
 from ddpm_engine.samplers.config import SamplingConfig
 from ddpm_engine.samplers.identity import Seed, check_id, whole
+from ddpm_engine.samplers.prompts import check_prompts
+from ddpm_engine.sizes import as_text
 
 DEFAULT_STRENGTH = 0.5
 """Fraction of the steps taken from a given image, unless a mask says what to keep of it."""
 
 
+VectorSource = Literal["text", "image"]
+"""What a network's vector is: the pooled embedding of the prompt, or an image embedding."""
+
+
 class ImageSource(Protocol):
-    """Images by sample id."""
+    """Images, or image embeddings, by sample id."""
 
     classes: tuple[int, ...] | None
     """Class of the images of ids 0, 1, 2, …, from the first again after the last; None: unknown."""
@@ -35,7 +41,10 @@ class ImageSource(Protocol):
         ...
 
     def of(self, ids: Sequence[int]) -> Tensor:
-        """Return the images of these samples: float32 `[N, C, H, W]` in [-1, 1]."""
+        """Return the images of these samples: float32 `[N, C, H, W]` in [-1, 1].
+
+        Embeddings are `[N, D]`, or `[N, D, 1, 1]` as a prior gives them.
+        """
         ...
 
 
@@ -43,7 +52,7 @@ class Rows:
     """Images in memory: sample k goes with row k, and again from the first after the last.
 
     Args:
-        images: float `[N, C, H, W]` in [-1, 1], N > 0.
+        images: float `[N, C, H, W]` in [-1, 1], N > 0; or embeddings, `[N, D]`.
 
     Raises:
         UserError: no images.
@@ -88,6 +97,14 @@ class SampleRequest:
     """Class of sample 0, 1, 2, ..., and again from the first; all: every class in turn; none: the
     null class. None: those of the low-resolution samples, if there are such; none for samples made
     from images or interpolated; otherwise all that the network has."""
+    prompts: tuple[str, ...] | None = None
+    """Prompts of samples 0, 1, 2, ..., and again from the first after the last; default: none, for
+    which a network that is conditioned on text gets the null text."""
+    negative_prompt: str | None = None
+    """Text that guidance leads away from; default: the null text."""
+    embeddings: ImageSource | Tensor | None = None
+    """Image embeddings that samples are conditioned on, `[N, D]`, one for each of samples 0, 1,
+    2, ..., and again from the first after the last."""
     conditions: Conditioning | None = None
     """Conditions of other kinds, one row for each of samples 0, 1, 2, ..., and again from the first
     after the last."""
@@ -125,7 +142,11 @@ class SampleRequest:
         for section in (self, self.sampling):
             for problem in () if section is None else out_of_bounds(section):
                 raise problem
-        for name, needed in _NEEDS.items():
+        if self.prompts is not None:
+            check_prompts(self.prompts)
+        if self.negative_prompt is not None:
+            check_prompts((self.negative_prompt,), "negative_prompt")
+        for name, needed in _NEEDS:
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default and getattr(self, needed) is None:
                 raise UserError(f"`{name}` needs `{needed}`; give that too, or leave `{name}` out")
@@ -163,15 +184,45 @@ class SampleRequest:
         Raises:
             UserError: either.
         """
-        side = spec.low_resolution
-        if side is not None and self.low_resolution is None:
+        size = spec.low_resolution
+        if size is not None and self.low_resolution is None:
             raise UserError(
-                f"this network upscales images of {side}×{side}; give some by `low_resolution`, "
+                f"this network upscales images of {as_text(size)}; give some by `low_resolution`, "
                 "such as samples of another model"
             )
-        if side is None and self.low_resolution is not None:
+        if size is None and self.low_resolution is not None:
             raise UserError(
                 "`low_resolution` is given, but this is no super-resolution network; leave it out"
+            )
+
+    def check_text(self, spec: ConditioningSpec, vector: VectorSource, encoder: bool) -> None:
+        """Refuse prompts and image embeddings that the network has no use for.
+
+        Args:
+            spec: of the network.
+            vector: where the network's vector comes from.
+            encoder: whether there is a text encoder.
+
+        Raises:
+            UserError: either, or prompts without an encoder.
+        """
+        if self.embeddings is not None and (spec.vector is None or vector != "image"):
+            raise UserError(
+                "`embeddings` is given, but this network is not conditioned on image embeddings; "
+                "leave it out"
+            )
+        if self.prompts is None:
+            return
+        if spec.text is None and (spec.vector is None or vector != "text"):
+            why = "is not conditioned on text; leave it out"
+            if spec.vector is not None:
+                why = "is conditioned on image embeddings, which a prior makes of prompts"
+            raise UserError(f"`prompts` is given, but this network {why}")
+        if not encoder:
+            raise UserError(
+                "`prompts` needs the text encoder that this network was trained with, and none is "
+                "known; name it by `text_encoder`",
+                "prompts",
             )
 
     def settings(self) -> dict[str, Any]:
@@ -201,18 +252,26 @@ class SampleRequest:
             "cache_interval": self.cache_interval,
             "precision": self.precision,
         }
+        # Entries that most samples lack are left out where they do.
+        if self.prompts is not None:
+            settings["prompts"] = list(self.prompts)
+            settings["negative_prompt"] = self.negative_prompt
+        if self.embeddings is not None:
+            settings["embeddings"] = as_source(self.embeddings).sha256
         if self.conditions is not None:
             rows = self.conditions.present()
             settings["conditions"] = {name: sha256_of(tensor) for name, tensor in rows.items()}
         return settings
 
 
-_NEEDS = {
-    "strength": "images",
-    "mask": "images",
-    "repeats": "mask",
-    "augmentation_level": "low_resolution",
-}
+_NEEDS = (
+    ("strength", "images"),
+    ("mask", "images"),
+    ("repeats", "mask"),
+    ("augmentation_level", "low_resolution"),
+    ("negative_prompt", "prompts"),
+    ("negative_prompt", "guidance"),
+)
 """Fields that mean nothing without another."""
 
 

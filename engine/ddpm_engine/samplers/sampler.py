@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_engine.diffusion.guidance import Guidance
-from ddpm_engine.diffusion.super_resolution import NoiseConditioningAugmentation
 from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import captured
 from ddpm_engine.images.transfer import Pending, to_host
@@ -20,6 +18,7 @@ from ddpm_engine.memory import check_fits
 from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.half_weights import in_half
 from ddpm_engine.runtime import DTYPES, autocast, check_precision, device_memory
+from ddpm_engine.samplers.conditions import RequestConditions, check_shape
 from ddpm_engine.samplers.finite import finite_samples, refuse_not_finite
 from ddpm_engine.samplers.identity import Ids, numbers_of, tensor_of, whole
 from ddpm_engine.samplers.initial_noise import (
@@ -30,7 +29,7 @@ from ddpm_engine.samplers.initial_noise import (
 )
 from ddpm_engine.samplers.inpainting import KnownPixels, check_mask, levels_of, resampled
 from ddpm_engine.samplers.model import DiffusionModel
-from ddpm_engine.samplers.noise_levels import noise_levels
+from ddpm_engine.samplers.noise_levels import check_guided_steps, noise_levels
 from ddpm_engine.samplers.registry import build_table
 from ddpm_engine.samplers.request import SampleRequest, as_source, rows_of
 from ddpm_engine.samplers.step_runner import StepRunner
@@ -92,7 +91,8 @@ class Sampler:
         if request.cache_interval > 1 and not getattr(model.network, "caches_features", False):
             raise UserError(
                 f"`cache_interval` is {request.cache_interval}, but this network caches no "
-                "features; leave it out"
+                "features: it has no deep levels to keep while the others are evaluated "
+                "(DeepCache); leave it out"
             )
         self.sampling = sampling = request.sampling or model.sampling
         skip = 0
@@ -108,18 +108,22 @@ class Sampler:
             check_begins_in_noise(model.schedule, table.timesteps, request.timesteps is not None)
         levels = levels_of(model.schedule, table)
         self.table, self._levels = resampled(table, levels, request.repeats)
-        classes = request.classes
-        self.classes: tuple[int, ...] | None = classes if isinstance(classes, tuple) else None
-        """Class of samples 0, 1, 2, … and again from the first; None: the null class."""
+        self.conditions = RequestConditions(model, request)
+        """Whatever the samples are conditioned on."""
         if request.interpolate is not None:
             check_interpolation(request.interpolate, sampling.sampler, self.stochastic)
         self.network = in_half(model.network, DTYPES.get(request.precision))
         """The model's network; in half precision, one whose weights are converted already."""
+        self._mask = None
+        if request.mask is not None:
+            check_mask(request.mask, (len(request.mask), *model.image_shape))
+            self._mask = model.codec.from_mask(request.mask)
         self._capture = self.device.type == "cuda" if capture is None else capture
         self._key: object = None
         self._runner: StepRunner | None = None
         if request.guidance is not None:
-            self._check_guidance(request.guidance)
+            self.conditions.check_guided()
+            check_guided_steps(request.guidance, self._levels.before)
 
     @property
     def evaluations(self) -> int:
@@ -138,12 +142,14 @@ class Sampler:
             settings["clip_x0"] = self.sampling.clip_x0
         return settings
 
+    @property
+    def classes(self) -> tuple[int, ...] | None:
+        """Class of samples 0, 1, 2, … and again from the first; None: the null class."""
+        return self.conditions.classes
+
     def label_of(self, sample_id: int) -> int | None:
         """Return the class of a sample, or None."""
-        if self.classes is None:
-            return None
-        label = self.classes[sample_id % len(self.classes)]
-        return None if label == self.model.spec.null_class else label
+        return self.conditions.label_of(sample_id)
 
     @torch.inference_mode()
     def trajectory(
@@ -164,10 +170,7 @@ class Sampler:
         numbers = numbers_of(ids)
         sample_ids = tensor_of(numbers, self.device)
         conditions = self.conditioning(numbers) if conditioning is None else conditioning
-        conditions = conditions.to(self.device)
-        null = None
-        if request.guidance is not None:
-            null = conditions.null(self.model.spec)
+        conditions, null = self._precomputed(conditions)
         known = self._known_pixels(numbers)
         runner = self._runner_for(conditions, len(numbers), keep_x0)
         runner.begin(self._initial(numbers, sample_ids), seed, sample_ids, conditions, null)
@@ -265,36 +268,12 @@ class Sampler:
         return images if self.device.type == "cuda" else images()
 
     def conditioning(self, ids: Sequence[int]) -> Conditioning:
-        """Return the conditions that the request gives to a batch of samples.
-
-        Args:
-            ids: `[B]`.
+        """Return the conditions that the request gives to a batch of samples `[B]`.
 
         Raises:
-            UserError: a low-resolution image that cannot be read or has another shape.
+            UserError: as `RequestConditions.of`.
         """
-        request, spec = self.request, self.model.spec
-        conditions = Conditioning()
-        if request.conditions is not None:
-            count = len(next(iter(request.conditions.present().values())))
-            conditions = request.conditions.select(rows_of(ids, count)).to(self.device)
-        if spec.null_class is not None and (self.classes or conditions.labels is None):
-            labels = [self.label_of(k) for k in ids]
-            numbers = [spec.null_class if label is None else label for label in labels]
-            labels_of_batch = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            conditions = replace(conditions, labels=labels_of_batch)
-        side = spec.low_resolution
-        if request.low_resolution is not None and side is not None and len(ids):
-            channels, height, _ = self.model.shape
-            images = as_source(request.low_resolution).of(ids)
-            self._check_shape("low_resolution", images, (channels, side, side))
-            sample_ids = tensor_of(ids, self.device)
-            levels = torch.full_like(sample_ids, request.augmentation_level)
-            augmented = NoiseConditioningAugmentation(self.device)(
-                images.to(self.device, torch.float32), height, levels, request.seed, sample_ids
-            )
-            conditions = replace(conditions, low_resolution=augmented, augmentation_level=levels)
-        return conditions
+        return self.conditions.of(ids)
 
     def check_fits(self, count: int, batch_size: int) -> None:
         """Refuse what takes more memory than there is.
@@ -341,9 +320,22 @@ class Sampler:
         Raises:
             torch.OutOfMemoryError: there is not enough memory for such a batch.
         """
-        conditions = self.conditioning(ids).to(self.device)
+        conditions, _ = self._precomputed(self.conditioning(ids))
         with autocast(self.request.precision, self.device):
             self._runner_for(conditions, len(ids), keep_x0=False).warm_up()
+        # What decodes samples needs memory, too.
+        self.model.codec.levels(torch.zeros(len(ids), *self.model.shape, device=self.device))
+
+    def _precomputed(self, conditions: Conditioning) -> tuple[Conditioning, Conditioning | None]:
+        """What the network makes of a batch's conditions, and of its null conditions if guided."""
+        conditions = conditions.to(self.device)
+        guided = self.request.guidance is not None
+        null = self.conditions.null(conditions) if guided else None
+        precompute = getattr(self.network, "precompute", None)
+        if precompute is None:
+            return conditions, null
+        with autocast(self.request.precision, self.device):
+            return precompute(conditions), None if null is None else precompute(null)
 
     def _runner_for(self, conditioning: Conditioning, batch: int, keep_x0: bool) -> StepRunner:
         """The buffers of a batch: the last batch's, if they fit."""
@@ -351,9 +343,9 @@ class Sampler:
         if self._runner is None or self._key != key:
             request, known, shape = self.request, None, (batch, *self.model.shape)
             self._runner = None  # free its memory first
-            if request.mask is not None:
-                rows = 1 if len(request.mask) == 1 else batch
-                mask_shape = (rows, *request.mask.shape[1:])
+            if self._mask is not None:
+                rows = 1 if len(self._mask) == 1 else batch
+                mask_shape = (rows, *self._mask.shape[1:])
                 known = KnownPixels(self._levels, shape, mask_shape, self.device)
             self._runner = StepRunner(
                 self.network,
@@ -390,37 +382,13 @@ class Sampler:
     def _given_images(self, ids: list[int]) -> Tensor:
         assert self.request.images is not None, "checked"
         images = as_source(self.request.images).of(ids)
-        self._check_shape("images", images, self.model.shape)
-        return images.to(self.device)
+        check_shape("images", images, self.model.image_shape)
+        return self.model.codec.from_images(images.to(self.device))
 
     def _known_pixels(self, ids: list[int]) -> tuple[Tensor, Tensor] | None:
         """The images of a batch and where they are known."""
-        mask = self.request.mask
+        mask = self._mask
         if mask is None:
             return None
         mask = mask[rows_of(ids, len(mask))] if len(mask) > 1 else mask
-        known = self._given_images(ids)
-        check_mask(mask, (len(ids), *self.model.shape))
-        return known, mask
-
-    def _check_shape(self, name: str, images: Tensor, shape: tuple[int, int, int]) -> None:
-        if images.shape[1:] != shape:
-            raise UserError(f"`{name}` has shape {tuple(images.shape)}; it must be {('N', *shape)}")
-
-    def _check_guidance(self, guidance: Guidance) -> None:
-        conditions = self.request.conditions
-        if self.classes is None and (conditions is None or not conditions.droppable()):
-            why = "the samples are of no class; give `classes`"
-            if self.model.spec.null_class is None:
-                why = "this network was trained without classes; leave it out"
-            raise UserError(f"`guidance.scale` leads towards a class, but {why}")
-        levels = self._levels.before
-        if guidance.scale != 1 and not any(guidance.guides(levels)):
-            sigma = ((1 - levels) / levels).sqrt()
-            low, high = guidance.interval
-            raise UserError(
-                f"`guidance.interval` is {low:g} to {high:g}, where none of the steps is: they "
-                f"begin at noise levels of {sigma.max():.3g} down to {sigma.min():.3g}; widen it, "
-                "or leave out guidance",
-                "guidance.interval",
-            )
+        return self._given_images(ids), mask

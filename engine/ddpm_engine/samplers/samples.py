@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.identity import Ids, check_id
 from ddpm_engine.samplers.model import DiffusionModel
 from ddpm_engine.samplers.sampler import Sampler
+
+Chosen = int | Ids | str | Sequence[str]
+"""Which samples: so many, those of these ids, or one of each prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +39,7 @@ class Samples:
 
 def sample(
     model: DiffusionModel,
-    ids: int | Ids,
+    ids: Chosen,
     *,
     batch_size: int = 64,
     progress: bool | None = None,
@@ -44,7 +49,7 @@ def sample(
 
     Args:
         model: the network and its process.
-        ids: ids of the samples, `[N]`, or N for 0 … N − 1.
+        ids: ids of the samples, `[N]`, or N for 0 … N − 1; or N prompts, one for each of these.
         batch_size: number of samples at a time.
         progress: whether to print a progress bar; None: on a terminal.
         options: fields of `SampleRequest` and of `SamplingConfig`, such as `seed`, `steps`,
@@ -53,12 +58,43 @@ def sample(
     Raises:
         UserError: a request that the model cannot serve, or samples that are not finite.
     """
-    if isinstance(ids, int):
-        check_id(ids, "ids")
-    chosen = range(ids) if isinstance(ids, int) else ids
-    sampler = Sampler(model, model.request(**options))
-    total = len(chosen) * sampler.evaluations
+    chosen, options = chosen_of(ids, options)
+    return samples_of(Sampler(model, model.request(**options)), chosen, batch_size, progress)
+
+
+def samples_of(
+    sampler: Sampler, ids: Ids, batch_size: int = 64, progress: bool | None = None
+) -> Samples:
+    """Sample with a progress bar; arguments as in `sample`, `ids` `[N]`.
+
+    Raises:
+        UserError: as `sample`.
+    """
+    total = len(ids) * sampler.evaluations
     disable = None if progress is None else not progress
     with tqdm(total=total, disable=disable, unit="evaluation", leave=False) as bar:
-        tensor = sampler.sample(chosen, batch_size=batch_size, on_step=bar.update)
-    return Samples(tensor, model)
+        tensor = sampler.sample(ids, batch_size=batch_size, on_step=bar.update)
+    return Samples(tensor, sampler.model)
+
+
+def chosen_of(ids: Chosen, options: Mapping[str, Any]) -> tuple[Ids, dict[str, Any]]:
+    """Return the ids of samples, and the options with the prompts among them.
+
+    Args:
+        ids: as `sample` takes them.
+        options: fields of a request.
+
+    Raises:
+        UserError: prompts twice, or not a number of samples.
+    """
+    if isinstance(ids, int):
+        check_id(ids, "ids")
+        return range(ids), dict(options)
+    prompts = (ids,) if isinstance(ids, str) else ids
+    # Ids may be a range too long to look through.
+    written_out = isinstance(prompts, list | tuple)
+    if not written_out or not any(isinstance(prompt, str) for prompt in prompts):
+        return cast(Ids, ids), dict(options)
+    if options.get("prompts") is not None:
+        raise UserError("`ids` has prompts, and `prompts` is given, too; leave one out", "prompts")
+    return range(len(prompts)), {**options, "prompts": tuple(cast(Sequence[str], prompts))}

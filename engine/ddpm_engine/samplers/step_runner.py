@@ -331,4 +331,7 @@ class StepRunner:
 def _buffer(tensor: Tensor, device: torch.device) -> Tensor:
     """Memory for tensors of this layout; images are channels-last, as the state is."""
     memory_format = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    if tensor.dtype == torch.bool:
+        # Of a text: a softmax over no tokens would be NaN when a step is warmed up.
+        return torch.ones_like(tensor, device=device, memory_format=memory_format)
     return torch.zeros_like(tensor, device=device, memory_format=memory_format)

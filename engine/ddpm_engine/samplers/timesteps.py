@@ -10,25 +10,40 @@ from torch import Tensor
 from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.errors import UserError
 from ddpm_engine.samplers.config import Spacing
-from ddpm_engine.samplers.noise_levels import interpolated, log_sigma
 
 
-def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "trailing") -> Tensor:
+def spaced_timesteps(
+    timesteps: int, steps: int, spacing: Spacing = "trailing", offset: int = 0
+) -> Tensor:
     """Choose `steps` of the timesteps 0 … T − 1, in the order a sampler visits them.
 
     `leading` takes multiples of T // steps from 0 up; `trailing` counts down from T − 1 in strides
     of T / steps; `linspace` includes both ends (Lin et al. 2023, section 3.3, table 2). The
     timestep before an entry is the next entry of the list, whatever the spacing.
 
+    Args:
+        timesteps: T.
+        steps: how many.
+        spacing: how they are spaced.
+        offset: of the multiples that `leading` takes, as Stable Diffusion has it.
+
     Returns:
         int64 `[steps]`, strictly decreasing.
 
     Raises:
-        UserError: `steps` outside 1 … T.
+        UserError: `steps` outside 1 … T, or an offset beyond T − 1.
     """
-    _check_steps(timesteps, steps)
+    check_steps(timesteps, steps)
     if spacing == "leading":
-        return torch.arange(steps).flip(0) * (timesteps // steps)
+        visited = torch.arange(steps).flip(0) * (timesteps // steps) + offset
+        if visited[0] >= timesteps:
+            raise UserError(
+                f"`steps_offset` is {offset}, by which leading `spacing` of {steps} `steps` begins "
+                f"at timestep {visited[0]}, and the schedule ends with {timesteps - 1}; take "
+                "trailing `spacing`, or fewer `steps`",
+                "steps_offset",
+            )
+        return visited
     if spacing == "trailing":
         ends = torch.arange(steps, 0, -1, dtype=torch.float64) * timesteps / steps
         return ends.round().to(torch.int64) - 1
@@ -66,32 +81,6 @@ def listed_timesteps(timesteps: int, visited: Sequence[int]) -> Tensor:
     return torch.tensor(list(visited), dtype=torch.int64)
 
 
-def karras_timesteps(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
-    """Choose timesteps at which σ^(1/ρ) falls evenly from the schedule's largest σ to its smallest.
-
-    Karras et al. 2022, equation 5. Few are timesteps of the schedule itself; log σ is interpolated
-    between those.
-
-    Returns:
-        float64 `[steps]`, strictly decreasing, from T − 1 to 0.
-
-    Raises:
-        UserError: `steps` outside 1 … T, or a schedule with zero terminal SNR, where σ is infinite.
-    """
-    _check_steps(schedule.timesteps, steps)
-    known = log_sigma(schedule)
-    if known[-1].isinf():
-        raise UserError(
-            "this schedule ends in pure noise (zero terminal SNR), where sigma is infinite and "
-            "cannot be spaced as Karras et al. do; let `sampler` be ddim, dpm++2m or unipc, or "
-            "list the timesteps",
-            "sampler",
-        )
-    ends = (known[[-1, 0]] / rho).exp()
-    sigma = torch.linspace(1, 0, steps, dtype=torch.float64) * (ends[0] - ends[1]) + ends[1]
-    return interpolated(rho * sigma.log(), known, torch.arange(len(known)).double())
-
-
 def check_begins_in_noise(schedule: NoiseSchedule, visited: Tensor, listed: bool) -> None:
     """Refuse to begin with noise alone where the network expects to see an image through it.
 
@@ -123,7 +112,12 @@ def check_begins_in_noise(schedule: NoiseSchedule, visited: Tensor, listed: bool
     )
 
 
-def _check_steps(timesteps: int, steps: int) -> None:
+def check_steps(timesteps: int, steps: int) -> None:
+    """Refuse a number of steps outside 1 … T.
+
+    Raises:
+        UserError: such a number.
+    """
     if not 1 <= steps <= timesteps or steps != int(steps):
         raise UserError(
             f"`steps` is {steps}; a schedule of {timesteps} timesteps takes 1 to {timesteps} steps",

@@ -12,13 +12,16 @@ from ddpm_engine.data.classes import check_same_classes, match_classes
 from ddpm_engine.data.open import TrainingData, make_missing_shards, open_dataset
 from ddpm_engine.distributed import is_main, raise_together, world_size
 from ddpm_engine.errors import UserError
-from ddpm_engine.networks.base import Network, has_dropout
+from ddpm_engine.networks.autoencoder.kl_config import AutoencoderKLConfig
+from ddpm_engine.networks.base import Network
 from ddpm_engine.networks.build import build_network
+from ddpm_engine.networks.conditioning import ConditioningSpec
 from ddpm_engine.objectives.distillation.teacher import Teacher
 from ddpm_engine.rules import validate
 from ddpm_engine.runtime import Numerics, autocast_forward, local_device
 from ddpm_engine.training.accelerator import start_accelerator
 from ddpm_engine.training.build_objective import build_objective
+from ddpm_engine.training.callbacks.autoencoders import AutoencoderFolder, Reconstructions
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.callbacks.checkpoints import Checkpoints, Snapshots
 from ddpm_engine.training.callbacks.console import Console
@@ -26,15 +29,18 @@ from ddpm_engine.training.callbacks.metrics_file import MetricsFile
 from ddpm_engine.training.callbacks.preview import Preview
 from ddpm_engine.training.callbacks.trackers import Trackers
 from ddpm_engine.training.capture import choose_capture
+from ddpm_engine.training.latents import check_teachers_latents, open_latents
 from ddpm_engine.training.memory_advice import advise_on_memory
 from ddpm_engine.training.precision import settle_precision
 from ddpm_engine.training.precompile import precompile
 from ddpm_engine.training.reports import Reports
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.run_directory import check_run_directory, claim_run_directory
+from ddpm_engine.training.starting_weights import start_from_model
 from ddpm_engine.training.strategies.build import start_strategy
 from ddpm_engine.training.strategies.launcher_env import read_request
 from ddpm_engine.training.teacher import load_teacher
+from ddpm_engine.training.text import open_text
 from ddpm_engine.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -69,29 +75,44 @@ def build_run(
 
     torch.manual_seed(config.training.seed)
     model = build_network(config.model).to(dtype)
+    with raise_together(UserError):
+        start_from_model(model, config)
     teacher = _start_from_teacher(model, config, device)
-    dataset = _open_data(config)
+    dataset = _open_data(config, model.conditioning, device)
+    with raise_together(UserError):
+        text = open_text(config, dataset, model.conditioning, device)
+        latents = open_latents(config, dataset, device)
+    if latents is not None:
+        config = latents.settled(config)
     classes = None if config.model.num_class_embeds is None else dataset.classes
     if teacher is not None:
         _check_classes(teacher, dataset, model.conditioning.null_class)
+        check_teachers_latents(teacher.autoencoder, latents)
     with raise_together(UserError):
         if is_main():
             check_run_directory(config, dataset.fingerprint, classes)
 
     model.to(device)
-    if config.training.activation_checkpointing:
-        model.enable_activation_checkpointing()
+    model.recompute(config.training.recompute)
     if config.training.compile:
         model.compile_blocks()
     schedule = config.diffusion.build_schedule()
-    objective = build_objective(config, schedule, device, model.conditioning, teacher, dtype)
+    objective = build_objective(
+        config, schedule, device, model.conditioning, teacher, dtype,
+        None if text is None else text.null,
+        None if latents is None else latents.space,
+    )  # fmt: skip
     if device.type != "cpu" and world_size() > 1:
         # What the first process of a node compiles, the others find in the cache.
         with accelerator.local_main_process_first():
             replicated = request.deepspeed is None and not request.fsdp
-            precompile(model, objective, config, device, half_weights=replicated)
+            length = None if text is None else text.length
+            precompile(
+                model, objective, config, device, half_weights=replicated, text_length=length,
+                latents=latents is not None,
+            )  # fmt: skip
     strategy = start_strategy(model.train(), request, config, accelerator)
-    capture = choose_capture(config, model, objective, strategy, device)
+    capture = choose_capture(config, objective, strategy, device)
     lock = None
     with raise_together(UserError):
         # By one process: of two that write one file at a time, one would lose it.
@@ -105,16 +126,16 @@ def build_run(
     watchdog = Watchdog(config.training.timeout_seconds)
     return Run(
         config, accelerator, dataset, schedule, objective, strategy, watchdog,
-        Reports(device, dtype), capture, has_dropout(model), lock,
+        Reports(device, dtype), capture, lock, text=text, latents=latents,
     )  # fmt: skip
 
 
-def _open_data(config: RunConfig) -> TrainingData:
-    """Open the training data, which rank 0 makes first if it is missing."""
+def _open_data(config: RunConfig, spec: ConditioningSpec, device: torch.device) -> TrainingData:
+    """Open the training data, which rank 0 makes first, on its device, if it is missing."""
     model = config.model
     with raise_together(UserError):
         if is_main():
-            make_missing_shards(config.data, model.sample_size)
+            make_missing_shards(config.data, model.sample_size, device)
     with raise_together(UserError):
         return open_dataset(
             config.data,
@@ -123,6 +144,8 @@ def _open_data(config: RunConfig) -> TrainingData:
             classes=None if model.num_class_embeds is None else model.num_class_embeds - 1,
             seed=config.training.seed,
             check=is_main(),
+            text=spec.text,
+            vector=spec.vector,
         )
 
 
@@ -145,7 +168,11 @@ def build_callbacks(config: RunConfig) -> list[Callback]:
     callbacks.append(Checkpoints())
     if config.training.ema_sigma_rel:
         callbacks.append(Snapshots())
-    if config.log.sample_every:
+    if isinstance(config.model, AutoencoderKLConfig):
+        callbacks.append(AutoencoderFolder())
+        if config.log.sample_every:
+            callbacks.append(Reconstructions())
+    elif config.log.sample_every and config.data.diffuse == "images":
         callbacks.append(Preview())
     return callbacks
 

@@ -9,7 +9,6 @@ import torch
 from ddpm_engine.config import RunConfig
 from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import Capture, Work, as_captured, captured
-from ddpm_engine.networks.base import Network, has_dropout
 from ddpm_engine.objectives.base import Objective
 from ddpm_engine.rules import not_capturable
 from ddpm_engine.training.strategies.strategy import Strategy
@@ -22,7 +21,6 @@ _WARM_UP_STEPS = 3
 
 def choose_capture(
     config: RunConfig,
-    model: Network,
     objective: Objective,
     strategy: Strategy,
     device: torch.device,
@@ -31,7 +29,6 @@ def choose_capture(
 
     Args:
         config: the run.
-        model: its network.
         objective: its objective.
         strategy: holds the network.
         device: where steps run.
@@ -42,7 +39,7 @@ def choose_capture(
     wanted = config.training.capture
     if wanted == "off":
         return None
-    obstacle = _obstacle(config, model, objective, strategy, device)
+    obstacle = _obstacle(config, objective, strategy, device)
     if obstacle is None:
         logger.info("a training step is one CUDA graph")
         return captured
@@ -57,7 +54,6 @@ def choose_capture(
 
 def _obstacle(
     config: RunConfig,
-    model: Network,
     objective: Objective,
     strategy: Strategy,
     device: torch.device,
@@ -71,11 +67,6 @@ def _obstacle(
         return reason
     if objective.learns_on_host:
         return "the objective learns from every step before the next"
-    if config.training.activation_checkpointing and has_dropout(model):
-        return (
-            "`training.activation_checkpointing` keeps the state of dropout's generator, which is "
-            "read from the GPU"
-        )
     return None
 
 

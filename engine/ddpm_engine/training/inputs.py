@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -129,12 +129,16 @@ class StagedInputs(StaticInputs):
         self._loads += 1
         # Its last copy has ended: the report of the step before the last has been read.
         stage.numbers.copy_(DeviceNumbers.packed(numbers))
+        given = [*_tensors(batches), stage.numbers]
+        if computed := [tensor for tensor in given if tensor.is_cuda]:
+            # Captions encoded there, after the step before.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            for tensor in computed:
+                tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(stage.free)
-            for staged, given in zip(
-                stage.tensors, [*_tensors(batches), stage.numbers], strict=True
-            ):
-                staged.copy_(given, non_blocking=True)
+            for staged, one in zip(stage.tensors, given, strict=True):
+                staged.copy_(one, non_blocking=True)
             stage.filled.record(self._stream)
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(stage.filled)
@@ -178,17 +182,11 @@ def make_inputs(device: torch.device, averages: int, static: bool) -> Inputs:
 
 def _tensors(batches: list[Batch]) -> Iterator[Tensor]:
     for batch in batches:
-        yield batch.images
-        yield batch.positions
-        if batch.labels is not None:
-            yield batch.labels
+        yield from batch.tensors().values()
 
 
 def _empty_like(batch: Batch, device: torch.device) -> Batch:
     """Memory for such a batch, in the same memory format."""
-
-    def empty(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device)
-
-    labels = None if batch.labels is None else empty(batch.labels)
-    return Batch(empty(batch.images), labels, empty(batch.positions))
+    return replace(
+        batch.map(lambda tensor: torch.empty_like(tensor, device=device)), captions=None, faults=[]
+    )

@@ -54,6 +54,6 @@ def _remedy(config: RunConfig, request: Request, memory: StepMemory, room: int) 
                 f"let `training.accumulation` be {pieces * training.accumulation} "
                 f"({fits.total / 1e9:.1f} GB)"
             )
-    if not training.activation_checkpointing:
-        return "set `training.activation_checkpointing`"
+    if training.recompute != "blocks":
+        return "let `training.recompute` be blocks"
     return "share the state among processes, with launch/accelerate/fsdp2.yaml"

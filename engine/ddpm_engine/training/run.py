@@ -18,12 +18,15 @@ from ddpm_engine.diffusion.schedule import NoiseSchedule
 from ddpm_engine.distributed import Ranks, world_size
 from ddpm_engine.errors import NotFiniteError, UserError
 from ddpm_engine.graphs import Capture
+from ddpm_engine.images.data_codec import Codec, PixelCodec
 from ddpm_engine.locations import redacted
 from ddpm_engine.objectives.base import Objective
+from ddpm_engine.training.latents import RunLatents
 from ddpm_engine.training.lr_schedule import learning_rate
 from ddpm_engine.training.meters import Meters
 from ddpm_engine.training.reports import Report, Reports
 from ddpm_engine.training.strategies.strategy import Strategy
+from ddpm_engine.training.text import RunText
 from ddpm_engine.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -55,8 +58,6 @@ class Run:
     """What steps report to the host."""
     capture: Capture | None
     """Records a step as a graph; None: every step is run anew."""
-    has_dropout: bool
-    """Whether the network drops out activations."""
     lock: BinaryIO | None
     """Lock of the run directory, held until the file is closed; None on all ranks but the first."""
     ranks: Ranks = field(default_factory=Ranks)
@@ -76,6 +77,10 @@ class Run:
     stops_at: int | None = None
     """Step after which the run stops, since a signal has asked any rank to; the same on all ranks.
     """
+    text: RunText | None = None
+    """What encodes its captions; None: the network is not conditioned on text."""
+    latents: RunLatents | None = None
+    """The latents that are diffused; None: images are."""
     on_log: Callable[[Run, int, Values], None] = lambda run, step, values: None
     """Is given every log line: the run, the step and the values."""
 
@@ -83,6 +88,11 @@ class Run:
     def device(self) -> torch.device:
         """Device of this rank."""
         return self.accelerator.device
+
+    @property
+    def codec(self) -> Codec:
+        """What stands between images and what is diffused."""
+        return PixelCodec() if self.latents is None else self.latents.codec
 
     @property
     def classes(self) -> ClassNames | None:

@@ -28,10 +28,11 @@ _LOCK = "lock"
 
 # Fields that identify a run. All others may change between a stop and the next start.
 _IDENTITY = (
-    "model.", "diffusion.", "objective.", "training.seed", "training.batch_size",
-    "training.ema_decay", "training.ema_sigma_rel", "training.label_dropout",
+    "model.", "diffusion.", "objective.", "training.init", "training.seed", "training.batch_size",
+    "training.ema_decay", "training.ema_sigma_rel", "training.condition_dropout",
     "training.augmentation_levels",
-    "data.horizontal_flip", "data.window_shards", "distillation.",
+    "data.horizontal_flip", "data.window_shards", "data.vector",
+    "data.diffuse", "distillation.", "autoencoding.",
 )  # fmt: skip
 # How a network is computed, not which network it is.
 _NOT_IDENTITY = ("model.attention",)
@@ -245,7 +246,7 @@ def _is_other(old: Any, new: Any) -> bool:
 
 
 def _has_moved(name: str, old: Any, new: Any) -> bool:
-    """Whether what a run was distilled from is where it is now said to be, and not where it was."""
-    named = name in ("distillation.teacher", "distillation.student")
+    """Whether what a run was distilled or started from is where it is now said to be alone."""
+    named = name in ("distillation.teacher", "distillation.student", "training.init")
     paths = isinstance(old, Path) and isinstance(new, Path)
     return named and paths and not old.exists() and new.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from ddpm_engine.checkpoints.store import Checkpoint, CheckpointStore
 from ddpm_engine.config import RunConfig
 from ddpm_engine.distributed import is_main, raise_together
 from ddpm_engine.errors import NotFiniteError, UserError
+from ddpm_engine.training.latents import check_same_latents
 from ddpm_engine.training.meters import Meters
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.strategies.strategy import State
+from ddpm_engine.training.text import check_same_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,26 @@ def state_of(run: Run) -> dict[str, Any]:
         "bad_steps": run.step - run.changed,
         "bad_samples": run.bad_samples,
         "loss_scale": None if loss_scale is None else loss_scale.state(),
+        **embedders_of(run),
     }
+
+
+def embedders_of(run: Run) -> dict[str, Any]:
+    """What a run's network was trained with besides the images, as JSON values; {} if nothing.
+
+    `text_encoder`: place and fingerprint of the encoder of its captions, and the length in tokens
+    that they are padded or cut to. `image_embeddings`: name, fingerprint and channels of those that
+    it is conditioned on or generates. `autoencoder`: place, fingerprint, scale and shift of the one
+    whose latents it generates.
+    """
+    found = {}
+    if run.text is not None:
+        found["text_encoder"] = run.text.record()
+    if run.latents is not None:
+        found["autoencoder"] = run.latents.record()
+    if run.dataset.embeddings is not None:
+        found["image_embeddings"] = asdict(run.dataset.embeddings)
+    return found
 
 
 def resume(run: Run) -> None:
@@ -127,6 +149,8 @@ def _load(run: Run, checkpoint: Checkpoint) -> None:
     run.strategy.load(parts)
     run.objective.load(parts.get("objective", {}))
     state = checkpoint.state
+    check_same_text(state.get("text_encoder"), run.text, str(checkpoint.path))
+    check_same_latents(state.get("autoencoder"), run.latents, str(checkpoint.path))
     try:
         if run.strategy.loss_scale is not None and state["loss_scale"] is not None:
             run.strategy.loss_scale.load(state["loss_scale"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ddpm_engine.data.dataset import Batch
-from ddpm_engine.distributed import Ranks, rank, world_size
+from ddpm_engine.distributed import Ranks, world_size
 from ddpm_engine.errors import UserError
 from ddpm_engine.graphs import Work
 from ddpm_engine.objectives.base import Objective
@@ -29,8 +29,6 @@ from ddpm_engine.training.reports import Column
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.signals import StopRequest
 from ddpm_engine.training.strategies.strategy import Strategy
-from ddpm_kernels import Stream
-from ddpm_kernels.philox import random_integer
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +77,6 @@ class TrainingStep:
         self._decays = list(decays(run.config.training).values())
         self._inputs = make_inputs(run.device, len(self._decays), static=run.capture is not None)
         self._replay: Work | None = None
-        # `torch.manual_seed` seeds those of all devices, which takes longer.
-        self._seed_dropout = {
-            "cpu": torch.default_generator.manual_seed,
-            "cuda": torch.cuda.manual_seed,
-        }.get(run.device.type, torch.manual_seed)
 
     def take(self, limited: bool) -> None:
         """Start one optimizer step, count it, and read what the step before has reported.
@@ -106,9 +99,6 @@ class TrainingStep:
         self._inputs.load(batches, self._numbers(batches))
         if run.capture is not None and (self._replay is None or changed):
             self._replay = self._captured()
-        if run.has_dropout:
-            # The network's only randomness; seeding it here leaves no state to save.
-            self._seed_dropout(_dropout_seed(run))
         (self._replay or self._on_device)()
         run.step += 1
         run.reports.send(run.step)
@@ -155,7 +145,8 @@ class TrainingStep:
             batch = next(self._batches)
         for fault in batch.faults:
             logger.warning("replaced an unreadable sample: %s", fault)
-        return batch
+        text = self._run.text
+        return batch if text is None else text.encoded(batch)
 
     def _numbers(self, batches: list[Batch]) -> Numbers:
         step = self._run.step
@@ -172,8 +163,3 @@ class TrainingStep:
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             for name, tensor in self._run.strategy.averages()["ema"].items()
         }
-
-
-def _dropout_seed(run: Run) -> int:
-    """A function of the seed, the rank and the step."""
-    return random_integer(run.config.training.seed, rank(), run.step, Stream.DROPOUT)

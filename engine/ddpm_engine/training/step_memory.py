@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpm_engine.config import RunConfig
 from ddpm_engine.networks.base import Network
@@ -27,6 +27,7 @@ from ddpm_engine.networks.conditioning import Conditioning
 from ddpm_engine.networks.half_weights import half_names, to_half
 from ddpm_engine.runtime import DTYPES
 from ddpm_engine.training.ema import decays
+from ddpm_engine.training.text import DEFAULT_LENGTH
 from ddpm_kernels.dispatch import force_ops
 
 RESERVED = 3 * 2**30
@@ -87,9 +88,9 @@ def step_memory(config: RunConfig, ranks: int = 1, shards: int = 1) -> StepMemor
     count = sum(parameter.numel() for parameter in network.parameters())
     if dtype is not None:
         to_half(network, dtype)
-    if training.activation_checkpointing:
-        network.enable_activation_checkpointing()
-    kept, peak = traced(network, max(1, training.batch_size // (ranks * training.accumulation)))
+    network.recompute(training.recompute)
+    batch = max(1, training.batch_size // (ranks * training.accumulation))
+    kept, peak = traced(network, batch, text_length=config.data.text_length or DEFAULT_LENGTH)
     summed = ranks > 1 or training.accumulation > 1
     return StepMemory(
         weights=(4 * count + 2 * halves) // shards,
@@ -101,13 +102,16 @@ def step_memory(config: RunConfig, ranks: int = 1, shards: int = 1) -> StepMemor
     )
 
 
-def traced(network: Network, batch: int, *, on_gpu: bool = True) -> tuple[int, int]:
+def traced(
+    network: Network, batch: int, *, on_gpu: bool = True, text_length: int = DEFAULT_LENGTH
+) -> tuple[int, int]:
     """Count what a forward and backward pass allocates, on the network's device and dtype.
 
     Args:
         network: on meta tensors, or on a device, where it is really computed.
         batch: samples.
         on_gpu: take the registered operations, as GPUs do, and not their references.
+        text_length: tokens of a caption, if the network is conditioned on text.
 
     Returns:
         Bytes at the end of the forward pass, and at the peak; gradients of weights are included.
@@ -118,13 +122,26 @@ def traced(network: Network, batch: int, *, on_gpu: bool = True) -> tuple[int, i
     index = torch.zeros(batch, dtype=torch.int64, device=device)
     x = torch.zeros(batch, channels, height, width, device=device)
     small = spec.low_resolution is not None
+
+    def zeros(*shape: int | None) -> Tensor | None:
+        sizes = [size for size in shape if size is not None]
+        return None if len(sizes) < len(shape) else torch.zeros(*sizes, device=device)
+
     conditioning = Conditioning(
         labels=None if spec.null_class is None else index,
         low_resolution=x if small else None,
         augmentation_level=index if small else None,
-    )
+        dropout_key=index,
+        text=zeros(batch, text_length, spec.text),
+        text_mask=(
+            None if spec.text is None
+            else torch.ones(batch, text_length, dtype=torch.bool, device=device)
+        ),
+        vector=zeros(batch, spec.vector),
+    )  # fmt: skip
+    given = conditioning.present().values()
     ops = force_ops() if on_gpu else nullcontext()
-    with ops, _fused_attention(), LiveMemory([*network.parameters(), x, index]) as live:
+    with ops, _fused_attention(), LiveMemory([*network.parameters(), x, index, *given]) as live:
         prediction = network(x, index, conditioning)
         kept = live.now
         prediction.backward(torch.ones_like(prediction))
@@ -150,6 +167,8 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func in _CONVOLUTIONS and args[0].is_meta:
+            output = tree_map(_as_cudnn, output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -170,6 +189,19 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+_CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.convolution_backward.default,
+)
+
+
+def _as_cudnn(tensor: Tensor | None) -> Tensor | None:
+    """Lay out a result as cuDNN does where all is channels-last; a meta tensor does not know."""
+    if tensor is None or tensor.dim() != 4:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
 @contextmanager
 def _fused_attention() -> Iterator[None]:
     """Trace attention as GPUs compute it, by kernels that never hold a matrix of all pairs.
@@ -180,10 +212,17 @@ def _fused_attention() -> Iterator[None]:
     reference = F.scaled_dot_product_attention
     fused = torch.ops.aten._scaled_dot_product_efficient_attention.default
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Any:
-        if others or named or not query.is_meta:
-            return reference(query, key, value, *others, **named)
-        return fused(query, key, value, None, True)[0]
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **named: Any
+    ) -> Any:
+        if named or not query.is_meta:
+            return reference(query, key, value, mask, **named)
+        bias = None
+        if mask is not None:
+            # One row for all queries and heads, in the precision of the products.
+            shape = (*query.shape[:-1], key.shape[-2])
+            bias = query.new_zeros(mask.shape).expand(shape)
+        return fused(query, key, value, bias, True)[0]
 
     setattr(F, "scaled_dot_product_attention", attend)  # noqa: B010
     try:

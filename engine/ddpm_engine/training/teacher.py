@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ddpm_engine.checkpoints.load import load_model
+from ddpm_engine.checkpoints.lazy_codec import LazyCodec
+from ddpm_engine.checkpoints.load import LoadedModel, load_model
 from ddpm_engine.config import RunConfig
 from ddpm_engine.diffusion.parameterization import Prediction, parameterization, see_the_same
 from ddpm_engine.errors import UserError
 from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.registry import same_network
 from ddpm_engine.objectives.config import DistillationConfig, ObjectiveConfig
 from ddpm_engine.objectives.distillation.teacher import Teacher
 
@@ -77,9 +79,7 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
         raise UserError("`distillation.teacher` is not given, and there is nothing to distil")
     teacher = load_model(path, device)
     theirs, ours = teacher.config, config
-    if replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout) != (
-        ours.model
-    ):
+    if not same_network(theirs.model, ours.model):
         raise UserError(
             f"`distillation.teacher` {path} is another network than the model fields describe; "
             "students have their teacher's",
@@ -116,10 +116,17 @@ def load_teacher(config: RunConfig, device: torch.device | str = "cpu") -> Teach
             "distillation.teacher",
         )
     if config.distillation.method != "moments":
-        return Teacher(teacher.network, known, classes=teacher.classes)
+        return Teacher(
+            teacher.network, known, classes=teacher.classes, autoencoder=_autoencoder(teacher)
+        )
     critic = deepcopy(teacher.network).requires_grad_(True)
     student = _load_student(config, device)
-    return Teacher(teacher.network, known, student, critic, teacher.classes)
+    return Teacher(teacher.network, known, student, critic, teacher.classes, _autoencoder(teacher))
+
+
+def _autoencoder(model: LoadedModel) -> str | None:
+    codec = model.codec
+    return codec.fingerprint or "" if isinstance(codec, LazyCodec) else None
 
 
 def _load_student(config: RunConfig, device: torch.device | str) -> Network:
@@ -135,8 +142,7 @@ def _load_student(config: RunConfig, device: torch.device | str) -> Network:
             "as many by progressive distillation first",
             "distillation.student",
         )
-    same_network = replace(theirs.model, attention=ours.model.attention, dropout=ours.model.dropout)
-    if (same_network, theirs.diffusion) != (ours.model, ours.diffusion):
+    if not same_network(theirs.model, ours.model) or theirs.diffusion != ours.diffusion:
         raise UserError(
             f"`distillation.student` {path} is not a student of `distillation.teacher`: its "
             "network, noise schedule or prediction is another; name one that the same teacher was "

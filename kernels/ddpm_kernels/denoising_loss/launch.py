@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ddpm_kernels.dispatch import on_device_of
+from ddpm_kernels.latents import channels_of, tile_of_samples
 from ddpm_kernels.philox import Stream
-from ddpm_kernels.q_sample import clean_elements, noise_elements
+from ddpm_kernels.q_sample import clean_elements, clean_sample_elements, noise_elements
 from ddpm_kernels.tiles import Tile, tile_for
 from ddpm_kernels.tiling import divide, is_wide, layout_of, load_elements, packed, tile_of
 from ddpm_kernels.triton_shim import tl, triton
@@ -54,6 +55,8 @@ def _error_kernel(  # type: ignore[no-untyped-def]
     IMAGE_LAYOUT: tl.constexpr,
     WIDE: tl.constexpr,
     STREAM: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """e, ∂ℓ/∂r behind it if the variance is learned, and the weighted sum of the loss of a tile."""
@@ -70,10 +73,10 @@ def _error_kernel(  # type: ignore[no-untyped-def]
         noise = noise_elements(seed, sample_ids, sample, blocks, STREAM)
         target = tl.load(target_noise + row) * noise
     if target_x0 is not None:
-        x_0 = clean_elements(
-            images, flip, sample, elements, inside,
+        x_0 = clean_sample_elements(
+            images, seed, sample_ids, flip, sample, elements, blocks, inside,
             image_stride_n, image_stride_c, image_stride_h, image_stride_w,
-            CHANNELS, WIDTH, IMAGE_LAYOUT,
+            CHANNELS, WIDTH, IMAGE_LAYOUT, SCALE, SHIFT,
         )  # fmt: skip
         target += tl.load(target_x0 + row) * x_0
     error -= target
@@ -92,12 +95,15 @@ def _error_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         difference, low, excess, half_range = bound_row(bound_table, row, error, r)
         if row == 0:
-            x_0 = clean_elements(
-                images, flip, sample, elements, inside,
-                image_stride_n, image_stride_c, image_stride_h, image_stride_w,
-                CHANNELS, WIDTH, IMAGE_LAYOUT,
-            )  # fmt: skip
-            bound, slope = decoder_elements(x_0, difference, low + excess)
+            if SCALE is None:
+                x_0 = clean_elements(
+                    images, flip, sample, elements, inside,
+                    image_stride_n, image_stride_c, image_stride_h, image_stride_w,
+                    CHANNELS, WIDTH, IMAGE_LAYOUT,
+                )  # fmt: skip
+                bound, slope = decoder_elements(x_0, difference, low + excess)
+            else:
+                bound, slope = decoder_elements(None, difference, low + excess)
         else:
             bound, slope = kl_elements(difference, low, excess)
         slope *= half_range
@@ -145,15 +151,18 @@ def plan(
     image_shape: torch.Size,
     image_strides: tuple[int, ...],
     reads_images: bool,
+    latent_scale: float | None,
+    latent_shift: float,
 ) -> Plan:
     """Plan a call on tensors of these layouts."""
-    batch, channels, height, width = image_shape
+    images = torch.empty_strided(image_shape, image_strides, device="meta")
+    batch, _, height, width = image_shape
+    channels = channels_of(images, latent_scale)
     count = channels * height * width
-    tile = tile.fitted(count)
+    tile = tile_of_samples(tile, count, latent_scale)
     tiles = triton.cdiv(count, tile.elements)
     prediction = torch.empty_strided(prediction_shape, prediction_strides, device="meta")
     slope = torch.empty_like(prediction, memory_format=torch.channels_last)
-    images = torch.empty_strided(image_shape, image_strides, device="meta")
     error = partial(
         _error_kernel[(batch * tiles,)],
         **dict(zip(_STRIDES, (*prediction_strides, *image_strides), strict=True)),
@@ -164,6 +173,8 @@ def plan(
         IMAGE_LAYOUT=layout_of(images, channels),
         WIDE=is_wide(tile.elements, prediction, images if reads_images else None, slope),
         STREAM=int(Stream.TRAINING_NOISE),
+        SCALE=latent_scale,
+        SHIFT=latent_shift,
         TILE=tile.elements,
         **tile.options(),
     )
@@ -194,11 +205,14 @@ def launch_denoising_loss(
     flip: Tensor | None,
     bound_table: Tensor | None,
     bound_weights: Tensor | None,
+    latent_scale: float | None,
+    latent_shift: float,
 ) -> tuple[Tensor, Tensor]:
     """Launch the loss; arguments and results as in `loss_and_slope_reference`."""
     launches = plan(
         tile_for("denoising_loss", images), prediction.shape, prediction.stride(), images.shape,
-        images.stride(), target_x0 is not None or bound_table is not None,
+        images.stride(), target_x0 is not None or bound_table is not None, latent_scale,
+        latent_shift,
     )  # fmt: skip
     batch = len(images)
     loss = prediction.new_empty(batch, dtype=torch.float32)

@@ -1,122 +1,102 @@
-"""The Triton functions of the forward pass.
+"""The Triton function that writes y.
 
-One launch takes the moments of each slab, a second combines them and writes y. Where one slab
-covers the sample, a single launch does both.
+Where a chunk of a sample fits on chip, one launch reads it once, takes its moments and writes y.
+Elsewhere a launch takes the moments of each slab, and a second combines them and writes y. Without
+the first where one slab covers the sample, or where moments of x and skip were kept by the kernels
+that wrote these.
 """
 
 from __future__ import annotations
 
+from ddpm_kernels.dropout import keep_scale
+from ddpm_kernels.group_norm_silu.moments import (
+    of_groups,
+    of_kept,
+    of_slab,
+    of_slabs,
+    of_tile,
+)
 from ddpm_kernels.group_norm_silu.parts import (
     affine_of,
+    at_pixel,
+    centre_of,
     last_first,
+    load_tile,
     place_of,
+    sigmoid_of,
     spread_groups,
-    sum_groups,
     tile_at,
 )
 from ddpm_kernels.triton_shim import tl, triton
 
 
 @triton.jit
-def _moments(  # type: ignore[no-untyped-def]
-    x,
-    start,
+def _write(  # type: ignore[no-untyped-def]
+    tile,
+    y,
+    mean,
+    gain,
+    offset,
+    key,
+    pixel,
     stop,
+    chunk,
     channel,
     real,
     CHANNELS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
+    SILU: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):
-    """Mean, as an unevaluated sum of two, and sum of squared deviations of each group in a slab.
-
-    Everything is summed relative to the channel's mean over the first tile, and those differences
-    relative to the group's: no sum has a large part that cancels.
-    """
-    offsets, inside = tile_at(start, stop, channel, real, CHANNELS, ROWS, WIDE)
-    tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
-    anchor = tl.sum(tile, 0) / tl.minimum(stop - start, ROWS).to(tl.float32)
-    deviation = tl.where(inside, tile - anchor[None, :], 0.0)
-    first = deviation
-    second = deviation * deviation
-    for pixel in tl.range(start + ROWS, stop, ROWS, num_stages=STAGES):
-        offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
-        tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
-        deviation = tl.where(inside, tile - anchor[None, :], 0.0)
-        first += deviation
-        second += deviation * deviation
-    count = (stop - start).to(tl.float32)
-    sums = tl.sum(first, 0)
-    rest = sums / count
-    squares = tl.sum(second, 0) - sums * rest
-
-    mean = sum_groups(anchor, PER_GROUP, WIDTH, GROUPS) / PER_GROUP
-    apart = (anchor - spread_groups(mean, PER_GROUP, WIDTH, GROUPS)) + rest
-    apart = tl.where(real, apart, 0.0)
-    mean_rest = sum_groups(apart, PER_GROUP, WIDTH, GROUPS) / PER_GROUP
-    apart = apart - spread_groups(mean_rest, PER_GROUP, WIDTH, GROUPS)
-    apart = tl.where(real, apart, 0.0)
-    squares = sum_groups(squares + count * apart * apart, PER_GROUP, WIDTH, GROUPS)
-    return mean, mean_rest, squares
+    """One tile of y."""
+    z = (tile.to(tl.float32) - mean[None, :]) * gain[None, :] + offset[None, :]
+    if SILU:
+        z = z * sigmoid_of(z, y.dtype.element_ty == tl.float32)
+    if THRESHOLD:
+        z = z * keep_scale(key, pixel, chunk * CHUNK, CHANNELS, CHUNK, ROWS, WIDTH, THRESHOLD)
+    pointers, inside = tile_at(y, None, pixel, stop, channel, real, CHANNELS, 0, ROWS, WIDE)
+    tl.store(pointers, z.to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels"])
-def moments_kernel(  # type: ignore[no-untyped-def]
-    x,
-    moments,
-    pixels,
-    slabs,
-    slab_pixels,
-    CHANNELS: tl.constexpr,
-    PER_GROUP: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """`_moments` of every slab: float32 `[N, slabs, 3, groups]`."""
-    sample, slab, start, stop, chunk, channel, real = place_of(
-        tl.program_id(0), pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
-    )
-    mean, rest, squares = _moments(
-        x + sample * pixels * CHANNELS,
-        start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE, STAGES,
-    )  # fmt: skip
-    ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
-    lane = tl.arange(0, GROUPS)
-    group = chunk * CHUNK_GROUPS + lane
-    exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
-    out = moments + slab * (3 * ALL_GROUPS) + group
-    tl.store(out, mean, exists)
-    tl.store(out + ALL_GROUPS, rest, exists)
-    tl.store(out + 2 * ALL_GROUPS, squares, exists)
-
-
-@triton.jit(do_not_specialize=["pixels", "slabs", "slab_pixels", "scale_row", "shift_row"])
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "slabs", "slab_pixels", "scale_row", "shift_row", "before_row",
+        "x_slabs", "x_slab_pixels", "skip_slabs", "skip_slab_pixels",
+    ]
+)  # fmt: skip
 def forward_kernel(  # type: ignore[no-untyped-def]
     x,
+    skip,
     moments,
+    x_moments,
+    skip_moments,
     weight,
     bias,
     scale,
     shift,
+    before,
+    dropout_key,
     y,
     statistics,
     pixels,
     slabs,
     slab_pixels,
+    x_slabs,
+    x_slab_pixels,
+    skip_slabs,
+    skip_slab_pixels,
     scale_row,
     scale_column,
     shift_row,
     shift_column,
+    before_row,
+    before_column,
     eps,
     CHANNELS: tl.constexpr,
+    SKIP: tl.constexpr,
     PER_GROUP: tl.constexpr,
     CHUNK_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,38 +105,57 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     SLABS: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    KEPT: tl.constexpr,
     FILM: tl.constexpr,
+    BEFORE: tl.constexpr,
     SILU: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):
-    """From the slabs' moments to y. With SLABS = 1 it takes the moments itself."""
+    """From moments to y: its own where x stays ON_CHIP or SLABS = 1, KEPT ones, or the slabs'."""
     sample, _, start, stop, chunk, channel, real = place_of(
         last_first(), pixels, slabs, slab_pixels, CHANNELS, PER_GROUP, CHUNK_GROUPS, WIDTH
     )
-    x += sample * pixels * CHANNELS
-    y += sample * pixels * CHANNELS
+    OWN: tl.constexpr = CHANNELS - SKIP
+    x = at_pixel(x, sample * pixels, OWN)
+    skip = at_pixel(skip, sample * pixels, SKIP)
+    y = at_pixel(y, sample * pixels, CHANNELS)
     ALL_GROUPS: tl.constexpr = CHANNELS // PER_GROUP
+    CHUNK: tl.constexpr = CHUNK_GROUPS * PER_GROUP
     lane = tl.arange(0, GROUPS)
     group = chunk * CHUNK_GROUPS + lane
     exists = (lane < CHUNK_GROUPS) & (group < ALL_GROUPS)
 
-    if SLABS == 1:
-        mean, rest, squares = _moments(
-            x, start, stop, channel, real, CHANNELS, PER_GROUP, ROWS, WIDTH, GROUPS, WIDE, STAGES
+    if ON_CHIP:
+        tile = load_tile(x, skip, 0, pixels, channel, real, CHANNELS, SKIP, ROWS, WIDE)
+        inside = (tl.arange(0, ROWS) < pixels)[:, None] & real[None, :]
+        mean, rest, squares = of_tile(tile.to(tl.float32), inside, pixels.to(tl.float32))
+    elif KEPT:
+        own = real & (channel < OWN)
+        mean, rest, squares = of_kept(
+            x_moments, sample, pixels, x_slabs, x_slab_pixels, channel, own, OWN, WIDTH
         )
+        if SKIP:
+            others = real & (channel >= OWN)
+            skip_mean, skip_rest, skip_squares = of_kept(
+                skip_moments, sample, pixels, skip_slabs, skip_slab_pixels, channel - OWN, others,
+                SKIP, WIDTH,
+            )  # fmt: skip
+            mean, rest, squares = mean + skip_mean, rest + skip_rest, squares + skip_squares
+    elif SLABS == 1:
+        mean, rest, squares = of_slab(
+            x, skip, start, stop, channel, real, CHANNELS, SKIP, ROWS, WIDE, STAGES
+        )
+    if ON_CHIP or KEPT or SLABS == 1:
+        mean, rest, squares = of_groups(
+            mean, rest, squares, pixels.to(tl.float32),
+            before, sample, channel, real, before_row, before_column,
+            PER_GROUP, WIDTH, GROUPS, BEFORE,
+        )  # fmt: skip
     else:
-        partial = moments + sample * slabs * (3 * ALL_GROUPS) + group
-        mean = tl.load(partial, exists, 0.0)
-        index = tl.arange(0, SLABS)
-        count = tl.minimum(pixels - index * slab_pixels, slab_pixels).to(tl.float32)[:, None]
-        present = (index < slabs)[:, None] & exists[None, :]
-        partial = partial[None, :] + index[:, None] * (3 * ALL_GROUPS)
-        apart = tl.load(partial, present, 0.0) - mean[None, :]
-        apart = apart + tl.load(partial + ALL_GROUPS, present, 0.0)
-        count = tl.where(present, count, 0.0)
-        rest = tl.sum(count * apart, 0) / pixels.to(tl.float32)
-        apart = apart - rest[None, :]
-        squares = tl.load(partial + 2 * ALL_GROUPS, present, 0.0)
-        squares = tl.sum(squares + PER_GROUP * count * apart * apart, 0)
+        mean, rest, squares = of_slabs(
+            moments, sample, group, exists, pixels, slabs, slab_pixels, ALL_GROUPS, PER_GROUP, SLABS
+        )
     variance = tl.maximum(squares / (pixels.to(tl.float32) * PER_GROUP), 0.0)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
     # So far the mean is that of the first pixels, and the rest may be several deviations.
@@ -173,13 +172,23 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         weight, bias, scale, shift, sample, channel, real,
         scale_row, scale_column, shift_row, shift_column, FILM,
     )  # fmt: skip
+    mean, rest = centre_of(
+        spread_groups(mean, PER_GROUP, WIDTH, GROUPS),
+        spread_groups(rest, PER_GROUP, WIDTH, GROUPS),
+        before, sample, channel, real, before_row, before_column, BEFORE,
+    )  # fmt: skip
     gain = gain * spread_groups(rstd, PER_GROUP, WIDTH, GROUPS)
-    offset = offset - gain * spread_groups(rest, PER_GROUP, WIDTH, GROUPS)
-    mean_c = spread_groups(mean, PER_GROUP, WIDTH, GROUPS)
-    for pixel in tl.range(start, stop, ROWS, num_stages=STAGES):
-        offsets, inside = tile_at(pixel, stop, channel, real, CHANNELS, ROWS, WIDE)
-        tile = tl.load(x + offsets, inside, 0.0).to(tl.float32)
-        z = (tile - mean_c[None, :]) * gain[None, :] + offset[None, :]
-        if SILU:
-            z = z * tl.sigmoid(z)
-        tl.store(y + offsets, z.to(y.dtype.element_ty), inside)
+    offset = offset - gain * rest
+    key = tl.load(dropout_key + sample) if THRESHOLD else 0
+    if ON_CHIP:
+        _write(
+            tile, y, mean, gain, offset, key, 0, pixels, chunk, channel, real,
+            CHANNELS, CHUNK, ROWS, WIDTH, WIDE, SILU, THRESHOLD,
+        )  # fmt: skip
+    else:
+        for pixel in tl.range(start, stop, ROWS, num_stages=STAGES):
+            tile = load_tile(x, skip, pixel, stop, channel, real, CHANNELS, SKIP, ROWS, WIDE)
+            _write(
+                tile, y, mean, gain, offset, key, pixel, stop, chunk, channel, real,
+                CHANNELS, CHUNK, ROWS, WIDTH, WIDE, SILU, THRESHOLD,
+            )  # fmt: skip

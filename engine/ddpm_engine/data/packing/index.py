@@ -8,18 +8,22 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tarfile import TarInfo
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpm_engine.atomic_io import atomic_write, sha256_of
+from ddpm_engine.data.members import BOUNDS, MAX_TEXT, StoredText
 from ddpm_engine.data.packing.journal import MARKER_NAME, explain_os_error
 from ddpm_engine.data.packing.process_map import map_forked
-from ddpm_engine.data.shards.index import MAX_KEY, Index, index_dtype
+from ddpm_engine.data.shards.index import BESIDE, MAX_KEY, Index, index_dtype
 from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, how_to_index_again
 from ddpm_engine.data.shards.records import place_for_records, records_of
 from ddpm_engine.data.tar import scan_tar
@@ -44,6 +48,13 @@ class Scan:
     """Key of the first sample without a label."""
     shapes: frozenset[tuple[int, int, int]] = frozenset()
     """Heights, widths and channels that occur; empty for shards that were packed here."""
+    without: Mapping[str, str | None] = field(default_factory=dict)
+    """For each member beside image and label that occurs, the key of the first sample that lacks
+    it; None: all have it."""
+    longest: int = 0
+    """Number of tokens of the longest caption that the shard holds the embeddings of."""
+    imageless: str | None = None
+    """Key of the first sample that holds latents in place of an image."""
 
 
 def index_shards(
@@ -55,7 +66,8 @@ def index_shards(
 
     A sample is an image with one of the known extensions (the first of `EXTENSIONS` where there are
     several) and a label if there is a `cls` (an integer) or a `json` with an integer `label`, `cls`
-    or `class`. Captions (`txt`) and all other members are skipped, and never decoded.
+    or `class`; and captions where every sample has a `txt`. All other members are skipped, and
+    never decoded.
 
     Args:
         directory: where the shards are.
@@ -64,8 +76,8 @@ def index_shards(
 
     Raises:
         UserError: no shards, a finished set, a damaged tar (named with the offset), a sample
-            without an image, unreadable labels or labels for only some samples, a folder that
-            cannot be written.
+            without an image or of latents, unreadable labels or labels for only some samples, a
+            folder that cannot be written.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -94,6 +106,13 @@ def index_shards(
         scans.append(scan)
         progress(scan.shard.samples)
     scans.sort(key=lambda scan: scan.shard.name)
+    for scan in scans:
+        if scan.imageless is not None:
+            raise UserError(
+                f"sample {scan.imageless!r} of {folder / scan.shard.name} is a latent, of an "
+                f"autoencoder that only {MANIFEST_NAME} would name: restore it, or pack the source "
+                "of the shards again"
+            )
     if not any(scan.shard.samples for scan in scans):
         raise UserError(f"the shards in {folder} hold no samples")
     shapes = frozenset[tuple[int, int, int]]().union(*(scan.shapes for scan in scans))
@@ -107,6 +126,7 @@ def index_shards(
         width=width,
         channels=depth,
         classes=class_names(scans, None, str(folder)),
+        captions=_all_have(scans, "captions", str(folder)),
     )
     with explain_os_error(place / MANIFEST_NAME):
         manifest.write(place)
@@ -124,51 +144,136 @@ def index_shard(path: Path, place: Path | None = None) -> Scan:
         UserError: a damaged tar, or a sample without an image or with an unreadable label.
     """
     with explain_os_error(path):
-        index, shapes = _rows(path)
+        index, shapes, longest = _rows(path)
         shard = Shard(path.name, len(index), path.stat().st_size, sha256_of(path), index_sha256="")
     index_path = (place or path.parent) / shard.index_name
     with explain_os_error(index_path):
         with atomic_write(index_path) as index_file:
             np.save(index_file, index, allow_pickle=False)
         shard = replace(shard, index_sha256=sha256_of(index_path))
-    without = np.flatnonzero(index["label"] < 0)
     return Scan(
         shard,
         int(index["label"].max(initial=-1)),
-        index["key"][without[0]].decode("utf-8", "replace") if len(without) else None,
+        _first_key(index, index["label"] < 0),
         shapes,
+        {
+            name: _first_key(index, index[name]["offset"] == 0)
+            for name in BESIDE
+            if name in (index.dtype.names or ())
+        },
+        longest,
+        _first_key(index, index["offset"] == 0),
     )
 
 
-def _rows(path: Path) -> tuple[Index, frozenset[tuple[int, int, int]]]:
-    """Return the index of a shard, and the shapes of its images."""
+def _first_key(index: Index, chosen: NDArray[np.bool_]) -> str | None:
+    """Return the key of the first chosen row; None if none is."""
+    rows = np.flatnonzero(chosen)
+    return index["key"][rows[0]].decode("utf-8", "replace") if len(rows) else None
+
+
+def _rows(path: Path) -> tuple[Index, frozenset[tuple[int, int, int]], int]:
+    """Return the index of a shard, the shapes of its images, and the longest embedded caption."""
     chunks: list[Index] = []
-    rows: list[tuple[bytes, int, int, int, bytes, int]] = []
+    rows: list[tuple[Any, ...]] = []
     shapes: set[tuple[int, int, int]] = set()
+    longest = 0
 
     def pack_rows() -> None:
         # As Python objects, rows take ten times the memory.
         widest = max((len(row[0]) for row in rows), default=0)
-        chunks.append(np.array(rows, dtype=index_dtype(widest)))
+        whole = np.array(rows, dtype=index_dtype(widest, BESIDE))
+        chunks.append(_without_empty(whole))
         rows.clear()
 
     with open(path, "rb") as file:
         for sample in scan_tar(path):
             if sample.damage:
                 raise UserError(f"sample {sample.key!r} of {path}: {sample.damage}")
-            file.seek(sample.image.offset_data)
-            payload = file.read(sample.image.size)
-            # Undecodable images stay in the index, where reading replaces and reports them.
-            with suppress(DecodeError):
-                shapes.add(probe(payload, sample.extension))
+            place = 0, 0, 0
+            if sample.image is not None:
+                file.seek(sample.image.offset_data)
+                payload = file.read(sample.image.size)
+                # Undecodable images stay in the index, where reading replaces and reports them.
+                with suppress(DecodeError):
+                    shapes.add(probe(payload, sample.extension))
+                place = sample.image.offset_data, sample.image.size, zlib.crc32(payload)
             key = sample.key.encode("utf-8", "surrogateescape")[-MAX_KEY:]
-            place = sample.image.offset_data, sample.image.size, zlib.crc32(payload)
-            rows.append((key, *place, sample.extension.encode("ascii"), sample.label))
+            beside = [_place(file, name, sample.beside.get(name)) for name in BESIDE]
+            if "text" in sample.beside:
+                longest = max(longest, _longest(file, sample.beside["text"]))
+            rows.append((key, *place, sample.extension.encode("ascii"), sample.label, *beside))
             if len(rows) == _CHUNK:
                 pack_rows()
     pack_rows()
-    dtype = index_dtype(max(chunk.dtype["key"].itemsize for chunk in chunks))
-    return np.concatenate([chunk.astype(dtype) for chunk in chunks]), frozenset(shapes)
+    return _joined(chunks), frozenset(shapes), longest
+
+
+_Place = tuple[int, int, int]
+
+
+def _place(file: BinaryIO, name: str, member: TarInfo | None) -> _Place:
+    """Return offset, size and checksum of a member; the offset 0 if there is none."""
+    if member is None:
+        return 0, 0, 0
+    if member.size > BOUNDS[name]:
+        # Reading refuses it by its size, and never gets to the checksum.
+        return member.offset_data, min(member.size, 0xFFFFFFFF), 0
+    file.seek(member.offset_data)
+    return member.offset_data, member.size, zlib.crc32(file.read(member.size))
+
+
+def _longest(file: BinaryIO, member: TarInfo) -> int:
+    """Return the number of tokens of the longest caption; 0 if they cannot be read."""
+    if member.size > MAX_TEXT:
+        return 0
+    file.seek(member.offset_data)
+    with suppress(ValueError):
+        return max(len(caption.tokens) for caption in StoredText(file.read(member.size)))
+    return 0
+
+
+def _without_empty(index: Index) -> Index:
+    """Drop the columns of members that no sample has."""
+    used = [name for name in BESIDE if np.any(index[name]["offset"])]
+    return _copied(index, np.empty(len(index), index_dtype(index.dtype["key"].itemsize, used)))
+
+
+def _joined(chunks: list[Index]) -> Index:
+    """Join chunks, whose keys and columns may differ; drops them as it goes, to save memory."""
+    widest = max(chunk.dtype["key"].itemsize for chunk in chunks)
+    used = {name for chunk in chunks for name in chunk.dtype.names or ()}
+    index = np.zeros(sum(map(len, chunks)), index_dtype(widest, tuple(used)))
+    first = 0
+    while chunks:
+        chunk = chunks.pop(0)
+        _copied(chunk, index[first : first + len(chunk)])
+        first += len(chunk)
+    return index
+
+
+def _copied(index: Index, into: Index) -> Index:
+    for name in into.dtype.names or ():
+        if name in (index.dtype.names or ()):
+            into[name] = index[name]
+    return into
+
+
+def _all_have(scans: Sequence[Scan], name: str, source: str) -> bool:
+    """Whether all samples have a member; warns if only some have."""
+    having = [scan for scan in scans if name in scan.without]
+    if not having:
+        return False
+    lacking = [scan for scan in scans if scan.shard.samples and scan.without.get(name, "")]
+    lacking += [scan for scan in scans if scan.shard.samples and name not in scan.without]
+    if lacking:
+        first = lacking[0]
+        key = first.without.get(name)
+        logger.warning(
+            "%s is indexed without %s, which not all samples have: %s in %s has none",
+            source, name, "every sample" if key is None else f"sample {key!r}", first.shard.name,
+        )  # fmt: skip
+    return not lacking
 
 
 def class_names(

@@ -6,51 +6,65 @@ A set is finished when its manifest is written, which happens last.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL
-import webdataset
-from webdataset import TarWriter
+import torch
 
-from ddpm_engine.atomic_io import atomic_write, sha256_of
-from ddpm_engine.data.packing.index import Scan, class_names, index_shard
+from ddpm_engine.atomic_io import sha256_of
+from ddpm_engine.data.packing.embeddings import (
+    CaptionEmbeddings,
+    CaptionEncoder,
+    ImageEmbedder,
+)
+from ddpm_engine.data.packing.index import Scan, class_names
 from ddpm_engine.data.packing.journal import MARKER_NAME, Journal, explain_os_error, packing_run
+from ddpm_engine.data.packing.latents import LatentEncoder, LatentMoments
 from ddpm_engine.data.packing.process_map import check_count, map_forked
+from ddpm_engine.data.packing.shard_writer import ShardWriter
 from ddpm_engine.data.packing.sources.registry import open_source
-from ddpm_engine.data.packing.sources.source import DamagedImage, Example, Source
-from ddpm_engine.data.shards.manifest import MANIFEST_NAME, Manifest, Shard, parse_shard
+from ddpm_engine.data.packing.sources.source import DamagedImage, Source
+from ddpm_engine.data.shards.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    parse_shard,
+)
 from ddpm_engine.data.shards.records import records_of
-from ddpm_engine.data.tar import MAX_CLASSES
 from ddpm_engine.errors import UserError
-from ddpm_engine.images.codec import EXTENSIONS, MAX_SIDE, encode, fit, with_channels
+from ddpm_engine.images.codec import EXTENSIONS, MAX_SIDE
 from ddpm_engine.images.damaged import unreadable
 from ddpm_engine.memory import check_fits
+from ddpm_engine.networks.autoencoder.folders import open_autoencoder
+from ddpm_engine.networks.text.folders import open_text_encoder
+from ddpm_engine.sizes import Size, height_and_width
+from ddpm_engine.threads import usable_cores
 
 logger = logging.getLogger(__name__)
 
 _PIECE = 4096  # images that a process looks through at a time
+_LATENTS_PER_SHARD = 1000  # so that small sets, too, keep several processes busy
 
 
 def write_shards(
     source: Source,
     out: str | os.PathLike[str],
-    size: int | None = None,
+    size: Size | None = None,
     channels: int | None = None,
     per_shard: int = 10_000,
     image_format: str = "png",
     processes: int = 1,
     progress: Callable[[int], object] = lambda _: None,
+    text_encoder: CaptionEncoder | None = None,
+    image_embedder: ImageEmbedder | None = None,
+    autoencoder: LatentEncoder | None = None,
+    flips: bool = False,
 ) -> Manifest:
     """Pack a source into shards, indexes and a manifest.
 
@@ -62,31 +76,61 @@ def write_shards(
     Args:
         source: what to pack.
         out: folder to make; it may exist if it is empty or holds an unfinished run.
-        size: cut and resize to this side in pixels (see `fit`); None requires equal sizes.
-        channels: convert to 1 (grey) or 3 (RGB); None requires that all images agree.
+        size: cut and resize to it (see `fit`); None requires equal sizes.
+        channels: convert to 1 (grey) or 3 (RGB); None requires that all images agree, or converts
+            to those that an autoencoder takes.
         per_shard: images in each shard but the last.
         image_format: png, webp and npy are lossless; jpg is smaller.
         processes: number of forked processes; 1 works in this one.
         progress: called with the number of images of every finished shard.
+        text_encoder: of captions, whose embeddings are packed too, in half precision and without
+            padding; None: captions alone.
+        image_embedder: of images as they are packed, whose embeddings are packed too.
+        autoencoder: the moments of whose latents are packed in place of the images, in half
+            precision. On a device other than the CPU it encodes in this process.
+        flips: pack the moments of the mirrored image, too.
 
     Raises:
-        UserError: an argument out of range, an empty source, images that cannot be read, which the
-            message names, images that differ, labels that are missing for some images, a folder in
-            use, a full disk.
+        UserError: an argument out of range, an empty source, a size that the autoencoder does not
+            take, images or captions that cannot be
+            read, which the message names, images that differ, labels or captions that are missing
+            for some images, a folder in use, a full disk.
     """
-    if size is not None:
-        check_count(size, "size", MAX_SIDE)
+    for side in () if size is None else size if isinstance(size, tuple) else (size,):
+        check_count(side, "size", MAX_SIDE)
     if channels not in (None, 1, 3):
         raise UserError(f"`channels` is {channels}; it must be 1 or 3", field="channels")
     check_count(per_shard, "per_shard")
     check_count(processes, "processes")
+    if autoencoder is None and flips:
+        raise UserError(
+            "`flips` is given without an autoencoder: images are mirrored as they are read",
+            field="flips",
+        )
+    if autoencoder is not None:
+        channels = channels or autoencoder.image_channels
+        if autoencoder.device.type != "cpu" and processes > 1:
+            raise UserError(
+                f"`processes` is {processes}, but one process encodes on a GPU; choose 1",
+                field="processes",
+            )
     if image_format not in EXTENSIONS:
         raise UserError(f"no image format {image_format!r}: choose {', '.join(EXTENSIONS)}")
     if not len(source.examples):
         raise UserError(f"source {source.name} holds no images")
     try:
         return _write(
-            _Packing(source, Path(out), size, channels, per_shard, image_format),
+            ShardWriter(
+                source,
+                Path(out),
+                size,
+                channels,
+                per_shard,
+                image_format,
+                None if text_encoder is None else CaptionEmbeddings(text_encoder),
+                image_embedder,
+                None if autoencoder is None else LatentMoments(autoencoder, flips),
+            ),
             processes,
             progress,
         )
@@ -94,7 +138,7 @@ def write_shards(
         raise _all_damaged(source, damaged, processes) from damaged
 
 
-def _write(packing: _Packing, processes: int, progress: Callable[[int], object]) -> Manifest:
+def _write(packing: ShardWriter, processes: int, progress: Callable[[int], object]) -> Manifest:
     source, folder = packing.source, packing.folder
     check_fits(
         packing.first.image.nbytes * max(1, min(processes, len(packing))),
@@ -110,114 +154,59 @@ def _write(packing: _Packing, processes: int, progress: Callable[[int], object])
             width=width,
             channels=depth,
             classes=class_names(scans, source.classes, source.name),
+            captions=bool(packing.first.captions),
+            text=packing.describe_text(max(scan.longest for scan in scans)),
+            embeddings=packing.describe_embeddings(),
+            latents=packing.describe_latents(),
         )
         with explain_os_error(folder / MANIFEST_NAME):
             manifest.write(folder)
     return manifest
 
 
-def prepare_shards(directory: str | os.PathLike[str], source: str, size: int | None = None) -> None:
+def prepare_shards(
+    directory: str | os.PathLike[str],
+    source: str,
+    size: Size | None = None,
+    text_encoder: str | None = None,
+    autoencoder: str | None = None,
+    flips: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
     """Pack a source, named as `open_source` takes it, unless the folder holds a finished set.
 
     An existing set is left as it is, whatever it was made from. For one process at a time.
 
+    Args:
+        directory: of the set.
+        source: with captions, if there is a text encoder.
+        size: as `write_shards` takes it; with an autoencoder, that of the latents.
+        text_encoder: place of one, as `open_text_encoder` takes it, whose embeddings are packed.
+        autoencoder: place of one, as `open_autoencoder` takes it, whose latents are packed in place
+            of images.
+        flips: pack the latents of mirrored images, too.
+        device: on which the autoencoder computes.
+
     Raises:
-        UserError: as `open_source` and `write_shards`.
+        UserError: as `open_source`, `open_text_encoder`, `open_autoencoder` and `write_shards`.
     """
-    if not (records_of(Path(directory)) / MANIFEST_NAME).exists():
-        write_shards(open_source(source, directory), directory, size)
-
-
-class _Packing:
-    """Everything that determines the bytes of a set."""
-
-    def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        size: int | None,
-        channels: int | None,
-        per_shard: int,
-        image_format: str,
-    ) -> None:
-        self.source = source
-        self.folder = folder
-        self._size = size
-        self._channels = channels
-        self._per_shard = per_shard
-        self._format = image_format
-        self.first = self._converted(0)
-        self._check_alike(self.first)
-
-    def __len__(self) -> int:
-        """Return the number of shards."""
-        return -(-len(self.source.examples) // self._per_shard)
-
-    def recipe(self) -> str | None:
-        """Return a hash of all of it; None where the source does not know its revision."""
-        if self.source.revision is None:
-            return None
-        everything = (
-            self.source.name, self.source.revision, len(self.source.examples), self._size,
-            self._channels, self._per_shard, self._format,
-            np.__version__, PIL.__version__, webdataset.__version__,
-        )  # fmt: skip
-        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
-
-    def make(self, number: int) -> Scan:
-        """Write one shard and its index."""
-        path = self.folder / f"shard-{number:06d}.tar"
-        end = min((number + 1) * self._per_shard, len(self.source.examples))
-        with explain_os_error(path):
-            self._write_tar(path, range(number * self._per_shard, end))
-            return index_shard(path)
-
-    def _write_tar(self, path: Path, numbers: Iterable[int]) -> None:
-        # No encoder: TarWriter's own would pickle some extensions. mtime 0: the same bytes always.
-        with atomic_write(path) as file, TarWriter(file, encoder=False, mtime=0) as tar:
-            for number in numbers:
-                example = self._converted(number)
-                self._check_alike(example)
-                members = {
-                    "__key__": _member_key(number, example.key),
-                    self._format: encode(example.image, self._format),
-                }
-                if example.label is not None:
-                    members["cls"] = str(example.label).encode("ascii")
-                tar.write(members)
-
-    def _converted(self, number: int) -> Example:
-        example = self.source.examples[number]
-        image = example.image
-        if self._channels is not None:
-            image = with_channels(image, self._channels)
-        return example._replace(image=image if self._size is None else fit(image, self._size))
-
-    def _check_alike(self, example: Example) -> None:
-        """Check that an example has the first one's shape, and a label if that has one."""
-        first, source = self.first, self.source
-        (height, width, depth), (h, w, d) = first.image.shape, example.image.shape
-        if (h, w) != (height, width):
-            raise UserError(
-                f"images of {source.name} differ in size: {first.key!r} is {height}×{width}, "
-                f"{example.key!r} is {h}×{w}; give `size` to cut and resize all of them"
-            )
-        if d != depth:
-            raise UserError(
-                f"images of {source.name} differ in channels: {first.key!r} has {depth}, "
-                f"{example.key!r} has {d}; give `channels` 1 (grey) or 3 (RGB)"
-            )
-        if (example.label is None) != (first.label is None):
-            raise UserError(
-                f"of {source.name}, only one of {first.key!r} and {example.key!r} has a label: "
-                "label all images or none"
-            )
-        limit = MAX_CLASSES if source.classes is None else len(source.classes)
-        if example.label is not None and not 0 <= example.label < limit:
-            raise UserError(
-                f"label {example.label} of {example.key!r} in {source.name} is not within 0 to "
-                f"{limit - 1}"
-            )
+    if (records_of(Path(directory)) / MANIFEST_NAME).exists():
+        return
+    encoder = None if text_encoder is None else open_text_encoder(text_encoder)
+    opened = open_source(source, directory, captions=encoder is not None)
+    if autoencoder is None:
+        write_shards(opened, directory, size, text_encoder=encoder)
+        return
+    codec = open_autoencoder(autoencoder, device)
+    if size is not None:
+        height, width = (side * codec.factor for side in height_and_width(size))
+        size = (height, width)
+    # Encoding takes much longer than all else; on a GPU, one process does it.
+    processes = usable_cores() if codec.device.type == "cpu" else 1
+    write_shards(
+        opened, directory, size, per_shard=_LATENTS_PER_SHARD, processes=processes,
+        text_encoder=encoder, autoencoder=codec, flips=flips,
+    )  # fmt: skip
 
 
 def _all_damaged(source: Source, found: DamagedImage, processes: int) -> UserError:
@@ -244,7 +233,7 @@ def _damaged_among(source: Source, numbers: range) -> dict[int, tuple[str, str]]
 
 
 def _pack_all(
-    packing: _Packing, journal: Journal, processes: int, progress: Callable[[int], object]
+    packing: ShardWriter, journal: Journal, processes: int, progress: Callable[[int], object]
 ) -> list[Scan]:
     """Return the scans of all shards in order: kept if the journal has them and they are sound."""
     recorded = dict(filter(None, map(_recorded, journal.finished)))
@@ -260,11 +249,11 @@ def _pack_all(
     return [scans[number] for number in range(len(packing))]
 
 
-def _keep_or_make(packing: _Packing, recorded: dict[int, Scan], number: int) -> tuple[int, Scan]:
+def _keep_or_make(packing: ShardWriter, recorded: dict[int, Scan], number: int) -> tuple[int, Scan]:
     scan = recorded.get(number)
     if scan is not None and _is_intact(packing.folder, scan.shard):
         return number, scan
-    return number, replace(packing.make(number), shapes=frozenset())
+    return number, replace(packing.make(number), shapes=frozenset(), without={}, imageless=None)
 
 
 def _is_intact(folder: Path, shard: Shard) -> bool:
@@ -283,6 +272,7 @@ def _entry(number: int, scan: Scan) -> dict[str, Any]:
         "shard": dataclasses.asdict(scan.shard),
         "highest_label": scan.highest_label,
         "unlabelled": scan.unlabelled,
+        "longest": scan.longest,
     }
 
 
@@ -291,18 +281,14 @@ def _recorded(entry: dict[str, Any]) -> tuple[int, Scan] | None:
     try:
         shard = parse_shard(entry["shard"])
         number, highest, unlabelled = (entry[k] for k in ("number", "highest_label", "unlabelled"))
+        longest = entry.get("longest", 0)  # entries of earlier versions have no embeddings
     except (KeyError, TypeError, ValueError):
         return None
-    sound = type(number) is type(highest) is int and isinstance(unlabelled, str | None)
-    return (number, Scan(shard, highest, unlabelled)) if sound else None
+    counts = number, highest, longest
+    sound = all(type(count) is int for count in counts) and isinstance(unlabelled, str | None)
+    return (number, Scan(shard, highest, unlabelled, longest=longest)) if sound else None
 
 
 def _files_of(entry: dict[str, Any]) -> set[str]:
     recorded = _recorded(entry)
     return set() if recorded is None else {recorded[1].shard.name, recorded[1].shard.index_name}
-
-
-def _member_key(number: int, name: str) -> str:
-    """Return a key that is unique, sorts in order, and has no dot, where WebDataset would split."""
-    key = f"{number:08d}"
-    return key if name == key else f"{key}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[-60:]}"

@@ -3,7 +3,7 @@
 A finished set is a folder of
 
     <shard>.tar         a standard WebDataset shard
-    <shard>.index.npy   one row per sample (`index_dtype`): place of its image, checksum, label
+    <shard>.index.npy   one row per sample (`index_dtype`): places of its members, checksums, label
     manifest.json       written last: a folder without one is not a finished set
 
 The fingerprint is a hash of the shards' hashes in order. It names the data in every checkpoint.
@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm_engine.atomic_io import atomic_write
 from ddpm_engine.errors import UserError
@@ -27,7 +28,15 @@ from ddpm_engine.images.codec import MAX_SIDE
 
 MANIFEST_NAME = "manifest.json"
 INDEX_SUFFIX = ".index.npy"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_IMAGES_VERSION = 1  # of sets of images and labels alone, which earlier versions read too
+_LATENTS_VERSION = 3
+_VERSIONS = (_IMAGES_VERSION, FORMAT_VERSION, _LATENTS_VERSION)
+
+_BESIDE = ("captions", "text", "embeddings", "latents")
+_MAX_WIDTH = 1 << 20
+
+Described = TypeVar("Described", "TextEmbeddings", "ImageEmbeddings", "LatentSpace")
 
 _FILE_NAME = re.compile(r"[^/\\\0]+\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,6 +64,71 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class TextEmbeddings:
+    """Description of the embeddings of a set's captions."""
+
+    encoder: str
+    """Place of the text encoder when the set was packed."""
+    fingerprint: str
+    """Hash of the encoder."""
+    channels: int
+    """Width of a token's embedding."""
+    pooled_channels: int
+    """Width of a caption's embedding."""
+    longest: int
+    """Number of tokens of the longest caption."""
+
+
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """Description of the embeddings of a set's images."""
+
+    name: str
+    """What computed them."""
+    fingerprint: str
+    """Hash of what computed them."""
+    channels: int
+    """Width of an image's embedding."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Description of a set whose samples are latents: of the autoencoder that encoded them."""
+
+    place: str
+    """Place of the autoencoder when the set was packed."""
+    fingerprint: str
+    """Hash of the autoencoder."""
+    channels: int
+    """C, of the latents."""
+    factor: int
+    """Pixels along a side for each latent."""
+    scale: float
+    """What latents are multiplied by, behind the shift."""
+    shift: float
+    """What is subtracted from latents."""
+    height: int
+    """Rows of the images that were encoded."""
+    width: int
+    """Columns of the images that were encoded."""
+    image_channels: int
+    """1 (grey) or 3 (RGB), of the images that were encoded."""
+    flipped: bool
+    """Whether each sample holds the moments of the mirrored image, too."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(C, h, w)` of a latent."""
+        return self.channels, self.height // self.factor, self.width // self.factor
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        """`(1 or 2, 2 C, h, w)` of the moments of a sample."""
+        channels, height, width = self.shape
+        return 1 + self.flipped, 2 * channels, height, width
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Description of a set of shards."""
 
@@ -68,10 +142,19 @@ class Manifest:
     """1 (grey) or 3 (RGB); None where images differ."""
     classes: tuple[str, ...] | None
     """Names of the labels 0, 1, ...; None for a set without labels."""
+    captions: bool = False
+    """Whether every sample has captions."""
+    text: TextEmbeddings | None = None
+    """Embeddings that every sample holds of its captions; None: there are none."""
+    embeddings: ImageEmbeddings | None = None
+    """Embedding that every sample holds of its image; None: there is none."""
+    latents: LatentSpace | None = None
+    """Latents that every sample holds in place of its image, whose size and channels are above;
+    None: samples hold images."""
 
     @property
     def samples(self) -> int:
-        """Number of images in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
@@ -84,19 +167,30 @@ class Manifest:
         """Hash of all shard hashes in order: 64 hexadecimal digits."""
         return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
+    @property
+    def _version(self) -> int:
+        if self.latents is not None:
+            return _LATENTS_VERSION
+        beside = self.captions or self.text or self.embeddings
+        return FORMAT_VERSION if beside else _IMAGES_VERSION
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the set's folder, atomically.
 
         Raises:
             OSError: it cannot be written.
         """
+        values = dataclasses.asdict(self)
+        beside = [name for name in _BESIDE if values[name]]
+        for name in set(_BESIDE).difference(beside):
+            del values[name]
         summary = {
-            "format": FORMAT_VERSION,
+            "format": self._version,
             "fingerprint": self.fingerprint,
             "samples": self.samples,
         }
         with atomic_write(directory / MANIFEST_NAME) as file:
-            text = json.dumps(summary | dataclasses.asdict(self), indent=1, ensure_ascii=False)
+            text = json.dumps(summary | values, indent=1, ensure_ascii=False)
             # Undecoded bytes in names become JSON's own escapes, which are read back as they were.
             file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
@@ -114,8 +208,10 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
     if not isinstance(values, dict) or "format" not in values:
         raise _damaged(path, "it is JSON of something else")
     version = values["format"]
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version!r}; this engine reads {FORMAT_VERSION}")
+    if version not in _VERSIONS:
+        raise UserError(
+            f"{path} has format {version!r}; this engine reads {_VERSIONS[0]} to {_VERSIONS[-1]}"
+        )
     try:
         manifest = _parse(values)
         totals = values["fingerprint"], values["samples"]
@@ -132,7 +228,7 @@ def how_to_index_again(folder: str) -> str:
     """Say how to make an index anew without losing what only the manifest holds."""
     return (
         f"move {MANIFEST_NAME} out of {folder} and index the shards again; keep the file, since "
-        "only it has the names of the classes"
+        "only it has the names of the classes and of the encoders"
     )
 
 
@@ -182,4 +278,47 @@ def _parse(values: dict[str, Any]) -> Manifest:
         width=values["width"],
         channels=values["channels"],
         classes=None if classes is None else tuple(classes),
+        captions=_parse_captions(values.get("captions", False)),
+        text=_parse_described(TextEmbeddings, values.get("text")),
+        embeddings=_parse_described(ImageEmbeddings, values.get("embeddings")),
+        latents=_parse_latents(values),
     )
+
+
+def _parse_captions(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"captions is {value!r}")
+    return value
+
+
+def _parse_described(kind: type[Described], values: Any) -> Described | None:
+    """Invert `dataclasses.asdict` of what describes embeddings, without trusting the values."""
+    if values is None:
+        return None
+    described = kind(**values)
+    for field in dataclasses.fields(kind):
+        value = getattr(described, field.name)
+        if not _fits(value, str(field.type)):
+            raise ValueError(f"{field.name} of embeddings or latents is {value!r}")
+    return described
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "int":
+        return type(value) is int and 1 <= value <= _MAX_WIDTH
+    if kind == "float":
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is {"str": str, "bool": bool}[kind]
+
+
+def _parse_latents(values: dict[str, Any]) -> LatentSpace | None:
+    """Parse the description of latents, which must be of the images that the set describes."""
+    latents = _parse_described(LatentSpace, values.get("latents"))
+    if latents is None:
+        return None
+    images = tuple(values[name] for name in ("height", "width", "channels"))
+    if (latents.height, latents.width, latents.image_channels) != images:
+        raise ValueError(f"latents are not of images of {list(images)}")
+    if latents.height % latents.factor or latents.width % latents.factor or not latents.scale:
+        raise ValueError("latents have no size, or no scale")
+    return latents

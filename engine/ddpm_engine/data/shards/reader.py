@@ -1,17 +1,31 @@
-"""Read one sample by its place in the index: one `pread`, a checksum, a decode."""
+"""Read one sample by its place in the index: a `pread`, a checksum and a decode a member."""
 
 from __future__ import annotations
 
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_engine.data.members import (
+    BOUNDS,
+    StoredText,
+    parse_captions,
+    parse_embedding,
+    parse_moments,
+)
 from ddpm_engine.data.remote.cache import CacheError
 from ddpm_engine.data.shards.shard_set import ShardSet
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, Pixels, decode
+
+T = TypeVar("T")
 
 MAX_OPEN_SHARDS = 64
 """Files kept open at a time, well below the usual limit of 1024 per process."""
@@ -93,22 +107,87 @@ class ShardReader:
             CacheError: the cache of a set under a URL cannot be written.
             DamagedSample: the shard or its index cannot be read, or the shard ends early.
         """
+        entry = self._entry(shard, row)
+        if not entry["offset"]:
+            raise DamagedSample("it has no image")
+        extension = entry["extension"].decode("ascii", "replace")
+        return StoredImage(self._payload(shard, entry), extension, int(entry["crc32"]))
+
+    def captions(self, shard: int, row: int) -> tuple[str, ...]:
+        """Read the captions of one index row.
+
+        Raises:
+            CacheError: the cache of a set under a URL cannot be written.
+            DamagedSample: they cannot be read, or are not captions; see `parse_captions`.
+        """
+        return self._beside(shard, row, "captions", parse_captions)
+
+    def text(self, shard: int, row: int) -> StoredText:
+        """Read the embeddings of the captions of one index row.
+
+        Raises:
+            CacheError: the cache of a set under a URL cannot be written.
+            DamagedSample: they cannot be read, or are not embeddings; see `StoredText`.
+        """
+        return self._beside(shard, row, "text", StoredText)
+
+    def embedding(self, shard: int, row: int) -> NDArray[np.float32]:
+        """Read the embedding of the image of one index row: float32 `[D]`.
+
+        Raises:
+            CacheError: the cache of a set under a URL cannot be written.
+            DamagedSample: it cannot be read, or is none; see `parse_embedding`.
+        """
+        return self._beside(shard, row, "embedding", parse_embedding)
+
+    def moments(self, shard: int, row: int) -> NDArray[np.float16]:
+        """Read the moments of the latents of one index row: float16 `[1 or 2, 2 C, h, w]`.
+
+        Raises:
+            CacheError: the cache of a set under a URL cannot be written.
+            DamagedSample: they cannot be read, or are none of the set's; see `parse_moments`.
+        """
+        latents = self._shards.manifest.latents
+        if latents is None:
+            raise DamagedSample("it has no moments of latents")
+        parse = partial(parse_moments, shape=latents.stored_shape)
+        return self._beside(shard, row, "moments", parse)
+
+    def _beside(self, shard: int, row: int, name: str, parse: Callable[[bytes], T]) -> T:
+        entry = self._entry(shard, row)
+        if name not in (entry.dtype.names or ()) or not entry[name]["offset"]:
+            raise DamagedSample(f"it has no {name}")
+        place = entry[name]
+        if place["size"] > BOUNDS[name]:
+            raise DamagedSample(f"its {name} has {place['size']} bytes, more than {BOUNDS[name]}")
+        payload = self._payload(shard, place)
+        if zlib.crc32(payload) != place["crc32"]:
+            raise DamagedSample(f"checksum of its {name} differs from the index")
         try:
-            entry = self._shards.indexes[shard][row]
+            return parse(payload)
+        except ValueError as error:
+            raise DamagedSample(str(error)) from error
+
+    def _entry(self, shard: int, row: int) -> np.void:
+        try:
+            entry: np.void = self._shards.indexes[shard][row]
         except CacheError:
             raise
         except UserError as error:
             raise DamagedSample(str(error)) from error
-        size = int(entry["size"])
+        return entry
+
+    def _payload(self, shard: int, place: np.void) -> bytes:
+        """Read the bytes at a place, which an index gives by offset and size."""
+        size = int(place["size"])
         try:
-            payload = os.pread(self._open(shard), size, int(entry["offset"]))
+            payload = os.pread(self._open(shard), size, int(place["offset"]))
         except OSError as error:
             self._close(shard)
             raise DamagedSample(f"cannot read the shard ({error.strerror})") from error
         if len(payload) < size:
             raise DamagedSample(f"the shard ends {size - len(payload)} bytes early")
-        extension = entry["extension"].decode("ascii", "replace")
-        return StoredImage(payload, extension, int(entry["crc32"]))
+        return payload
 
     def describe(self, shard: int, row: int, reason: str) -> BadSample:
         """Name the sample of one index row in a `BadSample`."""

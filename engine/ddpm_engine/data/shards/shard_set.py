@@ -11,7 +11,14 @@ from typing import Any, overload
 
 from ddpm_engine.data.remote.cache import ShardCache, default_cache_directory
 from ddpm_engine.data.remote.storage import Folder, Remote, Storage
-from ddpm_engine.data.shards.index import MAX_HEADER, MAX_KEY, Index, index_dtype, parse_index
+from ddpm_engine.data.shards.index import (
+    BESIDE,
+    MAX_HEADER,
+    MAX_KEY,
+    Index,
+    index_dtype,
+    parse_index,
+)
 from ddpm_engine.data.shards.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -70,7 +77,7 @@ class Indexes(Sequence[Index]):
         place = _place(self._storage)
         path = f"{place}/{shard.index_name}"
         remedy = f"restore it, or {how_to_index_again(str(place))}"
-        at_most = MAX_HEADER + shard.samples * index_dtype(MAX_KEY).itemsize
+        at_most = MAX_HEADER + shard.samples * index_dtype(MAX_KEY, BESIDE).itemsize
         try:
             descriptor = self._storage.open(shard.index_name, shard.index_sha256, at_most)
             with open(descriptor, "rb") as file:

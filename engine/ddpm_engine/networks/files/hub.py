@@ -11,7 +11,7 @@ from ddpm_engine.waiting import announced
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?")
-_FILES = ["*.json", "*.safetensors", "*.bin"]
+_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
 
 
 def local_folder(path: Path | str) -> Path:

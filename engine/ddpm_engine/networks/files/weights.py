@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,9 @@ _STEM = "diffusion_pytorch_model"
 SAFETENSORS = f"{_STEM}.safetensors"
 _PRECISIONS = ("", ".fp16", ".bf16")
 _NOT_AVERAGED = (".non_ema", ".non_ema.fp16")
+_SAFE_KINDS = ("{variant}.safetensors", ".safetensors.index{variant}.json")
+_KINDS = (*_SAFE_KINDS, "{variant}.bin", ".bin.index{variant}.json")
+"""Endings of weight files, which a variant is named in."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Weights:
     """What a safetensors file says of itself."""
 
 
-def read_weights(folder: Path, averaged: bool = True) -> Weights:
+def read_weights(folder: Path, averaged: bool = True, pickles: bool = True) -> Weights:
     """Read the weights that diffusers saved in a folder, safetensors if there are any.
 
     Those of full precision come first, then the variants of half precision.
@@ -44,25 +47,67 @@ def read_weights(folder: Path, averaged: bool = True) -> Weights:
     Args:
         folder: of the network.
         averaged: False: rather the variant `non_ema`, weights without averaging, if there is one.
+        pickles: whether files that torch has pickled will do, of which only tensors are taken.
 
     Raises:
         UserError: no weight file, or a damaged one.
     """
+    file = find_weights(folder, averaged, pickles)
+    if ".index" in file.name:
+        return _read_shards(file)
+    return read_pickle(file) if file.suffix == ".bin" else read_safetensors(file)
+
+
+def find_weights(folder: Path, averaged: bool = True, pickles: bool = True) -> Path:
+    """Return the file that `read_weights` reads, which may be an index of others.
+
+    Args:
+        folder: of the network.
+        averaged: as in `read_weights`.
+        pickles: as in `read_weights`.
+
+    Raises:
+        UserError: no weight file, or an index that lists pickles where none will do.
+    """
     for variant in _PRECISIONS if averaged else (*_NOT_AVERAGED, *_PRECISIONS):
-        for kind, read in _READERS.items():
+        for kind in _KINDS if pickles else _SAFE_KINDS:
             file = folder / f"{_STEM}{kind.format(variant=variant)}"
-            if file.exists():
-                return read(file)
+            if file.exists() and (pickles or _is_safe(file)):
+                return file
     if any(".non_ema." in path.name for path in folder.glob(f"{_STEM}*")):
         raise UserError(
             f"there are no averaged weights in {folder}, only those without averaging (non_ema); "
             "ask for these: `weights` model"
         )
+    formats = f", or {_STEM}.bin" if pickles else ""
+    again = "download or save the whole model again"
+    if not pickles and any(folder.glob("*.bin")):
+        again = "other formats can run code: save it with save_pretrained(…), which writes that one"
     raise UserError(
-        f"there are no weights in {folder}, which holds {listing(folder)}: it needs "
-        f"{SAFETENSORS}, that with .index.json and its shards, or {_STEM}.bin, or the same with "
-        ".fp16 before the ending; download or save the whole model again"
+        f"there are no weights in {folder}, which holds {listing(folder)}: it needs {SAFETENSORS}, "
+        f"or that with .index.json and its shards{formats}, or the same with .fp16 before the "
+        f"ending; {again}"
     )
+
+
+def shards_of(file: Path) -> tuple[Path, ...]:
+    """Return the files that hold the tensors: those that an index lists, or the file itself.
+
+    Raises:
+        UserError: an index that is damaged.
+    """
+    if ".index" not in file.name:
+        return (file,)
+    weight_map = read_part(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and name == Path(name).name for name in weight_map.values()
+    ):
+        raise UserError(f"{file} has no weight_map of files beside it; download it again")
+    return tuple(file.parent / name for name in sorted(set(weight_map.values())))
+
+
+def _is_safe(file: Path) -> bool:
+    return all(shard.suffix == ".safetensors" for shard in shards_of(file))
 
 
 def read_pickle(file: Path) -> Weights:
@@ -158,7 +203,12 @@ def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], origin: Path)
         )
 
 
-def _read_safetensors(file: Path) -> Weights:
+def read_safetensors(file: Path) -> Weights:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -171,26 +221,12 @@ def _read_safetensors(file: Path) -> Weights:
 
 
 def _read_shards(index: Path) -> Weights:
-    weight_map = read_part(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and name == Path(name).name for name in weight_map.values()
-    ):
-        raise UserError(f"{index} has no weight_map of files beside it; download it again")
     tensors: dict[str, Tensor] = {}
     hashes = {}
-    for name in sorted(set(weight_map.values())):
-        read = read_pickle if name.endswith(".bin") else _read_safetensors
-        shard = read(index.parent / name)
+    for file in shards_of(index):
+        read = read_pickle if file.suffix == ".bin" else read_safetensors
+        shard = read(file)
         tensors |= shard.tensors
-        hashes[name] = shard.hash
+        hashes[file.name] = shard.hash
     digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
     return Weights(tensors, digest)
-
-
-_READERS: dict[str, Callable[[Path], Weights]] = {
-    "{variant}.safetensors": _read_safetensors,
-    ".safetensors.index{variant}.json": _read_shards,
-    "{variant}.bin": read_pickle,
-    ".bin.index{variant}.json": _read_shards,
-}
-"""Endings of weight files, which a variant is named in, and their readers."""

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_engine.networks.base import Recomputed
-from ddpm_engine.networks.unet.attention import Attend, Attention
+from ddpm_engine.networks.linear import apply_together, project, split_bias
 from ddpm_engine.networks.unet.config import UNetConfig
+from ddpm_engine.networks.unet.dropout import KeyedDropout
+from ddpm_engine.networks.unet.features import Features, convolve, joined, residual
 from ddpm_engine.networks.unet.norm import GroupNorm
+from ddpm_engine.networks.unet.transformer import Text
+from ddpm_kernels.dispatch import takes_op
+
+MakeAttention = Callable[[], nn.Module]
+"""Makes the attention that follows a residual block: `[B, C, H, W]` → same shape."""
 
 
 def embedding_channels(config: UNetConfig) -> int:
     """Width of the embedding that conditions the residual blocks."""
     return 4 * config.block_out_channels[0]
+
+
+class Condition(NamedTuple):
+    """What conditions a residual block and the attention that follows, besides their input maps."""
+
+    embedding: Tensor
+    """`[B, E]`, SiLU taken: the noise level, class and so on."""
+    projected: Tensor | None = None
+    """`[B, C]` or `[B, 2 C]`, what the block makes of it, where all blocks' are made at once; see
+    `project_embedding`."""
+    dropout_key: Tensor | None = None
+    """int64 `[B]`; see `KeyedDropout`."""
+    text: Text | None = None
+    """What that attention attends to; None: to its own map alone."""
 
 
 class ResidualBlock(nn.Module):
@@ -29,6 +50,9 @@ class ResidualBlock(nn.Module):
         config: groups, epsilon, dropout, and how the embedding enters.
         divisor: the residual sum is divided by it.
     """
+
+    separate: bool = False
+    """See `Network.separate_blocks`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, config: UNetConfig, divisor: float = 1.0
@@ -43,23 +67,60 @@ class ResidualBlock(nn.Module):
             embedding_channels(config), 2 * out_channels if self.scale_shift else out_channels
         )
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = KeyedDropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Apply the block; `embedding` is `[B, E]` with its SiLU already taken."""
-        h = self.conv1(self.norm1(x))
-        condition = self.time_emb_proj(embedding)
+    def forward(self, inputs: tuple[Features, ...], condition: Condition) -> Features:
+        """Apply the block to `inputs` as if concatenated: `[B, C_i, H, W]` to `[B, out, H, W]`."""
+        h, inputs = self.norm1(*inputs)
+        h, bias = split_bias(self.conv1, h)
+        dropout = self.dropout.of(condition.dropout_key)
+        h, _ = self.norm2(Features(h), dropout=dropout, **self._between(condition, bias))
+        h, bias = split_bias(self.conv2, h)
+        shortcut = self._shortcut(*(x.map for x in inputs))
+        return residual(h, *shortcut, bias, divisor=self.divisor, settled=self.separate)
+
+    def _between(self, condition: Condition, bias: Tensor | None) -> dict[str, Tensor | None]:
+        """What enters the second norm: the embedding, and the bias of the convolution before."""
+        projected = condition.projected
         if self.scale_shift:
-            h = self.norm2(h, *condition.chunk(2, dim=1))
-        else:
-            h = self.norm2(h + condition.view(*condition.shape, 1, 1))
-        h = self.conv2(self.dropout(h))
-        y: Tensor = (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
-        return y if self.divisor == 1 else y / self.divisor
+            if projected is None:
+                projected = self.time_emb_proj(condition.embedding)
+            scale, shift = projected.chunk(2, dim=1)
+            before = None if bias is None else bias.expand(len(scale), -1)
+            return {"before": before, "scale": scale, "shift": shift}
+        if projected is None:
+            projected = self.time_emb_proj(condition.embedding)
+            projected = projected if bias is None else projected + bias
+        return {"before": projected}
+
+    def _shortcut(self, *inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The inputs with the channels of the output, and the bias that is still to be added."""
+        if self.conv_shortcut is None:
+            (x,) = inputs
+            return x, None
+        if not takes_op(inputs[0]):
+            return self.conv_shortcut(*inputs), None
+        return project(self.conv_shortcut, *inputs)
+
+
+def project_embedding(blocks: Sequence[ResidualBlock], embedding: Tensor) -> tuple[Tensor, ...]:
+    """Project the embedding for several blocks at once.
+
+    Args:
+        blocks: of one network.
+        embedding: `[B, E]`, SiLU taken.
+
+    Returns:
+        `[B, C]` of each block, to which the bias of its first convolution is added; `[B, 2 C]`, the
+        scale and shift, of blocks that take those.
+    """
+    biases = [] if blocks[0].scale_shift else [block.conv1.bias for block in blocks]
+    added = [bias for bias in biases if bias is not None]
+    return apply_together([block.time_emb_proj for block in blocks], embedding, added)
 
 
 class Downsample(nn.Module):
@@ -67,17 +128,16 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        # Of a map that is padded by two on all sides the convolution gives one row and one column
+        # more than of one that is padded on the right and at the bottom only, and then the same.
+        # To pad by itself would be a pass over the map.
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding or 2)
+        self.crops = not padding
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve `[B, C, H, W]` to `[B, C, H / 2, W / 2]`.
-
-        First right and bottom are padded, if the convolution does not pad by itself.
-        """
-        if self.conv.padding == (0, 0):
-            x = F.pad(x, (0, 1, 0, 1))
-        y: Tensor = self.conv(x)
-        return y
+    def forward(self, x: Features) -> Features:
+        """Convolve `[B, C, H, W]` to `[B, C, H / 2, W / 2]`."""
+        h, bias = split_bias(self.conv, x.settled().map)
+        return residual(F.pad(h, (-1, 0, -1, 0)) if self.crops else h, None, bias)
 
 
 class Upsample(nn.Module):
@@ -87,10 +147,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Features) -> Features:
         """Repeat each pixel 2×2 and convolve: `[B, C, H, W]` to `[B, C, 2 H, 2 W]`."""
-        y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return y
+        return convolve(self.conv, F.interpolate(x.settled().map, scale_factor=2.0, mode="nearest"))
 
 
 class Level(Recomputed):
@@ -100,38 +159,43 @@ class Level(Recomputed):
         self,
         channels: list[tuple[int, int]],
         config: UNetConfig,
-        attend: Attend | None,
+        attention: MakeAttention | None,
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(i, o, config) for i, o in channels)
-        self.attentions = nn.ModuleList(
-            Attention(o, config, attend, config.norm_num_groups)
-            for _, o in channels
-            if attend is not None
-        )
+        self.attentions = nn.ModuleList(attention() for _ in channels if attention is not None)
 
     def layers(self) -> Iterable[tuple[nn.Module, nn.Module | None]]:
         """Each residual block with the attention that follows it, if any."""
         return zip_longest(self.resnets, self.attentions)
 
     def layer(
-        self, resnet: nn.Module, attention: nn.Module | None, embedding: Tensor, *features: Tensor
-    ) -> Tensor:
-        """Apply one layer to the concatenation of `features`.
+        self,
+        resnet: nn.Module,
+        attention: nn.Module | None,
+        condition: Condition,
+        *inputs: Features,
+    ) -> Features:
+        """Apply one layer to `inputs` as if concatenated.
 
         Args:
             resnet: its residual block.
             attention: the attention that follows, or None.
-            embedding: of the timestep, `[B, E]`.
-            features: `[B, C_i, H, W]` each.
+            condition: of both.
+            inputs: `[B, C_i, H, W]` each.
 
         Returns:
             `[B, C, H, W]`.
         """
-        # The concatenation happens in here so that checkpointing need not keep its result.
-        x = features[0] if len(features) == 1 else torch.cat(features, dim=1)
-        x = resnet(x, embedding)
-        return x if attention is None else attention(x)
+        # In here, so that checkpointing need not keep what a CPU concatenates.
+        x: Features = resnet(joined(inputs), condition)
+        return x if attention is None else attended(attention, x, condition)
+
+
+def attended(attention: nn.Module, x: Features, condition: Condition) -> Features:
+    """Apply the attention that follows a residual block: `[B, C, H, W]` to the same."""
+    y: Features = attention(x) if condition.text is None else attention(x, condition.text)
+    return y
 
 
 class DownLevel(Level):
@@ -142,21 +206,23 @@ class DownLevel(Level):
         in_channels: int,
         out_channels: int,
         config: UNetConfig,
-        attend: Attend | None,
+        attention: MakeAttention | None,
         last: bool,
     ) -> None:
         inputs = [in_channels] + [out_channels] * (config.layers_per_block - 1)
-        super().__init__([(i, out_channels) for i in inputs], config, attend)
+        super().__init__([(i, out_channels) for i in inputs], config, attention)
         self.downsamplers = nn.ModuleList(
             [] if last else [Downsample(out_channels, config.downsample_padding)]
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, downsample: bool = True) -> list[Tensor]:
+    def forward(
+        self, x: Features, conditions: Iterator[Condition], downsample: bool = True
+    ) -> list[Features]:
         """Return the output of every layer; the last is what the next level takes, if wanted.
 
         Args:
             x: `[B, C, H, W]`.
-            embedding: of the timestep, `[B, E]`.
+            conditions: of the residual blocks that follow, of which it takes its own.
             downsample: whether the next level is wanted.
 
         Returns:
@@ -164,7 +230,7 @@ class DownLevel(Level):
         """
         outputs = []
         for resnet, attention in self.layers():
-            x = self.run(self.layer, resnet, attention, embedding, x)
+            x = self.run(self.layer, resnet, attention, next(conditions), x)
             outputs.append(x)
         for downsampler in self.downsamplers if downsample else ():
             outputs.append(downsampler(x))
@@ -179,7 +245,7 @@ class UpLevel(Level):
         skip_channels: channels of the skip connections, in the order of use.
         out_channels: channels of every layer's output.
         config: the network's.
-        attend: attention kernel, or None for a level that does not attend.
+        attention: makes the attention of a layer; None for a level that does not attend.
         last: whether this is the full resolution.
     """
 
@@ -189,30 +255,32 @@ class UpLevel(Level):
         skip_channels: list[int],
         out_channels: int,
         config: UNetConfig,
-        attend: Attend | None,
+        attention: MakeAttention | None,
         last: bool,
     ) -> None:
         inputs = [in_channels] + [out_channels] * (len(skip_channels) - 1)
         super().__init__(
             [(i + s, out_channels) for i, s in zip(inputs, skip_channels, strict=True)],
             config,
-            attend,
+            attention,
         )
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def forward(
+        self, x: Features, skips: list[Features], conditions: Iterator[Condition]
+    ) -> Features:
         """Take one skip connection a layer, the last of `skips` first; there are as many.
 
         Args:
             x: `[B, C, H, W]`.
             skips: `[B, C_i, H, W]` each.
-            embedding: of the timestep, `[B, E]`.
+            conditions: of the residual blocks that follow, of which it takes its own.
 
         Returns:
             `[B, C', H, W]`, twice as high and wide if a level follows.
         """
         for (resnet, attention), skip in zip(self.layers(), reversed(skips), strict=True):
-            x = self.run(self.layer, resnet, attention, embedding, x, skip)
+            x = self.run(self.layer, resnet, attention, next(conditions), x, skip)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -221,24 +289,19 @@ class UpLevel(Level):
 class Middle(Recomputed):
     """The lowest resolution between down and up: residual block, attention, residual block."""
 
-    def __init__(self, channels: int, config: UNetConfig, attend: Attend) -> None:
+    def __init__(self, channels: int, config: UNetConfig, attention: MakeAttention) -> None:
         super().__init__()
         divisor = config.mid_block_scale_factor
         self.resnets = nn.ModuleList(
             ResidualBlock(channels, channels, config, divisor) for _ in range(2)
         )
-        groups = config.attn_norm_num_groups
-        # By default, scale-and-shift networks have no norm here: a quirk of `UNet2DModel` that
-        # its checkpoints depend on.
-        if groups is None and config.resnet_time_scale_shift == "default":
-            groups = config.norm_num_groups
-        self.attentions = nn.ModuleList([Attention(channels, config, attend, groups, divisor)])
+        self.attentions = nn.ModuleList([attention()])
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`[B, C, H, W]` → same shape."""
-        return self.run(self._layers, x, embedding)
+    def forward(self, x: Features, conditions: Iterator[Condition]) -> Features:
+        """`[B, C, H, W]` → same shape; takes the conditions of its two blocks."""
+        return self.run(self._layers, x, next(conditions), next(conditions))
 
-    def _layers(self, x: Tensor, embedding: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, embedding))
-        y: Tensor = self.resnets[1](x, embedding)
+    def _layers(self, x: Features, first: Condition, second: Condition) -> Features:
+        x = attended(self.attentions[0], self.resnets[0]((x,), first), first)
+        y: Features = self.resnets[1]((x,), second)
         return y

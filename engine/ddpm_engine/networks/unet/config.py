@@ -8,19 +8,24 @@ from typing import Annotated, Literal, get_args
 
 from ddpm_engine.bounds import Ge, Gt, Le, Lt, out_of_bounds
 from ddpm_engine.errors import UserError
+from ddpm_engine.networks.attention import AttentionKernel
+from ddpm_engine.sizes import Size, as_text, height_and_width
 
-DownBlock = Literal["DownBlock2D", "AttnDownBlock2D"]
-UpBlock = Literal["UpBlock2D", "AttnUpBlock2D"]
+DownBlock = Literal["DownBlock2D", "AttnDownBlock2D", "CrossAttnDownBlock2D"]
+UpBlock = Literal["UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D"]
 TimeScaleShift = Literal["default", "scale_shift"]
-AttentionKernel = Literal["sdpa", "xformers", "auto"]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of the U-Net; names and meaning as in diffusers' `UNet2DModel`."""
+    """Shape of the U-Net; names and meaning as in diffusers' `UNet2DModel`.
 
-    sample_size: Annotated[int, Ge(1), Le(2**16)] = 32
-    """Side of the images, in pixels."""
+    Those of a network that attends to text are as in `UNet2DConditionModel`, except that
+    `attention_head_dim` is what it says, where that class has the number of heads under this name.
+    """
+
+    sample_size: Annotated[Size, Ge(1), Le(2**16)] = 32
+    """Side of the images, or their height and width, in pixels."""
     in_channels: Annotated[int, Ge(1), Le(2**16)] = 3
     """Channels of the noisy image."""
     out_channels: Annotated[int, Ge(1), Le(2**17)] = 3
@@ -37,8 +42,9 @@ class UNetConfig:
     """Blocks on the way up, lowest first."""
     layers_per_block: Annotated[int, Ge(1), Le(1000)] = 2
     """Residual blocks of each level on the way down (one more on the way up)."""
-    attention_head_dim: Annotated[int, Ge(1)] | None = None
-    """Channels of an attention head; None: one head."""
+    attention_head_dim: Annotated[int | tuple[int, ...] | None, Ge(1)] = None
+    """Channels of an attention head, of all levels or of each, highest resolution first; None: one
+    head."""
     norm_num_groups: Annotated[int, Ge(1)] = 32
     """Groups of every GroupNorm; they divide the channels of every level."""
     attn_norm_num_groups: Annotated[int, Ge(1)] | None = None
@@ -59,11 +65,34 @@ class UNetConfig:
     """Shift of the frequency count in the time embedding's exponent."""
     num_class_embeds: Annotated[int, Ge(1), Le(2**31 - 1)] | None = None
     """Rows of the class embedding, null class included; None: unconditional."""
-    low_resolution: Annotated[int, Ge(1)] | None = None
-    """Side in pixels of the low-resolution image, a divisor of the sample size; None: no
-    super-resolution."""
+    low_resolution: Annotated[Size | None, Ge(1)] = None
+    """Side of the low-resolution image, or its height and width, in pixels, a divisor of the sample
+    size; None: no super-resolution."""
+    cross_attention_dim: Annotated[int, Ge(1), Le(2**20)] | None = None
+    """Channels of the text's tokens that the `CrossAttn` blocks and the middle attend to; None: no
+    text."""
+    encoder_hid_dim: Annotated[int, Ge(1), Le(2**20)] | None = None
+    """Channels of the text encoder's tokens if a linear layer projects them to
+    `cross_attention_dim`; None: they have those."""
+    transformer_layers_per_block: Annotated[int | tuple[int, ...], Ge(1), Le(1000)] = 1
+    """Transformer blocks after each residual block that text follows, of all levels or of each,
+    highest resolution first."""
+    use_linear_projection: bool = False
+    """Linear layers around the transformer blocks, as in Stable Diffusion 2, instead of 1×1
+    convolutions, as in 1."""
+    vector_channels: Annotated[int, Ge(1), Le(2**20)] | None = None
+    """Channels of the vector, such as a pooled text or an image embedding, that is added to the
+    time embedding; None: no vector."""
     attention: AttentionKernel = "sdpa"
     """Attention kernel: torch's, xformers', or the best available."""
+
+    INCIDENTAL = ("attention", "dropout")
+    """Fields that do not change what a trained network computes."""
+
+    @property
+    def text_channels(self) -> int | None:
+        """Channels of the text encoder's tokens; None: not conditioned on text."""
+        return self.encoder_hid_dim or self.cross_attention_dim
 
     def problems(self) -> Iterator[UserError]:
         """Report every reason why this U-Net cannot be built, each with its remedy."""
@@ -96,31 +125,12 @@ class UNetConfig:
 
     def _sizes_that_do_not_divide(self) -> Iterator[UserError]:
         channels, groups = self.block_out_channels, self.norm_num_groups
-        size, small, head = self.sample_size, self.low_resolution, self.attention_head_dim
         if not channels:
             yield UserError("`block_out_channels` is (); give at least one level")
             return
-        for name in ("down_block_types", "up_block_types"):
-            if (types := len(getattr(self, name))) != len(channels):
-                yield UserError(
-                    f"`{name}` has {types} entries and `block_out_channels` {len(channels)}; "
-                    "give one for each level",
-                    name,
-                )
-        if small is not None and (small >= size or size % small):
-            yield UserError(
-                f"`low_resolution` is {small}; it must divide `sample_size` {size} and be less; "
-                "use None for a network without super-resolution",
-                "low_resolution",
-            )
-        factor = 2 ** (len(channels) - 1)
-        if size % factor:
-            yield UserError(
-                f"`sample_size` is {size}; {len(channels)} levels halve it {len(channels) - 1} "
-                f"times, so it must be a multiple of {factor}; {_nearest_multiples(size, factor)}, "
-                "or fewer levels",
-                "sample_size",
-            )
+        wrong = [*self._entries_of_levels()]
+        yield from wrong
+        yield from self._image_sizes()
         if channels[0] // 2 <= self.freq_shift:
             yield UserError(
                 f"entry 0 of `block_out_channels` is {channels[0]}; its half, the number of "
@@ -143,18 +153,83 @@ class UNetConfig:
                 f"{channels[-1]} channels; use None for the other norms' {groups}",
                 "attn_norm_num_groups",
             )
-        for width in sorted(attending_channels(self)):
-            if head is not None and width % head:
+        yield from self._text()
+        for width, head in sorted(set() if wrong else attending(self)):
+            if width % head:
                 yield UserError(
                     f"`attention_head_dim` is {head}; it must divide the {width} channels of a "
                     "level that attends; use one that does, or None for one head",
                     "attention_head_dim",
                 )
 
+    def _entries_of_levels(self) -> Iterator[UserError]:
+        """Report lists that have not one entry for each level."""
+        levels = len(self.block_out_channels)
+        for name in (
+            "down_block_types", "up_block_types", "attention_head_dim",
+            "transformer_layers_per_block",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                yield UserError(
+                    f"`{name}` has {len(value)} entries and `block_out_channels` {levels}; "
+                    "give one for each level",
+                    name,
+                )
+
+    def _image_sizes(self) -> Iterator[UserError]:
+        size = height_and_width(self.sample_size)
+        if self.low_resolution is not None:
+            small = height_and_width(self.low_resolution)
+            factors = {large / low for large, low in zip(size, small, strict=True)}
+            if len(factors) > 1 or not all(one > 1 and one.is_integer() for one in factors):
+                written = _written(self.low_resolution)
+                yield UserError(
+                    f"`low_resolution` is {written}; it must divide `sample_size` "
+                    f"{_written(self.sample_size)} and be less; use None for a network without "
+                    "super-resolution",
+                    "low_resolution",
+                )
+        levels = len(self.block_out_channels)
+        factor = 2 ** (levels - 1)
+        for side in dict.fromkeys(side for side in size if side % factor):
+            yield UserError(
+                f"`sample_size` is {_written(self.sample_size)}; {levels} levels halve it "
+                f"{levels - 1} times, so it must be a multiple of {factor}; "
+                f"{_nearest_multiples(side, factor)}, or fewer levels",
+                "sample_size",
+            )
+
+    def _text(self) -> Iterator[UserError]:
+        """Report fields about text of a network without it, and the other way round."""
+        if self.cross_attention_dim is not None:
+            if self.attn_norm_num_groups is not None:
+                yield UserError(
+                    f"`attn_norm_num_groups` is {self.attn_norm_num_groups}, but the middle of a "
+                    "network that attends to text has the other norms' groups; use None",
+                    "attn_norm_num_groups",
+                )
+            return
+        for name in ("down_block_types", "up_block_types"):
+            kinds = [kind for kind in map(str, getattr(self, name)) if kind.startswith("Cross")]
+            if kinds:
+                yield UserError(
+                    f"`{name}` has {kinds[0]}, which attends to text, and `cross_attention_dim` is "
+                    "None; give the channels of the text's tokens, or use "
+                    f"{kinds[0].removeprefix('Cross')}",
+                    name,
+                )
+        if self.encoder_hid_dim is not None:
+            yield UserError(
+                f"`encoder_hid_dim` is {self.encoder_hid_dim}, but the network does not attend to "
+                "text: give `cross_attention_dim`, or use None",
+                "encoder_hid_dim",
+            )
+
 
 _SIZES = {
     "sample_size", "block_out_channels", "norm_num_groups", "attn_norm_num_groups",
-    "attention_head_dim", "low_resolution",
+    "attention_head_dim", "low_resolution", "transformer_layers_per_block",
 }  # fmt: skip
 """Fields that must divide each other."""
 
@@ -169,13 +244,33 @@ def check_shape(config: UNetConfig) -> None:
         raise UserError("this U-Net cannot be built:" + "".join(f"\n  - {one}" for one in found))
 
 
-def attending_channels(config: UNetConfig) -> set[int]:
-    """Channel counts at which there is attention; the middle always attends."""
-    widths, down, up = config.block_out_channels, config.down_block_types, config.up_block_types
+def head_channels(config: UNetConfig, level: int) -> int:
+    """Channels of an attention head of a level, counted from the highest resolution."""
+    head = config.attention_head_dim
+    if isinstance(head, tuple):
+        head = head[level]
+    return head or config.block_out_channels[level]
+
+
+def transformer_layers(config: UNetConfig, level: int) -> int:
+    """Transformer blocks in a row of a level, counted from the highest resolution."""
+    layers = config.transformer_layers_per_block
+    return layers[level] if isinstance(layers, tuple) else layers
+
+
+def attending(config: UNetConfig) -> set[tuple[int, int]]:
+    """Channels of each level that attends, and of its heads; the middle always attends."""
+    levels = range(len(config.block_out_channels))
     # Not strict: a wrong number of types is reported by `problems`.
-    descent = {w for w, kind in zip(widths, down, strict=False) if kind == "AttnDownBlock2D"}
-    ascent = {w for w, kind in zip(widths[::-1], up, strict=False) if kind == "AttnUpBlock2D"}
-    return descent | ascent | {widths[-1]}
+    kinds: list[tuple[int, str]] = [*zip(levels, config.down_block_types, strict=False)]
+    kinds += zip(reversed(levels), config.up_block_types, strict=False)
+    found = {level for level, kind in kinds if "Attn" in str(kind)} | {levels[-1]}
+    return {(config.block_out_channels[level], head_channels(config, level)) for level in found}
+
+
+def _written(size: Size) -> str:
+    """A size as a message quotes it."""
+    return str(size) if isinstance(size, int) else as_text(size)
 
 
 def _nearest_multiples(value: int, of: int) -> str:

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_engine.networks.base import Network
+from ddpm_engine.networks.attention import choose_attention
 from ddpm_engine.networks.conditioning import Conditioning, ConditioningSpec
-from ddpm_engine.networks.files.hub import local_folder
-from ddpm_engine.networks.files.layout import find_layout
-from ddpm_engine.networks.files.weights import check_tensors
-from ddpm_engine.networks.unet.attention import choose_attention
+from ddpm_engine.networks.embeddings import TimestepMLP, sinusoidal_embedding
+from ddpm_engine.networks.given import check_given
+from ddpm_engine.networks.stored import StoredNetwork
+from ddpm_engine.networks.unet.attending import (
+    attention_of_level,
+    attention_of_middle,
+    number_projections,
+    projections,
+    texts,
+    transformers,
+)
 from ddpm_engine.networks.unet.blocks import (
+    Condition,
     DownLevel,
     Middle,
     UpLevel,
     embedding_channels,
+    project_embedding,
 )
-from ddpm_engine.networks.unet.config import UNetConfig, attending_channels, check_shape
-from ddpm_engine.networks.unet.embeddings import TimestepMLP, sinusoidal_embedding
-from ddpm_engine.networks.unet.files import StoredUNet, read_unet, write_unet
+from ddpm_engine.networks.unet.config import UNetConfig, attending, check_shape
+from ddpm_engine.networks.unet.dropout import keys_of_layers
+from ddpm_engine.networks.unet.features import Features, convolve
+from ddpm_engine.networks.unet.files import FORMAT
 from ddpm_engine.networks.unet.norm import GroupNorm
+from ddpm_engine.networks.unet.transformer import Text
+from ddpm_engine.sizes import as_text, height_and_width
+from ddpm_kernels.dispatch import takes_op
 
 
 def _memory_format(device: torch.device) -> torch.memory_format:
@@ -36,10 +51,14 @@ def _memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
 
-class UNet(Network):
+_ENDS_BRANCH = re.compile(r"\.(conv2|attentions\.\d+\.to_out\.0|proj_out)\.weight$")
+
+
+class UNet(StoredNetwork):
     """The network that predicts noise (or x0, or v) from a noisy image and its timestep.
 
-    Parameters carry the names of diffusers' `UNet2DModel`, so state dicts load both ways. Weights
+    Parameters carry the names of diffusers' `UNet2DModel`, or `UNet2DConditionModel` if it attends
+    to text, so state dicts load both ways; only the vector's embedding has its own. Weights
     and activations are channels-last, the layout that convolutions on tensor cores want, except on
     a CPU. On a GPU the forward pass neither waits for the device nor looks at values, so it can be
     captured in a CUDA graph.
@@ -53,20 +72,24 @@ class UNet(Network):
     Source: Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", 2020, appendix B; class
     conditioning and scale-and-shift norms as in Dhariwal & Nichol, "Diffusion Models Beat GANs on
     Image Synthesis", 2021; low-resolution conditioning as in Ho et al., "Cascaded Diffusion Models
-    for High Fidelity Image Generation", 2022.
+    for High Fidelity Image Generation", 2022; text as in Rombach et al., "High-Resolution Image
+    Synthesis with Latent Diffusion Models", 2022.
     """
 
     config: UNetConfig
     caches_features = True
+    format = FORMAT
 
     def __init__(self, config: UNetConfig) -> None:
         check_shape(config)
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = config.block_out_channels
         deepest = len(widths) - 1
-        head_dims = {config.attention_head_dim or width for width in attending_channels(config)}
-        attend = choose_attention(config.attention, head_dims)
+        attend = choose_attention(
+            config.attention,
+            sorted({head for _, head in attending(config)}),
+            masked=config.cross_attention_dim is not None,
+        )
 
         shown = config.in_channels * (1 if config.low_resolution is None else 2)
         self.conv_in = nn.Conv2d(shown, widths[0], 3, padding=1)
@@ -81,26 +104,37 @@ class UNet(Network):
             if config.low_resolution is None
             else TimestepMLP(widths[0], embedding_channels(config))
         )
+        self.vector_embedding = (
+            None
+            if config.vector_channels is None
+            else TimestepMLP(config.vector_channels, embedding_channels(config))
+        )
+        self.encoder_hid_proj = (
+            nn.Linear(config.encoder_hid_dim, config.cross_attention_dim)
+            if config.encoder_hid_dim is not None and config.cross_attention_dim is not None
+            else None
+        )
 
         width, skips = widths[0], [widths[0]]
         self.down_blocks = nn.ModuleList()
         for index, down_type in enumerate(config.down_block_types):
             below, width, last = width, widths[index], index == deepest
-            attends = attend if down_type == "AttnDownBlock2D" else None
-            self.down_blocks.append(DownLevel(below, width, config, attends, last))
+            attention = attention_of_level(config, index, down_type, attend)
+            self.down_blocks.append(DownLevel(below, width, config, attention, last))
             skips += [width] * (config.layers_per_block + (not last))
 
-        self.mid_block = Middle(width, config, attend)
+        self.mid_block = Middle(width, config, attention_of_middle(config, attend))
 
         self.up_blocks = nn.ModuleList()
         for index, up_type in enumerate(config.up_block_types):
             below, width, last = width, widths[deepest - index], index == deepest
-            attends = attend if up_type == "AttnUpBlock2D" else None
+            attention = attention_of_level(config, deepest - index, up_type, attend)
             used = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(UpLevel(below, used, width, config, attends, last))
+            self.up_blocks.append(UpLevel(below, used, width, config, attention, last))
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        number_projections(self._levels())
         self._initialise()
         self._lay_out()
 
@@ -121,7 +155,10 @@ class UNet(Network):
             noise_level: `[B]` or 0-dim, integer or float, on the device of `x`: usually timesteps.
             conditioning: `labels` if and only if the network is class-conditional, where the null
                 class gives an unconditional prediction; `low_resolution`, `[B, in_channels, H, W]`,
-                and `augmentation_level` if and only if it was built for super-resolution.
+                and `augmentation_level` if and only if it was built for super-resolution; `text`,
+                or the `text_projections` that `precompute` gives, if and only if it attends to
+                text; `vector` if and only if it was built for one; `dropout_key` in training mode,
+                if it drops out activations.
             features: input of the last level on the way up, `[B, C, H, W]`, as returned by an
                 evaluation close by. All deeper levels are then skipped (Ma, Fang & Wang,
                 "DeepCache", 2024).
@@ -143,79 +180,56 @@ class UNet(Network):
         conditioning = conditioning or Conditioning()
         low_resolution = conditioning.low_resolution
         given = low_resolution is not None, conditioning.augmentation_level is not None
-        side = self.config.low_resolution
-        if given != (side is not None, side is not None):
+        size = self.config.low_resolution
+        if given != (size is not None, size is not None):
             raise ValueError(
                 "low_resolution or augmentation_level is given, but this U-Net was built without"
-                if side is None
-                else f"this U-Net needs low-resolution images of side {side}: give "
+                if size is None
+                else f"this U-Net needs low-resolution images of {as_text(size)} pixels: give "
                 "low_resolution, [B, C, H, W], and augmentation_level, [B]"
             )
+        others = replace(conditioning, low_resolution=None, augmentation_level=None)
+        check_given(others, self.conditioning, "U-Net")
+        tokens = self._tokens(conditioning)
         embedding = self._embed(noise_level.expand(x.shape[0]), conditioning)
         if low_resolution is not None:
             x = torch.cat([x, low_resolution.to(x.dtype)], dim=1)
         x = x.to(self.conv_in.weight.dtype, memory_format=_memory_format(x.device))
 
-        skips = [self.conv_in(x)]
         shallow = features is not None
-        for level in self.down_blocks[:1] if shallow else self.down_blocks:
-            skips += level(skips[-1], embedding, downsample=not shallow)
+        down = self.down_blocks[:1] if shallow else self.down_blocks
+        up = self.up_blocks[-1:] if shallow else self.up_blocks
+        levels = [*down, *up] if shallow else [*down, self.mid_block, *up]
+        conditions = self._conditions(levels, embedding, tokens, conditioning)
+
+        skips = [convolve(self.conv_in, x)]
+        for level in down:
+            skips += level(skips[-1], conditions, downsample=not shallow)
         if features is None:
-            features = self.mid_block(skips[-1], embedding)
-            for level in self.up_blocks[:-1]:
+            deep = self.mid_block(skips[-1], conditions)
+            for level in up[:-1]:
                 # Each gets its own: what wraps modules to shard them copies lists of arguments.
                 used = self.config.layers_per_block + 1
-                features = level(features, skips[-used:], embedding)
+                deep = level(deep, skips[-used:], conditions)
                 del skips[-used:]
-        h = self.up_blocks[-1](features, skips, embedding)
-        prediction = self.conv_out(self.conv_norm_out(h))
-        return (prediction, features) if return_features else prediction
+        else:
+            deep = Features(features)
+        if return_features:
+            deep = deep.settled()
+        h, _ = self.conv_norm_out(up[-1](deep, skips, conditions))
+        prediction = convolve(self.conv_out, h).settled().map
+        return (prediction, deep.map) if return_features else prediction
 
-    @classmethod
-    def from_pretrained(cls, path: Path | str) -> UNet:
-        """Load a `UNet2DModel` as diffusers saves it: its folder, or that of its pipeline.
-
-        Args:
-            path: of the folder, or a name on the Hugging Face hub.
-
-        Returns:
-            The network in float32, on the CPU, in eval mode.
-
-        Raises:
-            UserError: nothing there, damaged, or a network that `UNet` cannot be; it says why.
-        """
-        folder = find_layout(local_folder(path)).network
-        return cls.from_stored(read_unet(folder), folder)
-
-    @classmethod
-    def from_stored(cls, stored: StoredUNet, origin: Path) -> UNet:
-        """Build a network with stored weights: float32, on the CPU, in eval mode.
-
-        Args:
-            stored: as `read_unet` returns it.
-            origin: for messages.
-
-        Raises:
-            UserError: weights of another network.
-        """
-        with torch.device("meta"):  # no initial weights, which take seconds
-            network = cls(stored.config)
-        # Before memory is taken for a shape that the weights do not have.
-        check_tensors(network, stored.tensors, origin)
-        network.to_empty(device="cpu").load_state_dict(dict(stored.tensors))
-        return network.eval()
-
-    def save_pretrained(self, path: Path | str) -> None:
-        """Save the network as diffusers saves a `UNet2DModel`.
-
-        Args:
-            path: of the folder, created if missing.
-
-        Raises:
-            UserError: diffusers has no such network.
-            OSError: the folder cannot be written.
-        """
-        write_unet(Path(path), self.config, self.state_dict(), self.conditioning.null_class)
+    def precompute(self, conditioning: Conditioning) -> Conditioning:
+        """Compute keys and values of the text once for all noise levels; see `Network`."""
+        levels = self._levels()
+        found, tokens = transformers(levels), None
+        # Weights that are gathered module by module are not at hand here.
+        if found and not any(each.separate for each in found):
+            tokens = self._tokens(conditioning)
+        if tokens is None:
+            return conditioning
+        return replace(conditioning, text=None, text_projections=projections(levels, tokens))
 
     @property
     def downscale_factor(self) -> int:
@@ -225,24 +239,32 @@ class UNet(Network):
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """`(channels, height, width)` of the images the network was made for."""
-        return self.config.in_channels, self.config.sample_size, self.config.sample_size
+        return self.config.in_channels, *height_and_width(self.config.sample_size)
 
     @property
     def conditioning(self) -> ConditioningSpec:
         """The conditions that the network was built for; the last class embedding is the null's."""
         embeddings = self.config.num_class_embeds
         classes = None if embeddings is None else embeddings - 1
-        return ConditioningSpec(classes, self.config.low_resolution)
+        return ConditioningSpec(
+            classes,
+            self.config.low_resolution,
+            self.config.text_channels,
+            self.config.vector_channels,
+        )
 
     def blocks(self) -> list[nn.Module]:
         """Return the residual and attention blocks, in the order of their use."""
         return [
             block
-            for level in (*self.down_blocks, self.mid_block, *self.up_blocks)
+            for level in self._levels()
             for layer in zip_longest(level.resnets, level.attentions)
             for block in layer
             if block is not None
         ]
+
+    def _levels(self) -> list[Any]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> UNet:
         """What `to`, `cuda` and the like do; another device may want another memory format."""
@@ -270,18 +292,48 @@ class UNet(Network):
         embedding: Tensor = self.time_embedding(self._sinusoids(noise_level))
         labels, level = conditioning.labels, conditioning.augmentation_level
         if self.class_embedding is not None:
-            if labels is None:
-                raise ValueError(
-                    "this U-Net is class-conditional: give labels, int64 [B]; the null class is "
-                    f"{self.conditioning.null_class}"
-                )
+            assert labels is not None, "checked by `check_given`"
             embedding = embedding + self.class_embedding(labels).to(embedding.dtype)
-        elif labels is not None:
-            raise ValueError("labels given, but this U-Net is unconditional (num_class_embeds)")
         if self.augmentation_embedding is not None and level is not None:
             embedding = embedding + self.augmentation_embedding(self._sinusoids(level))
+        vector = conditioning.vector
+        if self.vector_embedding is not None:
+            assert vector is not None
+            embedding = embedding + self.vector_embedding(vector.to(self.conv_in.weight.dtype))
         # Every residual block begins by taking the SiLU of the embedding, so it is taken once.
         return F.silu(embedding)
+
+    def _tokens(self, conditioning: Conditioning) -> Tensor | None:
+        """The text's tokens as the transformers take them, `[B, L, D]`; None: there are none.
+
+        There are none, either, if projections are given in their place.
+        """
+        text = conditioning.text
+        if text is None:
+            return None
+        text = text.to(self.conv_in.weight.dtype)
+        return text if self.encoder_hid_proj is None else self.encoder_hid_proj(text)
+
+    def _conditions(
+        self,
+        levels: Iterable[nn.Module],
+        embedding: Tensor,
+        tokens: Tensor | None,
+        conditioning: Conditioning,
+    ) -> Iterator[Condition]:
+        """The condition of each residual block of some levels, in the order of their use."""
+        blocks = [block for level in levels for block in cast(Any, level).resnets]
+        together = takes_op(embedding) and not any(block.separate for block in blocks)
+        projected = project_embedding(blocks, embedding) if together else [None] * len(blocks)
+        key = conditioning.dropout_key
+        keys: Sequence[Tensor | None] = [key] * len(blocks)
+        if key is not None and self.training and self.config.dropout > 0:
+            keys = keys_of_layers(key, len(blocks))
+        attended: Iterable[Text | None] = [None] * len(blocks)
+        if self.config.cross_attention_dim is not None:
+            attended = texts(levels, tokens, conditioning)
+        for each, own_key, text in zip(projected, keys, attended, strict=True):
+            yield Condition(embedding, each, own_key, text)
 
     def _initialise(self) -> None:
         """Initialise as the paper's code: variance scaling, fan average, uniform; no biases."""
@@ -289,7 +341,8 @@ class UNet(Network):
             # What ends a residual branch starts at zero, so that every block starts as its shortcut
             # and depth amplifies nothing. So does the output: the first prediction is zero, the
             # mean of the noise, and the first loss exactly the noise's variance.
-            if name.endswith((".conv2.weight", ".to_out.0.weight")) or name == "conv_out.weight":
+            # In a transformer it is the projection behind all blocks, and no branch within.
+            if name == "conv_out.weight" or _ENDS_BRANCH.search(name):
                 nn.init.zeros_(parameter)
             elif name == "class_embedding.weight":
                 nn.init.normal_(parameter)

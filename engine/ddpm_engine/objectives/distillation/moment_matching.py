@@ -120,7 +120,8 @@ class MomentMatching(Objective):
         t, s = self.sample_timesteps(inputs.positions)
         x_t = q_sample(
             inputs.images, t, self._signal, self._noise, self.inputs.seed, inputs.positions,
-            inputs.flip, self.dtype,
+            inputs.flip, self.dtype, latent_scale=self.inputs.latent_scale,
+            latent_shift=self.inputs.latent_shift,
         )  # fmt: skip
         z = self._input(x_t, t)
         output = network(z, self._noise_input[t], inputs.conditioning)

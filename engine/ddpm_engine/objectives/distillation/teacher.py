@@ -27,6 +27,9 @@ class Teacher:
     """Copy of the teacher to be trained; moment matching needs it."""
     classes: tuple[str, ...] | None = None
     """Names of the classes that it was trained on, if it knows them."""
+    autoencoder: str | None = None
+    """Fingerprint of the autoencoder whose latents it samples, empty if it is not known; None: it
+    samples images."""
 
 
 def predict(

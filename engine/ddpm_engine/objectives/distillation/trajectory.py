@@ -111,7 +111,8 @@ class Distillation(Objective, ABC):
         levels = self.sample_levels(inputs.positions)
         z = q_sample(
             inputs.images, levels, tables.signal, tables.noise, self.inputs.seed, inputs.positions,
-            inputs.flip, self.dtype,
+            inputs.flip, self.dtype, latent_scale=self.inputs.latent_scale,
+            latent_shift=self.inputs.latent_shift,
         )  # fmt: skip
         x0 = self.target(network, z, levels, inputs.conditioning)
         rows = _rows(tables.student, levels)

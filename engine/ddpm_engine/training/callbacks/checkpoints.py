@@ -15,7 +15,7 @@ from ddpm_engine.errors import UserError
 from ddpm_engine.training.async_save import BackgroundSaver, Saved
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
-from ddpm_engine.training.saving import checkpoint_store, parts_of, state_of
+from ddpm_engine.training.saving import checkpoint_store, embedders_of, parts_of, state_of
 from ddpm_engine.training.strategies.strategy import State
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,9 @@ class Snapshots(_Saving):
         """
         if run.finished or run.step % run.config.log.snapshot_every == 0:
             averages = {n: part for n, part in run.strategy.averages().items() if n != "ema"}
-            state = {"config": record(run.config), "classes": run.classes}
+            state = {
+                "config": record(run.config), "classes": run.classes, **embedders_of(run)
+            }  # fmt: skip
             self._start(run, "averages", averages, state)
         if run.finished or run.interrupted:
             self._finish(run)

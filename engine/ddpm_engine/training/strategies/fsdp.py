@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
@@ -71,7 +72,10 @@ def shard_network(
             if type(module) is nn.Conv2d:
                 module.__class__ = _ChannelsLastConv2d
                 module.weight.data = module.weight.data.permute(0, 2, 3, 1)
+    # Linear layers return views, on which nothing here works in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     make_contiguous(model)  # activations keep their format
+    model.separate_blocks()
     policy = MixedPrecisionPolicy()
     if precision in DTYPES:
         # Inputs keep their precision, as under autocast: a noise level in bfloat16 is another one.

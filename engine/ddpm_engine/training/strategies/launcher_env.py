@@ -71,7 +71,7 @@ def read_request(training: TrainingConfig) -> Request:
         )
     for flag, instead in [
         ("FSDP_OFFLOAD_PARAMS", f"use {_FILES}zero3_offload.yaml"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "set `training.activation_checkpointing`"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "let `training.recompute` be blocks"),
     ]:
         if _is_set(environment, flag):
             raise UserError(f"the launcher sets {flag}, which this engine does not do; {instead}")

@@ -75,6 +75,8 @@ class Zero:
         stage = deepspeed_config["zero_optimization"]["stage"]
         # DeepSpeed flattens weights, which must mean the same on all ranks.
         make_contiguous(model)
+        if stage == 3:
+            model.separate_blocks()
         autocast_forward(model, training.precision, self._device)
         optimizer = make_optimizer(model, config.optimizer)
         for group in optimizer.param_groups:

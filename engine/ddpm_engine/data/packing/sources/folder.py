@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ddpm_engine.data.packing.sources.captions import FolderCaptions
 from ddpm_engine.data.packing.sources.source import (
     DamagedImage,
     Example,
@@ -26,7 +27,7 @@ _SPLITS = frozenset({
 })  # fmt: skip
 
 
-def image_folder(root: Path, out: Path | None = None) -> Source:
+def image_folder(root: Path, out: Path | None = None, captioned: bool = False) -> Source:
     """Open a folder of images, or of class folders, whose sorted names become the labels 0, 1, ...
 
     Hidden files and folders are left out, and so are folders that this engine wrote and links that
@@ -35,10 +36,11 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
     Args:
         root: the folder.
         out: folder that is about to be written, which is left out too.
+        captioned: read captions (see `FolderCaptions`).
 
     Raises:
-        UserError: class folders beside images, an empty class folder, or images of formats that
-            cannot be read.
+        UserError: class folders beside images, an empty class folder, images of formats that
+            cannot be read, or images without the captions that were asked for.
     """
     tree = _Tree(root, out)
     with reading(root):
@@ -66,6 +68,12 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
         classes.append(folder)
     check_formats(tree.others, root)
     names = tuple(printable(folder.name) for folder in classes)
+    files = [file for file, _ in labelled]
+    captions = FolderCaptions(root, files) if captioned else None
+    if captions is not None:
+        known = set(captions.files)
+        tree.others = [file for file in tree.others if file not in known]
+        files += captions.files
     tree.warn()
     _question_splits(root, names)
 
@@ -75,10 +83,14 @@ def image_folder(root: Path, out: Path | None = None) -> Source:
             image = read_image(file)
         except (DecodeError, OSError) as error:
             raise DamagedImage(str(file), reason_of(error)) from error
-        return Example(file.relative_to(root).with_suffix("").as_posix(), image, label)
+        try:
+            given = () if captions is None else captions.of(file)
+        except (ValueError, OSError) as error:
+            raise DamagedImage(str(file), f"captions: {reason_of(error)}") from error
+        return Example(file.relative_to(root).with_suffix("").as_posix(), image, label, given)
 
     examples = LazyExamples(range(len(labelled)), load)
-    return Source(str(root), examples, names or None, revision_of(file for file, _ in labelled))
+    return Source(str(root), examples, names or None, revision_of(files))
 
 
 class _Tree:

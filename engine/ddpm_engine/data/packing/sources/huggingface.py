@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ddpm_engine.data.members import encode_captions
+from ddpm_engine.data.packing.sources.captions import FIELDS, captions_in
 from ddpm_engine.data.packing.sources.source import DamagedImage, Example, LazyExamples, Source
 from ddpm_engine.errors import UserError
 from ddpm_engine.images.codec import DecodeError, decode, extension_of
 from ddpm_engine.images.damaged import reason_of
 
 
-def hugging_face(name: str) -> Source:
+def hugging_face(name: str, captioned: bool = False) -> Source:
     """Open `hf:NAME[:SPLIT]`: a data set's first image column, and its labels if it has any.
 
+    Args:
+        name: of the data set on the hub, or a folder that its library saved.
+        captioned: read captions too: the first column called as one of `FIELDS` says, of strings
+            or of lists of them.
+
     Raises:
-        UserError: the library is missing, or the data set cannot be loaded or has no images.
+        UserError: the library is missing, or the data set cannot be loaded, or has no images or
+            no captions.
     """
     try:
         import datasets
@@ -43,8 +51,9 @@ def hugging_face(name: str) -> Source:
     if image is None:
         raise UserError(f"{name} has no image column, only {', '.join(columns) or 'nothing'}")
     label, classes = _label_column(columns, datasets.ClassLabel)
+    caption = _caption_column(name, columns) if captioned else None
     # Undecoded: the bytes go through this engine's own table of formats.
-    table = table.select_columns([image] if label is None else [image, label])
+    table = table.select_columns([column for column in (image, label, caption) if column])
     table = table.cast_column(image, datasets.Image(decode=False))
 
     def load(number: int) -> Example:
@@ -56,9 +65,29 @@ def hugging_face(name: str) -> Source:
             raise DamagedImage(f"{number} of {name}", reason_of(error)) from error
         # Hidden labels of a test split are None or -1.
         known = label is not None and row[label] is not None and row[label] >= 0
-        return Example(f"{number:08d}", pixels, int(row[label]) if known else None)
+        captions = () if caption is None else _captions(f"{number} of {name}", row[caption])
+        return Example(f"{number:08d}", pixels, int(row[label]) if known else None, captions)
 
     return Source(name, LazyExamples(range(len(table)), load), classes, table._fingerprint)
+
+
+def _caption_column(name: str, columns: dict[str, Any]) -> str:
+    found = next((column for column in FIELDS if column in columns), None)
+    if found is None:
+        raise UserError(
+            f"{name} has no column of captions ({', '.join(FIELDS)}), only {', '.join(columns)}; "
+            "rename its column"
+        )
+    return found
+
+
+def _captions(name: str, value: Any) -> tuple[str, ...]:
+    try:
+        captions = captions_in(value)
+        encode_captions(captions)
+    except ValueError as error:
+        raise DamagedImage(name, f"captions: {error}") from error
+    return captions
 
 
 def _label_column(

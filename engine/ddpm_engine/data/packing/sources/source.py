@@ -28,6 +28,8 @@ class Example(NamedTuple):
     """uint8 `[H, W, C]`."""
     label: int | None
     """Class from 0, or None."""
+    captions: tuple[str, ...] = ()
+    """Captions, each on one line; all examples of a source have some, or none has."""
 
 
 class DamagedImage(UserError):

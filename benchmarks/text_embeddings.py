@@ -1,0 +1,179 @@
+"""Training with embeddings of captions packed, and encoded in training: images/s and memory.
+
+    python benchmarks/text_embeddings.py
+
+The network of numbers-text is trained on the numbers by three ways in turn, each repetition in a
+process of its own: embeddings packed with the shards; captions encoded in training, where an
+encoder keeps the embeddings of captions that it has met (the numbers have few); and captions of
+which none comes twice, as in sets from the web. Memory is the most that the process held resident,
+the encoder included. `--json FILE` keeps all figures.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks` itself
+
+import torch
+from benchmarks.throughput.machine import facts
+from benchmarks.throughput.report import aligned, figure, write_json
+from benchmarks.throughput.timing import Spread, interleaved
+
+from ddpm_engine.bounds import Ge
+from ddpm_engine.cli.errors import exit_in_one_line
+from ddpm_engine.cli.options import Positive, parse_options
+from ddpm_engine.config import RunConfig
+from ddpm_engine.data.packing.pack import write_shards
+from ddpm_engine.data.packing.sources.registry import open_source
+from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
+from ddpm_engine.networks.text.folders import open_text_encoder
+from ddpm_engine.presets import PRESETS
+from ddpm_engine.training.callbacks.callback import Callback
+from ddpm_engine.training.run import Run
+from ddpm_engine.training.trainer import Trainer
+
+WAYS = ("packed", "in training", "in training, each new")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the benchmark."""
+
+    rounds: Positive = 5
+    """Number of repetitions of each way."""
+    steps: Annotated[int, Ge(2)] = 60
+    """Steps that are timed in each."""
+    warm_up: Positive = 10
+    """Steps before them."""
+    images: Positive = 2400
+    """Number of images in each set."""
+    json: Path | None = None
+    """File for all results."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way and its figures."""
+
+    name: str
+    images_per_second: Spread
+    megabytes: Spread
+    """Most memory resident, in 10⁶ bytes."""
+
+
+class Clock(Callback):
+    """The times at which steps have ended, since a training step on a CPU waits for nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, run: Run) -> None:
+        """See `Callback`."""
+        self.times.append(time.perf_counter())
+
+
+def each_new(source: Source, count: int) -> Source:
+    """Give every image captions of its own."""
+
+    def load(number: int) -> Example:
+        example = source.examples[number]
+        return example._replace(
+            captions=tuple(f"{caption}, image {number}" for caption in example.captions)
+        )
+
+    return replace(source, examples=LazyExamples(range(count), load))
+
+
+def pack(folder: Path, preset: RunConfig, images: int) -> None:
+    """Pack the set of every way."""
+    source = open_source("numbers", captions=True)
+    count = min(images, len(source.examples))
+    # From all over the set, which is in the order of the numbers.
+    places = torch.linspace(0, len(source.examples) - 1, count).long().tolist()
+    few = replace(source, examples=[source.examples[place] for place in places])
+    encoder = open_text_encoder(preset.data.text_encoder or "")
+    size = preset.model.sample_size
+    write_shards(few, folder / WAYS[0], size=size, text_encoder=encoder)
+    write_shards(few, folder / WAYS[1], size=size)
+    write_shards(each_new(few, count), folder / WAYS[2], size=size)
+
+
+def train(folder: str, way: str, warm_up: int, steps: int) -> tuple[float, float]:
+    """Train for a while, in a process of its own: images per second, and bytes resident at most."""
+    torch.set_num_threads(1)
+    preset = PRESETS["numbers-text"]()
+    encoder = None if way == WAYS[0] else preset.data.text_encoder
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as out:
+        config = replace(
+            preset,
+            out=Path(out) / "run",
+            data=replace(
+                preset.data, path=Path(folder) / way, source=None, workers=0,
+                text_encoder=encoder, text_length=16,
+            ),
+            training=replace(preset.training, steps=warm_up + steps + 1),
+            log=replace(preset.log, every=10**6, sample_every=0, tracker="none"),
+        )  # fmt: skip
+        Trainer(config, [clock]).fit()
+    # The step after those that are timed ends with a checkpoint.
+    seconds = clock.times[-2] - clock.times[warm_up - 1]
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return steps * config.training.batch_size / seconds, resident
+
+
+def measured(folder: Path, options: Options) -> list[Row]:
+    """Take all ways in turn."""
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    context = multiprocessing.get_context("spawn")
+
+    def once(way: str) -> float:
+        with context.Pool(1) as pool:
+            result = pool.apply(train, (str(folder), way, options.warm_up, options.steps))
+        found[way].append(result)
+        return result[0]
+
+    interleaved(options.rounds, {way: partial(once, way) for way in WAYS})
+    return [
+        Row(
+            way,
+            Spread.of([rate for rate, _ in figures]),
+            Spread.of([resident / 1e6 for _, resident in figures]),
+        )
+        for way, figures in found.items()
+    ]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines that show all rows."""
+    cells = [(row.name, figure(row.images_per_second, 0), figure(row.megabytes, 0)) for row in rows]
+    return aligned(("embeddings of captions", "images/s", "MB"), cells)
+
+
+def main() -> None:
+    """Pack, train, print."""
+    with exit_in_one_line():
+        options = parse_options(Options)
+        machine: dict[str, Any] = facts(torch.device("cpu"))
+        with tempfile.TemporaryDirectory() as folder:
+            pack(Path(folder), PRESETS["numbers-text"](), options.images)
+            rows = measured(Path(folder), options)
+        print("\n".join(table(rows)))
+        if options.json is not None:
+            machine["load_average_after"] = facts(torch.device("cpu"))["load_average"]
+            about = {"machine": machine, "rounds": options.rounds, "steps": options.steps}
+            write_json(options.json, {**about, "images": options.images, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Frozen autoencoders, whose latents a diffusion process can be of."""

@@ -1,0 +1,1 @@
+"""The diffusion transformer, DiT, and what later work made standard."""

@@ -1,0 +1,1 @@
+"""The prior: a network that generates vectors, such as image embeddings, from text."""

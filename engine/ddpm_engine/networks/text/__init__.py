@@ -1,0 +1,1 @@
+"""Text encoders, frozen: from captions to embeddings of their tokens."""
