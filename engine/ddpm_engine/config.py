@@ -34,14 +34,23 @@ MAX_SIGMA_REL = 12**-0.5
 """Largest sigma_rel of a power-function EMA: that of the plain mean of all steps."""
 
 
+Decay = Literal["none", "linear", "cosine", "inverse-sqrt"]
+"""How the learning rate falls."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up."""
+    """AdamW, and the learning rate as a function of the step."""
 
     learning_rate: Annotated[float, Gt(0), Le(1e6)] = 2e-4
     """Learning rate after the warm-up, positive."""
     warmup_steps: Annotated[int, Ge(0)] = 5000
     """Optimizer steps over which the learning rate rises from zero; 0: no warm-up."""
+    decay: Decay = "none"
+    """How the learning rate falls: linear or cosine, to zero after the last step; inverse-sqrt of
+    the step, from `decay_from` on, which needs no last step (Karras et al. 2024)."""
+    decay_from: Annotated[int, Ge(0)] = 0
+    """Step up to which the learning rate stays what it is after the warm-up."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
     """Decay per step of the first and second moments, each from 0 to below 1."""
     eps: Annotated[float, Gt(0), Le(1)] = 1e-8
@@ -53,7 +62,19 @@ class OptimizerConfig:
 
     def problems(self) -> Iterator[UserError]:
         """Report everything wrong with the values themselves."""
-        return out_of_bounds(self)
+        yield from out_of_bounds(self)
+        if self.decay == "inverse-sqrt" and self.decay_from < 1:
+            yield UserError(
+                f"`decay_from` is {self.decay_from}; with `decay` inverse-sqrt it is the step that "
+                "others are compared with, 1 at least",
+                "decay_from",
+            )
+        if self.decay == "none" and self.decay_from:
+            yield UserError(
+                f"`decay_from` is {self.decay_from}, but `decay` is none; take linear, cosine or "
+                "inverse-sqrt",
+                "decay_from",
+            )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,17 @@ def problems(config: RunConfig) -> list[UserError]:
     return list({str(problem): problem for problem in found}.values())
 
 
+def decay(config: RunConfig) -> Iterator[UserError]:
+    """The learning rate falls within the run."""
+    optimizer, steps = config.optimizer, config.training.steps
+    if optimizer.decay in ("linear", "cosine") and optimizer.decay_from >= steps:
+        yield UserError(
+            f"`optimizer.decay_from` is {optimizer.decay_from}, but the run ends at "
+            f"`training.steps` {steps}, before the learning rate falls",
+            "optimizer.decay_from",
+        )
+
+
 def output_channels(config: RunConfig) -> Iterator[UserError]:
     """The network has an output for the prediction and, if it is learned, for the variance."""
     channels, learned = config.model.in_channels, config.objective.learned_variance
@@ -314,6 +325,7 @@ def not_capturable(config: RunConfig) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    decay,
     output_channels,
     weighting,
     loss_space,
