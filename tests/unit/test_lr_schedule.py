@@ -22,14 +22,14 @@ def rates(steps: int = 100, **optimizer: Any) -> list[float]:
     return [learning_rate(config, step) for step in range(steps)]
 
 
-def test_it_rises_and_stays():
+def test_it_rises_and_stays() -> None:
     found = rates()
     assert found[:10] == [(step + 1) / 10 for step in range(10)]
     assert set(found[9:]) == {1.0}
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
-def test_it_falls_to_zero_after_the_last_step(decay):
+def test_it_falls_to_zero_after_the_last_step(decay: str) -> None:
     found = rates(decay=decay, decay_from=20)
     assert set(found[9:21]) == {1.0}
     assert all(later < earlier for earlier, later in pairwise(found[20:]))
@@ -37,13 +37,13 @@ def test_it_falls_to_zero_after_the_last_step(decay):
     assert 0 < found[-1] < 0.02
 
 
-def test_the_shapes_of_the_fall():
+def test_the_shapes_of_the_fall() -> None:
     linear, cosine = rates(decay="linear", decay_from=20), rates(decay="cosine", decay_from=20)
     assert linear[40] == pytest.approx(0.75)
     assert cosine[40] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
-def test_inverse_square_root_needs_no_last_step():
+def test_inverse_square_root_needs_no_last_step() -> None:
     found = rates(decay="inverse-sqrt", decay_from=25)
     assert set(found[9:26]) == {1.0}
     assert found[50] == pytest.approx(math.sqrt(0.5))
@@ -58,6 +58,6 @@ def test_inverse_square_root_needs_no_last_step():
         ({"decay": "cosine", "decay_from": 100}, "`training.steps` 100, before the learning rate"),
     ],
 )
-def test_a_fall_that_never_begins_is_refused(optimizer, message):
+def test_a_fall_that_never_begins_is_refused(optimizer: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         rates(**optimizer)
