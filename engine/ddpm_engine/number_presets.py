@@ -39,7 +39,7 @@ def numbers_text() -> RunConfig:
             encoder_hid_dim=MINILM_CHANNELS,
         ),
         diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, decay="linear"),
         training=TrainingConfig(steps=3000, batch_size=32, ema_decay=0.998),
         sampling=SamplingConfig(sampler="dpm++2m", steps=25),
         log=LogConfig(

@@ -83,6 +83,8 @@ class Run:
     """The latents that are diffused; None: images are."""
     on_log: Callable[[Run, int, Values], None] = lambda run, step, values: None
     """Is given every log line: the run, the step and the values."""
+    on_measured: Callable[[Run, int, Values], None] = lambda run, step, values: None
+    """Is given what callbacks measure, likewise."""
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +110,14 @@ class Run:
     def interrupted(self) -> bool:
         """Whether the run ends here, before its last step."""
         return self.stops_at is not None and self.step >= self.stops_at and not self.finished
+
+    def measured(self, values: Values) -> None:
+        """Report what a callback has measured of the model as it is; all ranks call this together.
+
+        Args:
+            values: by name, the same on every rank.
+        """
+        self.on_measured(self, self.step, values)
 
     def settle(self, but: int = 0) -> None:
         """Read what steps have reported, and count it; all ranks call this together.

@@ -60,6 +60,7 @@ class Trainer:
         self.run: Run = build_run(config, dtype=dtype, any_precision=any_precision)
         self.callbacks = [*build_callbacks(self.run.config), *callbacks]
         self.run.on_log = partial(_log, self.callbacks)
+        self.run.on_measured = partial(_measured, self.callbacks)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal asks to stop; resume if there is a checkpoint.
@@ -168,3 +169,8 @@ class Trainer:
 def _log(callbacks: Sequence[Callback], run: Run, step: int, values: Values) -> None:
     for callback in callbacks:
         callback.on_log(run, step, values)
+
+
+def _measured(callbacks: Sequence[Callback], run: Run, step: int, values: Values) -> None:
+    for callback in callbacks:
+        callback.on_measured(run, step, values)

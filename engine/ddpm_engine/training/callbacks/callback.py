@@ -32,6 +32,15 @@ class Callback:
                 was skipped.
         """
 
+    def on_measured(self, run: Run, step: int, values: Values) -> None:
+        """Report what another callback has measured of the model, and given to `run.measured`.
+
+        Args:
+            run: the run.
+            step: optimizer steps that the measured weights have done.
+            values: by name, the same on every rank.
+        """
+
     def on_step_end(self, run: Run) -> None:
         """Act after an optimizer step has been started; `run.step` counts it.
 

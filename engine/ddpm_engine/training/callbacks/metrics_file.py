@@ -62,7 +62,7 @@ class JsonLines:
 
 
 class MetricsFile(Callback):
-    """Append every log line to `metrics.jsonl` in the run directory, on rank 0."""
+    """Append log lines and what is measured to `metrics.jsonl` in the run directory, on rank 0."""
 
     def __init__(self) -> None:
         self._rows: JsonLines | None = None
@@ -85,6 +85,10 @@ class MetricsFile(Callback):
         """See `Callback`."""
         if self._rows is not None:
             self._rows.append(step, values)
+
+    def on_measured(self, run: Run, step: int, values: Values) -> None:
+        """See `Callback`."""
+        self.on_log(run, step, values)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`.

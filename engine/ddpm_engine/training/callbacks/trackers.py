@@ -28,6 +28,10 @@ class Trackers(Callback):
         except OSError as error:
             logger.error("the tracker cannot write: %s. Training goes on", error)
 
+    def on_measured(self, run: Run, step: int, values: Values) -> None:
+        """See `Callback`."""
+        self.on_log(run, step, values)
+
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`."""
         for tracker in run.accelerator.trackers:
