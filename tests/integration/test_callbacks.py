@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 from dataclasses import replace
@@ -119,3 +120,22 @@ def test_a_preview_that_is_not_finite_is_reported_and_training_goes_on(
     (warning,) = [record.message for record in caplog.records if "not finite" in record.message]
     assert str(config.out / "samples" / "step-00000002.png") in warning
     assert CheckpointStore(config.out / "checkpoints").newest(())[0] is not None
+
+
+class Measuring(Callback):
+    """Measures something after each step."""
+
+    def on_step_end(self, run: Run) -> None:
+        run.measured({"distance": 10.0 - run.step})
+
+
+def test_what_a_callback_measures_reaches_the_others(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        Trainer(shortened(config, 3), [Measuring()]).fit()
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").open()]
+    measured = {row["step"]: row["distance"] for row in rows if "distance" in row}
+    assert measured == {1: 9.0, 2: 8.0, 3: 7.0}
+    assert "step 3/3  distance 7" in caplog.text
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3]

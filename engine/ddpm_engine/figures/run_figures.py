@@ -220,13 +220,13 @@ def loss(exhibit: Exhibit) -> list[Path]:
 
 
 def _losses(file: Path) -> tuple[list[int], list[float]]:
-    """Read steps and losses, but for lines without one: skipped steps have none."""
+    """Read steps and losses, but for rows without one: skipped steps, and what was measured."""
     steps, losses = [], []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            step, loss = row["step"], row["loss"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            step, loss = row["step"], row.get("loss")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Inapplicable(f"line {number} of {file} is damaged; repair that line") from None
         if isinstance(step, int) and isinstance(loss, int | float) and math.isfinite(loss):
             steps.append(step)

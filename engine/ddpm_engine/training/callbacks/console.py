@@ -50,6 +50,12 @@ class Console(Callback):
         eta = timedelta(seconds=round(images_left / speed))
         logger.info("step %d/%d  %s  eta %s", step, training.steps, line, eta)
 
+    def on_measured(self, run: Run, step: int, values: Values) -> None:
+        """See `Callback`."""
+        if is_main():
+            line = "  ".join(f"{name} {_number(value, '.4g')}" for name, value in values.items())
+            logger.info("step %d/%d  %s", step, run.config.training.steps, line)
+
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """See `Callback`."""
         if self._bar is not None:
