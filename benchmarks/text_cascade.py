@@ -112,7 +112,7 @@ def main() -> None:
     with exit_on_error(Options):
         options = parse_options(Options)
         direct = load(options.direct)
-        metrics = NumberMetrics(direct.shape[1])
+        metrics = NumberMetrics(direct.image_shape[1])
         device = local_device()
         ways: list[tuple[str, Sampleable, dict[str, Any]]] = [("direct", direct, {})]
         if options.base is not None:

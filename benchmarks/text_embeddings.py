@@ -11,11 +11,8 @@ the encoder included. `--json FILE` keeps all figures.
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import torch
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned, figure, write_json
-from benchmarks.throughput.timing import Spread, interleaved
+from benchmarks.throughput.short_runs import Row, measured, train_briefly
 
 from ddpm_engine.bounds import Ge
 from ddpm_engine.cli.errors import exit_in_one_line
@@ -38,9 +35,6 @@ from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.data.packing.sources.source import Example, LazyExamples, Source
 from ddpm_engine.networks.text.folders import open_text_encoder
 from ddpm_engine.presets import PRESETS
-from ddpm_engine.training.callbacks.callback import Callback
-from ddpm_engine.training.run import Run
-from ddpm_engine.training.trainer import Trainer
 
 WAYS = ("packed", "in training", "in training, each new")
 
@@ -59,27 +53,6 @@ class Options:
     """Number of images in each set."""
     json: Path | None = None
     """File for all results."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A way and its figures."""
-
-    name: str
-    images_per_second: Spread
-    megabytes: Spread
-    """Most memory resident, in 10⁶ bytes."""
-
-
-class Clock(Callback):
-    """The times at which steps have ended, since a training step on a CPU waits for nothing."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_end(self, run: Run) -> None:
-        """See `Callback`."""
-        self.times.append(time.perf_counter())
 
 
 def each_new(source: Source, count: int) -> Source:
@@ -108,50 +81,13 @@ def pack(folder: Path, preset: RunConfig, images: int) -> None:
     write_shards(each_new(few, count), folder / WAYS[2], size=size)
 
 
-def train(folder: str, way: str, warm_up: int, steps: int) -> tuple[float, float]:
-    """Train for a while, in a process of its own: images per second, and bytes resident at most."""
-    torch.set_num_threads(1)
-    preset = PRESETS["numbers-text"]()
+def configured(preset: RunConfig, folder: Path, way: str) -> RunConfig:
+    """Return a run of the preset that gets embeddings this way."""
     encoder = None if way == WAYS[0] else preset.data.text_encoder
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as out:
-        config = replace(
-            preset,
-            out=Path(out) / "run",
-            data=replace(
-                preset.data, path=Path(folder) / way, source=None, workers=0,
-                text_encoder=encoder, text_length=16,
-            ),
-            training=replace(preset.training, steps=warm_up + steps + 1),
-            log=replace(preset.log, every=10**6, sample_every=0, tracker="none"),
-        )  # fmt: skip
-        Trainer(config, [clock]).fit()
-    # The step after those that are timed ends with a checkpoint.
-    seconds = clock.times[-2] - clock.times[warm_up - 1]
-    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return steps * config.training.batch_size / seconds, resident
-
-
-def measured(folder: Path, options: Options) -> list[Row]:
-    """Take all ways in turn."""
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    context = multiprocessing.get_context("spawn")
-
-    def once(way: str) -> float:
-        with context.Pool(1) as pool:
-            result = pool.apply(train, (str(folder), way, options.warm_up, options.steps))
-        found[way].append(result)
-        return result[0]
-
-    interleaved(options.rounds, {way: partial(once, way) for way in WAYS})
-    return [
-        Row(
-            way,
-            Spread.of([rate for rate, _ in figures]),
-            Spread.of([resident / 1e6 for _, resident in figures]),
-        )
-        for way, figures in found.items()
-    ]
+    data = replace(
+        preset.data, path=folder / way, source=None, text_encoder=encoder, text_length=16
+    )
+    return replace(preset, data=data)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -165,9 +101,17 @@ def main() -> None:
     with exit_in_one_line():
         options = parse_options(Options)
         machine: dict[str, Any] = facts(torch.device("cpu"))
+        preset = PRESETS["numbers-text"]()
         with tempfile.TemporaryDirectory() as folder:
-            pack(Path(folder), PRESETS["numbers-text"](), options.images)
-            rows = measured(Path(folder), options)
+            pack(Path(folder), preset, options.images)
+            ways = {
+                way: partial(
+                    train_briefly,
+                    configured(preset, Path(folder), way), options.warm_up, options.steps,
+                )
+                for way in WAYS
+            }  # fmt: skip
+            rows = measured(options.rounds, ways)
         print("\n".join(table(rows)))
         if options.json is not None:
             machine["load_average_after"] = facts(torch.device("cpu"))["load_average"]

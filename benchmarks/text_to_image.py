@@ -1,13 +1,14 @@
 """Do images show what their prompts say? `python benchmarks/text_to_image.py --checkpoint RUN`.
 
-A model of the preset numbers-text generates numbers from prompts, and a classifier of real digits
-reads both digits of each image. Reported is the share that is right, by seed:
+A model of the preset numbers-text, or numbers-latents, generates numbers from prompts, and a
+classifier of real digits reads both digits of each image. Reported is the share that is right, by seed:
 
     held out     of the eighteen numbers that training left out, from each kind of caption
     trained      of the others
     other words  of either, from prompts that are no caption: "42", "fourty two", "two-and-forty"
     guidance     of all numbers, and the Fréchet distance to real images, at each guidance scale,
-                 with and without dynamic thresholding (Saharia et al. 2022)
+                 with and without dynamic thresholding (Saharia et al. 2022), which latents do
+                 not have
     curve        of held-out and trained numbers at each checkpoint that the run kept
 """
 
@@ -119,14 +120,14 @@ def by_scale(
     model: Sampleable,
     metrics: NumberMetrics,
     scales: Sequence[float],
-    threshold: float,
+    threshold: float | None,
     count: int,
     seed: int,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Accuracy and distance at each scale, without and with dynamic thresholding."""
+    """Accuracy and distance at each scale, without and, if there is one, with a threshold."""
     numbers, points = in_turn(ALL, count), []
-    for quantile in (None, threshold):
+    for quantile in dict.fromkeys((None, threshold)):
         for scale in scales:
             images = images_of(
                 model, in_words, numbers, seed, guidance=scale, threshold=quantile, **options
@@ -228,7 +229,7 @@ def load(checkpoint: Path) -> LoadedModel:
         UserError: it is of something else.
     """
     model = load_model(checkpoint, local_device())
-    channels, height, width = model.shape
+    channels, height, width = model.image_shape
     if model.spec.text is None or channels != 1 or width != 2 * height:
         raise UserError(
             f"`checkpoint` {checkpoint} is no model of numbers conditioned on text, as the preset "
@@ -243,7 +244,7 @@ def main() -> None:
     with exit_on_error(Options):
         options = parse_options(Options)
         model = load(options.checkpoint)
-        metrics = NumberMetrics(model.shape[1])
+        metrics = NumberMetrics(model.image_shape[1])
         chosen: dict[str, Any] = {"sampler": options.sampler, "steps": options.steps}
         guided = {**chosen, "guidance": options.guidance}
         print(f"the reader gets {metrics.of_real:.1%} of real pairs right that it never saw")
@@ -260,8 +261,9 @@ def main() -> None:
             "accuracy_of_real": metrics.of_real,
             "phrases": by_phrase(model, metrics, options.count, options.seeds, **guided),
             "scales": by_scale(
-                model, metrics, options.scales, options.threshold, options.compared,
-                options.seeds[0], **chosen,
+                model, metrics, options.scales,
+                None if model.codec.clip_range is None else options.threshold,
+                options.compared, options.seeds[0], **chosen,
             ),
         }  # fmt: skip
         if options.curve:

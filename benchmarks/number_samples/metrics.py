@@ -19,7 +19,6 @@ from ddpm_engine.evaluation.digits import digit_classifier
 from ddpm_engine.evaluation.feature_networks import NumberFeatures
 from ddpm_engine.evaluation.fid import Moments, frechet_distance, moments
 from ddpm_engine.evaluation.numbers import number_reader, unseen_pairs
-from ddpm_engine.images.grid import to_uint8
 from ddpm_engine.samplers.samples import Samples
 
 _UNSEEN = 10_000
@@ -138,4 +137,4 @@ def images_of(
     """
     given = {name: value for name, value in options.items() if value is not None}
     samples = model.sample([phrase(number) for number in numbers], seed=seed, **given)
-    return to_uint8(samples.tensor)
+    return samples.model.codec.decode(samples.tensor)
