@@ -6,8 +6,7 @@ The network of numbers-latents is trained on the numbers by three ways in turn, 
 process of its own: moments that were packed; moments that the same autoencoder computes of each
 batch in training, as a training loop does that stores no latents; and, for scale, the pixels
 themselves by the network of numbers-text. Memory is the most that the process held resident, the
-autoencoder included. Bytes are those of the shards without their captions' embeddings. `--json FILE`
-keeps all figures.
+autoencoder included. Bytes are those of shards without captions. `--json FILE` keeps all figures.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import torch
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned, figure, write_json
-from benchmarks.throughput.short_runs import Row, measured, train_briefly
+from benchmarks.throughput.short_runs import Row, measured, spread_over, train_briefly
 
 from ddpm_engine.bounds import Ge
 from ddpm_engine.cli.errors import exit_in_one_line
@@ -55,6 +54,8 @@ class Options:
     """Steps that are timed in each."""
     warm_up: Positive = 10
     """Steps before them."""
+    images: Positive = 2400
+    """Number of images in the set."""
     json: Path | None = None
     """File for all results."""
 
@@ -72,25 +73,25 @@ class EncodingTrainer(Trainer):
             yield replace(batch, images=autoencoder.moments(batch.images).half())
 
 
-def pack(folder: Path, preset: RunConfig, autoencoder: str) -> dict[str, float]:
-    """Pack the numbers as images and as latents.
+def pack(folder: Path, preset: RunConfig, autoencoder: str, images: int) -> dict[str, float]:
+    """Pack some of the numbers, as images and as latents.
 
     Returns:
         Bytes on disk for each image, as images, as moments, and as moments of both directions.
     """
-    source = open_source("numbers", captions=True)
+    source = spread_over(open_source("numbers", captions=True), images)
     encoder = open_text_encoder(preset.data.text_encoder or "")
     latents = open_autoencoder(autoencoder)
     write_shards(source, folder / PIXELS, text_encoder=encoder)
     write_shards(source, folder / STORED, text_encoder=encoder, autoencoder=latents)
-    plain = open_source("numbers")
+    plain = spread_over(open_source("numbers"), images)
     sizes = {}
-    for name, given in {
-        "images": {},
-        "moments": {"autoencoder": latents},
-        "moments, also mirrored": {"autoencoder": latents, "flips": True},
-    }.items():
-        write_shards(plain, folder / name, **given)
+    for name, encoded, flips in (
+        ("images", False, False),
+        ("moments", True, False),
+        ("moments, also mirrored", True, True),
+    ):
+        write_shards(plain, folder / name, autoencoder=latents if encoded else None, flips=flips)
         files = (folder / name).glob("*.tar")
         sizes[name] = sum(file.stat().st_size for file in files) / len(source.examples)
     return sizes
@@ -121,7 +122,9 @@ def main() -> None:
         options = parse_options(Options)
         machine: dict[str, Any] = facts(torch.device("cpu"))
         with tempfile.TemporaryDirectory() as folder:
-            sizes = pack(Path(folder), PRESETS["numbers-latents"](), options.autoencoder)
+            sizes = pack(
+                Path(folder), PRESETS["numbers-latents"](), options.autoencoder, options.images
+            )
             ways = {
                 way: partial(
                     train_briefly,
@@ -140,7 +143,10 @@ def main() -> None:
         if options.json is not None:
             machine["load_average_after"] = facts(torch.device("cpu"))["load_average"]
             about = {"machine": machine, "rounds": options.rounds, "steps": options.steps}
-            write_json(options.json, {**about, "rows": rows, "bytes_per_image": sizes})
+            write_json(
+                options.json,
+                {**about, "images": options.images, "rows": rows, "bytes_per_image": sizes},
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `benchmarks`
 import torch
 from benchmarks.throughput.machine import facts
 from benchmarks.throughput.report import aligned, figure, write_json
-from benchmarks.throughput.short_runs import Row, measured, train_briefly
+from benchmarks.throughput.short_runs import Row, measured, spread_over, train_briefly
 
 from ddpm_engine.bounds import Ge
 from ddpm_engine.cli.errors import exit_in_one_line
@@ -69,16 +69,12 @@ def each_new(source: Source, count: int) -> Source:
 
 def pack(folder: Path, preset: RunConfig, images: int) -> None:
     """Pack the set of every way."""
-    source = open_source("numbers", captions=True)
-    count = min(images, len(source.examples))
-    # From all over the set, which is in the order of the numbers.
-    places = torch.linspace(0, len(source.examples) - 1, count).long().tolist()
-    few = replace(source, examples=[source.examples[place] for place in places])
+    few = spread_over(open_source("numbers", captions=True), images)
     encoder = open_text_encoder(preset.data.text_encoder or "")
     size = preset.model.sample_size
     write_shards(few, folder / WAYS[0], size=size, text_encoder=encoder)
     write_shards(few, folder / WAYS[1], size=size)
-    write_shards(each_new(few, count), folder / WAYS[2], size=size)
+    write_shards(each_new(few, len(few.examples)), folder / WAYS[2], size=size)
 
 
 def configured(preset: RunConfig, folder: Path, way: str) -> RunConfig:

@@ -1,7 +1,8 @@
 """Do images show what their prompts say? `python benchmarks/text_to_image.py --checkpoint RUN`.
 
 A model of the preset numbers-text, or numbers-latents, generates numbers from prompts, and a
-classifier of real digits reads both digits of each image. Reported is the share that is right, by seed:
+classifier of real digits reads both digits of each image. Reported is the share that is right, by
+seed:
 
     held out     of the eighteen numbers that training left out, from each kind of caption
     trained      of the others

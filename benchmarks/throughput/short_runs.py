@@ -15,6 +15,7 @@ import torch
 from benchmarks.throughput.timing import Spread, interleaved
 
 from ddpm_engine.config import RunConfig
+from ddpm_engine.data.packing.sources.source import Source
 from ddpm_engine.training.callbacks.callback import Callback
 from ddpm_engine.training.run import Run
 from ddpm_engine.training.trainer import Trainer
@@ -39,6 +40,13 @@ class Clock(Callback):
     def on_step_end(self, run: Run) -> None:
         """See `Callback`."""
         self.times.append(time.perf_counter())
+
+
+def spread_over(source: Source, count: int) -> Source:
+    """Return so many examples, or all, from all over a source, which may be in an order."""
+    count = min(count, len(source.examples))
+    places = torch.linspace(0, len(source.examples) - 1, count).long().tolist()
+    return replace(source, examples=[source.examples[place] for place in places])
 
 
 def train_briefly(

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from ddpm_engine.data.packing.sources.numbers import HELD_OUT, in_words, number_of
 from ddpm_engine.data.packing.sources.registry import open_source
 from ddpm_engine.errors import UserError
+from ddpm_engine.images.data_codec import PixelCodec
 from ddpm_engine.samplers.samples import Samples
 
 PROMPTS = Path(read_numbers.__file__).parent / "prompts"
@@ -97,7 +99,7 @@ class Copyist:
         fixed = None if self.always is None else in_words(self.always)
         shown = np.stack([self.images.get(fixed or prompt, self.images["ten"]) for prompt in ids])
         tensor = torch.from_numpy(shown).permute(0, 3, 1, 2) / 127.5 - 1
-        return Samples(tensor, None)  # type: ignore[arg-type]
+        return Samples(tensor, SimpleNamespace(codec=PixelCodec()))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
