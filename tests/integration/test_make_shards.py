@@ -266,10 +266,14 @@ def test_a_full_disk_leaves_nothing_half_written(script: Terminal, tmp_path: Pat
     assert script("digits", "--out", out).status == 0
 
 
-def test_a_killed_run_is_simply_run_again(script: Terminal, tmp_path: Path) -> None:
-    out = tmp_path / "set"
-    process = start("digits", "--out", out, "--per-shard", "20")
-    deadline = time.monotonic() + 60
+@pytest.mark.parametrize("latents", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_run_is_simply_run_again(latents: bool, script: Terminal, tmp_path: Path) -> None:
+    out, options = tmp_path / "set", ["--per-shard", "20"]
+    if latents:
+        place = kl_folder(tmp_path / "vae", in_channels=1, out_channels=1)
+        options += ["--autoencoder", place, "--flips"]
+    process = start("digits", "--out", out, *options)
+    deadline = time.monotonic() + 120
     while len(list(out.glob("*.tar"))) < 2:
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -279,6 +283,6 @@ def test_a_killed_run_is_simply_run_again(script: Terminal, tmp_path: Path) -> N
     assert ".packing" in contents(out)
     assert "manifest.json" not in contents(out)
     assert "unfinished" in script.refused("index", out)
-    assert script("digits", "--out", out, "--per-shard", "20").status == 0
-    script("digits", "--out", tmp_path / "fresh", "--per-shard", "20", "--processes", "1")
+    assert script("digits", "--out", out, *options).status == 0
+    script("digits", "--out", tmp_path / "fresh", *options, "--processes", "1")
     assert contents(out) == contents(tmp_path / "fresh")
