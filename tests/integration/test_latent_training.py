@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ddpm_engine.checkpoints.load import load_model
 from ddpm_engine.checkpoints.store import CheckpointStore
+from ddpm_engine.cli import visualize
 from ddpm_engine.config import LogConfig, OptimizerConfig, RunConfig, TrainingConfig
 from ddpm_engine.data.config import DataConfig
 from ddpm_engine.data.open import open_dataset, samples_at
@@ -300,3 +302,23 @@ def test_what_is_of_pixels_is_refused(named: bool, config: RunConfig, places: Pl
     ):
         with pytest.raises(UserError, match=message):
             (validate if named else fit)(changed)
+
+
+def test_figures_show_images_also_of_an_autoencoder_that_has_moved(
+    config: RunConfig, places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(replace(config, training=replace(config.training, steps=1)))
+    arguments = ["--checkpoint", str(config.out), "--out", str(tmp_path), "--steps", "2"]
+    asked = ["--only", "reverse,forward,interpolation", "--timesteps", "1,9"]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments, *asked])
+    moved = Path(places.autoencoder).with_name("moved")
+    Path(places.autoencoder).rename(moved)
+    try:
+        with pytest.raises(SystemExit):
+            visualize.main()
+        sys.argv += ["--autoencoder", str(moved)]
+        visualize.main()
+    finally:
+        moved.rename(places.autoencoder)
+    for name in ("reverse.png", "reverse.gif", "forward.png", "interpolation.png"):
+        assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 5

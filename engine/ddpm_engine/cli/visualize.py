@@ -47,6 +47,9 @@ class Options:
     only: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
     """Figures to plot, of real-and-drawn, forward, reverse, loss, schedules, quality, bound,
     interpolation, denoising; default: all."""
+    autoencoder: str | None = None
+    """Place of the autoencoder whose latents the model samples, if it is elsewhere now: a folder of
+    diffusers; default: where it was in training."""
     samples: Path | None = None
     """Folder of PNGs from sample.py, for real-and-drawn; default: samples generated now."""
     photo: Path | None = None
@@ -68,6 +71,7 @@ _OF_DATA = frozenset({"real-and-drawn", "forward", "bound"})
 _USED_BY = {
     "data": _OF_DATA | {"data's photo"},
     "only": _FIGURES,
+    "autoencoder": _FIGURES,
     "samples": frozenset({"real-and-drawn"}),
     "photo": frozenset({"denoising"}),
     "seed": _FIGURES - {"real-and-drawn", "loss", "schedules"} | {"generated", "toy"},
@@ -159,7 +163,8 @@ def show_run(options: Options, checkpoint: Path) -> None:
     if options.samples is not None:
         described += " and `samples`"
     refuse_unused(options, _USED_BY, purposes(options, names), described)
-    exhibit = exhibit_of(options, checkpoint, load_model(checkpoint, local_device()))
+    trained = load_model(checkpoint, local_device(), autoencoder=options.autoencoder)
+    exhibit = exhibit_of(options, checkpoint, trained)
     check(exhibit, names)
     made = make_folder(options.out)
     failed = []
