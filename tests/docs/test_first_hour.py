@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tests.autoencoders import kl_folder
 from tests.conftest import MakeShards
 from tests.tiny import TINY, TINY_GREY
 
@@ -37,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 FEWER = {
     "launch/train.py": "--training.steps 2 --training.batch-size 4 --data.workers 0 --log.every 1 "
     "--log.sample-every 2 --log.sample-count 1 --log.sample-steps 2",
+    "launch/train_autoencoder.py": "--training.steps 2 --training.batch-size 4 --data.workers 0 "
+    "--log.every 1 --log.sample-every 2 --log.sample-count 2",
     "launch/sample.py": "--count 4 --steps 3",
     "launch/slurm/train.sbatch": "--training.steps 4",
     "launch/slurm/sample.sbatch": "--count 4 --steps 3",
@@ -191,6 +194,32 @@ def test_captions_of_ones_own_and_prompts(reader: Reader) -> None:
     ]  # fmt: skip
     assert reader.pixels("samples/00000003.png").shape == (32, 32, 3)
     assert reader.pixels("boat.png").shape == (32, 32, 3)
+
+
+@pytest.mark.slow
+def test_latents_of_a_folders_autoencoder_and_of_ones_own(reader: Reader) -> None:
+    noise = np.random.default_rng(0)
+    (reader.folder / "photographs").mkdir()
+    for number in range(5):
+        image = noise.integers(0, 256, (300, 260, 3), dtype=np.uint8)
+        Image.fromarray(image).save(reader.folder / "photographs" / f"{number}.jpg")
+    kl_folder(
+        reader.folder / "vae", block_out_channels=[8, 8, 8, 8], sample_size=256,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
+
+    channels = "--model.in-channels 4 --model.out-channels 4"
+    narrow = "--model.block-out-channels 32 32 32 32"
+    printed = reader.follow("latents.md", channels, f"{channels} {narrow}")
+    assert "\n1 4 4 8\n" in printed
+    latents = open_shards(reader.folder / "data" / "latents").manifest.latents
+    assert latents is not None
+    assert latents.flipped
+    assert reader.pixels("samples/00000003.png").shape == (256, 256, 3)
+    assert reader.pixels("again.png").shape == (16, 32)
+    assert reader.pixels("forty-two/00000003.png").shape == (16, 32)
+    rebuilt = reader.folder / "runs" / "mine-autoencoder" / "vae"
+    assert (rebuilt / "diffusion_pytorch_model.safetensors").stat().st_size > 1000
 
 
 def test_a_checkpoint_of_diffusers(reader: Reader) -> None:
