@@ -55,7 +55,8 @@ def test_moments_and_images_are_those_of_diffusers(kind: str, tmp_path: Path) ->
         torch.testing.assert_close(logvars, encoded.latent_dist.logvar, rtol=0, atol=1e-5)
     assert ours.latent_shape(32, 48) == means.shape[1:]
     images = (ours.decode(means) / 127.5) - 1
-    torch.testing.assert_close(images, theirs.decode(means).sample, rtol=0, atol=1e-5)
+    # Random weights make values beyond [-1, 1].
+    torch.testing.assert_close(images, theirs.decode(means).sample, rtol=1e-5, atol=1e-5)
     assert images.std() > 0.01, "not all the same"
 
 
